@@ -1,0 +1,115 @@
+"""The clinical context of a study and the one place where the model's wording lives.
+
+Training, export and inference all build their text here, so what the model saw is what it gets.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from cbedge.errors import ContextError
+
+PROMPT_VERSION = 1
+MAX_CONTEXT_CHARACTERS = 1000
+
+_DEIDENTIFIED = re.compile(r"X{3,}")
+_SPECIAL_TOKEN = re.compile(r"<\|?[A-Za-z_]+\|?>|\[(?:CLS|SEP|PAD|UNK|MASK)\]")
+
+
+@dataclass(frozen=True)
+class ClinicalContext:
+    """Prior knowledge about a study, put into the prompt (the "priors" of Ji et al. 2024).
+
+    Every field is optional; ``None`` means "not given". Text is cleaned on creation: control characters, special
+    tokens and de-identification marks (``XXXX``) are removed and white space is folded.
+
+    Attributes:
+        indication: why the study was requested, at most 1,000 characters.
+        comparison: what earlier study it is compared with, at most 1,000 characters.
+        view: ``"frontal"`` (PA or AP) or ``"lateral"``.
+
+    Raises:
+        ContextError: a field is given but empty, too long or not text, or the view is unknown.
+    """
+
+    indication: str | None = None
+    comparison: str | None = None
+    view: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("indication", "comparison"):
+            object.__setattr__(self, field, _checked(field, getattr(self, field)))
+        object.__setattr__(self, "view", normalize_view(self.view))
+
+
+def normalize_view(view: str | None) -> str | None:
+    """Map a view name (``frontal``, ``PA``, ``AP``, ``lateral``, ``LL``, ``LATERAL``...) to ``frontal`` or ``lateral``.
+
+    Raises:
+        ContextError: the name is none that is known.
+    """
+    if view is None:
+        return None
+    name = str(view).strip().lower()
+    if name in ("frontal", "pa", "ap", "postero-anterior", "antero-posterior"):
+        return "frontal"
+    if name in ("lateral", "ll", "rl", "lat"):
+        return "lateral"
+    raise ContextError(f"unknown view {str(view)[:40]!r}; give frontal (or PA, AP) or lateral (or LL, RL)")
+
+
+def clean_context(text: str) -> str:
+    """Fold white space and drop control characters, special tokens and de-identification marks from free text."""
+    text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    while _SPECIAL_TOKEN.search(text):
+        text = _SPECIAL_TOKEN.sub(" ", text)
+    text = _DEIDENTIFIED.sub(" ", text)
+    text = re.sub(r"\s+", " ", text).strip(" ,;:-")
+    return re.sub(r"\s+([.,;:?])", r"\1", text).rstrip(".").strip()
+
+
+def _checked(field: str, text: str | None) -> str | None:
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ContextError(f"the {field} must be text, not {type(text).__name__}")
+    if len(text) > MAX_CONTEXT_CHARACTERS:
+        raise ContextError(
+            f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are taken: shorten it"
+        )
+    cleaned = clean_context(text)
+    if not cleaned:
+        raise ContextError(f"the {field} is empty; leave it out, or give words")
+    return cleaned
+
+
+def build_instruction(context: ClinicalContext) -> str:
+    """The instruction that both the Q-Former and the language model read, in one line, fields in a fixed order.
+
+    A field that is not given is left out, which training also does at random, so a missing indication is familiar.
+    """
+    parts = ["Describe the chest radiograph."]
+    if context.view:
+        parts.append(f"View: {context.view}.")
+    if context.indication:
+        parts.append(f"Indication: {context.indication}.")
+    if context.comparison:
+        parts.append(f"Comparison: {context.comparison}.")
+    return " ".join(parts)
+
+
+def build_prompt(context: ClinicalContext) -> str:
+    """The text that follows the 32 image embeddings in the language model's input; the report comes right after it."""
+    return f"\n{build_instruction(context)}\nReport:\n"
+
+
+def build_target(findings: str | None, impression: str | None) -> str:
+    """The text that the model learns to write: ``FINDINGS: … IMPRESSION: …``; a section that is missing is left out."""
+    parts = [f"{name}: {text}" for name, text in (("FINDINGS", findings), ("IMPRESSION", impression)) if text]
+    return " ".join(parts)
+
+
+def split_sections(report: str) -> tuple[str, str]:
+    """Split generated text into (findings, impression); text before any heading counts as findings."""
+    head, _, tail = report.partition("IMPRESSION:")
+    return head.replace("FINDINGS:", "", 1).strip(), tail.strip()
