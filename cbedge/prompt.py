@@ -64,8 +64,8 @@ def clean_context(text: str) -> str:
     while _SPECIAL_TOKEN.search(text):
         text = _SPECIAL_TOKEN.sub(" ", text)
     text = _DEIDENTIFIED.sub(" ", text)
-    text = re.sub(r"\s+", " ", text).strip(" ,;:-")
-    return re.sub(r"\s+([.,;:?])", r"\1", text).rstrip(".").strip()
+    text = re.sub(r"\s+([.,;:?])", r"\1", re.sub(r"\s+", " ", text))
+    return text.strip(" .,;:-")
 
 
 def _checked(field: str, text: str | None) -> str | None:
