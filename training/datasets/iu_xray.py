@@ -35,7 +35,7 @@ TAGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 _MARK = re.compile(r"X{3,}")
-_SENTENCE = re.compile(r"(?<=[.?!])\s+")
+_SENTENCE = re.compile(r"(?<=[.?!])(?<!\bDr\.)\s+")
 
 
 @dataclass(frozen=True)

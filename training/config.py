@@ -1,0 +1,125 @@
+"""The settings of a training run, read from YAML: one frozen dataclass for the run and one for each stage."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMPONENTS = ("qformer", "query_tokens", "projection")
+LOSSES = ("contrastive", "tags", "words", "language")
+
+
+class ConfigError(ValueError):
+    """A training configuration has an unknown key or value; the message names it."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA (Hu et al. 2021) on one part of the model: ``on`` is ``vision`` or ``language``."""
+
+    on: str
+    targets: tuple[str, ...]
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: what is trained, by which losses, and how.
+
+    Attributes:
+        name: also the name of the stage's folder in the run.
+        train: parts trained in full: of ``qformer``, ``query_tokens``, ``projection``.
+        lora: adapters added and trained in this stage; they stay, frozen, in the later ones.
+        losses: weight of each loss: ``contrastive``, ``tags``, ``words`` (no language model), ``language``.
+        learning_rate: peak, for full parts; ``lora_learning_rate`` for adapters. Warm-up, then cosine to a tenth.
+        batch_size: studies a forward pass; ``accumulate`` passes make one optimizer step.
+        cached_views: 0 encodes augmented images anew at every step; K > 0 caches K views of each image once (the first
+            as it is, the others augmented), for stages in which the vision encoder is frozen.
+        prior_dropout: probability of withholding indication and comparison, each on its own.
+        splits: studies to learn from; ``extra`` has impressions only.
+        abnormal_weight: how often an abnormal study is drawn, against a normal one.
+    """
+
+    name: str
+    losses: dict[str, float]
+    train: tuple[str, ...] = ()
+    lora: LoraSettings | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    lora_learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    cached_views: int = 0
+    prior_dropout: float = 0.3
+    splits: tuple[str, ...] = ("train",)
+    abnormal_weight: float = 1.0
+    save_every: int = 50
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: where the model begins, the data, where the result goes, and the stages in order."""
+
+    base: str
+    data: Path
+    output: Path
+    stages: tuple[Stage, ...]
+    base_options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+
+
+def load_config(path: Path, **overrides: Any) -> RunConfig:
+    """Read a run's YAML; ``overrides`` that are not ``None`` replace its top-level values.
+
+    Raises:
+        ConfigError: the file is no YAML mapping, or a key, part, loss or value is unknown.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict) or not values.get("stages"):
+        raise ConfigError(f"{path} has no list of stages")
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    values["stages"] = tuple(_stage(stage, path) for stage in values["stages"])
+    for key in ("data", "output"):
+        if not values.get(key):
+            raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")
+        values[key] = Path(values[key])
+    return _build(RunConfig, values, str(path))
+
+
+def _stage(values: dict, path: Path) -> Stage:
+    values = dict(values)
+    where = f"{path}, stage {values.get('name', '?')}"
+    if values.get("lora"):
+        lora = {**values["lora"], "targets": tuple(values["lora"].get("targets", ()))}
+        values["lora"] = _build(LoraSettings, lora, where)
+        if values["lora"].on not in ("vision", "language"):
+            raise ConfigError(f"{where}: lora.on is {values['lora'].on!r}; give vision or language")
+    for key in ("train", "splits"):
+        if key in values:
+            values[key] = tuple(values[key])
+    stage = _build(Stage, values, where)
+    for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
+        raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
+    return stage
+
+
+def _build(kind: type, values: dict, where: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None

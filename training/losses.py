@@ -1,0 +1,78 @@
+"""What the Q-Former learns from without a language model: pairs, tags, and the report's words.
+
+- contrastive: image-text contrast (Li et al., BLIP-2, 2023), queries and text through the Q-Former apart.
+- tags: query i says whether curated tag i is present, so that each finding has a place of its own.
+- words: the projected queries, read against the language model's own word embeddings, say which words the report
+  holds; so the projection lands where the language model already reads.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class AlignmentHeads(nn.Module):
+    """The small trained parts that only training needs; a bundle does not hold them.
+
+    Args:
+        hidden: width of the Q-Former.
+        num_tags: curated tags, at most the number of queries.
+        word_ids: int64 [W], the language model's tokens that the words loss asks for.
+        word_frequency: float [W], share of training reports that hold each; starts the bias.
+    """
+
+    word_ids: Tensor
+
+    def __init__(self, hidden: int, num_tags: int, word_ids: Tensor, word_frequency: Tensor, embed: int = 128):
+        super().__init__()
+        self.image_projection = nn.Linear(hidden, embed)
+        self.text_projection = nn.Linear(hidden, embed)
+        self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+        self.tag_weight = nn.Parameter(torch.randn(num_tags, hidden) * 0.02)
+        self.tag_bias = nn.Parameter(torch.full((num_tags,), -2.0))
+        self.word_gain = nn.Parameter(torch.tensor(1.0))
+        self.word_bias = nn.Parameter(torch.logit(word_frequency.clamp(1e-3, 1 - 1e-3)))
+        self.register_buffer("word_ids", word_ids)
+
+    def tag_logits(self, queries: Tensor) -> Tensor:
+        """[B, Q, H] Q-Former output → [B, tags]; tag i is read off query i."""
+        return (queries[:, : len(self.tag_bias)] * self.tag_weight).sum(-1) + self.tag_bias
+
+    def tags_loss(self, queries: Tensor, tags: Tensor) -> Tensor:
+        """Binary cross-entropy over [B, tags] 0/1; positives weigh thrice, as most tags are rare."""
+        weight = torch.full((tags.shape[1],), 3.0, device=tags.device)
+        weight[0] = 1.0
+        return functional.binary_cross_entropy_with_logits(self.tag_logits(queries).float(), tags, pos_weight=weight)
+
+    def contrastive_loss(self, queries: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Symmetric InfoNCE in the batch; an image is as similar to a text as its most similar query."""
+        image = functional.normalize(self.image_projection(queries).float(), dim=-1)
+        mask = text_mask.unsqueeze(-1)
+        pooled = (text * mask).sum(1) / mask.sum(1)
+        text_embed = functional.normalize(self.text_projection(pooled).float(), dim=-1)
+        similarity = torch.einsum("iqd,jd->ijq", image, text_embed).max(-1).values / self.log_temperature.exp()
+        labels = torch.arange(len(similarity), device=similarity.device)
+        cross_entropy = functional.cross_entropy
+        smoothing = 0.1  # many reports say the same
+        return 0.5 * (
+            cross_entropy(similarity, labels, label_smoothing=smoothing)
+            + cross_entropy(similarity.T, labels, label_smoothing=smoothing)
+        )
+
+    def words_loss(self, projected: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+        """[B, Q, D] projected queries, [V, D] word embeddings, [B, W] 0/1 words of the report."""
+        words = functional.normalize(embedding[self.word_ids].float(), dim=-1)
+        scores = torch.einsum("bqd,wd->bqw", projected.float(), words)
+        logits = self.word_gain * scores.logsumexp(1) + self.word_bias
+        return functional.binary_cross_entropy_with_logits(logits, targets) * 10
+
+
+def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float = 0.9) -> tuple[Tensor, Tensor]:
+    """Tokens in at least ``lowest`` and at most a share ``highest`` of the reports: (ids [W], share of reports [W])."""
+    counts: dict[int, int] = {}
+    for ids in token_ids:
+        for token in set(ids):
+            counts[token] = counts.get(token, 0) + 1
+    kept = sorted(t for t, n in counts.items() if n >= min(lowest, len(token_ids)) and n <= highest * len(token_ids))
+    kept = kept or sorted(counts)
+    return torch.tensor(kept), torch.tensor([counts[t] / len(token_ids) for t in kept])
