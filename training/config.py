@@ -16,9 +16,9 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA (Hu et al. 2021) on one part of the model: ``on`` is ``vision`` or ``language``."""
+    """LoRA (Hu et al. 2021) on one part of the model: ``part`` is ``vision`` or ``language``."""
 
-    on: str
+    part: str
     targets: tuple[str, ...]
     r: int = 16
     alpha: int = 32
@@ -103,7 +103,7 @@ def _stage(values: dict, path: Path) -> Stage:
     if values.get("lora"):
         lora = {**values["lora"], "targets": tuple(values["lora"].get("targets", ()))}
         values["lora"] = _build(LoraSettings, lora, where)
-        if values["lora"].on not in ("vision", "language"):
+        if values["lora"].part not in ("vision", "language"):
             raise ConfigError(f"{where}: lora.on is {values['lora'].on!r}; give vision or language")
     for key in ("train", "splits"):
         if key in values:

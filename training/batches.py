@@ -1,0 +1,186 @@
+"""From studies to batches: images (augmented or cached as encoder features) and encoded text."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cbedge.prompt import ClinicalContext, build_instruction, build_prompt
+from cbedge.radiograph import IMAGE_SIZE, load_radiograph, preprocess
+from training.base import ModelAndTokenizers
+from training.datasets.iu_xray import Study
+
+MAX_TARGET_TOKENS = 160
+
+
+def load_pixels(path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Read one radiograph as the model's input, float32 [3, 224, 224]; augmented where ``rng`` is given."""
+    pixels = load_radiograph(path).pixels
+    return preprocess(pixels if rng is None else augment(pixels, rng))[0]
+
+
+def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A small rotation, shift, scale and change of contrast; never a mirror image, since sides mean something."""
+    angle, scale = np.deg2rad(rng.uniform(-7, 7)), rng.uniform(0.85, 1.05)
+    rows, columns = pixels.shape
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    centre = np.array([columns / 2, rows / 2])
+    shift = rng.uniform(-0.06, 0.06, 2) * (columns, rows)
+    a, b, d, e = cos, sin * columns / rows, -sin * rows / columns, cos
+    c, f = centre - np.array([[a, b], [d, e]]) @ (centre + shift)
+    image = Image.fromarray(pixels).transform(
+        (columns, rows), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR
+    )
+    gamma, gain = np.exp(rng.uniform(-0.25, 0.25)), rng.uniform(0.85, 1.1)
+    return np.clip(np.clip(np.asarray(image), 0, 1) ** gamma * gain, 0, 1).astype(np.float32)
+
+
+def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Generator) -> ClinicalContext:
+    """Withhold indication and comparison, each with the given probability, so that a missing one is familiar."""
+    keep_indication, keep_comparison = rng.random(2) >= probability
+    return replace(
+        context,
+        indication=context.indication if keep_indication else None,
+        comparison=context.comparison if keep_comparison else None,
+    )
+
+
+@dataclass
+class Batch:
+    """One batch; text is right-padded.
+
+    Attributes:
+        images: float [B, 3, 224, 224], or encoder features [B, 257, H] when they come from the cache.
+        qformer_ids, qformer_mask: int64 [B, I] the instruction for the Q-Former.
+        input_ids, attention_mask: int64 [B, L] placeholders, prompt and report for a decoder-only language model.
+        labels: int64 [B, L] the report's tokens, -100 elsewhere.
+        report_ids, report_mask: int64 [B, R] the report for the Q-Former's text side.
+        tags: float [B, tags].
+        report_tokens: for each study the language model's tokens of its report.
+    """
+
+    images: Tensor
+    qformer_ids: Tensor
+    qformer_mask: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    report_ids: Tensor
+    report_mask: Tensor
+    tags: Tensor
+    report_tokens: list[list[int]]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext) -> list[int]:
+    """Token ids of image placeholders and prompt, as inference feeds them."""
+    prompt = parts.tokenizer(build_prompt(context), add_special_tokens=False).input_ids
+    bos = parts.tokenizer.bos_token_id if parts.tokenizer.add_bos_token is True else None
+    start = [parts.image_token_id] * parts.model.config.num_query_tokens
+    return start + ([bos] if bos is not None else []) + prompt
+
+
+def collate(
+    parts: ModelAndTokenizers, studies: list[Study], contexts: list[ClinicalContext], images: Tensor
+) -> Batch:
+    """Encode studies, with the context that each is to be seen with, into a batch."""
+    prompts = [encode_prompt(parts, context) for context in contexts]
+    targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
+    eos = parts.tokenizer.eos_token_id
+    rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]
+    length = max(map(len, rows))
+    input_ids = torch.full((len(rows), length), parts.tokenizer.pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        input_ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+        labels[i, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
+    instruction = encode_instructions(parts, contexts)
+    report = parts.qformer_tokenizer([s.target for s in studies], padding=True, truncation=True, max_length=128,
+                                     return_tensors="pt")  # fmt: skip
+    return Batch(
+        images, instruction["input_ids"], instruction["attention_mask"], input_ids, mask, labels,
+        report["input_ids"], report["attention_mask"],
+        torch.tensor([s.tags for s in studies], dtype=torch.float32), targets,
+    )  # fmt: skip
+
+
+def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContext]) -> dict[str, Tensor]:
+    """Encode the instruction for the Q-Former: ``input_ids`` and ``attention_mask``, int64 [B, I]."""
+    return parts.qformer_tokenizer(
+        [build_instruction(c) for c in contexts], padding=True, truncation=True, max_length=256, return_tensors="pt"
+    )
+
+
+def epoch_order(
+    studies: list[Study], batch_size: int, abnormal_weight: float, rng: np.random.Generator
+) -> list[list[int]]:
+    """Index batches of one epoch: drawn by weight where abnormal studies weigh more, of like length, shuffled."""
+    if abnormal_weight != 1.0:
+        weight = np.array([abnormal_weight if s.tags[0] else 1.0 for s in studies])
+        order = rng.choice(len(studies), len(studies), p=weight / weight.sum())
+    else:
+        order = rng.permutation(len(studies))
+    # Like lengths go together within blocks of 16 batches, which saves most of the padding and keeps chance.
+    block = batch_size * 16
+    lengths = np.array([len(s.target) for s in studies])
+    blocks = [order[i : i + block] for i in range(0, len(order), block)]
+    ordered = np.concatenate([b[np.argsort(lengths[b], kind="stable")] for b in blocks])
+    batches = [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered) - batch_size + 1, batch_size)]
+    batches = batches or [ordered.tolist()]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@torch.inference_mode()
+def cache_features(
+    vision: torch.nn.Module, studies: list[Study], views: int, folder: Path, seed: int, device: torch.device,
+    autocast: torch.autocast, progress: object = None,
+) -> np.ndarray:
+    """Encode every study's radiograph once a view, into a float16 memory map [views, studies, 257, H] on disk.
+
+    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, studies and seed is
+    opened instead of made again.
+    """  # fmt: skip
+    key = hashlib.sha256(f"{seed} {views} {[s.study_id for s in studies]}".encode())
+    for name, weight in sorted(vision.state_dict().items()):
+        key.update(name.encode() + weight.detach().float().cpu().numpy().tobytes()[:4096])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"features-{key.hexdigest()[:16]}.npy"
+    if path.is_file():
+        return np.load(path, mmap_mode="r")
+    partial = path.with_suffix(".partial.npy")
+    size = 16
+    array = None
+    vision.eval()
+    for view in range(views):
+        for start in range(0, len(studies), size):
+            chunk = studies[start : start + size]
+            pixels = [
+                load_pixels(s.image, np.random.default_rng([seed, view, start + i]) if view else None)
+                for i, s in enumerate(chunk)
+            ]
+            with autocast:
+                features = vision(pixel_values=torch.from_numpy(np.stack(pixels)).to(device)).last_hidden_state
+            if array is None:
+                shape = (views, len(studies), *features.shape[1:])
+                array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+            array[view, start : start + len(chunk)] = features.float().cpu().numpy()
+            if progress is not None:
+                progress(len(chunk), views * len(studies))
+    assert array is not None
+    array.flush()
+    partial.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def blank_pixels() -> np.ndarray:
+    """A radiograph with nothing on it, float32 [3, 224, 224], for controls."""
+    return preprocess(np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32))[0]

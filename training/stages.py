@@ -1,0 +1,125 @@
+"""What a stage does to the model: which parts are trained, where adapters go, and the forward passes of its losses."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import InstructBlipForConditionalGeneration
+
+from training.base import ModelAndTokenizers
+from training.batches import Batch
+from training.config import Stage
+
+_ADAPTED = {"vision": "vision_model", "language": "language_model"}
+_PARTS = {"qformer": "qformer.", "query_tokens": "query_tokens", "projection": "language_projection."}
+
+
+def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> None:
+    """Freeze everything, add the stage's LoRA adapters, and unfreeze what the stage trains."""
+    model.requires_grad_(False)
+    if stage.lora:
+        settings = LoraConfig(
+            r=stage.lora.r, lora_alpha=stage.lora.alpha, lora_dropout=stage.lora.dropout,
+            target_modules=list(stage.lora.targets),
+        )  # fmt: skip
+        attribute = _ADAPTED[stage.lora.part]
+        setattr(model, attribute, get_peft_model(getattr(model, attribute), settings))
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(_PARTS[part]) for part in stage.train):
+            parameter.requires_grad_(True)
+
+
+def trainable_groups(
+    model: InstructBlipForConditionalGeneration, heads: nn.Module, stage: Stage
+) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer: parts trained in full, adapters, and the heads that only training needs."""
+    full = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    lora = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    groups = [{"params": full, "lr": stage.learning_rate}, {"params": lora, "lr": stage.lora_learning_rate}]
+    if set(stage.losses) - {"language"}:
+        groups.append({"params": list(heads.parameters()), "lr": 5 * stage.learning_rate})
+    return [group for group in groups if group["params"]]
+
+
+def save_trained(model: InstructBlipForConditionalGeneration, stage: Stage, folder: Path) -> None:
+    """Write what a stage trained: full parts as ``trained.safetensors``, adapters in peft's format."""
+    full = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if any(name.startswith(_PARTS[part]) for part in stage.train)
+    }
+    if full:
+        save_file(full, folder / "trained.safetensors")
+    if stage.lora:
+        getattr(model, _ADAPTED[stage.lora.part]).save_pretrained(folder / "adapters" / stage.lora.part)
+
+
+def load_trained(model: InstructBlipForConditionalGeneration, folder: Path) -> None:
+    """Put a finished stage's parts and adapters into the model (which is adapted where it is not yet)."""
+    if (folder / "trained.safetensors").is_file():
+        unexpected = model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{folder} does not fit this model: it holds {unexpected[:3]}")
+    for part_name, attribute in _ADAPTED.items():
+        adapter = folder / "adapters" / part_name
+        if adapter.is_dir():
+            part = getattr(model, attribute)
+            base = part.unload() if isinstance(part, PeftModel) else part
+            setattr(model, attribute, PeftModel.from_pretrained(base, str(adapter)))
+
+
+def encode_images(model: InstructBlipForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """[B, 3, 224, 224] → the vision encoder's features [B, 257, H]."""
+    return model.vision_model(pixel_values=pixels).last_hidden_state
+
+
+def query_image(
+    model: InstructBlipForConditionalGeneration, features: Tensor, instruction_ids: Tensor, instruction_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Features and instruction → (Q-Former output of the queries [B, Q, H], the same projected [B, Q, D])."""
+    queries = model.query_tokens.expand(len(features), -1, -1)
+    mask = torch.cat([torch.ones(queries.shape[:2], dtype=torch.long, device=features.device), instruction_mask], 1)
+    output = model.qformer(
+        input_ids=instruction_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=features
+    ).last_hidden_state[:, : queries.shape[1]]
+    return output, model.language_projection(output)
+
+
+def embed_inputs(model: InstructBlipForConditionalGeneration, input_ids: Tensor, projected: Tensor) -> Tensor:
+    """Token embeddings [B, L, D] with the projected queries in the place of the leading image placeholders."""
+    text = model.get_input_embeddings()(input_ids[:, projected.shape[1] :])
+    return torch.cat([projected.to(text.dtype), text], dim=1)
+
+
+def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor) -> Tensor:
+    """Mean cross-entropy of the report's tokens, given image and prompt."""
+    model = parts.model
+    if not model.config.use_decoder_only_language_model:
+        return _sequence_to_sequence_loss(parts, batch, projected)
+    embeds = embed_inputs(model, batch.input_ids, projected)
+    # Logits over the whole vocabulary are wanted from the first report token on, no earlier.
+    start = int((batch.labels != -100).int().argmax(1).min()) - 1
+    logits = model.language_model(
+        inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False,
+        logits_to_keep=embeds.shape[1] - start,
+    ).logits  # fmt: skip
+    labels = batch.labels[:, start + 1 :]
+    wanted = labels != -100
+    return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted])
+
+
+def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor) -> Tensor:
+    """The encoder (Flan-T5's) reads image and prompt, the decoder writes the report."""
+    reports = batch.labels != -100
+    prompt_length = int((batch.attention_mask.bool() & ~reports).sum(1).max())
+    prompt_mask = (batch.attention_mask.bool() & ~reports)[:, :prompt_length].long()
+    embeds = embed_inputs(parts.model, batch.input_ids[:, :prompt_length], projected)
+    width = int(reports.sum(1).max())
+    labels = torch.full((len(reports), width), -100, device=embeds.device)
+    for row, keep in enumerate(reports):
+        labels[row, : int(keep.sum())] = batch.labels[row][keep]
+    return parts.model.language_model(inputs_embeds=embeds, attention_mask=prompt_mask, labels=labels).loss

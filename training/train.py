@@ -1,0 +1,378 @@
+"""Run the stages of a configuration in order: train, log, checkpoint, and resume exactly where a run stopped."""
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from training.base import ModelAndTokenizers, load_model
+from training.batches import Batch, cache_features, collate, drop_priors, epoch_order, load_pixels
+from training.config import RunConfig, Stage
+from training.datasets.iu_xray import TAGS, Study, read_studies
+from training.fetch import DEFAULT_CACHE
+from training.losses import AlignmentHeads, word_vocabulary
+from training.stages import (
+    encode_images,
+    language_loss,
+    load_trained,
+    prepare_stage,
+    query_image,
+    save_trained,
+    trainable_groups,
+)
+
+VAL_STUDIES = 96
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        RuntimeError: CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError("CUDA was asked for, but torch finds no CUDA device: give --device cpu")
+    return torch.device(name)
+
+
+def choose_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """fp32 on a CPU and bf16 on a GPU, unless the precision is named (bf16 pays on CPUs with AVX512-BF16 or AMX)."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"unknown precision {precision!r}; give auto, fp32 or bf16")
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = None) -> Path:
+    """Run every stage that is not finished; returns the folder of the run.
+
+    Args:
+        config: the run. Its folder holds ``base/`` (the starting point), one folder a stage (``adapters/`` in peft's
+            format, ``trained.safetensors``, ``loss.csv``, ``loss.png``) and a resumable checkpoint while one runs.
+        cache: where base weights are kept.
+        max_steps: end each stage after so many optimizer steps (for trials).
+
+    Raises:
+        FileNotFoundError: data or base weights are missing.
+        ValueError: the folder holds a run of another configuration.
+    """
+    console = Console(stderr=True)
+    device = choose_device(config.device)
+    autocast = choose_autocast(config.precision, device)
+    config.output.mkdir(parents=True, exist_ok=True)
+    _check_same_run(config)
+    parts = _base(config, cache)
+    parts.model.to(device)
+    previous: Path | None = None
+    for number, stage in enumerate(config.stages):
+        folder = config.output / stage.name
+        prepare_stage(parts.model, stage)
+        if (folder / "finished").is_file():
+            load_trained(parts.model, folder)
+            console.print(f"stage {stage.name}: finished before, loaded")
+        else:
+            StageRun(config, stage, number, parts, device, autocast, folder, previous, console).run(max_steps)
+        previous = folder
+    return config.output
+
+
+def _check_same_run(config: RunConfig) -> None:
+    told = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("data", "device")}, default=str))
+    path = config.output / "config.json"
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        finished = {s["name"] for s in begun["stages"] if (config.output / s["name"]).exists()}
+        same_stages = all(a == b for a, b in zip(begun["stages"], told["stages"], strict=False) if a["name"] in finished)
+        if not same_stages or begun["base"] != told["base"] or begun["base_options"] != told["base_options"]:
+            raise ValueError(
+                f"{config.output} holds a run of another configuration: give another --output, or restore the values"
+            )
+    path.write_text(json.dumps(told, indent=1))
+
+
+def _base(config: RunConfig, cache: Path) -> ModelAndTokenizers:
+    options = {"seed": config.seed, **config.base_options} if config.base == "mini" else {}
+    saved = config.output / "base"
+    if not saved.is_dir():
+        parts = load_model(config.base, cache, **options)
+        scratch = config.output / "base.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        parts.save(scratch)
+        scratch.rename(saved)
+    return load_model(str(saved), cache)
+
+
+class StageRun:
+    """One stage's training loop and its state on disk."""
+
+    def __init__(
+        self, config: RunConfig, stage: Stage, number: int, parts: ModelAndTokenizers, device: torch.device,
+        autocast: torch.autocast, folder: Path, previous: Path | None, console: Console,
+    ):  # fmt: skip
+        self.config, self.stage, self.number, self.parts = config, stage, number, parts
+        self.device, self.autocast, self.folder, self.console = device, autocast, folder, console
+        self.seed = config.seed * 1000 + number
+        folder.mkdir(parents=True, exist_ok=True)
+        self.studies = [s for s in read_studies(config.data, stage.splits) if s.target]
+        self.val = [s for s in read_studies(config.data, ("val",)) if s.target][:VAL_STUDIES]
+        self._seed_everything()
+        self.heads = self._build_heads(previous).to(device)
+        self.groups = trainable_groups(parts.model, self.heads, stage)
+        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=stage.weight_decay)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.steps_per_epoch = max(1, len(self._epoch(0)) // stage.accumulate)
+        self.total_steps = max(1, round(stage.epochs * self.steps_per_epoch))
+        self.step = 0
+        self.features: np.ndarray | None = None
+
+    def run(self, max_steps: int | None = None) -> None:
+        """Train to the end of the stage, resuming from its checkpoint where there is one."""
+        self._resume()
+        total = min(self.total_steps, max_steps or self.total_steps)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            if self.stage.cached_views:
+                self._cache(progress)
+            task = progress.add_task(f"stage {self.stage.name}", total=total, completed=self.step)
+            while self.step < total:
+                losses = self._train_step()
+                self._log(losses)
+                loss_text = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "step")
+                progress.update(task, completed=self.step, description=f"stage {self.stage.name} {loss_text}")
+                if not progress.console.is_terminal and self.step % 10 == 0:
+                    self.console.print(f"{self.stage.name} {self.step}/{total} {loss_text}", highlight=False)
+                if self.step % self.stage.save_every == 0:
+                    self._save_checkpoint()
+                if self.step % self.steps_per_epoch == 0 or self.step == total:
+                    self._validate()
+        self._finish()
+
+    def _seed_everything(self) -> None:
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+    def _build_heads(self, previous: Path | None) -> AlignmentHeads:
+        encode = self.parts.tokenizer
+        train = read_studies(self.config.data, ("train",))
+        ids, share = word_vocabulary([encode(s.target, add_special_tokens=False).input_ids for s in train if s.target])
+        heads = AlignmentHeads(self.parts.model.config.qformer_config.hidden_size, len(TAGS), ids, share)
+        if previous and (previous / "heads.pt").is_file():
+            heads.load_state_dict(torch.load(previous / "heads.pt", weights_only=True))
+        return heads
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        return epoch_order(self.studies, self.stage.batch_size, self.stage.abnormal_weight, rng)
+
+    def _cache(self, progress: Progress) -> None:
+        task = progress.add_task(f"stage {self.stage.name}: encoding images", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, total=total, advance=done)
+
+        arguments = (self.config.output / "cache", self.seed, self.device, self.autocast, advance)
+        vision = self.parts.model.vision_model
+        self.features = cache_features(vision, self.studies, self.stage.cached_views, *arguments)
+        progress.remove_task(task)
+
+    def _batch(self, epoch: int, index: int, rows: list[int]) -> Batch:
+        """The batch is a function of seed, epoch and index alone, so that a resumed run sees the same."""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        studies = [self.studies[i] for i in rows]
+        contexts = [drop_priors(s.context, self.stage.prior_dropout, rng) for s in studies]
+        if self.features is not None:
+            views = rng.integers(len(self.features), size=len(rows))
+            images = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, rows, strict=True)])).float()
+        else:
+            images = torch.from_numpy(np.stack([load_pixels(s.image, rng) for s in studies]))
+        return collate(self.parts, studies, contexts, images).to(self.device)
+
+    def _train_step(self) -> dict[str, float]:
+        self.parts.model.train()
+        if self.features is not None:
+            self.parts.model.vision_model.eval()
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self._schedule()
+        totals: dict[str, float] = {}
+        accumulate = self.stage.accumulate
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        batches = self._epoch(epoch)
+        for i in range(accumulate):
+            index = first * accumulate + i
+            losses = self._losses(self._batch(epoch, index, batches[index % len(batches)]))
+            loss = sum((self.stage.losses[name] * value for name, value in losses.items()), torch.tensor(0.0))
+            (loss / accumulate).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.item() / accumulate
+        nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"step": self.step, **totals}
+
+    def _schedule(self) -> float:
+        if self.step < self.stage.warmup_steps:
+            return (self.step + 1) / self.stage.warmup_steps
+        progress = (self.step - self.stage.warmup_steps) / max(1, self.total_steps - self.stage.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        model, heads, wanted = self.parts.model, self.heads, self.stage.losses
+        with self.autocast:
+            features = batch.images if self.features is not None else encode_images(model, batch.images)
+            queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
+            losses: dict[str, Tensor] = {}
+            if "tags" in wanted:
+                losses["tags"] = heads.tags_loss(queries, batch.tags)
+            if "contrastive" in wanted:
+                text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
+                losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask)
+            if "words" in wanted:
+                embedding = model.get_input_embeddings().weight.detach()
+                losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch))
+            if "language" in wanted:
+                losses["language"] = language_loss(self.parts, batch, projected)
+        return losses
+
+    def _word_targets(self, batch: Batch) -> Tensor:
+        targets = torch.zeros(len(batch.report_tokens), len(self.heads.word_ids), device=self.device)
+        for row, tokens in enumerate(batch.report_tokens):
+            targets[row] = torch.isin(self.heads.word_ids, torch.tensor(tokens, device=self.device)).float()
+        return targets
+
+    @torch.inference_mode()
+    def _validate(self) -> None:
+        self.parts.model.eval()
+        totals: dict[str, list[float]] = {}
+        logits, tags = [], []
+        cached, self.features = self.features, None
+        for start in range(0, len(self.val), 16):
+            studies = self.val[start : start + 16]
+            images = torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
+            batch = collate(self.parts, studies, [s.context for s in studies], images).to(self.device)
+            for name, value in self._losses(batch).items():
+                totals.setdefault(name, []).append(value.item())
+            with self.autocast:
+                features = encode_images(self.parts.model, batch.images)
+                queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
+            logits.append(self.heads.tag_logits(queries.float()).cpu().numpy())
+            tags.append(batch.tags.cpu().numpy())
+        self.features = cached
+        row = {name: float(np.mean(values)) for name, values in totals.items()}
+        row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
+        _append_row(self.folder / "validation.csv", {"step": self.step, **row})
+        self.console.print(f"{self.stage.name} step {self.step} validation "
+                           + " ".join(f"{k} {v:.3f}" for k, v in row.items()), highlight=False)  # fmt: skip
+        _plot_losses(self.folder)
+
+    def _log(self, losses: dict[str, float]) -> None:
+        _append_row(self.folder / "loss.csv", losses)
+
+    def _save_checkpoint(self) -> None:
+        trained = {n: p.detach().cpu() for n, p in self.parts.model.named_parameters() if p.requires_grad}
+        state: dict[str, Any] = {
+            "step": self.step, "trained": trained, "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
+        }  # fmt: skip
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        _write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            for log in ("loss.csv", "validation.csv"):
+                (self.folder / log).unlink(missing_ok=True)
+            return
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        self.parts.model.load_state_dict(state["trained"], strict=False)
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.step = state["step"]
+        for log in ("loss.csv", "validation.csv"):
+            _cut_rows(self.folder / log, self.step)
+        self.console.print(f"stage {self.stage.name}: resumed at step {self.step}")
+
+    def _finish(self) -> None:
+        save_trained(self.parts.model, self.stage, self.folder)
+        torch.save(self.heads.state_dict(), self.folder / "heads.pt")
+        _plot_losses(self.folder)
+        (self.folder / "finished").write_text(f"{self.step} steps\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _tag_auc(logits: np.ndarray, tags: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import roc_auc_score
+
+    scores = {}
+    for i, name in enumerate(list(TAGS)[:4]):
+        if 0 < tags[:, i].sum() < len(tags):
+            scores[f"auc_{name}"] = float(roc_auc_score(tags[:, i], logits[:, i]))
+    return scores
+
+
+def _append_row(path: Path, row: dict[str, float]) -> None:
+    new = not path.is_file()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _cut_rows(path: Path, last_step: int) -> None:
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        path.unlink()
+        for row in rows:
+            if int(row["step"]) <= last_step:
+                _append_row(path, {key: value for key, value in row.items()})  # type: ignore[misc]
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _plot_losses(folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for log, style in (("loss.csv", "-"), ("validation.csv", "o--")):
+        if not (folder / log).is_file():
+            continue
+        with open(folder / log, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for name in [key for key in rows[0] if key != "step" and not key.startswith("auc")]:
+            label = name if log == "loss.csv" else f"{name} (validation)"
+            axes.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], style, label=label, alpha=0.8)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=f"stage {folder.name}")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=110)
+    pyplot.close(figure)
