@@ -104,7 +104,7 @@ def _stage(values: dict, path: Path) -> Stage:
         lora = {**values["lora"], "targets": tuple(values["lora"].get("targets", ()))}
         values["lora"] = _build(LoraSettings, lora, where)
         if values["lora"].part not in ("vision", "language"):
-            raise ConfigError(f"{where}: lora.on is {values['lora'].on!r}; give vision or language")
+            raise ConfigError(f"{where}: lora.part is {lora['part']!r}; give vision or language")
     for key in ("train", "splits"):
         if key in values:
             values[key] = tuple(values[key])
