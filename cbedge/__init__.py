@@ -1,0 +1,67 @@
+"""cbedge drafts chest radiograph reports on one workstation, offline.
+
+>>> from cbedge import ReportGenerator
+>>> report = ReportGenerator.from_pretrained().generate("chest_pa.png", indication="cough")
+
+Names are imported when they are first used, so that ``import cbedge`` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cbedge.bundle import Bundle, open_bundle
+    from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, OutputError, RadiographError
+    from cbedge.generator import ReportGenerator, ReportStream
+    from cbedge.prompt import ClinicalContext
+    from cbedge.radiograph import Radiograph, load_radiograph
+    from cbedge.report import Report, Timings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ReportGenerator": "generator",
+    "ReportStream": "generator",
+    "Report": "report",
+    "Timings": "report",
+    "ClinicalContext": "prompt",
+    "Radiograph": "radiograph",
+    "load_radiograph": "radiograph",
+    "Bundle": "bundle",
+    "open_bundle": "bundle",
+    "CbedgeError": "errors",
+    "RadiographError": "errors",
+    "ContextError": "errors",
+    "BundleError": "errors",
+    "DeviceError": "errors",
+    "OutputError": "errors",
+}
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CbedgeError",
+    "ClinicalContext",
+    "ContextError",
+    "DeviceError",
+    "OutputError",
+    "Radiograph",
+    "RadiographError",
+    "Report",
+    "ReportGenerator",
+    "ReportStream",
+    "Timings",
+    "__version__",
+    "load_radiograph",
+    "open_bundle",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cbedge' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cbedge.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,183 @@
+"""Run a bundle's four graphs with ONNX Runtime, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cbedge.bundle import GRAPHS, Bundle, Shapes, Variant
+from cbedge.errors import BundleError, DeviceError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def check_runtime() -> None:
+    """See that exactly one build of ONNX Runtime is installed; the two builds overwrite each other's files.
+
+    Raises:
+        DeviceError: none is installed, or both are.
+    """
+    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if not present:
+        raise DeviceError('ONNX Runtime is not installed; type: pip install "cbedge[cpu]" (or "cbedge[gpu]" for CUDA)')
+    if len(present) == 2:
+        raise DeviceError(
+            "onnxruntime and onnxruntime-gpu are both installed and break each other; type: "
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "cbedge[gpu]" (or "cbedge[cpu]")'
+        )
+
+
+def choose_device(name: str) -> str:
+    """Resolve ``auto`` to ``cuda`` where the installed ONNX Runtime is built for it, else ``cpu``.
+
+    Raises:
+        DeviceError: the name is unknown, or CUDA is asked for and this ONNX Runtime has none.
+    """
+    check_runtime()
+    if name not in DEVICES:
+        raise DeviceError(f"unknown device {name[:20]!r}; give one of: {', '.join(DEVICES)}")
+    if name == "cpu":
+        return "cpu"
+    import onnxruntime
+
+    built_for_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if name == "auto":
+        return "cuda" if built_for_cuda and _nvidia_driver() else "cpu"
+    if not built_for_cuda:
+        raise DeviceError(
+            "CUDA was asked for, but the installed ONNX Runtime is the CPU build; type: "
+            'pip uninstall -y onnxruntime && pip install "cbedge[gpu]", or give --device cpu'
+        )
+    return "cuda"
+
+
+class OnnxBackend:
+    """The sessions of one variant of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        variant: one of its variants.
+        device: ``cpu`` or ``cuda``.
+        threads: threads of the CPU sessions; default is one a core.
+
+    Raises:
+        BundleError: a graph cannot be loaded.
+        DeviceError: CUDA does not come up; there is no silent fall-back to the CPU.
+    """
+
+    def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
+        self.device = device
+        self.shapes: Shapes = bundle.manifest.shapes
+        self._threads = threads or _cores()
+        with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
+            sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in GRAPHS]))
+        self._vision, self._qformer, self._embed, self._decoder = sessions
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
+        return self._vision.run(["image_features"], {"pixel_values": pixels})[0]
+
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> np.ndarray:
+        """Features and the Q-Former's tokens of the instruction, int64 [1, I] → image embeddings, float32 [1, Q, D]."""
+        feed = {"image_features": features, "qformer_input_ids": instruction_ids}
+        return self._qformer.run(["image_embeds"], feed)[0]
+
+    def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
+        return self._embed.run(["inputs_embeds"], {"input_ids": ids})[0]
+
+    def new_decoder(self) -> OnnxDecoder:
+        """A decoder with an empty KV cache."""
+        return OnnxDecoder(self)
+
+    def _session(self, path: Path) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        provider = "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            if self.device == "cuda":
+                raise DeviceError(_cuda_failure()) from error
+            raise BundleError(f"{path.name} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: update both") from error
+        # ONNX Runtime goes on with the CPU when CUDA's libraries do not load; a session says what it really uses.
+        if provider not in session.get_providers():
+            raise DeviceError(_cuda_failure())
+        return session
+
+
+class OnnxDecoder:
+    """The language model in the middle of one report. The KV cache stays where the session runs."""
+
+    def __init__(self, backend: OnnxBackend):
+        import onnxruntime
+
+        self._backend = backend
+        self._session = backend._decoder
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        self._length = 0
+        shapes = backend.shapes
+        empty = np.zeros((1, shapes.num_key_value_heads, 0, shapes.head_size), np.float32)
+        self._cache = {
+            f"past_key_values.{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(empty, backend.device)
+            for i in range(shapes.num_layers)
+            for kind in ("key", "value")
+        }
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
+        self._length += embeds.shape[1]
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
+        binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
+        if "position_ids" in self._inputs:
+            positions = np.arange(self._length - embeds.shape[1], self._length, dtype=np.int64)[None]
+            binding.bind_cpu_input("position_ids", positions)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in self._cache:
+            binding.bind_output(name.replace("past_key_values", "present"), self._backend.device)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        self._cache = dict(zip(self._cache, present, strict=True))
+        return logits.numpy()[0, -1]
+
+    def step(self, token_id: int) -> np.ndarray:
+        """Read one more token; return the logits after it, float32 [V]."""
+        return self.prefill(self._backend.embed_tokens(np.array([[token_id]], np.int64)))
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _cores() -> int:
+    # What this process may use, which in a container is less than what the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _nvidia_driver() -> bool:
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", r"C:\Windows\System32\nvcuda.dll"))
+
+
+def _cuda_failure() -> str:
+    return (
+        "CUDA was asked for, but ONNX Runtime could not start it: check the NVIDIA driver (nvidia-smi) and type: "
+        'pip install "cbedge[gpu]" for the CUDA and cuDNN libraries, or give --device cpu'
+    )

@@ -1,0 +1,260 @@
+"""What a model is on disk: a folder of ONNX graphs, tokenizers and a card, described by ``manifest.json``.
+
+Opening verifies every file that a variant needs; writing is atomic. There is no pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cbedge.errors import BundleError, OutputError
+from cbedge.prompt import PROMPT_VERSION
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CARD = "MODEL_CARD.md"
+TOKENIZER = "tokenizer.json"
+QFORMER_TOKENIZER = "qformer_tokenizer.json"
+GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
+DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of a bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One precision of the same model.
+
+    Attributes:
+        description: one line for people.
+        graphs: the ONNX file of each of :data:`GRAPHS`.
+        data: files of external weights that those graphs refer to.
+    """
+
+    description: str
+    graphs: dict[str, str]
+    data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes that the runtime needs to know before it runs a graph."""
+
+    image_size: int
+    num_query_tokens: int
+    hidden_size: int
+    num_layers: int
+    num_key_value_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``.
+
+    Attributes:
+        name, version, license: of the model.
+        prompt_version: of ``cbedge/prompt.py`` that the model was trained with.
+        shapes: see :class:`Shapes`.
+        prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
+        stop_ids: token ids that end a report.
+        decoding: defaults: ``max_new_tokens``.
+        default_variant: the variant that is taken when none is named.
+        variants, files: what is in the folder.
+        training_data, base_weights: origin and licence of each.
+        quality: measured scores, each with its control rows.
+    """
+
+    name: str
+    version: str
+    license: str
+    shapes: Shapes
+    stop_ids: tuple[int, ...]
+    default_variant: str
+    variants: dict[str, Variant]
+    files: dict[str, FileRecord]
+    prefix_ids: tuple[int, ...] = ()
+    prompt_version: int = PROMPT_VERSION
+    format_version: int = FORMAT_VERSION
+    decoding: dict[str, int] = field(default_factory=lambda: {"max_new_tokens": 160})
+    training_data: tuple[dict[str, str], ...] = ()
+    base_weights: tuple[dict[str, str], ...] = ()
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def variant(self, name: str | None = None) -> tuple[str, Variant]:
+        """The named variant, or the default one, as (name, variant).
+
+        Raises:
+            BundleError: the bundle has no such variant.
+        """
+        name = name or self.manifest.default_variant
+        if name not in self.manifest.variants:
+            known = ", ".join(self.manifest.variants)
+            raise BundleError(f"unknown variant {name[:40]!r}; {self.manifest.name} has: {known}")
+        return name, self.manifest.variants[name]
+
+    def verify(self, names: tuple[str, ...] | None = None) -> None:
+        """Check size and SHA-256 of the named files (default: all).
+
+        Raises:
+            BundleError: a file is missing or is not what was exported.
+        """
+        names = tuple(self.manifest.files) if names is None else names
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._verify_file, names))
+
+    def variant_files(self, variant: Variant) -> tuple[str, ...]:
+        """Every file that running a variant reads."""
+        return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER)
+
+    def _verify_file(self, name: str) -> None:
+        record = self.manifest.files.get(name)
+        path = self.folder / name
+        if record is None:
+            raise BundleError(f"{MANIFEST} lists no {name}: the bundle is incomplete; install or export it again")
+        if not path.is_file():
+            raise BundleError(f"{name} is missing from the bundle {self.folder}: install or export it again")
+        if path.stat().st_size != record.size or file_sha256(path) != record.sha256:
+            raise BundleError(f"{name} in the bundle {self.folder} was altered or damaged: install or export it again")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_bundle(folder: Path | str | None = None) -> Bundle:
+    """Read a bundle's manifest; the files themselves are checked by :meth:`Bundle.verify`.
+
+    Args:
+        folder: the bundle; default is the embedded model.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest is damaged, of a newer format or of another prompt version.
+    """
+    path = DEFAULT_BUNDLE if folder is None else Path(folder)
+    try:
+        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"no model bundle at {path}: it has no {MANIFEST}; give a folder that export wrote") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{MANIFEST} in {path} cannot be read ({type(error).__name__}): export it again") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{path} has bundle format {version!r}; this cbedge reads {FORMAT_VERSION}: update the older one")
+    try:
+        manifest = _manifest(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{MANIFEST} in {path} is not valid ({error}): export it again") from None
+    if manifest.prompt_version != PROMPT_VERSION:
+        raise BundleError(
+            f"{manifest.name} was trained with prompt version {manifest.prompt_version}, this cbedge writes "
+            f"{PROMPT_VERSION}: update cbedge or the model"
+        )
+    return Bundle(path, manifest)
+
+
+def write_bundle(folder: Path, fill: Callable[[Path], Manifest], force: bool = False) -> Bundle:
+    """Write a bundle atomically: a temporary folder beside it, fsync, rename.
+
+    Args:
+        folder: where the bundle is to be.
+        fill: writes the files into the folder it is given and returns the manifest; its ``files`` are filled in here.
+        force: replace a bundle that is already there.
+
+    Raises:
+        OutputError: something is at ``folder`` and ``force`` is not given, or it is no bundle, or cannot be written.
+    """
+    check_target(folder, force)
+    scratch = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    try:
+        scratch.mkdir(parents=True)
+        manifest = fill(scratch)
+        values = asdict(manifest) | {"files": {p.name: asdict(_record(p)) for p in sorted(scratch.iterdir())}}
+        (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        for path in (*scratch.iterdir(), scratch):
+            _fsync(path)
+        old = scratch.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
+        scratch.rename(folder)
+        _fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except PermissionError:
+        raise OutputError(f"no permission to write {folder}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return open_bundle(folder)
+
+
+def check_target(folder: Path, force: bool) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        OutputError: ``folder`` holds something, and it is no bundle or ``force`` is not given.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise OutputError(f"{folder} is there and is not a bundle: give another folder, nothing was written")
+    if not force:
+        raise OutputError(f"{folder} holds a bundle already: give --force to replace it, or another folder")
+
+
+def _record(path: Path) -> FileRecord:
+    return FileRecord(path.stat().st_size, file_sha256(path))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+    known = {f.name for f in fields(Manifest)}
+    values = {key: value for key, value in values.items() if key in known}
+    values["shapes"] = Shapes(**values["shapes"])
+    values["files"] = {_plain(name): FileRecord(**record) for name, record in values["files"].items()}
+    values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
+    for key in ("stop_ids", "prefix_ids", "training_data", "base_weights"):
+        values[key] = tuple(values.get(key, ()))
+    manifest = Manifest(**values)
+    if manifest.default_variant not in manifest.variants:
+        raise ValueError(f"no variant {manifest.default_variant!r}")
+    return manifest
+
+
+def _variant(values: dict[str, Any]) -> Variant:
+    graphs = {kind: _plain(values["graphs"][kind]) for kind in GRAPHS}
+    return Variant(values["description"], graphs, tuple(_plain(name) for name in values.get("data", ())))
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"the file name {name!r} leaves the folder")
+    return name

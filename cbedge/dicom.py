@@ -1,0 +1,106 @@
+"""Read the pixels of a DICOM radiograph (CR or DX) as the modality meant them to be seen."""
+
+import io
+import logging
+import warnings
+
+import numpy as np
+
+from cbedge.errors import ContextError, RadiographError
+from cbedge.prompt import normalize_view
+
+_MODALITIES = ("CR", "DX")
+
+
+def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None]:
+    """Decode one single-frame CR or DX image.
+
+    Modality rescale and the first VOI LUT or window are applied; MONOCHROME1 is turned round so that bone is bright.
+
+    Args:
+        data: the file's bytes.
+        name: what to call it in a message.
+        max_pixels: refuse more than this, from the header, before decoding.
+
+    Returns:
+        float32 [rows, columns] in 0..1, and ``frontal``, ``lateral`` or ``None`` from View Position.
+
+    Raises:
+        RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
+    """
+    import pydicom
+
+    # pydicom warns and logs with values out of the header, which may hold patient data: keep both quiet.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            dataset = pydicom.dcmread(io.BytesIO(data))
+        except Exception:
+            raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
+        _check_header(dataset, name, max_pixels)
+        try:
+            values = _display_values(dataset)
+        except Exception:
+            raise RadiographError(f"{name} is damaged or cut short: its pixels cannot be decoded; export it again") from None
+        return _to_unit(dataset, values, name), _view(dataset)
+
+
+def _check_header(dataset, name: str, max_pixels: int) -> None:  # type: ignore[no-untyped-def]
+    from pydicom.pixels import get_decoder
+
+    modality = str(dataset.get("Modality", "") or "none")
+    if modality not in _MODALITIES:
+        raise RadiographError(f"{name} has modality {modality[:16]}; cbedge reads CR and DX radiographs only")
+    if "PixelData" not in dataset:
+        raise RadiographError(f"{name} holds no image (no Pixel Data); export it with its pixels")
+    try:
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        rows, columns = int(dataset.Rows), int(dataset.Columns)
+        samples = int(dataset.get("SamplesPerPixel") or 1)
+    except (AttributeError, TypeError, ValueError):
+        raise RadiographError(f"{name} lacks its rows, columns or frames: export it again") from None
+    if frames > 1:
+        raise RadiographError(f"{name} holds {frames} frames; give a single radiograph")
+    if rows * columns > max_pixels:
+        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; at most {max_pixels:,} in all: scale it down")
+    if samples != 1:
+        raise RadiographError(f"{name} has {samples} colour channels; a CR or DX radiograph has one")
+    try:
+        syntax = dataset.file_meta.TransferSyntaxUID
+        available = get_decoder(syntax).is_available
+    except (AttributeError, NotImplementedError):
+        available = False
+    if not available:
+        told = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
+        raise RadiographError(
+            f"{name} is in transfer syntax {getattr(told, 'name', None) or 'unknown'}, which cbedge does not decode; "
+            "convert it to an uncompressed, JPEG or JPEG 2000 syntax"
+        )
+
+
+def _display_values(dataset) -> np.ndarray:  # type: ignore[no-untyped-def]
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    return np.asarray(apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset, index=0))
+
+
+def _to_unit(dataset, values: np.ndarray, name: str) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Stretch to 0..1 by the image's own range, which after a window is the window's."""
+    if values.ndim != 2:
+        raise RadiographError(f"{name} decodes to {values.ndim} dimensions; give a single grey radiograph")
+    pixels = values.astype(np.float32)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not np.isfinite([low, high]).all():
+        raise RadiographError(f"{name} holds values that are not finite: export it again")
+    pixels = (pixels - low) / max(high - low, 1e-6)
+    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    # A VOI LUT or window comes before the photometric interpretation; Presentation LUT Shape INVERSE says the same.
+    return 1.0 - pixels if inverted else pixels
+
+
+def _view(dataset) -> str | None:  # type: ignore[no-untyped-def]
+    try:
+        return normalize_view(str(dataset.get("ViewPosition") or "") or None)
+    except ContextError:
+        return None

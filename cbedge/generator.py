@@ -1,0 +1,212 @@
+"""From a radiograph and its clinical context to a draft report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from cbedge.backends.onnx import OnnxBackend, choose_device
+from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.decoding import greedy
+from cbedge.errors import BundleError, ContextError
+from cbedge.prompt import ClinicalContext, build_instruction, build_prompt, split_sections
+from cbedge.radiograph import Radiograph, load_radiograph, preprocess
+from cbedge.report import Report, Timings
+
+MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
+MAX_NEW_TOKENS = 1024
+
+
+class ReportGenerator:
+    """Drafts reports with one model. Create it once and keep it: the first draft then costs no loading.
+
+    Example:
+        >>> generator = ReportGenerator.from_pretrained()
+        >>> report = generator.generate("chest_pa.png", indication="cough")
+        >>> print(report.findings)
+    """
+
+    def __init__(self, bundle: Bundle, variant: str, backend: OnnxBackend):
+        self.bundle = bundle
+        self.variant = variant
+        self.backend = backend
+        self._tokenizer = _load_tokenizer(bundle, TOKENIZER)
+        self._qformer_tokenizer = _load_tokenizer(bundle, QFORMER_TOKENIZER)
+        self._qformer_tokenizer.no_padding()
+        self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Path | str | None = None,
+        variant: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> ReportGenerator:
+        """Open a bundle, check the hash of every file that is needed, and load it.
+
+        Args:
+            model: folder of a bundle; default is the embedded model.
+            variant: a variant of the bundle, such as ``int4``; default is the bundle's own.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            threads: CPU threads; default is one a core.
+
+        Raises:
+            BundleError: the bundle is missing, altered, of another format, or lacks the variant.
+            DeviceError: ONNX Runtime is not installed, or CUDA was asked for and is not to be had.
+        """
+        bundle = open_bundle(model)
+        name, chosen = bundle.variant(variant)
+        device = choose_device(device)
+        bundle.verify(bundle.variant_files(chosen))
+        return cls(bundle, name, OnnxBackend(bundle, chosen, device, threads))
+
+    def generate(
+        self,
+        image: Any,
+        *,
+        indication: str | None = None,
+        comparison: str | None = None,
+        view: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Report:
+        """Draft the report of one frontal chest radiograph.
+
+        Args:
+            image: a path, the file's bytes, a PIL image, an array, or a :class:`~cbedge.radiograph.Radiograph`; see
+                :func:`~cbedge.radiograph.load_radiograph`.
+            indication: why the study was requested.
+            comparison: what earlier study it is compared with.
+            view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
+            max_new_tokens: stop after so many tokens.
+
+        Raises:
+            RadiographError: the image cannot be used.
+            ContextError: the indication, comparison, view or ``max_new_tokens`` cannot be used.
+        """
+        stream = self.stream(
+            image, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens
+        )
+        for _ in stream:
+            pass
+        return stream.report
+
+    def stream(
+        self,
+        image: Any,
+        *,
+        indication: str | None = None,
+        comparison: str | None = None,
+        view: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> ReportStream:
+        """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
+
+        The input is checked here, before the first piece is asked for.
+        """
+        limit = self.bundle.manifest.decoding["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= MAX_NEW_TOKENS:
+            raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
+        context = ClinicalContext(indication, comparison, view)
+        start = perf_counter()
+        radiograph = load_radiograph(image)
+        context = ClinicalContext(context.indication, context.comparison, context.view or radiograph.view or "frontal")
+        return ReportStream(self, radiograph, context, limit, perf_counter() - start)
+
+    def prompt_ids(self, context: ClinicalContext) -> list[int]:
+        """The language model's tokens that follow the image embeddings."""
+        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context), False)]
+
+    def image_embeds(self, features: np.ndarray, context: ClinicalContext) -> np.ndarray:
+        """The vision encoder's features [1, P, H] → what the Q-Former, told the instruction, hands on [1, Q, D]."""
+        ids = self._encode(self._qformer_tokenizer, build_instruction(context), True)
+        return self.backend.query_image(features, np.array([ids], np.int64))
+
+    def decode_stream(self) -> DecodeStream:
+        """A decoder of token ids to text that waits for whole characters."""
+        return DecodeStream(skip_special_tokens=True)
+
+    def decode_piece(self, stream: DecodeStream, token_id: int) -> str:
+        """The text that one more token completes, empty where it completes none."""
+        return stream.step(self._tokenizer, token_id) or ""
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=special).ids
+
+
+class ReportStream(Iterator[str]):
+    """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted."""
+
+    def __init__(
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int, reading: float
+    ):
+        self._report: Report | None = None
+        self._pieces = self._run(generator, radiograph, context, limit, reading)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def report(self) -> Report:
+        """The finished report.
+
+        Raises:
+            RuntimeError: the iterator is not exhausted.
+        """
+        if self._report is None:
+            raise RuntimeError("the draft is not finished: exhaust the iterator first")
+        return self._report
+
+    def _run(
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int, reading: float
+    ) -> Iterator[str]:
+        manifest, backend = generator.bundle.manifest, generator.backend
+        start = perf_counter() - reading  # a consumer may ask for the first piece long after the radiograph was read
+        pixels = preprocess(radiograph.pixels)
+        read = perf_counter()
+        features = backend.encode_image(pixels)
+        vision = perf_counter()
+        image_embeds = generator.image_embeds(features, context)
+        qformer = perf_counter()
+        prompt_ids = generator.prompt_ids(context)
+        text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))
+        embeds = np.concatenate([image_embeds, text_embeds], axis=1)
+        decoder = backend.new_decoder()
+        logits = decoder.prefill(embeds)
+        prefill = perf_counter()
+        pieces, count, complete = [], 0, False
+        text_stream = generator.decode_stream()
+        for token_id in greedy(decoder, logits, manifest.stop_ids, limit):
+            if token_id in manifest.stop_ids:
+                complete = True
+                break
+            count += 1
+            piece = generator.decode_piece(text_stream, token_id)
+            if piece:
+                pieces.append(piece)
+                yield piece
+        end = perf_counter()
+        text = "".join(pieces).strip()
+        findings, impression = split_sections(text)
+        marks = (start, read, vision, qformer, prefill, end)
+        spans = [1000 * (after - before) for before, after in zip(marks, marks[1:], strict=False)]
+        self._report = Report(
+            findings=findings, impression=impression, text=text, complete=complete, model=manifest.name,
+            model_version=manifest.version, variant=generator.variant, device=backend.device,
+            image_sha256=radiograph.sha256, prompt_tokens=embeds.shape[1], new_tokens=count,
+            timings=Timings(*spans, total=1000 * (end - start)),
+        )  # fmt: skip
+
+
+def _load_tokenizer(bundle: Bundle, name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(bundle.folder / name))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{name} in {bundle.folder} cannot be read: install or export the bundle again") from error
