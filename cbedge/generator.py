@@ -114,10 +114,9 @@ class ReportGenerator:
         if not 1 <= limit <= MAX_NEW_TOKENS:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
-        start = perf_counter()
         radiograph = load_radiograph(image)
         context = ClinicalContext(context.indication, context.comparison, context.view or radiograph.view or "frontal")
-        return ReportStream(self, radiograph, context, limit, perf_counter() - start)
+        return ReportStream(self, radiograph, context, limit)
 
     def prompt_ids(self, context: ClinicalContext) -> list[int]:
         """The language model's tokens that follow the image embeddings."""
@@ -145,10 +144,10 @@ class ReportStream(Iterator[str]):
     """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted."""
 
     def __init__(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int, reading: float
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int
     ):
         self._report: Report | None = None
-        self._pieces = self._run(generator, radiograph, context, limit, reading)
+        self._pieces = self._run(generator, radiograph, context, limit)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -165,10 +164,10 @@ class ReportStream(Iterator[str]):
         return self._report
 
     def _run(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int, reading: float
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int
     ) -> Iterator[str]:
         manifest, backend = generator.bundle.manifest, generator.backend
-        start = perf_counter() - reading  # a consumer may ask for the first piece long after the radiograph was read
+        start = perf_counter() - radiograph.read_ms / 1000
         pixels = preprocess(radiograph.pixels)
         read = perf_counter()
         features = backend.encode_image(pixels)

@@ -6,8 +6,9 @@ Training and inference share :func:`preprocess`, so there is no difference betwe
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 1024 * 1024
 MIN_SIDE = 32
 _RASTER_FORMATS = ("PNG", "JPEG", "TIFF")
-_MODALITIES = ("CR", "DX")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Radiograph:
         pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright).
         view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
         sha256: hash of the input file's bytes (of the raw pixels for an array).
+        read_ms: how long reading and decoding took, in milliseconds.
     """
 
     pixels: np.ndarray
     view: str | None
     sha256: str
+    read_ms: float = 0.0
 
 
 def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
@@ -53,6 +55,12 @@ def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
     """
     if isinstance(source, Radiograph):
         return source
+    start = perf_counter()
+    radiograph = _load(source, max_pixels)
+    return replace(radiograph, read_ms=1000 * (perf_counter() - start))
+
+
+def _load(source: Any, max_pixels: int) -> Radiograph:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):

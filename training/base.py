@@ -103,6 +103,7 @@ def assemble_mini(
     )  # fmt: skip
     # A token that the tokenizer already has and no report contains stands for an image embedding: no new row is needed.
     image_token_id = tokenizer.convert_tokens_to_ids("<file_sep>")
+    del text_model.config.quantization_config  # the weights came as GGUF and are plain fp32 from here on
     config = InstructBlipConfig(
         vision_config=vision_config, qformer_config=qformer_config, text_config=text_model.config,
         num_query_tokens=num_query_tokens, image_token_index=image_token_id,

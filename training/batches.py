@@ -82,9 +82,14 @@ class Batch:
 def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext) -> list[int]:
     """Token ids of image placeholders and prompt, as inference feeds them."""
     prompt = parts.tokenizer(build_prompt(context), add_special_tokens=False).input_ids
-    bos = parts.tokenizer.bos_token_id if parts.tokenizer.add_bos_token is True else None
     start = [parts.image_token_id] * parts.model.config.num_query_tokens
-    return start + ([bos] if bos is not None else []) + prompt
+    return [*start, *prefix_ids(parts), *prompt]
+
+
+def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
+    """What stands between image embeddings and prompt: the beginning-of-text token where the tokenizer adds one."""
+    bos = parts.tokenizer.bos_token_id
+    return (bos,) if bos is not None and getattr(parts.tokenizer, "add_bos_token", False) is True else ()
 
 
 def collate(

@@ -90,6 +90,9 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
         raise ConfigError(f"{path} has no list of stages")
     values.update({key: value for key, value in overrides.items() if value is not None})
     values["stages"] = tuple(_stage(stage, path) for stage in values["stages"])
+    adapted = [stage.lora.part for stage in values["stages"] if stage.lora]
+    if len(adapted) != len(set(adapted)):
+        raise ConfigError(f"{path}: two stages put LoRA on the same part; give each part one LoRA stage")
     for key in ("data", "output"):
         if not values.get(key):
             raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")

