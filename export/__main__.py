@@ -50,9 +50,10 @@ def export(
     console = Console(stderr=True)
     from export.bundle import Origin, pack
     from export.graphs import export_graphs
-    from export.merge import load_adapted, merge
+    from export.merge import merge
     from export.parity import write_parity
     from export.quantize import Int4Settings, quantize_graphs
+    from training.trained import load_adapted
 
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)

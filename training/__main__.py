@@ -40,6 +40,58 @@ def run_command(
     typer.echo(f"trained: {folder}")
 
 
+@app.command("evaluate")
+def evaluate_command(
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
+    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    model: Annotated[Optional[list[Path]], typer.Option(help="Folder of a bundle; may be repeated.")] = None,
+    run_folder: Annotated[Optional[Path], typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    limit: Annotated[Optional[int], typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
+    drafts: Annotated[Optional[Path], typer.Option(help="JSON lines of all drafts; keep it out of the repository.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+) -> None:
+    """Score bundles (as users run them) or a run (in torch) on IU X-RAY, with controls.
+
+    The first --model, or else the run, also gets the swapped-image and withheld-indication controls. With --run, the
+    retrieval controls and linear probes of its encoder are measured too.
+    """
+    from training.drafting import RuntimeDrafter, TorchDrafter
+    from training.evaluate import evaluate, to_markdown, write_results
+
+    if split not in ("test", "val"):
+        raise ValueError(f"unknown split {split!r}; give test or val")
+    if not model and run_folder is None:
+        raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both")
+    for suffix in (".json", ".md"):
+        if output.with_suffix(suffix).exists() and not force:
+            raise ValueError(f"{output.with_suffix(suffix)} exists already: give --force to replace it")
+    drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
+    encoder = None
+    if run_folder is not None:
+        from training.train import choose_device
+        from training.trained import load_adapted, merge_adapters
+
+        parts = load_adapted(str(run_folder / "base"), [run_folder], cache)
+        merge_adapters(parts)
+        parts.model.to(choose_device(device))
+        encoder = TorchDrafter(parts, batch_size)
+        drafters.append(encoder)
+    record = evaluate(data, drafters, encoder, split, limit, drafts_file=drafts)
+    record["command"] = "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
+    write_results(record, output)
+    typer.echo(to_markdown(record))
+
+
+def _shown(argument: str) -> str:
+    """A path is recorded by its last two parts: where it lies on this machine is nobody's business."""
+    path = Path(argument)
+    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
+
+
 def main() -> None:
     """Run the command line; an expected failure is one line and exit code 1."""
     try:

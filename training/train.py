@@ -116,25 +116,6 @@ def _base(config: RunConfig, cache: Path) -> ModelAndTokenizers:
     return load_model(str(saved), cache)
 
 
-def stage_folders(folder: Path) -> list[Path]:
-    """The finished stages of a run, in order; or the folder itself where it is one finished stage.
-
-    Raises:
-        FileNotFoundError: the folder is neither, or a stage of the run is not finished.
-    """
-    folder = Path(folder)
-    if (folder / "finished").is_file():
-        return [folder]
-    try:
-        stages = json.loads((folder / "config.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError):
-        raise FileNotFoundError(f"{folder} is neither a run nor a finished stage of one") from None
-    for stage in stages:
-        if not (folder / stage["name"] / "finished").is_file():
-            raise FileNotFoundError(f"stage {stage['name']} of {folder} is not finished: train it to its end")
-    return [folder / stage["name"] for stage in stages]
-
-
 class StageRun:
     """One stage's training loop and its state on disk."""
 

@@ -1,0 +1,51 @@
+"""What a score must be read against: reports written without reading the radiograph, or by copying another's."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from training.datasets.iu_xray import Study
+from training.drafting import Request
+from training.scoring import rouge_matrix
+
+CONSENSUS = 25
+_CANDIDATES = 300
+
+
+def best_constant(train_reports: list[str], seed: int = 0) -> str:
+    """The train report with the highest mean ROUGE-L to all others, among 300 candidates drawn at random."""
+    rng = np.random.default_rng(seed)
+    distinct = sorted({r for r in train_reports if r})
+    candidates = [distinct[i] for i in rng.permutation(len(distinct))[:_CANDIDATES]]
+    return candidates[int(np.mean(rouge_matrix(candidates, train_reports), axis=1).argmax())]
+
+
+def neighbours(queries: np.ndarray, train: np.ndarray, count: int = CONSENSUS) -> np.ndarray:
+    """Rows of the ``count`` train images nearest by cosine of standardized features: int [queries, count]."""
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    queries, train = (queries - mean) / deviation, (train - mean) / deviation
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    return np.argsort(-(queries @ train.T), axis=1, kind="stable")[:, :count]
+
+
+def consensus(reports: list[str]) -> str:
+    """The report with the highest mean ROUGE-L to the others."""
+    return reports[int(np.mean(rouge_matrix(reports, reports), axis=1).argmax())]
+
+
+def swapped(studies: list[Study], seed: int = 0) -> list[Request]:
+    """Every study with another study's image and its own indication: a random cycle, so that no image stays."""
+    order = np.random.default_rng(seed).permutation(len(studies))
+    donor = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}
+    return [Request(studies[donor[i]].image, s.context) for i, s in enumerate(studies)]
+
+
+def withheld(studies: list[Study]) -> list[Request]:
+    """Every study with its own image and neither indication nor comparison."""
+    return [Request(s.image, replace(s.context, indication=None, comparison=None)) for s in studies]
+
+
+def own(studies: list[Study]) -> list[Request]:
+    """Every study as it is."""
+    return [Request(s.image, s.context) for s in studies]

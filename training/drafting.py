@@ -1,0 +1,123 @@
+"""Write drafts for many studies: with an exported bundle through the runtime, or with a run in torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cbedge.prompt import ClinicalContext
+from cbedge.radiograph import load_radiograph, preprocess
+from training.base import ModelAndTokenizers
+from training.batches import encode_instructions, encode_prompt
+from training.stages import embed_inputs, encode_images, query_image
+
+MAX_NEW_TOKENS = 160
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One draft to write: which image, with which context."""
+
+    image: Path
+    context: ClinicalContext
+
+
+class Drafter(Protocol):
+    """Something that writes drafts."""
+
+    name: str
+
+    def draft(self, requests: list[Request], progress: Progress) -> list[str]:
+        """The text of each draft."""
+        ...
+
+
+class RuntimeDrafter:
+    """Drafts as users get them: a bundle, run by cbedge.
+
+    Args:
+        model: folder of a bundle; ``None`` is the embedded one.
+        variant: of the bundle; ``None`` is its default.
+    """
+
+    def __init__(self, model: Path | None, variant: str | None, device: str = "cpu"):
+        from cbedge.generator import ReportGenerator
+
+        self.generator = ReportGenerator.from_pretrained(model, variant, device)
+        self.name = f"{self.generator.variant} (cbedge)"
+
+    def draft(self, requests: list[Request], progress: Progress) -> list[str]:
+        """The text of each draft."""
+        texts = []
+        for request in requests:
+            c = request.context
+            report = self.generator.generate(
+                request.image, indication=c.indication, comparison=c.comparison, view=c.view,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )  # fmt: skip
+            texts.append(report.text)
+            progress(1)
+        return texts
+
+
+class TorchDrafter:
+    """Drafts of a run, in torch, in batches: greedy, as the runtime's.
+
+    Args:
+        parts: the trained model, on its device.
+        batch_size: studies at once.
+        name: of the row in the table.
+    """
+
+    def __init__(self, parts: ModelAndTokenizers, batch_size: int = 16, name: str = "fp32 (torch)"):
+        self.parts, self.batch_size, self.name = parts, batch_size, name
+        self.device = next(parts.model.parameters()).device
+
+    @torch.inference_mode()
+    def draft(self, requests: list[Request], progress: Progress) -> list[str]:
+        """The text of each draft."""
+        texts: dict[int, str] = {}
+        # Prompts of like length go together, which saves padding.
+        order = sorted(range(len(requests)), key=lambda i: len(encode_prompt(self.parts, requests[i].context)))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, text in zip(rows, self._batch([requests[i] for i in rows]), strict=True):
+                texts[row] = text
+            progress(len(rows))
+        return [texts[i] for i in range(len(requests))]
+
+    def _batch(self, requests: list[Request]) -> list[str]:
+        parts = self.parts
+        _, projected = self.query([r.image for r in requests], [r.context for r in requests])
+        prompts = [encode_prompt(parts, r.context) for r in requests]
+        length = max(map(len, prompts))
+        count = projected.shape[1]
+        embeds = torch.zeros(len(prompts), length, projected.shape[2], device=self.device)
+        mask = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
+        for row, prompt in enumerate(prompts):  # left-padded, so that every report begins at the same place
+            ids = torch.tensor([prompt], device=self.device)
+            embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, projected[row : row + 1, :count])[0]
+            mask[row, length - len(prompt) :] = 1
+        out = parts.model.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+            eos_token_id=parts.tokenizer.eos_token_id, pad_token_id=parts.tokenizer.pad_token_id,
+        )  # fmt: skip
+        return [text.strip() for text in parts.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def query(self, images: list[Path], contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q-Former output [B, Q, H] and image embeddings [B, Q, D] of some radiographs."""
+        features = self.encode(images)
+        text = encode_instructions(self.parts, contexts)
+        ids, mask = text["input_ids"].to(self.device), text["attention_mask"].to(self.device)
+        return query_image(self.parts.model, features, ids, mask)
+
+    @torch.inference_mode()
+    def encode(self, images: list[Path]) -> torch.Tensor:
+        """The vision encoder's features [B, P, H]."""
+        pixels = np.concatenate([preprocess(load_radiograph(image).pixels) for image in images])
+        return encode_images(self.parts.model, torch.from_numpy(pixels).to(self.device))

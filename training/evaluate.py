@@ -1,0 +1,200 @@
+"""Score a model on IU X-RAY's test split (R2Gen's), with the controls that say what the scores mean."""
+
+import json
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from cbedge.prompt import ClinicalContext, split_sections
+from training.controls import best_constant, consensus, neighbours, own, swapped, withheld
+from training.datasets.iu_xray import TAGS, Study, clean_reference, read_studies
+from training.drafting import Drafter, Request, TorchDrafter
+from training.scoring import METRICS, PROTOCOL, names_abnormality, score
+
+PROBED = ("abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule")
+
+
+def evaluate(
+    data: Path, drafters: list[Drafter], encoder: TorchDrafter | None, split: str = "test", limit: int | None = None,
+    seed: int = 0, drafts_file: Path | None = None, console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draft, score, and compare with controls.
+
+    Args:
+        data: IU X-RAY's folder.
+        drafters: each gets a row; the first also gets the swapped-image and the withheld-indication control.
+        encoder: a run in torch, for the retrieval controls and the linear probe; ``None`` leaves those out.
+        split: ``test`` or ``val``.
+        limit: only the first so many studies (for a trial; the result says so).
+        seed: of the swap and of the constant's candidates.
+        drafts_file: JSON lines of every draft beside its reference (data that must stay out of the repository).
+        console: where progress is shown.
+
+    Returns:
+        A JSON-ready record: ``scores``, ``looks``, ``abnormality``, ``probe``, ``protocol`` and provenance.
+    """
+    console = console or Console(stderr=True)
+    studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
+    train = [s for s in read_studies(data, ("train",)) if s.findings]
+    references = [clean_reference(s.findings) for s in studies]
+    train_reports = [clean_reference(s.findings) for s in train]
+    texts: dict[str, list[str]] = {}
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        main = drafters[0]
+        for drafter in drafters:
+            texts[drafter.name] = _draft(drafter, own(studies), drafter.name, progress)
+        texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
+        texts["indication withheld"] = _draft(main, withheld(studies), f"{main.name}, indication withheld", progress)
+        findings = {row: [clean_reference(split_sections(t)[0]) for t in drafts] for row, drafts in texts.items()}
+        probe: dict[str, Any] = {}
+        findings["constant"] = [best_constant(train_reports, seed)] * len(studies)
+        if encoder is not None:
+            near, probe = _look(encoder, train, studies, data, progress)
+            findings["nearest image"] = [train_reports[row[0]] for row in near]
+            findings["consensus of 25"] = [consensus([train_reports[i] for i in row]) for row in near]
+    scores = {row: score(drafts, references) for row, drafts in findings.items()}
+    whole, blind = scores[main.name]["CIDEr"], scores["images swapped"]["CIDEr"]
+    if drafts_file:
+        _write_drafts(drafts_file, studies, texts)
+    return {
+        "split": split, "studies": len(studies), "limited": limit is not None, "protocol": PROTOCOL, "seed": seed,
+        "scores": scores,
+        "looks": {"cider_lost_on_swap": (whole - blind) / whole if whole else 0.0},
+        "abnormality": _abnormality(studies, findings),
+        "probe": probe,
+        "date": date.today().isoformat(),
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": {p: version(p) for p in ("torch", "transformers", "onnxruntime", "pycocoevalcap")},
+    }  # fmt: skip
+
+
+def write_results(record: dict[str, Any], stem: Path) -> None:
+    """Write a record as ``<stem>.json`` and ``<stem>.md``."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as tables."""
+    limited = " (limited: a trial, not the whole split)" if record["limited"] else ""
+    lines = [
+        f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}", "",
+        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
+        "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
+        *["| " + row + " | " + " | ".join(f"{s[m]:.3f}" for m in METRICS) + " |" for row, s in record["scores"].items()],
+        "", f"CIDEr lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%}", "",
+        "## Drafts that name an abnormality", "",
+        "| | among abnormal studies | among normal studies |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    for row, shares in record["abnormality"]["shares"].items():
+        lines.append(f"| {row} | {shares['abnormal']:.1%} | {shares['normal']:.1%} |")
+    agreement = record["abnormality"]
+    lines += ["", f"The rule that counts them, on the references against curated tags: precision "
+              f"{agreement['precision']:.2f}, recall {agreement['recall']:.2f}."]  # fmt: skip
+    if record["probe"]:
+        lines += ["", "## Linear probe, AUC", "", "| | Q-Former output | vision encoder |", "| --- | --- | --- |"]
+        for tag, values in record["probe"].items():
+            lines.append(f"| {tag} | {values['qformer']:.3f} | {values['vision']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draft(drafter: Drafter, requests: list[Request], title: str, progress: Progress) -> list[str]:
+    task = progress.add_task(title, total=len(requests))
+    return drafter.draft(requests, lambda count: progress.advance(task, count))
+
+
+def _look(
+    encoder: TorchDrafter, train: list[Study], studies: list[Study], data: Path, progress: Progress
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Nearest train images of every study, and the linear probes."""
+    val = [s for s in read_studies(data, ("val",)) if s.findings]
+    seen = {name: _represent(encoder, group, name, progress)
+            for name, group in (("train", train), ("val", val), ("studied", studies))}  # fmt: skip
+    tags = {"train": train, "val": val, "studied": studies}
+    labels = {name: np.array([s.tags for s in group]) for name, group in tags.items()}
+    probe = {}
+    for tag in PROBED:
+        column = list(TAGS).index(tag)
+        columns = {name: values[:, column] for name, values in labels.items()}
+        if all(0 < c.sum() < len(c) for c in columns.values()):
+            probe[tag] = {
+                kind: _probe_auc({name: seen[name][i] for name in seen}, columns)
+                for i, kind in enumerate(("vision", "qformer"))
+            } | {"positives": int(columns["studied"].sum())}
+    return neighbours(seen["studied"][0], seen["train"][0]), probe
+
+
+def _represent(
+    encoder: TorchDrafter, studies: list[Study], title: str, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vision features (class token and mean of patches) and Q-Former output (all queries), one row a study.
+
+    The Q-Former is given no indication, so that a probe of it measures what is seen.
+    """
+    task = progress.add_task(f"encoding {title} images", total=len(studies))
+    vision, qformer = [], []
+    for start in range(0, len(studies), encoder.batch_size):
+        images = [s.image for s in studies[start : start + encoder.batch_size]]
+        queries, _ = encoder.query(images, [ClinicalContext(view="frontal")] * len(images))
+        features = encoder.encode(images)
+        vision.append(np.concatenate([features[:, 0].cpu().numpy(), features[:, 1:].mean(1).cpu().numpy()], axis=1))
+        qformer.append(queries.flatten(1).cpu().numpy())
+        progress.advance(task, len(images))
+    return np.concatenate(vision), np.concatenate(qformer)
+
+
+def _probe_auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> float:
+    """AUC of logistic regression learnt on train, its strength chosen on validation."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(inputs["train"])
+    scaled = {name: scaler.transform(values) for name, values in inputs.items()}
+    best = (-1.0, 0.5)
+    for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        model = LogisticRegression(C=strength, max_iter=300).fit(scaled["train"], labels["train"])
+        chosen, told = (
+            float(roc_auc_score(labels[name], model.decision_function(scaled[name]))) for name in ("val", "studied")
+        )
+        best = max(best, (chosen, told))
+    return best[1]
+
+
+def _abnormality(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
+    abnormal = np.array([s.tags[0] for s in studies], bool)
+    shares = {}
+    for row, drafts in {**findings, "reference": [s.findings for s in studies]}.items():
+        named = np.array([names_abnormality(draft) for draft in drafts])
+        shares[row] = {"abnormal": _share(named[abnormal]), "normal": _share(named[~abnormal])}
+    named = np.array([names_abnormality(s.findings) for s in studies])
+    return {
+        "shares": shares,
+        "abnormal_studies": int(abnormal.sum()),
+        "precision": _share(abnormal[named]),
+        "recall": _share(named[abnormal]),
+    }
+
+
+def _share(flags: np.ndarray) -> float:
+    return float(flags.mean()) if len(flags) else 0.0
+
+
+def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for i, study in enumerate(studies):
+            row = {
+                "study_id": study.study_id, "indication": study.context.indication, "findings": study.findings,
+                "tags": [tag for tag, flag in zip(TAGS, study.tags, strict=True) if flag],
+                "drafts": {name: drafts[i] for name, drafts in texts.items()},
+            }  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,56 @@
+"""Load what a run has trained: the checkpoint it began with, and its stages' parts and adapters."""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+
+from training.base import ModelAndTokenizers, load_model
+from training.stages import load_trained
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The finished stages of a run, in order; or the folder itself where it is one finished stage.
+
+    Raises:
+        FileNotFoundError: the folder is neither, or a stage of the run is not finished.
+    """
+    folder = Path(folder)
+    if (folder / "finished").is_file():
+        return [folder]
+    try:
+        stages = json.loads((folder / "config.json").read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError):
+        raise FileNotFoundError(f"{folder} is neither a run nor a finished stage of one") from None
+    for stage in stages:
+        if not (folder / stage["name"] / "finished").is_file():
+            raise FileNotFoundError(f"stage {stage['name']} of {folder} is not finished: train it to its end")
+    return [folder / stage["name"] for stage in stages]
+
+
+def load_adapted(checkpoint: str, adapters: list[Path], cache: Path) -> ModelAndTokenizers:
+    """Load a checkpoint and what training put on it, adapters not yet merged.
+
+    Args:
+        checkpoint: an InstructBLIP folder or hub name, or ``mini``.
+        adapters: folders of finished stages, in order; or the folder of a run, which stands for all of its stages.
+        cache: where base weights are kept.
+
+    Raises:
+        FileNotFoundError: a folder holds no finished stage.
+        ValueError: what it holds does not fit the checkpoint.
+    """
+    stages = [stage for folder in adapters for stage in stage_folders(folder)]
+    parts = load_model(checkpoint, cache)
+    for stage in stages:
+        load_trained(parts.model, stage)
+    parts.model.eval()
+    return parts
+
+
+def merge_adapters(parts: ModelAndTokenizers) -> None:
+    """Put every adapter into the weights, in place; the model is plain transformers' again."""
+    for name in ("vision_model", "language_model"):
+        part = getattr(parts.model, name)
+        if isinstance(part, PeftModel):
+            setattr(parts.model, name, part.merge_and_unload())
