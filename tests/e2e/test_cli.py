@@ -1,0 +1,135 @@
+"""The command line as a user drives it: a process, its output, its exit code."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, run_cli
+from PIL import Image
+
+
+def cbedge(*arguments: object):
+    return run_cli("cbedge.cli", *arguments)
+
+
+@pytest.fixture
+def generate(tiny_bundle: Path, chest_png: Path):
+    def call(*options: object, image: Path = chest_png, model: Path = tiny_bundle):
+        return cbedge("generate", image, "--model", model, "--device", "cpu", "--max-new-tokens", 8, *options)
+
+    return call
+
+
+def test_piped_output_is_plain_text_with_the_statement(generate):
+    done = generate("--indication", "cough")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "Unreviewed draft" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_one_object_on_standard_output(generate):
+    told = json.loads(generate("--json").stdout)
+    assert told["model"] == "tiny" and told["new_tokens"] <= 8
+
+
+def test_output_is_written_once_and_replaced_only_by_force(generate, tmp_path: Path):
+    target = tmp_path / "draft.json"
+    assert generate("--json", "--output", target).returncode == 0
+    before = target.read_bytes()
+    again = generate("--json", "--output", target)
+    assert again.returncode == 7 and "--force" in again.stderr and target.read_bytes() == before
+    assert generate("--output", target, "--force").returncode == 0 and target.read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["draft.json"]
+
+
+def broken(folder: Path, kind: str) -> Path:
+    chest = Image.open(EXAMPLES / "chest_pa.png")
+    path = folder / f"{kind}.png"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        path.write_bytes((EXAMPLES / "chest_pa.png").read_bytes()[:20_000])
+    elif kind == "truncated-dicom":
+        path.write_bytes((EXAMPLES / "chest_pa.dcm").read_bytes()[:20_000])
+    elif kind == "bomb":
+        Image.new("L", (20_000, 20_000)).save(path)
+    elif kind == "frames":
+        path = path.with_suffix(".tiff")
+        chest.save(path, save_all=True, append_images=[chest])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "truncated-dicom", "bomb", "frames"])
+def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path, kind: str):
+    done = generate("--output", tmp_path / "out.txt", image=broken(tmp_path, kind))
+    assert done.returncode == 3
+    assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and kind in done.stderr
+    assert not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--indication", ""], 4, "indication is empty"),
+        (["--indication", "x" * 1001], 4, "1,000"),
+        (["--view", "sideways"], 4, "frontal"),
+        (["--variant", "int2"], 5, "unknown variant"),
+        (["--device", "tpu"], 6, "unknown device"),
+        (["--max-new-tokens", "0"], 4, "max_new_tokens"),
+        (["--output", "no/such/folder/x.txt"], 7, "no such folder"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_its_own_exit_code(generate, options: list, code: int, told: str):
+    done = generate(*options)
+    assert done.returncode == code and told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_altered_bundle_is_exit_code_5(generate, tiny_bundle: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    (copy / "vision_encoder_q4.onnx").write_bytes(b"altered")
+    done = generate(model=copy)
+    assert done.returncode == 5 and "vision_encoder_q4.onnx" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
+    done = cbedge("model", "--model", tiny_bundle)
+    assert done.returncode == 0 and "tiny 0.1.0" in done.stdout and "verified" in done.stdout
+    assert "# tiny 0.1.0" in cbedge("model", "--model", tiny_bundle, "--card").stdout
+    assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
+
+
+def test_version_and_help():
+    assert cbedge("--version").stdout.strip() == "cbedge 0.1.0"
+    told = cbedge("generate", "--help").stdout
+    for option in ("--indication", "--comparison", "--view", "--variant", "--device", "--json", "--output"):
+        assert option in told
+
+
+def test_importing_cbedge_loads_neither_torch_nor_onnxruntime():
+    code = "import cbedge, cbedge.cli, sys; print([m for m in ('torch', 'transformers', 'onnxruntime') if m in sys.modules])"
+    import subprocess
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_terminal_sees_the_text_as_it_is_written(tiny_bundle: Path, chest_png: Path):
+    import pty
+
+    chunks: list[bytes] = []
+
+    def read(handle: int) -> bytes:
+        chunks.append(os.read(handle, 4096))
+        return chunks[-1]
+
+    arguments = ["-m", "cbedge.cli", "generate", chest_png, "--model", tiny_bundle, "--max-new-tokens", "8"]
+    status = pty.spawn([sys.executable, *map(str, arguments)], read, lambda handle: b"")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert len([c for c in chunks if c.strip()]) > 2 and b"Unreviewed draft" in b"".join(chunks)

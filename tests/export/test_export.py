@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import run_cli
+
+from cbedge import open_bundle
+from export.merge import MergeError, merge
+from export.quantize import quantize_graphs
+from training.trained import load_adapted
+
+
+def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path):
+    parity = json.loads((tiny_bundle.parent / "parity" / "parity.json").read_text())
+    assert parity["merge_error"] <= 1e-4
+    assert max(parity["graph_errors"]["fp32"].values()) < 1e-4
+    assert parity["fp32_equal"] == parity["fp32_cases"] > 0
+    assert 0 <= parity["token_agreement"] <= 1
+    assert open_bundle(tiny_bundle).manifest.quality["parity"] == parity
+
+
+def test_int4_graphs_hold_four_bit_weights(tiny_bundle: Path):
+    decoder = onnx.load(str(tiny_bundle / "decoder_model_merged_q4.onnx"), load_external_data=False)
+    kinds = [node.op_type for node in decoder.graph.node]
+    assert "MatMulNBits" in kinds and "MatMul" not in kinds
+    fp32, int4 = ((tiny_bundle / f"decoder_model_merged{s}.onnx_data").stat().st_size for s in ("", "_q4"))
+    assert int4 < fp32 / 4
+
+
+def test_merging_refuses_what_changes_the_model(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    from export import merge as module
+
+    parts = load_adapted(str(tiny_run / "base"), [tiny_run], tiny_run)
+
+    def spoil(parts):
+        parts.model.language_projection.weight.data += 0.1
+
+    monkeypatch.setattr(module, "merge_adapters", spoil)
+    with pytest.raises(MergeError, match="differ from unmerged"):
+        merge(parts)
+
+
+def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
+    """The head's quantized weights serve the embedding graph too, and give the same rows within 4 bits."""
+    words, width = 96, 64
+    table = np.random.default_rng(0).standard_normal((words, width)).astype(np.float32)
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+
+    def save(name: str, node: onnx.NodeProto, inputs: list, outputs: list, weight: np.ndarray) -> Path:
+        graph = helper.make_graph([node], name, inputs, outputs, [onnx.numpy_helper.from_array(weight, "w")])
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), str(path))
+        return path
+
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, [1, "n"])
+    rows = helper.make_tensor_value_info("inputs_embeds", float32, [1, "n", width])
+    x, y = (helper.make_tensor_value_info(n, float32, [1, "n", s]) for n, s in (("x", width), ("y", words)))
+    embed = save("embed_tokens", helper.make_node("Gather", ["w", "input_ids"], ["inputs_embeds"]), [ids], [rows], table)
+    head = helper.make_node("MatMul", ["x", "w"], ["y"], name="head")
+    paths = {"embed_tokens": embed, **{
+        kind: save(kind, head, [x], [y], np.ascontiguousarray(table.T))
+        for kind in ("vision_encoder", "qformer", "decoder_model_merged")
+    }}  # fmt: skip
+    (tmp_path / "q").mkdir()
+    written = quantize_graphs(paths, tmp_path / "q")
+    import onnxruntime
+
+    assert written["embed_tokens"].stat().st_size < 2000
+    session = onnxruntime.InferenceSession(str(written["embed_tokens"]))
+    rows = session.run(None, {"input_ids": np.arange(words)[None]})[0][0]
+    assert np.abs(rows - table).max() <= np.abs(table).max() / 8 + 1e-6
+
+
+def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
+    done = run_cli("export", "--checkpoint", tiny_run / "base", "--adapters", tiny_run, "--out", tiny_bundle)
+    assert done.returncode == 1 and "--force" in done.stderr and "Traceback" not in done.stderr
+    done = run_cli("export", "--checkpoint", tmp_path / "none", "--out", tmp_path / "bundle")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = run_cli("export", "--checkpoint", tiny_run / "base", "--variant", "int3", "--out", tmp_path / "bundle")
+    assert done.returncode == 1 and "int4, fp32" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_states_origin_licences_limits_and_what_was_not_measured(tiny_bundle: Path):
+    card = (tiny_bundle / "MODEL_CARD.md").read_text()
+    for words in ("Unreviewed draft", "non-commercial", "Base weights", "Not measured", "Parity with torch", "Limits"):
+        assert words in card
+
+
+def test_the_merged_model_is_plain_again(tiny_run: Path):
+    parts = load_adapted(str(tiny_run / "base"), [tiny_run], tiny_run)
+    assert merge(parts) <= 1e-4
+    assert not any("lora" in name for name, _ in parts.model.named_parameters())
+    assert isinstance(parts.model.query_tokens, torch.Tensor)

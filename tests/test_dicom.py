@@ -1,0 +1,110 @@
+import io
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import EXAMPLES, draw_chest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from cbedge import RadiographError, load_radiograph
+
+CHEST = draw_chest(2).astype(np.uint16) * 16  # 12 bits
+
+
+def make_dicom(values: np.ndarray = CHEST, syntax: str = ExplicitVRLittleEndian, **elements: object) -> bytes:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    meta.TransferSyntaxUID = syntax
+    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.Modality, dataset.PhotometricInterpretation = "DX", "MONOCHROME2"
+    dataset.PatientName = "Secret^Name"
+    dataset.Rows, dataset.Columns = values.shape[-2:]
+    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 1, 16, 12, 11
+    dataset.PixelRepresentation = 0
+    dataset.PixelData = values.tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_the_example_agrees_with_its_picture():
+    dicom = load_radiograph(EXAMPLES / "chest_pa.dcm")
+    picture = load_radiograph(EXAMPLES / "chest_pa.png").pixels
+    small = np.asarray(Image.fromarray(dicom.pixels).resize(picture.shape[::-1], Image.Resampling.LANCZOS))
+    assert dicom.view == "frontal"
+    assert np.abs(small - picture).mean() < 0.01
+
+
+def test_monochrome1_is_turned_round():
+    plain = load_radiograph(make_dicom()).pixels
+    inverted = load_radiograph(make_dicom(PhotometricInterpretation="MONOCHROME1")).pixels
+    assert np.allclose(plain + inverted, 1, atol=1e-5)
+
+
+def test_rescale_and_window_are_applied():
+    rescaled = load_radiograph(make_dicom(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=2000, WindowWidth=1000)).pixels
+    values = CHEST.astype(float) * 2 - 100
+    assert (rescaled[values <= 1500] == 0).all() and (rescaled[values >= 2500] == 1).all()
+
+
+def test_a_voi_lut_is_applied():
+    item = pydicom.Dataset()
+    item.LUTDescriptor, item.LUTData = [4096, 0, 16], list(np.arange(4095, -1, -1).astype(int))
+    turned = load_radiograph(make_dicom(VOILUTSequence=pydicom.Sequence([item]))).pixels
+    assert np.corrcoef(turned.ravel(), CHEST.ravel())[0, 1] < -0.99
+
+
+@pytest.mark.parametrize("encoder", ["JPEG", "JPEG2000"])
+def test_compressed_pixels_are_read(encoder: str):
+    grey = draw_chest(3)
+    buffer = io.BytesIO()
+    if encoder == "JPEG":
+        syntax = pydicom.uid.JPEGBaseline8Bit
+        Image.fromarray(grey).save(buffer, "JPEG", quality=95)
+    else:
+        syntax = pydicom.uid.JPEG2000Lossless
+        Image.fromarray(grey).save(buffer, "JPEG2000", irreversible=False, no_jp2=True)
+    frames = pydicom.encaps.encapsulate([buffer.getvalue()])
+    data = make_dicom(grey, syntax, PixelData=frames, BitsAllocated=8, BitsStored=8, HighBit=7)
+    assert np.corrcoef(load_radiograph(data).pixels.ravel(), grey.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("elements", "told"),
+    [
+        ({"Modality": "CT"}, "modality CT"),
+        ({"NumberOfFrames": 3}, "3 frames"),
+        ({"SamplesPerPixel": 3}, "3 colour channels"),
+        ({"Rows": 20_000, "Columns": 20_000}, "at most 100,000,000"),
+        ({"PixelData": b"\0" * 100}, "damaged or cut short"),
+    ],
+)
+def test_what_is_no_single_radiograph_is_named(elements: dict, told: str):
+    with pytest.raises(RadiographError, match=told):
+        load_radiograph(make_dicom(**elements))
+
+
+def test_an_unsupported_transfer_syntax_is_named():
+    data = make_dicom(syntax=pydicom.uid.MPEG2MPML, PixelData=pydicom.encaps.encapsulate([b"\0" * 10]))
+    with pytest.raises(RadiographError, match=r"transfer syntax .*MPEG2"):
+        load_radiograph(data)
+
+
+def test_a_cut_off_file_is_named_without_patient_data(capfd):
+    for length in (140, 300, 700, 5000):
+        with pytest.raises(RadiographError) as caught:
+            load_radiograph(make_dicom()[:length])
+        assert "Secret" not in str(caught.value)
+    captured = capfd.readouterr()
+    assert "Secret" not in captured.out + captured.err
+
+
+def test_lateral_is_read_from_the_header():
+    assert load_radiograph(make_dicom(ViewPosition="LL")).view == "lateral"
+    assert load_radiograph(make_dicom(ViewPosition="ODD")).view is None

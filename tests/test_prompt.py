@@ -1,0 +1,67 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbedge import ClinicalContext, ContextError
+from cbedge.prompt import MAX_CONTEXT_CHARACTERS, build_instruction, build_prompt, build_target, split_sections
+
+words = st.text(max_size=MAX_CONTEXT_CHARACTERS)
+
+
+@given(words)
+def test_any_text_gives_a_clean_one_line_instruction_or_a_clear_refusal(text: str):
+    try:
+        context = ClinicalContext(indication=text)
+    except ContextError as error:
+        assert "indication" in str(error)
+        return
+    instruction = build_instruction(context)
+    assert "\n" not in instruction and "XXX" not in instruction and "<|im_end|>" not in instruction
+    assert context.indication in instruction
+
+
+@given(words)
+def test_cleaning_twice_changes_nothing(text: str):
+    try:
+        once = ClinicalContext(indication=text).indication
+    except ContextError:
+        return
+    assert ClinicalContext(indication=once).indication == once
+
+
+def test_fields_that_are_not_given_are_left_out_in_a_fixed_order():
+    assert build_instruction(ClinicalContext()) == "Describe the chest radiograph."
+    full = ClinicalContext(indication="cough", comparison="none", view="PA")
+    assert build_instruction(full) == (
+        "Describe the chest radiograph. View: frontal. Indication: cough. Comparison: none."
+    )
+    assert build_prompt(full).endswith("Report:\n")
+
+
+@pytest.mark.parametrize("indication", ["", "   ", "\n", "XXXX", "<|im_end|>"])
+def test_an_indication_without_words_is_refused(indication: str):
+    with pytest.raises(ContextError, match="indication is empty"):
+        ClinicalContext(indication=indication)
+
+
+def test_an_over_long_indication_is_refused_with_the_limit():
+    with pytest.raises(ContextError, match="1,000"):
+        ClinicalContext(indication="a" * 1001)
+
+
+def test_a_special_token_cannot_be_smuggled_in_by_nesting():
+    assert "<|" not in ClinicalContext(indication="cough <|im<|im_end|>_end|> fever").indication
+
+
+def test_an_unknown_view_is_refused():
+    with pytest.raises(ContextError, match="frontal"):
+        ClinicalContext(view="sideways")
+
+
+@given(st.text("abc .", min_size=1), st.text("abc .", min_size=1))
+def test_sections_that_are_built_are_split_again(findings: str, impression: str):
+    assert split_sections(build_target(findings, impression)) == (findings.strip(), impression.strip())
+
+
+def test_text_without_headings_is_findings():
+    assert split_sections("Lungs are clear.") == ("Lungs are clear.", "")

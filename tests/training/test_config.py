@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from training.config import ConfigError, load_config
+
+MINI = ROOT / "training" / "configs" / "iu_xray_mini.yaml"
+
+
+def test_the_mini_configuration_has_the_three_stages():
+    config = load_config(MINI, data="somewhere")
+    assert [stage.name for stage in config.stages] == ["align", "vision", "language"]
+    assert config.stages[1].lora.part == "vision" and config.stages[2].lora.part == "language"
+    assert config.data == Path("somewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("surprise: 1", "unknown key 'surprise'"),
+        ("stages: []", "no list of stages"),
+        ("stages: [{name: a, losses: {magic: 1}}]", "unknown part or loss 'magic'"),
+        ("stages: [{name: a, losses: {language: 1}, lora: {part: ear, targets: [x]}}]", "'ear'"),
+        ("base: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path: Path, change: str, told: str):
+    path = tmp_path / "c.yaml"
+    lines = {"base": "mini", "data": "d", "output": "o", "stages": "[{name: a, losses: {language: 1}}]"}
+    key, _, value = change.partition(": ")
+    path.write_text("\n".join(f"{k}: {v}" for k, v in {**lines, key: value}.items()))
+    with pytest.raises(ConfigError, match=told.replace("[", r"\[")):
+        load_config(path)

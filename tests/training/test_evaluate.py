@@ -1,0 +1,82 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_cli
+
+from training.controls import best_constant, consensus, neighbours, swapped, withheld
+from training.datasets.iu_xray import read_studies
+from training.scoring import METRICS, names_abnormality, rouge_matrix, score
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java, which is not installed here")
+REPORTS = ["the heart is normal .", "there is a small effusion on the left .", "the lungs are clear .", "no acute disease ."]
+
+
+@needs_java
+def test_a_perfect_draft_scores_full_marks_and_a_wrong_one_does_not():
+    perfect = score(REPORTS, REPORTS)
+    assert list(perfect) == list(METRICS)
+    assert perfect["BLEU-1"] == pytest.approx(1, abs=1e-3) and perfect["ROUGE-L"] == pytest.approx(1)
+    wrong = score([*REPORTS[1:], REPORTS[0]], REPORTS)
+    assert all(wrong[name] < perfect[name] for name in METRICS)
+
+
+def test_scores_without_drafts_are_refused():
+    with pytest.raises(ValueError, match="0 drafts"):
+        score([], [])
+
+
+@pytest.mark.parametrize(
+    ("report", "names"),
+    [
+        ("There is a small left pleural effusion.", True),
+        ("No pleural effusion or pneumothorax. Heart size normal.", False),
+        ("The lungs are clear. Cardiomegaly.", True),
+        ("No effusion but there is mild cardiomegaly.", True),
+        ("", False),
+    ],
+)
+def test_an_abnormality_is_named_only_where_it_is_not_denied(report: str, names: bool):
+    assert names_abnormality(report) is names
+
+
+def test_the_constant_and_the_consensus_are_real_reports_of_the_middle():
+    reports = [*REPORTS, "the heart is normal . the lungs are clear ."]
+    assert best_constant(reports) in reports
+    assert consensus(["a b c", "a b d", "x y z"]) in ("a b c", "a b d")
+    assert rouge_matrix(["a b"], ["a b", "c d"]) == [[1.0, 0.0]]
+
+
+def test_the_nearest_image_is_itself():
+    features = np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)
+    assert (neighbours(features, features, 3)[:, 0] == np.arange(30)).all()
+
+
+def test_controls_change_the_image_or_the_indication_and_nothing_else(tiny_data: Path):
+    studies = read_studies(tiny_data, ("train",))
+    for study, request in zip(studies, swapped(studies), strict=True):
+        assert request.image != study.image and request.context == study.context
+    assert len({request.image for request in swapped(studies)}) == len(studies)
+    for study, request in zip(studies, withheld(studies), strict=True):
+        assert request.image == study.image
+        assert request.context.indication is None and request.context.view == "frontal"
+
+
+@needs_java
+def test_evaluate_writes_every_row_and_keeps_what_is_there(tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
+    stem = tmp_path / "result"
+    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run, "--output", stem,
+                 "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
+    done = run_cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(stem.with_suffix(".json").read_text())
+    assert list(record["scores"]) == [
+        "int4 (cbedge)", "fp32 (torch)", "images swapped", "indication withheld", "constant", "nearest image",
+        "consensus of 25",
+    ]  # fmt: skip
+    assert str(tmp_path) not in stem.with_suffix(".json").read_text()
+    assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
+    again = run_cli(*arguments)
+    assert again.returncode == 1 and "--force" in again.stderr

@@ -1,0 +1,99 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+from safetensors.torch import load_file
+
+from training.config import load_config
+from training.train import run
+from training.trained import load_adapted, stage_folders
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "loss.csv", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_every_stage_leaves_adapters_logs_and_a_curve(tiny_run: Path):
+    assert [folder.name for folder in stage_folders(tiny_run)] == ["align", "vision", "language"]
+    for stage in ("align", "vision", "language"):
+        assert len(losses(tiny_run / stage)) == 2
+        assert (tiny_run / stage / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        assert (tiny_run / stage / "validation.csv").is_file()
+    for stage, part in (("vision", "vision"), ("language", "language")):
+        folder = tiny_run / stage / "adapters" / part
+        assert (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
+
+
+def test_each_stage_trains_what_it_names_and_nothing_else(tiny_run: Path):
+    align = load_file(tiny_run / "align" / "trained.safetensors")
+    assert any(name.startswith("qformer.") for name in align) and "query_tokens" in align
+    language = load_file(tiny_run / "language" / "trained.safetensors")
+    assert all(name.startswith("language_projection.") for name in language)
+    vision = load_file(tiny_run / "vision" / "trained.safetensors")
+    assert not torch.equal(vision["query_tokens"], align["query_tokens"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_data: Path, tmp_path: Path, monkeypatch):
+    from training import train
+
+    config = load_config(tiny_config, data=tiny_data, output=tmp_path / "whole")
+    run(config, max_steps=3)
+    config = load_config(tiny_config, data=tiny_data, output=tmp_path / "cut")
+    real = train.StageRun._train_step
+    calls = iter(range(100))
+
+    def killed(self):
+        if next(calls) == 4:  # in the middle of the second stage, after its first checkpoint
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(train.StageRun, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, max_steps=3)
+    monkeypatch.setattr(train.StageRun, "_train_step", real)
+    assert not (tmp_path / "cut" / "vision" / "finished").exists()
+    run(config, max_steps=3)
+    for stage in ("align", "vision", "language"):
+        whole, cut = losses(tmp_path / "whole" / stage), losses(tmp_path / "cut" / stage)
+        assert [row["step"] for row in whole] == [row["step"] for row in cut] == [1, 2, 3][: len(whole)]
+        for a, b in zip(whole, cut, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_another_configuration_does_not_touch_a_run(tiny_config: Path, tiny_data: Path, tiny_run: Path, tmp_path: Path):
+    other = tmp_path / "other.yaml"
+    other.write_text(tiny_config.read_text().replace("batch_size: 4", "batch_size: 3"))
+    done = run_cli("training", "run", "--config", other, "--data", tiny_data, "--output", tiny_run)
+    assert done.returncode == 1 and "another configuration" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--config", "training/configs/iu_xray_mini.yaml", "--data", "nowhere"], "studies.jsonl"),
+        (["--config", "training/configs/iu_xray_mini.yaml", "--device", "cuda"], "CUDA"),
+    ],
+)
+def test_wrong_options_are_one_line(options: list[str], told: str, tmp_path: Path):
+    if told == "CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    done = run_cli("training", "run", "--output", tmp_path / "run", *options)
+    assert done.returncode == 1 and told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_an_instructblip_checkpoint_in_the_hubs_layout_loads_and_takes_adapters(tiny_checkpoint: Path, tiny_run: Path):
+    plain = load_adapted(str(tiny_checkpoint), [], tiny_checkpoint)
+    assert type(plain.model).__name__ == "InstructBlipForConditionalGeneration"
+    adapted = load_adapted(str(tiny_checkpoint), [tiny_run], tiny_checkpoint)
+    names = [name for name, _ in adapted.model.named_parameters() if "lora_A" in name]
+    assert any(name.startswith("vision_model") for name in names)
+    assert any(name.startswith("language_model") for name in names)
+
+
+def test_an_unfinished_run_is_named(tiny_checkpoint: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="neither a run"):
+        load_adapted(str(tiny_checkpoint), [tmp_path], tiny_checkpoint)
