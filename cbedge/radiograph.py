@@ -127,28 +127,35 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
 
 
 def _decode_raster(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+    # Pillow warns of large and of damaged images on standard error; what matters of it is said here, in one line.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open_raster(data, name, max_pixels)
+        try:
+            image.load()
+            return _image_to_unit(image, name)
+        except RadiographError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged data
+            raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+
+
+def _open_raster(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images; max_pixels is our own, stricter limit
-            image = Image.open(io.BytesIO(data), formats=_RASTER_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_RASTER_FORMATS)
+        frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         raise RadiographError(
             f"{name} is not an image that cbedge reads; give PNG, JPEG, TIFF or DICOM (CR or DX)"
         ) from None
     except Image.DecompressionBombError:
-        raise RadiographError(f"{name} has far more than the {max_pixels:,} pixels allowed; scale it down") from None
-    except Exception as error:  # Pillow's parsers raise many kinds on damaged headers
+        raise RadiographError(f"{name} has far too many pixels; at most {max_pixels:,} in all: scale it down") from None
+    except Exception as error:  # likewise on damaged headers
         raise RadiographError(f"{name} has a damaged header: export it again") from error
     _check_size(image.size, name, max_pixels)
-    if getattr(image, "n_frames", 1) > 1:
-        raise RadiographError(f"{name} holds {image.n_frames} frames; give a single radiograph")
-    try:
-        image.load()
-        return _image_to_unit(image, name)
-    except RadiographError:
-        raise
-    except Exception as error:  # likewise while decoding
-        raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+    if frames > 1:
+        raise RadiographError(f"{name} holds {frames} frames; give a single radiograph")
+    return image
 
 
 def _image_to_unit(image: Image.Image, name: str) -> np.ndarray:

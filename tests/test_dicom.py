@@ -55,7 +55,7 @@ def test_rescale_and_window_are_applied():
 
 def test_a_voi_lut_is_applied():
     item = pydicom.Dataset()
-    item.LUTDescriptor, item.LUTData = [4096, 0, 16], list(np.arange(4095, -1, -1).astype(int))
+    item.LUTDescriptor, item.LUTData = [4096, 0, 16], np.arange(4095, -1, -1).astype("<u2").tobytes()
     turned = load_radiograph(make_dicom(VOILUTSequence=pydicom.Sequence([item]))).pixels
     assert np.corrcoef(turned.ravel(), CHEST.ravel())[0, 1] < -0.99
 
