@@ -163,7 +163,9 @@ def open_bundle(folder: Path | str | None = None) -> Bundle:
         raise BundleError(f"{MANIFEST} in {path} cannot be read ({type(error).__name__}): export it again") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise BundleError(f"{path} has bundle format {version!r}; this cbedge reads {FORMAT_VERSION}: update the older one")
+        raise BundleError(
+            f"{path} has bundle format {version!r}; this cbedge reads {FORMAT_VERSION}: update the older one"
+        )
     try:
         manifest = _manifest(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

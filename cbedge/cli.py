@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[Optional[Path], typer.Option("--model", "-m", help="Folder of a model bundle [default: embedded].")]
+Model = Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a model bundle [default: embedded].")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -27,7 +27,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -35,15 +37,15 @@ def _root(
 @app.command()
 def generate(
     image: Annotated[Path, typer.Argument(help="Frontal chest radiograph: PNG, JPEG, TIFF or DICOM (CR, DX).")],
-    indication: Annotated[Optional[str], typer.Option(help='Why the study was requested, such as "cough".')] = None,
-    comparison: Annotated[Optional[str], typer.Option(help="What earlier study it is compared with.")] = None,
-    view: Annotated[Optional[str], typer.Option(help="frontal or lateral [default: what the file says].")] = None,
+    indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
+    comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
+    view: Annotated[str | None, typer.Option(help="frontal or lateral [default: what the file says].")] = None,
     model: Model = None,
-    variant: Annotated[Optional[str], typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_new_tokens: Annotated[Optional[int], typer.Option(help="Stop after so many tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with timings and provenance.")] = False,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --output replace a file.")] = False,
 ) -> None:
     """Draft the report of one radiograph."""

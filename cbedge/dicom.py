@@ -42,7 +42,9 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
         try:
             values = _display_values(dataset)
         except Exception:
-            raise RadiographError(f"{name} is damaged or cut short: its pixels cannot be decoded; export it again") from None
+            raise RadiographError(
+                f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+            ) from None
         return _to_unit(dataset, values, name), _view(dataset)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -143,9 +144,7 @@ class ReportGenerator:
 class ReportStream(Iterator[str]):
     """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted."""
 
-    def __init__(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int
-    ):
+    def __init__(self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int):
         self._report: Report | None = None
         self._pieces = self._run(generator, radiograph, context, limit)
 
@@ -195,12 +194,12 @@ class ReportStream(Iterator[str]):
         text = "".join(pieces).strip()
         findings, impression = split_sections(text)
         marks = (start, read, vision, qformer, prefill, end)
-        spans = [1000 * (after - before) for before, after in zip(marks, marks[1:], strict=False)]
+        read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
         self._report = Report(
             findings=findings, impression=impression, text=text, complete=complete, model=manifest.name,
             model_version=manifest.version, variant=generator.variant, device=backend.device,
             image_sha256=radiograph.sha256, prompt_tokens=embeds.shape[1], new_tokens=count,
-            timings=Timings(*spans, total=1000 * (end - start)),
+            timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Read a chest radiograph from PNG, JPEG, TIFF, DICOM or an array, and turn it into the model's input.
 
-Training and inference share :func:`preprocess`, so there is no difference between what was learnt from and what is given.
+Training and inference share :func:`preprocess`, so what was learnt from and what is given look alike.
 """
 
 import hashlib

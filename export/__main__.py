@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,19 +22,21 @@ def export(
     checkpoint: Annotated[str, typer.Option(help="InstructBLIP folder or hub name: the base of the adapters.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     adapters: Annotated[
-        Optional[list[Path]], typer.Option(help="Folder of a run, or of one finished stage; may be repeated in order.")
+        list[Path] | None, typer.Option(help="Folder of a run, or of one finished stage; may be repeated in order.")
     ] = None,
-    variant: Annotated[Optional[list[str]], typer.Option(help="int4 or fp32; may be repeated [default: int4].")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="int4 or fp32; may be repeated [default: int4].")] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
     origin: Annotated[
-        Optional[Path], typer.Option(help="JSON of base_weights and training_data [default: what the run says].")
+        Path | None, typer.Option(help="JSON of base_weights and training_data [default: what the run says].")
     ] = None,
-    quality: Annotated[Optional[Path], typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
-    data: Annotated[Optional[Path], typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")] = 64,
-    record: Annotated[Optional[Path], typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
+    quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
+    data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
+    block_size: Annotated[
+        int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
+    ] = 64,
+    record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:

@@ -23,7 +23,7 @@ _DESCRIPTIONS = {"int4": "4 bit weights, fp32 activations", "fp32": "32 bit weig
 
 IU_XRAY = {
     "name": "IU X-RAY (Open-i)",
-    "detail": "R2Gen's train split, and the studies outside of R2Gen's splits; validation and test studies were not seen",
+    "detail": "R2Gen's train split, and the studies outside R2Gen's splits; test studies were not seen",
     "licence": "CC BY-NC-ND 4.0",
     "citation": "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
 }

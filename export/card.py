@@ -15,8 +15,9 @@ def model_card(
         f"# {name} {version}", "",
         f"**{DRAFT_STATEMENT}**", "",
         "## What it is",
-        "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph/report "
-        "pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res 2024;8:e32690). "
+        "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
+        "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
+        "2024;8:e32690). "
         "It reads one frontal chest radiograph with its indication and comparison, and writes findings and impression.",
         "", "## Licence",
         f"{licence}: for research and non-commercial use. The weights were trained on data under a non-commercial "
@@ -28,7 +29,13 @@ def model_card(
         "## Measured quality",
     ]  # fmt: skip
     if quality.get("scores"):
-        lines += [quality["protocol"], "", *_table(quality["scores"]), "", *[f"- {n}" for n in quality.get("notes", ())]]
+        lines += [
+            quality["protocol"],
+            "",
+            *_table(quality["scores"]),
+            "",
+            *[f"- {n}" for n in quality.get("notes", ())],
+        ]
     else:
         lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
     lines += [

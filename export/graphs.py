@@ -94,7 +94,12 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
 
 
 def _trace(
-    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str], outputs: list[str], dynamic: dict | None
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    names: list[str],
+    outputs: list[str],
+    dynamic: dict | None,
 ) -> None:
     torch.onnx.export(
         module.eval(), inputs, str(path), input_names=names, output_names=outputs, dynamic_shapes=dynamic, dynamo=True,

@@ -91,7 +91,8 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])
     embeds = helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [1, "tokens", width])
     graph = helper.make_graph([gather], "embed_tokens", [ids], [embeds], [weights, scale])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)],
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets,
                              ir_version=decoder.ir_version)  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def draw_chest(seed: int, rows: int = 240, columns: int = 200) -> np.ndarray:
     y, x = np.mgrid[0:rows, 0:columns] / np.array([rows, columns])[:, None, None]
     body = 0.75 + 0.1 * rng.random()
     for centre in (0.3, 0.7):
-        body = body - 0.5 * np.exp(-(((x - centre) / 0.13) ** 2 + ((y - 0.5) / 0.28) ** 2) ** 2)
+        body = body - 0.5 * np.exp(-((((x - centre) / 0.13) ** 2 + ((y - 0.5) / 0.28) ** 2) ** 2))
     return np.clip(255 * (body + 0.03 * rng.standard_normal((rows, columns))), 0, 255).astype(np.uint8)
 
 
@@ -59,7 +59,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({
             "study_id": f"S{number}", "split": split, "r2gen_id": f"S{number}",
             "images": [{"file": f"{number}.jpg", "view": "frontal", "columns": 200, "rows": 240}],
-            "indication": "XXXX-year-old with cough." if number % 2 else None, "comparison": "None." if number % 3 else None,
+            "indication": "XXXX-year-old with cough." if number % 2 else None,
+            "comparison": "None." if number % 3 else None,
             "exam": "Chest", "findings": findings, "impression": impression,
             "mesh_major": TAGS[number % 4], "mesh_automatic": [], "problems": [],
         })  # fmt: skip
@@ -90,21 +91,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     language.decoder = decoders.ByteLevel()
     specials = ["<unk>", "<s>", "</s>", "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    language.train_from_iterator(corpus, trainers.BpeTrainer(special_tokens=specials, vocab_size=384, initial_alphabet=alphabet))  # noqa: E501
+    language.train_from_iterator(
+        corpus, trainers.BpeTrainer(special_tokens=specials, vocab_size=384, initial_alphabet=alphabet)
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=language, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=256, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"]))  # noqa: E501
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    words.train_from_iterator(
+        corpus, trainers.WordPieceTrainer(vocab_size=256, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    )
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     qformer_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     )
     torch.manual_seed(0)
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
+            patch_size=56,
         ),
         qformer_config=InstructBlipQFormerConfig(
             vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -132,6 +140,13 @@ stages:
     train: [qformer, query_tokens, projection]
     losses: {{contrastive: 1.0, tags: 1.0, words: 1.0}}
     cached_views: 2
+    batch_size: 4
+    epochs: 2
+    save_every: 1
+  - name: wording
+    lora: {{part: language, r: 4, alpha: 8, targets: [q_proj, v_proj]}}
+    losses: {{language: 1.0}}
+    image_blind: true
     batch_size: 4
     epochs: 2
     save_every: 1
@@ -165,7 +180,9 @@ def tiny_config(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 def tiny_run(tiny_config: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of every stage, through the command line."""
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    done = run_cli("training", "run", "--config", tiny_config, "--data", tiny_data, "--output", output, "--max-steps", 2)
+    done = run_cli(
+        "training", "run", "--config", tiny_config, "--data", tiny_data, "--output", output, "--max-steps", 2
+    )
     assert done.returncode == 0, done.stderr
     return output
 

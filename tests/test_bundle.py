@@ -41,7 +41,7 @@ def test_a_missing_file_is_named(copy: Path):
 
 
 def test_an_unknown_variant_is_told_with_those_that_exist(tiny_bundle: Path):
-    with pytest.raises(BundleError, match="unknown variant 'int2'.*int4, fp32"):
+    with pytest.raises(BundleError, match=r"unknown variant 'int2'.*int4, fp32"):
         open_bundle(tiny_bundle).variant("int2")
 
 

@@ -48,7 +48,9 @@ def test_monochrome1_is_turned_round():
 
 
 def test_rescale_and_window_are_applied():
-    rescaled = load_radiograph(make_dicom(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=2000, WindowWidth=1000)).pixels
+    rescaled = load_radiograph(
+        make_dicom(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=2000, WindowWidth=1000)
+    ).pixels
     values = CHEST.astype(float) * 2 - 100
     assert (rescaled[values <= 1500] == 0).all() and (rescaled[values >= 2500] == 1).all()
 

@@ -70,12 +70,16 @@ def test_cuda_is_never_replaced_silently(tiny_bundle: Path, monkeypatch: pytest.
     with pytest.raises(DeviceError, match="auto, cpu, cuda"):
         ReportGenerator.from_pretrained(tiny_bundle, device="tpu")
     # A CUDA build whose libraries do not load gives a session on the CPU: that is refused too.
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     with pytest.raises(DeviceError, match="nvidia-smi"):
         ReportGenerator.from_pretrained(tiny_bundle, device="cuda")
 
 
-@pytest.mark.parametrize(("installed", "told"), [((), "not installed"), (("onnxruntime", "onnxruntime-gpu"), "both installed")])
+@pytest.mark.parametrize(
+    ("installed", "told"), [((), "not installed"), (("onnxruntime", "onnxruntime-gpu"), "both installed")]
+)
 def test_exactly_one_onnx_runtime_is_wanted(installed: tuple, told: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "_installed", lambda name: name in installed)
     with pytest.raises(DeviceError, match=told) as caught:

@@ -84,7 +84,8 @@ def test_several_frames_are_refused():
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((64, 64, 2), np.uint8), np.zeros(64, np.uint8), np.zeros((64, 64), np.int64), np.full((64, 64), np.nan)]
+    "array",
+    [np.zeros((64, 64, 2), np.uint8), np.zeros(64, np.uint8), np.zeros((64, 64), np.int64), np.full((64, 64), np.nan)],
 )
 def test_arrays_that_mean_nothing_are_refused(array: np.ndarray):
     with pytest.raises(RadiographError):

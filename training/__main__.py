@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,12 +25,12 @@ def fetch_base_command(
 @app.command("run")
 def run_command(
     config: Annotated[Path, typer.Option(help="The run's YAML, such as training/configs/iu_xray_mini.yaml.")],
-    data: Annotated[Optional[Path], typer.Option(help="Folder of the data, over the file's.")] = None,
-    output: Annotated[Optional[Path], typer.Option(help="Folder of the run, over the file's.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda.")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data, over the file's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run, over the file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
-    max_steps: Annotated[Optional[int], typer.Option(min=1, help="End each stage early, for a trial.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
 ) -> None:
     """Train the stages of a configuration; run it again to go on after an interruption."""
     from training.config import load_config
@@ -44,11 +44,13 @@ def run_command(
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
-    model: Annotated[Optional[list[Path]], typer.Option(help="Folder of a bundle; may be repeated.")] = None,
-    run_folder: Annotated[Optional[Path], typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; may be repeated.")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    limit: Annotated[Optional[int], typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
-    drafts: Annotated[Optional[Path], typer.Option(help="JSON lines of all drafts; keep it out of the repository.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
+    drafts: Annotated[
+        Path | None, typer.Option(help="JSON lines of all drafts; keep it out of the repository.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,

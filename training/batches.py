@@ -1,6 +1,7 @@
 """From studies to batches: images (augmented or cached as encoder features) and encoded text."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,7 +77,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+    def without_placeholders(self, count: int) -> "Batch":
+        """The same batch for a language model that sees no image: the ``count`` leading placeholders are taken away."""
+        names = ("input_ids", "attention_mask", "labels")
+        return replace(self, **{name: getattr(self, name)[:, count:] for name in names})
 
 
 def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext) -> list[int]:
@@ -92,9 +98,7 @@ def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
     return (bos,) if bos is not None and getattr(parts.tokenizer, "add_bos_token", False) is True else ()
 
 
-def collate(
-    parts: ModelAndTokenizers, studies: list[Study], contexts: list[ClinicalContext], images: Tensor
-) -> Batch:
+def collate(parts: ModelAndTokenizers, studies: list[Study], contexts: list[ClinicalContext], images: Tensor) -> Batch:
     """Encode studies, with the context that each is to be seen with, into a batch."""
     prompts = [encode_prompt(parts, context) for context in contexts]
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
@@ -146,14 +150,20 @@ def epoch_order(
 
 @torch.inference_mode()
 def cache_features(
-    vision: torch.nn.Module, studies: list[Study], views: int, folder: Path, seed: int, device: torch.device,
-    autocast: torch.autocast, progress: object = None,
+    vision: torch.nn.Module,
+    studies: list[Study],
+    views: int,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    autocast: torch.autocast,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Encode every study's radiograph once a view, into a float16 memory map [views, studies, 257, H] on disk.
 
     View 0 is the image as it is, the others are augmented. A finished cache of the same weights, studies and seed is
     opened instead of made again.
-    """  # fmt: skip
+    """
     key = hashlib.sha256(f"{seed} {views} {[s.study_id for s in studies]}".encode())
     for name, weight in sorted(vision.state_dict().items()):
         key.update(name.encode() + weight.detach().float().cpu().numpy().tobytes()[:4096])

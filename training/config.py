@@ -32,8 +32,11 @@ class Stage:
     Attributes:
         name: also the name of the stage's folder in the run.
         train: parts trained in full: of ``qformer``, ``query_tokens``, ``projection``.
-        lora: adapters added and trained in this stage; they stay, frozen, in the later ones.
+        lora: adapters added and trained in this stage; they stay, frozen, in the later ones. A later stage with the
+            same settings goes on training them.
         losses: weight of each loss: ``contrastive``, ``tags``, ``words`` (no language model), ``language``.
+        image_blind: the language model reads prompt and report alone; no image is loaded. Alone it makes an image-blind
+            model; before the others, a language model that already knows how reports are worded.
         learning_rate: peak, for full parts; ``lora_learning_rate`` for adapters. Warm-up, then cosine to a tenth.
         batch_size: studies a forward pass; ``accumulate`` passes make one optimizer step.
         cached_views: 0 encodes augmented images anew at every step; K > 0 caches K views of each image once (the first
@@ -54,6 +57,7 @@ class Stage:
     lora_learning_rate: float = 2e-4
     weight_decay: float = 0.01
     warmup_steps: int = 20
+    image_blind: bool = False
     cached_views: int = 0
     prior_dropout: float = 0.3
     splits: tuple[str, ...] = ("train",)
@@ -90,9 +94,13 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
         raise ConfigError(f"{path} has no list of stages")
     values.update({key: value for key, value in overrides.items() if value is not None})
     values["stages"] = tuple(_stage(stage, path) for stage in values["stages"])
-    adapted = [stage.lora.part for stage in values["stages"] if stage.lora]
-    if len(adapted) != len(set(adapted)):
-        raise ConfigError(f"{path}: two stages put LoRA on the same part; give each part one LoRA stage")
+    adapted: dict[str, LoraSettings] = {}
+    for stage in values["stages"]:
+        if stage.lora and adapted.setdefault(stage.lora.part, stage.lora) != stage.lora:
+            raise ConfigError(
+                f"{path}, stage {stage.name}: an earlier stage has LoRA on {stage.lora.part} with other settings; give "
+                "the same, and its adapters are trained on"
+            )
     for key in ("data", "output"):
         if not values.get(key):
             raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")
@@ -114,6 +122,10 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
+    if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views):
+        raise ConfigError(
+            f"{where}: an image-blind stage has the language loss alone, and trains and caches no image part"
+        )
     return stage
 
 

@@ -89,7 +89,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}", "",
         f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
         "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
-        *["| " + row + " | " + " | ".join(f"{s[m]:.3f}" for m in METRICS) + " |" for row, s in record["scores"].items()],
+        *[f"| {row} | " + " | ".join(f"{s[m]:.3f}" for m in METRICS) + " |" for row, s in record["scores"].items()],
         "", f"CIDEr lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%}", "",
         "## Drafts that name an abnormality", "",
         "| | among abnormal studies | among normal studies |", "| --- | --- | --- |",

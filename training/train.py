@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training.base import ModelAndTokenizers, load_model
 from training.batches import Batch, cache_features, collate, drop_priors, epoch_order, load_pixels
 from training.config import RunConfig, Stage
-from training.datasets.iu_xray import TAGS, Study, read_studies
+from training.datasets.iu_xray import TAGS, read_studies
 from training.fetch import DEFAULT_CACHE
 from training.losses import AlignmentHeads, word_vocabulary
 from training.stages import (
@@ -96,7 +96,9 @@ def _check_same_run(config: RunConfig) -> None:
     if path.is_file():
         begun = json.loads(path.read_text())
         finished = {s["name"] for s in begun["stages"] if (config.output / s["name"]).exists()}
-        same_stages = all(a == b for a, b in zip(begun["stages"], told["stages"], strict=False) if a["name"] in finished)
+        same_stages = all(
+            a == b for a, b in zip(begun["stages"], told["stages"], strict=False) if a["name"] in finished
+        )
         if not same_stages or begun["base"] != told["base"] or begun["base_options"] != told["base_options"]:
             raise ValueError(
                 f"{config.output} holds a run of another configuration: give another --output, or restore the values"
@@ -199,6 +201,8 @@ class StageRun:
         if self.features is not None:
             views = rng.integers(len(self.features), size=len(rows))
             images = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, rows, strict=True)])).float()
+        elif self.stage.image_blind:
+            images = torch.zeros(len(rows), 0)
         else:
             images = torch.from_numpy(np.stack([load_pixels(s.image, rng) for s in studies]))
         return collate(self.parts, studies, contexts, images).to(self.device)
@@ -234,6 +238,10 @@ class StageRun:
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         model, heads, wanted = self.parts.model, self.heads, self.stage.losses
+        if self.stage.image_blind:
+            batch = batch.without_placeholders(model.config.num_query_tokens)
+            with self.autocast:
+                return {"language": language_loss(self.parts, batch, None)}
         with self.autocast:
             features = batch.images if self.features is not None else encode_images(model, batch.images)
             queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
@@ -262,12 +270,19 @@ class StageRun:
         totals: dict[str, list[float]] = {}
         logits, tags = [], []
         cached, self.features = self.features, None
+        blind = self.stage.image_blind
         for start in range(0, len(self.val), 16):
             studies = self.val[start : start + 16]
-            images = torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
+            images = (
+                torch.zeros(len(studies), 0)
+                if blind
+                else torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
+            )
             batch = collate(self.parts, studies, [s.context for s in studies], images).to(self.device)
             for name, value in self._losses(batch).items():
                 totals.setdefault(name, []).append(value.item())
+            if blind:
+                continue
             with self.autocast:
                 features = encode_images(self.parts.model, batch.images)
                 queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
@@ -275,7 +290,8 @@ class StageRun:
             tags.append(batch.tags.cpu().numpy())
         self.features = cached
         row = {name: float(np.mean(values)) for name, values in totals.items()}
-        row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
+        if not blind:
+            row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
         _append_row(self.folder / "validation.csv", {"step": self.step, **row})
         self.console.print(f"{self.stage.name} step {self.step} validation "
                            + " ".join(f"{k} {v:.3f}" for k, v in row.items()), highlight=False)  # fmt: skip

@@ -110,7 +110,9 @@ class OnnxBackend:
         except Exception as error:
             if self.device == "cuda":
                 raise DeviceError(_cuda_failure()) from error
-            raise BundleError(f"{path.name} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: update both") from error
+            raise BundleError(
+                f"{path.name} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: update both"
+            ) from error
         # ONNX Runtime goes on with the CPU when CUDA's libraries do not load; a session says what it really uses.
         if provider not in session.get_providers():
             raise DeviceError(_cuda_failure())

@@ -58,7 +58,9 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
     ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, [1, "n"])
     rows = helper.make_tensor_value_info("inputs_embeds", float32, [1, "n", width])
     x, y = (helper.make_tensor_value_info(n, float32, [1, "n", s]) for n, s in (("x", width), ("y", words)))
-    embed = save("embed_tokens", helper.make_node("Gather", ["w", "input_ids"], ["inputs_embeds"]), [ids], [rows], table)
+    embed = save(
+        "embed_tokens", helper.make_node("Gather", ["w", "input_ids"], ["inputs_embeds"]), [ids], [rows], table
+    )
     head = helper.make_node("MatMul", ["x", "w"], ["y"], name="head")
     paths = {"embed_tokens": embed, **{
         kind: save(kind, head, [x], [y], np.ascontiguousarray(table.T))

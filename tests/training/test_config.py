@@ -8,10 +8,10 @@ from training.config import ConfigError, load_config
 MINI = ROOT / "training" / "configs" / "iu_xray_mini.yaml"
 
 
-def test_the_mini_configuration_has_the_three_stages():
+def test_the_mini_configuration_has_its_stages_in_order():
     config = load_config(MINI, data="somewhere")
-    assert [stage.name for stage in config.stages] == ["align", "vision", "language"]
-    assert config.stages[1].lora.part == "vision" and config.stages[2].lora.part == "language"
+    assert [stage.name for stage in config.stages] == ["align", "wording", "vision", "language"]
+    assert [stage.lora and stage.lora.part for stage in config.stages] == [None, "language", "vision", "language"]
     assert config.data == Path("somewhere")
 
 
@@ -23,6 +23,12 @@ def test_the_mini_configuration_has_the_three_stages():
         ("stages: [{name: a, losses: {magic: 1}}]", "unknown part or loss 'magic'"),
         ("stages: [{name: a, losses: {language: 1}, lora: {part: ear, targets: [x]}}]", "'ear'"),
         ("base: [", "not valid YAML"),
+        ("stages: [{name: a, losses: {tags: 1}, image_blind: true}]", "image-blind stage has the language loss alone"),
+        (
+            "stages: [{name: a, losses: {language: 1}, lora: {part: vision, targets: [fc1]}}, "
+            "{name: b, losses: {language: 1}, lora: {part: vision, r: 4, targets: [fc1]}}]",
+            "stage b: an earlier stage has LoRA on vision with other settings",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(tmp_path: Path, change: str, told: str):

@@ -11,7 +11,12 @@ from training.datasets.iu_xray import read_studies
 from training.scoring import METRICS, names_abnormality, rouge_matrix, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java, which is not installed here")
-REPORTS = ["the heart is normal .", "there is a small effusion on the left .", "the lungs are clear .", "no acute disease ."]
+REPORTS = [
+    "the heart is normal .",
+    "there is a small effusion on the left .",
+    "the lungs are clear .",
+    "no acute disease .",
+]
 
 
 @needs_java
@@ -65,9 +70,12 @@ def test_controls_change_the_image_or_the_indication_and_nothing_else(tiny_data:
 
 
 @needs_java
-def test_evaluate_writes_every_row_and_keeps_what_is_there(tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
+def test_evaluate_writes_every_row_and_keeps_what_is_there(
+    tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path
+):
     stem = tmp_path / "result"
-    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run, "--output", stem,
+    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run,
+                 "--output", stem,
                  "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
     done = run_cli(*arguments)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,8 @@ def test_studies_are_read_with_context_and_target(tiny_data: Path):
     assert studies[0].context.indication is None
     assert "XXX" not in (studies[1].context.indication or "") and "cough" in studies[1].context.indication
     assert studies[1].target == (
-        "FINDINGS: The heart is enlarged. There is a small left pleural effusion. IMPRESSION: Cardiomegaly and effusion."
+        "FINDINGS: The heart is enlarged. There is a small left pleural effusion. "
+        "IMPRESSION: Cardiomegaly and effusion."
     )
     assert studies[1].tags[0] == 1 and studies[0].tags[0] == 0
 

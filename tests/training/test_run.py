@@ -1,14 +1,18 @@
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import run_cli
 from safetensors.torch import load_file
 
 from training.config import load_config
 from training.train import run
 from training.trained import load_adapted, stage_folders
+
+STAGES = ("align", "wording", "vision", "language")
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -17,12 +21,12 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 def test_every_stage_leaves_adapters_logs_and_a_curve(tiny_run: Path):
-    assert [folder.name for folder in stage_folders(tiny_run)] == ["align", "vision", "language"]
-    for stage in ("align", "vision", "language"):
+    assert [folder.name for folder in stage_folders(tiny_run)] == list(STAGES)
+    for stage in STAGES:
         assert len(losses(tiny_run / stage)) == 2
         assert (tiny_run / stage / "loss.png").read_bytes()[:4] == b"\x89PNG"
         assert (tiny_run / stage / "validation.csv").is_file()
-    for stage, part in (("vision", "vision"), ("language", "language")):
+    for stage, part in (("wording", "language"), ("vision", "vision"), ("language", "language")):
         folder = tiny_run / stage / "adapters" / part
         assert (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
 
@@ -34,6 +38,27 @@ def test_each_stage_trains_what_it_names_and_nothing_else(tiny_run: Path):
     assert all(name.startswith("language_projection.") for name in language)
     vision = load_file(tiny_run / "vision" / "trained.safetensors")
     assert not torch.equal(vision["query_tokens"], align["query_tokens"])
+    assert not (tiny_run / "wording" / "trained.safetensors").exists()
+
+
+def test_a_later_stage_trains_the_same_adapters_on(tiny_run: Path):
+    begun = load_file(tiny_run / "wording" / "adapters" / "language" / "adapter_model.safetensors")
+    went_on = load_file(tiny_run / "language" / "adapters" / "language" / "adapter_model.safetensors")
+    moved = [(begun[name] - went_on[name]).abs().max() for name in begun]
+    started = [begun[name].abs().max() for name in begun if "lora_B" in name]
+    assert begun.keys() == went_on.keys() and min(started) > 0  # zero where LoRA is put on anew
+    assert 0 < max(moved) < 0.01
+
+
+def test_an_image_blind_stage_reads_no_image(tiny_config: Path, tiny_data: Path, tmp_path: Path):
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    shutil.rmtree(data / "images")
+    values = yaml.safe_load(tiny_config.read_text())
+    values["stages"] = [stage for stage in values["stages"] if stage["name"] == "wording"]
+    config = tmp_path / "blind.yaml"
+    config.write_text(yaml.safe_dump(values))
+    run(load_config(config, data=data, output=tmp_path / "run"), max_steps=1)
+    assert len(losses(tmp_path / "run" / "wording")) == 1
 
 
 def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_data: Path, tmp_path: Path, monkeypatch):
@@ -46,7 +71,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_d
     calls = iter(range(100))
 
     def killed(self):
-        if next(calls) == 4:  # in the middle of the second stage, after its first checkpoint
+        if next(calls) == 7:  # in the middle of the third stage, after its first checkpoint
             raise KeyboardInterrupt
         return real(self)
 
@@ -56,7 +81,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_d
     monkeypatch.setattr(train.StageRun, "_train_step", real)
     assert not (tmp_path / "cut" / "vision" / "finished").exists()
     run(config, max_steps=3)
-    for stage in ("align", "vision", "language"):
+    for stage in STAGES:
         whole, cut = losses(tmp_path / "whole" / stage), losses(tmp_path / "cut" / stage)
         assert [row["step"] for row in whole] == [row["step"] for row in cut] == [1, 2, 3][: len(whole)]
         for a, b in zip(whole, cut, strict=True):
