@@ -92,7 +92,7 @@ class TorchDrafter:
 
     def _batch(self, requests: list[Request]) -> list[str]:
         parts = self.parts
-        _, projected = self.query([r.image for r in requests], [r.context for r in requests])
+        _, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
         prompts = [encode_prompt(parts, r.context) for r in requests]
         length = max(map(len, prompts))
         count = projected.shape[1]
@@ -109,9 +109,8 @@ class TorchDrafter:
         return [text.strip() for text in parts.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     @torch.inference_mode()
-    def query(self, images: list[Path], contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Q-Former output [B, Q, H] and image embeddings [B, Q, D] of some radiographs."""
-        features = self.encode(images)
+    def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded radiographs [B, P, H] → Q-Former output [B, Q, H] and image embeddings [B, Q, D]."""
         text = encode_instructions(self.parts, contexts)
         ids, mask = text["input_ids"].to(self.device), text["attention_mask"].to(self.device)
         return query_image(self.parts.model, features, ids, mask)

@@ -143,8 +143,8 @@ def _represent(
     vision, qformer = [], []
     for start in range(0, len(studies), encoder.batch_size):
         images = [s.image for s in studies[start : start + encoder.batch_size]]
-        queries, _ = encoder.query(images, [ClinicalContext(view="frontal")] * len(images))
         features = encoder.encode(images)
+        queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
         vision.append(np.concatenate([features[:, 0].cpu().numpy(), features[:, 1:].mean(1).cpu().numpy()], axis=1))
         qformer.append(queries.flatten(1).cpu().numpy())
         progress.advance(task, len(images))
