@@ -1,4 +1,4 @@
-"""4-bit weights: every matrix product and embedding table of the four graphs, block by block.
+"""4-bit weights, block by block; the vision encoder's, which suffer most, keep 8 bits.
 
 Linear weights become ``MatMulNBits`` and embedding tables ``GatherBlockQuantized``. Where the language model ties its
 embedding to its head (SmolLM2 does), both graphs read one and the same block of quantized weights on disk.
@@ -23,13 +23,17 @@ class Int4Settings:
 
     Attributes:
         block_size: weights that share one scale, in the language model.
-        vision_block_size: the same in the vision encoder and the Q-Former, which are smaller and more sensitive.
+        qformer_block_size: the same in the Q-Former, which is smaller and more sensitive.
+        vision_block_size, vision_bits: in the vision encoder. 4 bits move its features by 16%, 8 bits by 2% (ViT-S/14,
+            8 layers, relative Euclidean error on radiographs), for 6 MB.
         symmetric: no zero points.
         accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
     """
 
     block_size: int = 64
-    vision_block_size: int = 32
+    qformer_block_size: int = 32
+    vision_block_size: int = 128
+    vision_bits: int = 8
     symmetric: bool = True
     accuracy_level: int = 4
 
@@ -38,8 +42,9 @@ def quantize_graphs(paths: dict[str, Path], folder: Path, settings: Int4Settings
     """Write the int4 graphs of four fp32 graphs into ``folder``; returns the path of each."""
     settings = settings or Int4Settings()
     written = {kind: folder / f"{kind}{SUFFIX['int4']}.onnx" for kind in paths}
-    for kind in (VISION, QFORMER):
-        onnx.save(_quantize(paths[kind], settings.vision_block_size, settings), str(written[kind]))
+    vision = _quantize(paths[VISION], settings.vision_block_size, settings, bits=settings.vision_bits)
+    onnx.save(vision, str(written[VISION]))
+    onnx.save(_quantize(paths[QFORMER], settings.qformer_block_size, settings), str(written[QFORMER]))
     decoder = _quantize(paths[DECODER], settings.block_size, settings)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
@@ -49,9 +54,9 @@ def quantize_graphs(paths: dict[str, Path], folder: Path, settings: Int4Settings
     return written
 
 
-def _quantize(path: Path, block_size: int, settings: Int4Settings) -> ModelProto:
+def _quantize(path: Path, block_size: int, settings: Int4Settings, bits: int = 4) -> ModelProto:
     config = DefaultWeightOnlyQuantConfig(
-        block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
+        bits=bits, block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
         op_types_to_quantize=("MatMul", "Gather"), quant_axes=(("MatMul", 0), ("Gather", 1)),
     )  # fmt: skip
     quantizer = MatMulNBitsQuantizer(onnx.load(str(path)), algo_config=config)

@@ -140,6 +140,7 @@ stages:
     train: [qformer, query_tokens, projection]
     losses: {{contrastive: 1.0, tags: 1.0, words: 1.0}}
     cached_views: 2
+    start_cross_attention: true
     batch_size: 4
     epochs: 2
     save_every: 1

@@ -41,6 +41,8 @@ class Stage:
         batch_size: studies a forward pass; ``accumulate`` passes make one optimizer step.
         cached_views: 0 encodes augmented images anew at every step; K > 0 caches K views of each image once (the first
             as it is, the others augmented), for stages in which the vision encoder is frozen.
+        start_cross_attention: before the first step, start the Q-Former's new cross-attention from the spread of the
+            cached features (see :func:`training.stages.start_cross_attention`).
         prior_dropout: probability of withholding indication and comparison, each on its own.
         splits: studies to learn from; ``extra`` has impressions only.
         abnormal_weight: how often an abnormal study is drawn, against a normal one.
@@ -59,6 +61,7 @@ class Stage:
     warmup_steps: int = 20
     image_blind: bool = False
     cached_views: int = 0
+    start_cross_attention: bool = False
     prior_dropout: float = 0.3
     splits: tuple[str, ...] = ("train",)
     abnormal_weight: float = 1.0
@@ -122,6 +125,8 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
+    if stage.start_cross_attention and ("qformer" not in stage.train or not stage.cached_views):
+        raise ConfigError(f"{where}: start_cross_attention needs qformer in train, and cached_views")
     if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views):
         raise ConfigError(
             f"{where}: an image-blind stage has the language loss alone, and trains and caches no image part"

@@ -37,6 +37,33 @@ def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> 
             parameter.requires_grad_(True)
 
 
+@torch.no_grad()
+def start_cross_attention(model: InstructBlipForConditionalGeneration, features: Tensor, seed: int) -> None:
+    """Start new cross-attention so that it sees the image from the first step.
+
+    A vision encoder's features have a few directions that dwarf all others and say the same of every image; weights
+    drawn blindly hand on little else. Here keys and values read standardized features, so every direction counts alike,
+    and the output is scaled to be heard beside what it is added to.
+
+    Args:
+        model: its Q-Former's cross-attention is drawn anew, in place.
+        features: float [N, P, H], the vision encoder's for some radiographs.
+        seed: of the draw.
+    """
+    mean, deviation = features.mean((0, 1)), features.flatten(0, 1).std(0) + 1e-6
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.qformer.encoder.layer:
+        if not layer.has_cross_attention:
+            continue
+        attention = layer.crossattention
+        for linear in (attention.attention.key, attention.attention.value):
+            weight = torch.randn(linear.weight.shape, generator=generator) / features.shape[2] ** 0.5 / deviation
+            linear.weight.copy_(weight)
+            linear.bias.copy_(-weight @ mean)
+        dense = attention.output.dense
+        dense.weight.copy_(torch.randn(dense.weight.shape, generator=generator) / dense.in_features**0.5)
+
+
 def trainable_groups(
     model: InstructBlipForConditionalGeneration, heads: nn.Module, stage: Stage
 ) -> list[dict[str, Any]]:

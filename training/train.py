@@ -30,6 +30,7 @@ from training.stages import (
     prepare_stage,
     query_image,
     save_trained,
+    start_cross_attention,
     trainable_groups,
 )
 
@@ -150,6 +151,9 @@ class StageRun:
         with Progress(*columns, console=self.console) as progress:
             if self.stage.cached_views:
                 self._cache(progress)
+            if self.stage.start_cross_attention and self.features is not None and self.step == 0:
+                sample = torch.from_numpy(self.features[0, : 16 * self.stage.batch_size].astype(np.float32))
+                start_cross_attention(self.parts.model, sample, self.seed)
             task = progress.add_task(f"stage {self.stage.name}", total=total, completed=self.step)
             while self.step < total:
                 losses = self._train_step()
