@@ -12,7 +12,7 @@ from cbedge.errors import ContextError
 PROMPT_VERSION = 1
 MAX_CONTEXT_CHARACTERS = 1000
 
-_DEIDENTIFIED = re.compile(r"X{3,}")
+_DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
 _SPECIAL_TOKEN = re.compile(r"<\|?[A-Za-z_]+\|?>|\[(?:CLS|SEP|PAD|UNK|MASK)\]")
 
 
@@ -21,7 +21,7 @@ class ClinicalContext:
     """Prior knowledge about a study, put into the prompt (the "priors" of Ji et al. 2024).
 
     Every field is optional; ``None`` means "not given". Text is cleaned on creation: control characters, special
-    tokens and de-identification marks (``XXXX``) are removed and white space is folded.
+    tokens and de-identification marks (``XXXX``, ``___``) are removed and white space is folded.
 
     Attributes:
         indication: why the study was requested, at most 1,000 characters.

@@ -1,4 +1,4 @@
-"""The model builder's command line: ``python -m training fetch-base | run | evaluate``."""
+"""The model builder's command line: ``python -m training fetch-base | data check | run | evaluate``."""
 
 import sys
 from pathlib import Path
@@ -20,6 +20,35 @@ def fetch_base_command(
 
     for part in BASE_PARTS:
         typer.echo(f"{part.name}: {fetch_base(part, cache)}")
+
+
+data_app = typer.Typer(help="Look at a collection before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("check")
+def data_check_command(
+    folder: Annotated[Path, typer.Argument(help="IU X-RAY in any of its layouts, or MIMIC-CXR-JPG.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG of report lengths and label counts to write.")] = None,
+    index_cache: Annotated[
+        Path | None, typer.Option(help="Where the index of a large collection is kept (it holds report text).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --plot replace a file.")] = False,
+) -> None:
+    """Say what was found, joined and dropped, and why."""
+    from rich.console import Console
+
+    from training.datasets import INDEX_CACHE
+    from training.datasets.check import plot_summary, print_summary, summarize
+
+    if plot and plot.exists() and not force:
+        raise ValueError(f"{plot} exists already: give --force to replace it, or another name")
+    summary = summarize(folder, index_cache or INDEX_CACHE)
+    print_summary(summary, Console())
+    if not summary.total:
+        raise ValueError("no study can be trained on: see what was dropped, and why")
+    if plot:
+        plot_summary(summary, plot)
 
 
 @app.command("run")

@@ -1,7 +1,7 @@
 """From studies to batches: images (augmented or cached as encoder features) and encoded text."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from cbedge.prompt import ClinicalContext, build_instruction, build_prompt
 from cbedge.radiograph import IMAGE_SIZE, load_radiograph, preprocess
 from training.base import ModelAndTokenizers
-from training.datasets.iu_xray import Study
+from training.datasets import Study
+from training.datasets.mimic_cxr import IndexedStudies
 
 MAX_TARGET_TOKENS = 160
 
@@ -100,7 +101,9 @@ def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
     return (bos,) if bos is not None and getattr(parts.tokenizer, "add_bos_token", False) is True else ()
 
 
-def collate(parts: ModelAndTokenizers, studies: list[Study], contexts: list[ClinicalContext], images: Tensor) -> Batch:
+def collate(
+    parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor
+) -> Batch:
     """Encode studies, with the context that each is to be seen with, into a batch."""
     prompts = [encode_prompt(parts, context) for context in contexts]
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
@@ -131,18 +134,30 @@ def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContex
     )
 
 
+def lengths_and_flags(studies: Sequence[Study]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each study the characters of its target and whether it is known to be abnormal, int and bool [studies]."""
+    if isinstance(studies, IndexedStudies):
+        return np.array(studies.lengths), np.array(studies.abnormal, bool)
+    return np.array([len(s.target) for s in studies]), np.array([s.abnormal for s in studies], bool)
+
+
 def epoch_order(
-    studies: list[Study], batch_size: int, abnormal_weight: float, rng: np.random.Generator
+    lengths: np.ndarray, abnormal: np.ndarray, batch_size: int, abnormal_weight: float, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Index batches of one epoch: drawn by weight where abnormal studies weigh more, of like length, shuffled."""
+    """Index batches of one epoch: drawn by weight where abnormal studies weigh more, of like length, shuffled.
+
+    Args:
+        lengths: int [studies], of the targets.
+        abnormal: bool [studies].
+    """
+    count = len(lengths)
     if abnormal_weight != 1.0:
-        weight = np.array([abnormal_weight if s.tags[0] else 1.0 for s in studies])
-        order = rng.choice(len(studies), len(studies), p=weight / weight.sum())
+        weight = np.where(abnormal, abnormal_weight, 1.0)
+        order = rng.choice(count, count, p=weight / weight.sum())
     else:
-        order = rng.permutation(len(studies))
+        order = rng.permutation(count)
     # Like lengths go together within blocks of 16 batches, which saves most of the padding and keeps chance.
     block = batch_size * 16
-    lengths = np.array([len(s.target) for s in studies])
     blocks = [order[i : i + block] for i in range(0, len(order), block)]
     ordered = np.concatenate([b[np.argsort(lengths[b], kind="stable")] for b in blocks])
     batches = [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered) - batch_size + 1, batch_size)]
@@ -153,7 +168,7 @@ def epoch_order(
 @torch.inference_mode()
 def cache_features(
     vision: torch.nn.Module,
-    studies: list[Study],
+    studies: Sequence[Study],
     views: int,
     folder: Path,
     seed: int,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from training.datasets.iu_xray import Study
+from training.datasets import Study
 from training.drafting import Request
 from training.scoring import rouge_matrix
 

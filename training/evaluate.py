@@ -13,7 +13,8 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from cbedge.prompt import ClinicalContext, split_sections
 from training.controls import best_constant, consensus, neighbours, own, swapped, withheld
-from training.datasets.iu_xray import TAGS, Study, clean_reference, read_studies
+from training.datasets.iu_xray import clean_reference, read_studies
+from training.datasets.studies import TAGS, Study
 from training.drafting import Drafter, Request, TorchDrafter
 from training.scoring import METRICS, PROTOCOL, names_abnormality, score
 
@@ -122,11 +123,12 @@ def _look(
     labels = {name: np.array([s.tags for s in group]) for name, group in tags.items()}
     probe = {}
     for tag in PROBED:
-        column = list(TAGS).index(tag)
-        columns = {name: values[:, column] for name, values in labels.items()}
+        column = TAGS.index(tag)
+        known = {name: values[:, column] >= 0 for name, values in labels.items()}
+        columns = {name: values[known[name], column] for name, values in labels.items()}
         if all(0 < c.sum() < len(c) for c in columns.values()):
             probe[tag] = {
-                kind: _probe_auc({name: seen[name][i] for name in seen}, columns)
+                kind: _probe_auc({name: seen[name][i][known[name]] for name in seen}, columns)
                 for i, kind in enumerate(("vision", "qformer"))
             } | {"positives": int(columns["studied"].sum())}
     return neighbours(seen["studied"][0], seen["train"][0]), probe
@@ -170,7 +172,9 @@ def _probe_auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> 
 
 
 def _abnormality(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
-    abnormal = np.array([s.tags[0] for s in studies], bool)
+    known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
+    studies, findings = [studies[i] for i in known], {row: [d[i] for i in known] for row, d in findings.items()}
+    abnormal = np.array([s.abnormal for s in studies], bool)
     shares = {}
     for row, drafts in {**findings, "reference": [s.findings for s in studies]}.items():
         named = np.array([names_abnormality(draft) for draft in drafts])
@@ -194,7 +198,7 @@ def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]])
         for i, study in enumerate(studies):
             row = {
                 "study_id": study.study_id, "indication": study.context.indication, "findings": study.findings,
-                "tags": [tag for tag, flag in zip(TAGS, study.tags, strict=True) if flag],
+                "tags": [tag for tag, flag in zip(TAGS, study.tags, strict=True) if flag == 1],
                 "drafts": {name: drafts[i] for name, drafts in texts.items()},
             }  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

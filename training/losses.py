@@ -39,10 +39,15 @@ class AlignmentHeads(nn.Module):
         return (queries[:, : len(self.tag_bias)] * self.tag_weight).sum(-1) + self.tag_bias
 
     def tags_loss(self, queries: Tensor, tags: Tensor) -> Tensor:
-        """Binary cross-entropy over [B, tags] 0/1; positives weigh thrice, as most tags are rare."""
+        """Binary cross-entropy over [B, tags] 0/1, without those not known (-1); as most tags are rare, positives weigh
+        thrice."""
         weight = torch.full((tags.shape[1],), 3.0, device=tags.device)
         weight[0] = 1.0
-        return functional.binary_cross_entropy_with_logits(self.tag_logits(queries).float(), tags, pos_weight=weight)
+        known = tags >= 0
+        losses = functional.binary_cross_entropy_with_logits(
+            self.tag_logits(queries).float(), tags.clamp_min(0), pos_weight=weight, reduction="none"
+        )
+        return (losses * known).sum() / known.sum().clamp_min(1)
 
     def contrastive_loss(self, queries: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Symmetric InfoNCE in the batch; an image is as similar to a text as its most similar query."""

@@ -18,9 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from training.base import ModelAndTokenizers, load_model
-from training.batches import Batch, cache_features, collate, drop_priors, epoch_order, load_pixels
+from training.batches import (
+    Batch,
+    cache_features,
+    collate,
+    drop_priors,
+    epoch_order,
+    lengths_and_flags,
+    load_pixels,
+)
 from training.config import RunConfig, Stage
-from training.datasets.iu_xray import TAGS, read_studies
+from training.datasets import open_studies
+from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
 from training.losses import AlignmentHeads, word_vocabulary
 from training.stages import (
@@ -35,6 +44,7 @@ from training.stages import (
 )
 
 VAL_STUDIES = 96
+VOCABULARY_STUDIES = 20_000  # enough to tell common words from rare ones
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,8 +140,10 @@ class StageRun:
         self.device, self.autocast, self.folder, self.console = device, autocast, folder, console
         self.seed = config.seed * 1000 + number
         folder.mkdir(parents=True, exist_ok=True)
-        self.studies = [s for s in read_studies(config.data, stage.splits) if s.target]
-        self.val = [s for s in read_studies(config.data, ("val",)) if s.target][:VAL_STUDIES]
+        self.studies = open_studies(config.data, stage.splits)
+        self.val = open_studies(config.data, ("val",), VAL_STUDIES)
+        self.lengths, self.abnormal = lengths_and_flags(self.studies)
+        self._order: tuple[int, list[list[int]]] = (-1, [])
         self._seed_everything()
         self.heads = self._build_heads(previous).to(device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
@@ -175,16 +187,19 @@ class StageRun:
 
     def _build_heads(self, previous: Path | None) -> AlignmentHeads:
         encode = self.parts.tokenizer
-        train = read_studies(self.config.data, ("train",))
-        ids, share = word_vocabulary([encode(s.target, add_special_tokens=False).input_ids for s in train if s.target])
+        train = open_studies(self.config.data, ("train",), VOCABULARY_STUDIES)
+        ids, share = word_vocabulary([encode(s.target, add_special_tokens=False).input_ids for s in train])
         heads = AlignmentHeads(self.parts.model.config.qformer_config.hidden_size, len(TAGS), ids, share)
         if previous and (previous / "heads.pt").is_file():
             heads.load_state_dict(torch.load(previous / "heads.pt", weights_only=True))
         return heads
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        return epoch_order(self.studies, self.stage.batch_size, self.stage.abnormal_weight, rng)
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = epoch_order(self.lengths, self.abnormal, self.stage.batch_size, self.stage.abnormal_weight, rng)
+            self._order = (epoch, order)
+        return self._order[1]
 
     def _cache(self, progress: Progress) -> None:
         task = progress.add_task(f"stage {self.stage.name}: encoding images", total=None)
@@ -344,9 +359,10 @@ def _tag_auc(logits: np.ndarray, tags: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     scores = {}
-    for i, name in enumerate(list(TAGS)[:4]):
-        if 0 < tags[:, i].sum() < len(tags):
-            scores[f"auc_{name}"] = float(roc_auc_score(tags[:, i], logits[:, i]))
+    for i, name in enumerate(TAGS[:4]):
+        known = tags[:, i] >= 0
+        if 0 < tags[known, i].sum() < known.sum():
+            scores[f"auc_{name}"] = float(roc_auc_score(tags[known, i], logits[known, i]))
     return scores
 
 

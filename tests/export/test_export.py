@@ -31,7 +31,9 @@ def test_int4_graphs_hold_four_bit_weights(tiny_bundle: Path):
     told = {"decoder_model_merged": 4, "qformer": 4, "vision_encoder": 8}
     for kind, bits in told.items():
         graph = onnx.load(str(tiny_bundle / f"{kind}_q4.onnx"), load_external_data=False).graph
-        assert {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"} == {bits}
+        assert {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"} == {
+            bits
+        }
 
 
 def test_merging_refuses_what_changes_the_model(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from training.datasets.iu_xray import TAGS, clean_reference, clean_report, read_studies, study_tags
+from training.datasets.iu_xray import clean_reference, read_studies, study_tags
+from training.datasets.studies import TAGS, clean_report
 
 
 def test_studies_are_read_with_context_and_target(tiny_data: Path):
