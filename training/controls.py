@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cbedge.radiograph import IMAGE_SIZE
 from training.datasets import Study
 from training.drafting import Request
 from training.scoring import rouge_matrix
@@ -44,6 +45,12 @@ def swapped(studies: list[Study], seed: int = 0) -> list[Request]:
 def withheld(studies: list[Study]) -> list[Request]:
     """Every study with its own image and neither indication nor comparison."""
     return [Request(s.image, replace(s.context, indication=None, comparison=None)) for s in studies]
+
+
+def blank(studies: list[Study]) -> list[Request]:
+    """Every study with a uniformly grey image and its own context."""
+    grey = np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32)
+    return [Request(grey, s.context) for s in studies]
 
 
 def own(studies: list[Study]) -> list[Request]:

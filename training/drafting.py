@@ -1,6 +1,6 @@
 """Write drafts for many studies: with an exported bundle through the runtime, or with a run in torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ Progress = Callable[[int], None]
 class Request:
     """One draft to write: which image, with which context."""
 
-    image: Path
+    image: Path | np.ndarray
     context: ClinicalContext
 
 
@@ -116,7 +116,7 @@ class TorchDrafter:
         return query_image(self.parts.model, features, ids, mask)
 
     @torch.inference_mode()
-    def encode(self, images: list[Path]) -> torch.Tensor:
+    def encode(self, images: Sequence[Path | np.ndarray]) -> torch.Tensor:
         """The vision encoder's features [B, P, H]."""
         pixels = np.concatenate([preprocess(load_radiograph(image).pixels) for image in images])
         return encode_images(self.parts.model, torch.from_numpy(pixels).to(self.device))

@@ -12,12 +12,18 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from cbedge.prompt import ClinicalContext, split_sections
-from training.controls import best_constant, consensus, neighbours, own, swapped, withheld
+from training.clinical import finding_f1, label_reports, validate, with_intervals
+from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
 from training.drafting import Drafter, Request, TorchDrafter
-from training.scoring import METRICS, PROTOCOL, names_abnormality, score
+from training.scoring import METRICS, PROTOCOL, score
 
+CLINICAL = {
+    "balanced_accuracy": "abnormal or normal, balanced accuracy", "sensitivity": "abnormal studies called so",
+    "specificity": "normal studies called so", "finding_f1": "F1 of 13 findings, micro",
+    "finding_macro_f1": "macro", "micro_f1": "F1 of 14 labels, micro", "macro_f1": "macro (14)",
+}  # fmt: skip
 PROBED = ("abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule")
 
 
@@ -29,7 +35,7 @@ def evaluate(
 
     Args:
         data: IU X-RAY's folder.
-        drafters: each gets a row; the first also gets the swapped-image and the withheld-indication control.
+        drafters: each gets a row; the first also gets the swapped-image, blank-image and withheld-indication controls.
         encoder: a run in torch, for the retrieval controls and the linear probe; ``None`` leaves those out.
         split: ``test`` or ``val``.
         limit: only the first so many studies (for a trial; the result says so).
@@ -38,7 +44,7 @@ def evaluate(
         console: where progress is shown.
 
     Returns:
-        A JSON-ready record: ``scores``, ``looks``, ``abnormality``, ``probe``, ``protocol`` and provenance.
+        A JSON-ready record: ``scores``, ``looks``, ``clinical``, ``probe``, ``protocol`` and provenance.
     """
     console = console or Console(stderr=True)
     studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
@@ -52,10 +58,13 @@ def evaluate(
         for drafter in drafters:
             texts[drafter.name] = _draft(drafter, own(studies), drafter.name, progress)
         texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
+        texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
         texts["indication withheld"] = _draft(main, withheld(studies), f"{main.name}, indication withheld", progress)
+        drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
         findings = {row: [clean_reference(split_sections(t)[0]) for t in drafts] for row, drafts in texts.items()}
         probe: dict[str, Any] = {}
-        findings["constant"] = [best_constant(train_reports, seed)] * len(studies)
+        constant = best_constant(train_reports, seed)
+        findings["constant"] = [constant] * len(studies)
         if encoder is not None:
             near, probe = _look(encoder, train, studies, data, progress)
             findings["nearest image"] = [train_reports[row[0]] for row in near]
@@ -68,7 +77,7 @@ def evaluate(
         "split": split, "studies": len(studies), "limited": limit is not None, "protocol": PROTOCOL, "seed": seed,
         "scores": scores,
         "looks": {"cider_lost_on_swap": (whole - blind) / whole if whole else 0.0},
-        "abnormality": _abnormality(studies, findings),
+        "clinical": _clinical(studies, findings | drafted),
         "probe": probe,
         "date": date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
@@ -92,19 +101,37 @@ def to_markdown(record: dict[str, Any]) -> str:
         "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
         *[f"| {row} | " + " | ".join(f"{s[m]:.3f}" for m in METRICS) + " |" for row, s in record["scores"].items()],
         "", f"CIDEr lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%}", "",
-        "## Drafts that name an abnormality", "",
-        "| | among abnormal studies | among normal studies |", "| --- | --- | --- |",
+        "## Findings that drafts name", "",
+        "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
+        f"{record['clinical']['abnormal_studies']} of {record['clinical']['studies']}). 95% bootstrap intervals.",
+        "",
+        "| | " + " | ".join(CLINICAL.values()) + " |", "| --- |" + " --- |" * len(CLINICAL),
     ]  # fmt: skip
-    for row, shares in record["abnormality"]["shares"].items():
-        lines.append(f"| {row} | {shares['abnormal']:.1%} | {shares['normal']:.1%} |")
-    agreement = record["abnormality"]
-    lines += ["", f"The rule that counts them, on the references against curated tags: precision "
-              f"{agreement['precision']:.2f}, recall {agreement['recall']:.2f}."]  # fmt: skip
+    for row, scores in record["clinical"]["scores"].items():
+        lines.append(f"| {row} | " + " | ".join(_interval(scores[name]) for name in CLINICAL) + " |")
+    main = next(iter(record["clinical"]["by_finding"]))
+    reader = record["clinical"]["reader"]
+    lines += [
+        "", f"By finding, {main}:", "", "| | precision | recall | F1 | positives |", "| --- |" + " --- |" * 4,
+        *[f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
+          for label, s in record["clinical"]["by_finding"][main].items()],
+        "",
+        f"The reader of findings, on these studies' own reports against curated tags: abnormal precision "
+        f"{reader['abnormal']['precision']:.2f}, recall {reader['abnormal']['recall']:.2f}; over {len(TAGS) - 1} tags "
+        f"micro precision {reader['micro']['precision']:.2f}, recall {reader['micro']['recall']:.2f}. The references' "
+        "findings sections alone name an abnormality in "
+        f"{record['clinical']['reference']['sensitivity']:.1%} of abnormal studies and in "
+        f"{1 - record['clinical']['reference']['specificity']:.1%} of normal ones.",
+    ]  # fmt: skip
     if record["probe"]:
         lines += ["", "## Linear probe, AUC", "", "| | Q-Former output | vision encoder |", "| --- | --- | --- |"]
         for tag, values in record["probe"].items():
             lines.append(f"| {tag} | {values['qformer']:.3f} | {values['vision']:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(values: list[float]) -> str:
+    return f"{values[0]:.3f} ({values[1]:.3f}–{values[2]:.3f})"
 
 
 def _draft(drafter: Drafter, requests: list[Request], title: str, progress: Progress) -> list[str]:
@@ -171,25 +198,21 @@ def _probe_auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> 
     return best[1]
 
 
-def _abnormality(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
+def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
+    """Findings that drafts name against those that references name, and abnormality against curated tags."""
     known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
-    studies, findings = [studies[i] for i in known], {row: [d[i] for i in known] for row, d in findings.items()}
-    abnormal = np.array([s.abnormal for s in studies], bool)
-    shares = {}
-    for row, drafts in {**findings, "reference": [s.findings for s in studies]}.items():
-        named = np.array([names_abnormality(draft) for draft in drafts])
-        shares[row] = {"abnormal": _share(named[abnormal]), "normal": _share(named[~abnormal])}
-    named = np.array([names_abnormality(s.findings) for s in studies])
+    abnormal = np.array([studies[i].abnormal for i in known], bool)
+    references = label_reports([studies[i].findings for i in known])
+    labels = {row: label_reports([drafts[i] for i in known]) for row, drafts in findings.items()}
     return {
-        "shares": shares,
+        "studies": len(known),
         "abnormal_studies": int(abnormal.sum()),
-        "precision": _share(abnormal[named]),
-        "recall": _share(named[abnormal]),
-    }
-
-
-def _share(flags: np.ndarray) -> float:
-    return float(flags.mean()) if len(flags) else 0.0
+        "scores": {row: with_intervals(drafts, references, abnormal) for row, drafts in labels.items()},
+        "by_finding": {row: finding_f1(drafts, references) for row, drafts in labels.items()},
+        "reference": {"sensitivity": float(references.abnormal[abnormal].mean()) if abnormal.any() else 0.0,
+                      "specificity": float(1 - references.abnormal[~abnormal].mean()) if (~abnormal).any() else 0.0},
+        "reader": validate(studies, [f"{s.findings} {s.impression}" for s in studies]),
+    }  # fmt: skip
 
 
 def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]]) -> None:

@@ -1,11 +1,8 @@
-"""The field's n-gram scores, and a plain reading of whether a report names an abnormality."""
+"""The field's n-gram scores."""
 
-import re
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
-
-from training.datasets.iu_xray import clean_reference
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 PROTOCOL = (
@@ -52,31 +49,3 @@ def rouge_matrix(reports: list[str], others: list[str]) -> list[list[float]]:
     words = [r.split() for r in reports]
     other_words = [o.split() for o in others]
     return [[2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in other_words] for a in words]
-
-
-_FINDING = re.compile(
-    r"\b(cardiomegaly|effusions?|atelecta\w+|opacit\w+|opacification|consolidat\w+|infiltrat\w+|pneumoni\w+|nodul\w+"
-    r"|mass(?:es)?|granulomas?|granulomatous|calcif\w+|emphysem\w+|copd|hyperinflat\w+|hyperexpan\w+|hyperaerat\w+"
-    r"|hyperlucen\w+|flatten\w+|edema|congesti\w+|scar\w*|fibro\w+|thickening|fractures?|deformit\w+|scoliosis"
-    r"|kypho\w+|spondyl\w+|osteophyt\w+|degenerative|spurring|hernia\w*|pneumothora\w+|tortuo\w+|ectatic|ectasia"
-    r"|atheroscl\w+|enlarge[dm]\w*|elevat\w+|blunt\w+|catheter|pacemaker|sternotomy|clips|stents?|tube|lines?"
-    r"|low lung volumes?|hypoinflat\w+|hypoventilat\w+|bronchovascular crowding|cabg|wires|lesions?|prominen\w+"
-    r"|densit\w+|streaky|interstitial|chronic)\b"
-)
-_NEGATION = re.compile(
-    r"\b(no|not|without|negative|free|clear|normal|unremarkable|absen\w+|resol\w+|rather than|within normal|intact"
-    r"|nor|none|denies|stable appearance)\b"
-)
-
-
-def names_abnormality(report: str) -> bool:
-    """Whether any sentence names a finding that the sentence does not deny.
-
-    A plain rule (a list of finding words; a clause with a word of negation counts for nothing), meant to compare
-    shares between groups, not to label studies. Its agreement with curated tags is reported wherever its shares are.
-    """
-    for sentence in clean_reference(report).split(" . "):
-        for clause in re.split(r"\b(?:but|however|although|with the exception of|except for)\b", sentence):
-            if _FINDING.search(clause) and not _NEGATION.search(clause):
-                return True
-    return False

@@ -63,6 +63,7 @@ class Study:
         context: indication, comparison and view, cleaned as at inference.
         target: ``FINDINGS: … IMPRESSION: …`` to be learnt, empty where nothing is left of the report.
         findings: the findings as written, marks included: the reference of the evaluation.
+        impression: as written.
         tags: 1, 0 or -1 (not known) for each of :data:`TAGS`.
     """
 
@@ -72,6 +73,7 @@ class Study:
     context: ClinicalContext
     target: str
     findings: str
+    impression: str
     tags: tuple[int, ...]
 
     @property
@@ -117,6 +119,7 @@ def make_study(record: Record, image: Path) -> Study:
                                 "frontal"),
         target=build_target(clean_report(record.findings), clean_report(record.impression)),
         findings=record.findings or "",
+        impression=record.impression or "",
         tags=record.tags,
     )  # fmt: skip
 
