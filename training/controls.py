@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cbedge.radiograph import IMAGE_SIZE
+from cbedge.radiograph import IMAGE_SIZE, Radiograph
 from training.datasets import Study
 from training.drafting import Request
 from training.scoring import rouge_matrix
@@ -49,7 +49,7 @@ def withheld(studies: list[Study]) -> list[Request]:
 
 def blank(studies: list[Study]) -> list[Request]:
     """Every study with a uniformly grey image and its own context."""
-    grey = np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32)
+    grey = Radiograph(np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32), "frontal", "")
     return [Request(grey, s.context) for s in studies]
 
 

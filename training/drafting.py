@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
 from training.stages import embed_inputs, encode_images, query_image
@@ -22,7 +22,7 @@ Progress = Callable[[int], None]
 class Request:
     """One draft to write: which image, with which context."""
 
-    image: Path | np.ndarray
+    image: Path | Radiograph
     context: ClinicalContext
 
 
@@ -116,7 +116,7 @@ class TorchDrafter:
         return query_image(self.parts.model, features, ids, mask)
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[Path | np.ndarray]) -> torch.Tensor:
+    def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
         """The vision encoder's features [B, P, H]."""
         pixels = np.concatenate([preprocess(load_radiograph(image).pixels) for image in images])
         return encode_images(self.parts.model, torch.from_numpy(pixels).to(self.device))
