@@ -75,6 +75,10 @@ def evaluate_command(
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
     model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; may be repeated.")] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
+    image_blind: Annotated[
+        Path | None,
+        typer.Option(help="A run, or one finished stage of --run, that was trained without images: one more row."),
+    ] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
     drafts: Annotated[
@@ -87,8 +91,8 @@ def evaluate_command(
 ) -> None:
     """Score bundles (as users run them) or a run (in torch) on IU X-RAY, with controls.
 
-    The first --model, or else the run, also gets the swapped-image and withheld-indication controls. With --run, the
-    retrieval controls and linear probes of its encoder are measured too.
+    The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. With
+    --run, the retrieval controls and linear probes of its encoder are measured too.
     """
     from training.drafting import RuntimeDrafter, TorchDrafter
     from training.evaluate import evaluate, to_markdown, write_results
@@ -111,7 +115,19 @@ def evaluate_command(
         parts.model.to(choose_device(device))
         encoder = TorchDrafter(parts, batch_size)
         drafters.append(encoder)
-    record = evaluate(data, drafters, encoder, split, limit, drafts_file=drafts)
+    blind = None
+    if image_blind is not None:
+        from training.train import choose_device
+        from training.trained import load_adapted, merge_adapters
+
+        place = next((p for p in (image_blind, image_blind.parent) if (p / "base").is_dir()), None)
+        if place is None:
+            raise FileNotFoundError(f"no base/ in or beside {image_blind}: give a run or a stage of one")
+        seen = load_adapted(str(place / "base"), [image_blind], cache)
+        merge_adapters(seen)
+        seen.model.to(choose_device(device))
+        blind = TorchDrafter(seen, batch_size, "image-blind model (torch)", image_blind=True)
+    record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts)
     record["command"] = "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
     write_results(record, output)
     typer.echo(to_markdown(record))

@@ -71,10 +71,17 @@ class TorchDrafter:
         parts: the trained model, on its device.
         batch_size: studies at once.
         name: of the row in the table.
+        image_blind: the model was trained without images, and is shown none.
     """
 
-    def __init__(self, parts: ModelAndTokenizers, batch_size: int = 16, name: str = "fp32 (torch)"):
-        self.parts, self.batch_size, self.name = parts, batch_size, name
+    def __init__(
+        self,
+        parts: ModelAndTokenizers,
+        batch_size: int = 16,
+        name: str = "fp32 (torch)",
+        image_blind: bool = False,
+    ):
+        self.parts, self.batch_size, self.name, self.image_blind = parts, batch_size, name, image_blind
         self.device = next(parts.model.parameters()).device
 
     @torch.inference_mode()
@@ -92,15 +99,21 @@ class TorchDrafter:
 
     def _batch(self, requests: list[Request]) -> list[str]:
         parts = self.parts
-        _, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
+        count = parts.model.config.num_query_tokens
         prompts = [encode_prompt(parts, r.context) for r in requests]
+        projected = None
+        if self.image_blind:
+            prompts = [prompt[count:] for prompt in prompts]
+        else:
+            _, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
         length = max(map(len, prompts))
-        count = projected.shape[1]
-        embeds = torch.zeros(len(prompts), length, projected.shape[2], device=self.device)
+        width = parts.model.config.text_config.hidden_size
+        embeds = torch.zeros(len(prompts), length, width, device=self.device)
         mask = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):  # left-padded, so that every report begins at the same place
             ids = torch.tensor([prompt], device=self.device)
-            embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, projected[row : row + 1, :count])[0]
+            queries = None if projected is None else projected[row : row + 1]
+            embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries)[0]
             mask[row, length - len(prompt) :] = 1
         out = parts.model.language_model.generate(
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,

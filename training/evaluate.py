@@ -29,7 +29,8 @@ PROBED = ("abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nod
 
 def evaluate(
     data: Path, drafters: list[Drafter], encoder: TorchDrafter | None, split: str = "test", limit: int | None = None,
-    seed: int = 0, drafts_file: Path | None = None, console: Console | None = None,
+    seed: int = 0, image_blind: TorchDrafter | None = None, drafts_file: Path | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draft, score, and compare with controls.
 
@@ -38,6 +39,7 @@ def evaluate(
         drafters: each gets a row; the first also gets the swapped-image, blank-image and withheld-indication controls.
         encoder: a run in torch, for the retrieval controls and the linear probe; ``None`` leaves those out.
         split: ``test`` or ``val``.
+        image_blind: a model that was trained without images, for its row.
         limit: only the first so many studies (for a trial; the result says so).
         seed: of the swap and of the constant's candidates.
         drafts_file: JSON lines of every draft beside its reference (data that must stay out of the repository).
@@ -57,9 +59,13 @@ def evaluate(
         main = drafters[0]
         for drafter in drafters:
             texts[drafter.name] = _draft(drafter, own(studies), drafter.name, progress)
+        if image_blind is not None:
+            texts[image_blind.name] = _draft(image_blind, own(studies), image_blind.name, progress)
         texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
         texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
         texts["indication withheld"] = _draft(main, withheld(studies), f"{main.name}, indication withheld", progress)
+        if drafts_file:
+            _write_drafts(drafts_file, studies, texts)
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
         findings = {row: [clean_reference(split_sections(t)[0]) for t in drafts] for row, drafts in texts.items()}
         probe: dict[str, Any] = {}
@@ -70,14 +76,18 @@ def evaluate(
             findings["nearest image"] = [train_reports[row[0]] for row in near]
             findings["consensus of 25"] = [consensus([train_reports[i] for i in row]) for row in near]
     scores = {row: score(drafts, references) for row, drafts in findings.items()}
-    whole, blind = scores[main.name]["CIDEr"], scores["images swapped"]["CIDEr"]
-    if drafts_file:
-        _write_drafts(drafts_file, studies, texts)
+    clinical = _clinical(studies, findings | drafted)
     return {
         "split": split, "studies": len(studies), "limited": limit is not None, "protocol": PROTOCOL, "seed": seed,
-        "scores": scores,
-        "looks": {"cider_lost_on_swap": (whole - blind) / whole if whole else 0.0},
-        "clinical": _clinical(studies, findings | drafted),
+        "scores": {row: s.corpus for row, s in scores.items()},
+        "intervals": {row: s.intervals() for row, s in scores.items()},
+        "looks": {
+            "cider_lost_on_swap": _lost(*(scores[row].corpus["CIDEr"] for row in (main.name, "images swapped"))),
+            "finding_f1_lost_on_swap": _lost(
+                *(clinical["scores"][row]["finding_f1"][0] for row in (main.name, "images swapped"))
+            ),
+        },
+        "clinical": clinical,
         "probe": probe,
         "date": date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
@@ -99,8 +109,10 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}", "",
         f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
         "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
-        *[f"| {row} | " + " | ".join(f"{s[m]:.3f}" for m in METRICS) + " |" for row, s in record["scores"].items()],
-        "", f"CIDEr lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%}", "",
+        *[f"| {row} | " + " | ".join(_with_interval(s[m], record["intervals"][row].get(m)) for m in METRICS) + " |"
+          for row, s in record["scores"].items()],
+        "", f"Lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%} of CIDEr, "
+        f"{record['looks']['finding_f1_lost_on_swap']:.1%} of the micro-F1 of findings.", "",
         "## Findings that drafts name", "",
         "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
         f"{record['clinical']['abnormal_studies']} of {record['clinical']['studies']}). 95% bootstrap intervals.",
@@ -131,7 +143,15 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 
 def _interval(values: list[float]) -> str:
-    return f"{values[0]:.3f} ({values[1]:.3f}–{values[2]:.3f})"
+    return _with_interval(values[0], values[1:])
+
+
+def _with_interval(value: float, ends: list[float] | None) -> str:
+    return f"{value:.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
+
+
+def _lost(whole: float, left: float) -> float:
+    return (whole - left) / whole if whole else 0.0
 
 
 def _draft(drafter: Drafter, requests: list[Request], title: str, progress: Progress) -> list[str]:

@@ -2,7 +2,10 @@
 
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
+
+import numpy as np
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 PROTOCOL = (
@@ -11,7 +14,31 @@ PROTOCOL = (
 )
 
 
-def score(drafts: list[str], references: list[str]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Scores:
+    """N-gram scores of a list of drafts.
+
+    Attributes:
+        corpus: metric → the score of all drafts together, as the field reports it.
+        studies: metric → float [studies]; their mean is the corpus score for ROUGE-L and CIDEr and near it for METEOR.
+    """
+
+    corpus: dict[str, float]
+    studies: dict[str, np.ndarray]
+
+    def intervals(self, resamples: int = 1000, seed: int = 0) -> dict[str, list[float]]:
+        """95% bootstrap intervals over studies: metric → [low, high], around the corpus score."""
+        rng = np.random.default_rng(seed)
+        count = len(next(iter(self.studies.values())))
+        rows = rng.integers(count, size=(resamples, count))
+        found = {}
+        for name, values in self.studies.items():
+            ends = np.percentile(values[rows].mean(1), (2.5, 97.5))
+            found[name] = [float(end) for end in ends + self.corpus[name] - values.mean()]
+        return found
+
+
+def score(drafts: list[str], references: list[str]) -> Scores:
     """BLEU-1..4 (Papineni 2002), METEOR (Denkowski and Lavie 2014, Java), ROUGE-L (Lin 2004), CIDEr (Vedantam 2015).
 
     Args:
@@ -36,10 +63,13 @@ def score(drafts: list[str], references: list[str]) -> dict[str, float]:
     wanted = {i: [reference] for i, reference in enumerate(references)}
     with redirect_stdout(StringIO()):  # Bleu prints its lengths
         bleu, _ = Bleu(4).compute_score(wanted, given)
-        meteor, _ = Meteor().compute_score(wanted, given)
-        rouge, _ = Rouge().compute_score(wanted, given)
-        cider, _ = Cider().compute_score(wanted, given)
-    return dict(zip(METRICS, map(float, (*bleu, meteor, rouge, cider)), strict=True))
+        meteor, each_meteor = Meteor().compute_score(wanted, given)
+        rouge, each_rouge = Rouge().compute_score(wanted, given)
+        cider, each_cider = Cider().compute_score(wanted, given)
+    corpus = dict(zip(METRICS, map(float, (*bleu, meteor, rouge, cider)), strict=True))
+    return Scores(
+        corpus, {"METEOR": np.array(each_meteor), "ROUGE-L": np.array(each_rouge), "CIDEr": np.array(each_cider)}
+    )
 
 
 def rouge_matrix(reports: list[str], others: list[str]) -> list[list[float]]:

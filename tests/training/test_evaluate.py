@@ -21,10 +21,12 @@ REPORTS = [
 
 @needs_java
 def test_a_perfect_draft_scores_full_marks_and_a_wrong_one_does_not():
-    perfect = score(REPORTS, REPORTS)
+    result = score(REPORTS, REPORTS)
+    perfect = result.corpus
     assert list(perfect) == list(METRICS)
     assert perfect["BLEU-1"] == pytest.approx(1, abs=1e-3) and perfect["ROUGE-L"] == pytest.approx(1)
-    wrong = score([*REPORTS[1:], REPORTS[0]], REPORTS)
+    assert all(low <= perfect[name] <= high for name, (low, high) in result.intervals().items())
+    wrong = score([*REPORTS[1:], REPORTS[0]], REPORTS).corpus
     assert all(wrong[name] < perfect[name] for name in METRICS)
 
 
@@ -64,13 +66,14 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
 ):
     stem = tmp_path / "result"
     arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run,
-                 "--output", stem,
+                 "--image-blind", tiny_run / "wording", "--output", stem,
                  "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
     done = run_cli(*arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads(stem.with_suffix(".json").read_text())
     assert list(record["scores"]) == [
-        "int4 (cbedge)", "fp32 (torch)", "images swapped", "blank image", "indication withheld", "constant",
+        "int4 (cbedge)", "fp32 (torch)", "image-blind model (torch)", "images swapped", "blank image",
+        "indication withheld", "constant",
         "nearest image",
         "consensus of 25",
     ]  # fmt: skip
