@@ -1,4 +1,4 @@
-"""The model builder's command line: ``python -m training fetch-base | data check | run | evaluate``."""
+"""The model builder's command line: ``python -m training fetch-base | data check | run | evaluate | like-paper``."""
 
 import sys
 from pathlib import Path
@@ -95,15 +95,13 @@ def evaluate_command(
     --run, the retrieval controls and linear probes of its encoder are measured too.
     """
     from training.drafting import RuntimeDrafter, TorchDrafter
-    from training.evaluate import evaluate, to_markdown, write_results
+    from training.evaluate import evaluate, to_markdown, write_record
 
     if split not in ("test", "val"):
         raise ValueError(f"unknown split {split!r}; give test or val")
     if not model and run_folder is None:
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both")
-    for suffix in (".json", ".md"):
-        if output.with_suffix(suffix).exists() and not force:
-            raise ValueError(f"{output.with_suffix(suffix)} exists already: give --force to replace it")
+    _check_results(output, force)
     drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
     encoder = None
     if run_folder is not None:
@@ -128,9 +126,40 @@ def evaluate_command(
         seen.model.to(choose_device(device))
         blind = TorchDrafter(seen, batch_size, "image-blind model (torch)", image_blind=True)
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts)
-    record["command"] = "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
-    write_results(record, output)
+    record["command"] = _command()
+    write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))
+
+
+@app.command("like-paper")
+def like_paper_command(
+    drafts: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the constant report.")],
+    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    wordnet: Annotated[
+        Path | None, typer.Option(help="Folder of WordNet 3.0's files [default: nltk's own data].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+) -> None:
+    """Score drafts by the protocol nearest to the paper's figures: nltk's METEOR, ROUGE, findings with impression."""
+    from training.evaluate import write_record
+    from training.paper_protocol import evaluate_drafts, to_markdown
+
+    _check_results(output, force)
+    record = evaluate_drafts(drafts, data, wordnet, lambda row: typer.echo(f"scoring {row}", err=True))
+    record["command"] = _command()
+    write_record(record, to_markdown(record), output)
+    typer.echo(to_markdown(record))
+
+
+def _command() -> str:
+    return "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
+
+
+def _check_results(output: Path, force: bool) -> None:
+    for suffix in (".json", ".md"):
+        if output.with_suffix(suffix).exists() and not force:
+            raise ValueError(f"{output.with_suffix(suffix)} exists already: give --force to replace it")
 
 
 def _shown(argument: str) -> str:

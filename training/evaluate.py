@@ -95,11 +95,11 @@ def evaluate(
     }  # fmt: skip
 
 
-def write_results(record: dict[str, Any], stem: Path) -> None:
-    """Write a record as ``<stem>.json`` and ``<stem>.md``."""
+def write_record(record: dict[str, Any], markdown: str, stem: Path) -> None:
+    """Write a record and its tables as ``<stem>.json`` and ``<stem>.md``."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -241,6 +241,7 @@ def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]])
         for i, study in enumerate(studies):
             row = {
                 "study_id": study.study_id, "indication": study.context.indication, "findings": study.findings,
+                "impression": study.impression,
                 "tags": [tag for tag, flag in zip(TAGS, study.tags, strict=True) if flag == 1],
                 "drafts": {name: drafts[i] for name, drafts in texts.items()},
             }  # fmt: skip
