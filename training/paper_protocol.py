@@ -63,8 +63,8 @@ def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
             nltk.data.find("corpora/wordnet")
         except LookupError:
             raise FileNotFoundError(
-                "METEOR by nltk needs WordNet: type `python -m nltk.downloader wordnet`, or install wordnet-base (Debian) "
-                "and give --wordnet /usr/share/wordnet"
+                "METEOR by nltk needs WordNet: type `python -m nltk.downloader wordnet`, or install Debian's "
+                "wordnet-base and give --wordnet /usr/share/wordnet"
             ) from None
         return nltk.corpus.wordnet
     folder = Path(folder)
