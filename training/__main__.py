@@ -1,4 +1,4 @@
-"""The model builder's command line: ``python -m training fetch-base | data check | run | evaluate | like-paper``."""
+"""The model builder's command line: ``fetch-base``, ``data check``, ``run``, ``evaluate``, ``ablate``, ``like-paper``."""
 
 import sys
 from pathlib import Path
@@ -126,6 +126,41 @@ def evaluate_command(
         seen.model.to(choose_device(device))
         blind = TorchDrafter(seen, batch_size, "image-blind model (torch)", image_blind=True)
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts)
+    record["command"] = _command()
+    write_record(record, to_markdown(record), output)
+    typer.echo(to_markdown(record))
+
+
+@app.command("ablate")
+def ablate_command(
+    config: Annotated[Path, typer.Option(help="The whole run's YAML, such as training/configs/iu_xray_mini.yaml.")],
+    runs: Annotated[Path, typer.Option(help="Folder for the runs, one a cell; resumed when it is there.")],
+    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data, over the file's.")] = None,
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
+    cell: Annotated[
+        list[str] | None, typer.Option(help="Only this cell, such as both-priors or none-no-priors; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+) -> None:
+    """The paper's ablation: LoRA on no, vision, language, both parts; priors off and on. One table."""
+    from training.ablation import CELLS, ablate, to_markdown
+    from training.config import load_config
+    from training.evaluate import write_record
+
+    _check_results(output, force)
+    known = {c.name: c for c in CELLS}
+    unknown = [name for name in cell or () if name not in known]
+    if unknown:
+        raise ValueError(f"unknown cell {unknown[0]!r}; known: {', '.join(known)}")
+    settings = load_config(config, data=data, output=runs, device=device, precision=precision)
+    cells = tuple(known[name] for name in cell or known)
+    record = ablate(settings, runs, cache, split=split, limit=limit, cells=cells, max_steps=max_steps)
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))

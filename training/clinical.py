@@ -60,6 +60,14 @@ def label_reports(reports: Sequence[str]) -> Labels:
     return Labels(matrix, np.array([bool(f) for f in found], bool))
 
 
+def label_known(studies: Sequence[Study], drafts: Sequence[str]) -> tuple[Labels, Labels, np.ndarray]:
+    """Of the studies with curated tags: labels of drafts, labels of references, and bool [studies] truly abnormal."""
+    known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
+    abnormal = np.array([studies[i].abnormal for i in known], bool)
+    references = label_reports([studies[i].findings for i in known])
+    return label_reports([drafts[i] for i in known]), references, abnormal
+
+
 def clinical_scores(drafts: Labels, references: Labels, truly_abnormal: np.ndarray | None = None) -> dict[str, float]:
     """Micro and macro precision, recall and F1 over the 14 labels and over the 13 findings, and abnormality.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from cbedge.prompt import ClinicalContext, split_sections
-from training.clinical import finding_f1, label_reports, validate, with_intervals
+from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
@@ -220,12 +220,10 @@ def _probe_auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> 
 
 def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
     """Findings that drafts name against those that references name, and abnormality against curated tags."""
-    known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
-    abnormal = np.array([studies[i].abnormal for i in known], bool)
-    references = label_reports([studies[i].findings for i in known])
-    labels = {row: label_reports([drafts[i] for i in known]) for row, drafts in findings.items()}
+    references, _, abnormal = label_known(studies, [s.findings for s in studies])
+    labels = {row: label_known(studies, drafts)[0] for row, drafts in findings.items()}
     return {
-        "studies": len(known),
+        "studies": len(abnormal),
         "abnormal_studies": int(abnormal.sum()),
         "scores": {row: with_intervals(drafts, references, abnormal) for row, drafts in labels.items()},
         "by_finding": {row: finding_f1(drafts, references) for row, drafts in labels.items()},
