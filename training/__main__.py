@@ -1,4 +1,4 @@
-"""The model builder's command line: ``fetch-base``, ``data check``, ``run``, ``evaluate``, ``ablate``, ``like-paper``."""
+"""The model builder's commands: ``fetch-base``, ``data check``, ``run``, ``evaluate``, ``ablate``, ``like-paper``."""
 
 import sys
 from pathlib import Path
