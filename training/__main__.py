@@ -1,4 +1,4 @@
-"""The model builder's commands: ``fetch-base``, ``data check``, ``run``, ``evaluate``, ``ablate``, ``like-paper``."""
+"""The model builder's commands, from base weights and data to trained and measured models."""
 
 import sys
 from pathlib import Path
@@ -164,6 +164,23 @@ def ablate_command(
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))
+
+
+@app.command("browse")
+def browse_command(
+    drafts: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the radiographs.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write; it holds patient data, so keep it with the data.")],
+    row: Annotated[str | None, typer.Option(help="Whose drafts, such as 'int4 (cbedge)' [default: the first].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many studies.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page that is already there.")] = False,
+) -> None:
+    """Write a page to read drafts beside references and radiographs, errors first."""
+    from training.browser import write_browser
+
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists already: give --force to replace it, or another name")
+    typer.echo(f"{write_browser(drafts, data, row, out, limit)} studies: {out}")
 
 
 @app.command("like-paper")
