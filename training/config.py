@@ -8,6 +8,8 @@ import yaml
 
 COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")
+SCHEDULES = ("cosine", "linear", "constant")
+SELECTIONS = ("", "language", "cider")
 
 
 class ConfigError(ValueError):
@@ -37,7 +39,9 @@ class Stage:
         losses: weight of each loss: ``contrastive``, ``tags``, ``words`` (no language model), ``language``.
         image_blind: the language model reads prompt and report alone; no image is loaded. Alone it makes an image-blind
             model; before the others, a language model that already knows how reports are worded.
-        learning_rate: peak, for full parts; ``lora_learning_rate`` for adapters. Warm-up, then cosine to a tenth.
+        learning_rate: peak, for full parts; ``lora_learning_rate`` for adapters.
+        schedule: after ``warmup_steps``: ``cosine`` or ``linear`` to a tenth of the peak, or ``constant``.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, about a third more time.
         batch_size: studies a forward pass; ``accumulate`` passes make one optimizer step.
         cached_views: 0 encodes augmented images anew at every step; K > 0 caches K views of each image once (the first
             as it is, the others augmented), for stages in which the vision encoder is frozen.
@@ -45,6 +49,10 @@ class Stage:
             cached features (see :func:`training.stages.start_cross_attention`).
         prior_dropout: probability of withholding indication and comparison, each on its own.
         splits: studies to learn from; ``extra`` has impressions only.
+        validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
+        select_by: ``language`` (lowest validation loss) or ``cider`` (highest CIDEr of greedy drafts of validation
+            studies) keeps the best weights seen and ends the stage with them; empty ends it with the last.
+        patience: validations without a better one after which the stage stops early; 0 never stops it.
         abnormal_weight: how often an abnormal study is drawn, against a normal one.
     """
 
@@ -59,6 +67,11 @@ class Stage:
     lora_learning_rate: float = 2e-4
     weight_decay: float = 0.01
     warmup_steps: int = 20
+    schedule: str = "cosine"
+    gradient_checkpointing: bool = False
+    validate_every: int = 0
+    select_by: str = ""
+    patience: int = 0
     image_blind: bool = False
     cached_views: int = 0
     start_cross_attention: bool = False
@@ -125,6 +138,14 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
+    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS)):
+        if getattr(stage, key) not in known:
+            names = ", ".join(filter(None, known))
+            raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
+    if stage.select_by and "language" not in stage.losses:
+        raise ConfigError(f"{where}: select_by needs the language loss")
+    if stage.patience and not stage.select_by:
+        raise ConfigError(f"{where}: patience needs select_by, which says what is better")
     if stage.start_cross_attention and ("qformer" not in stage.train or not stage.cached_views):
         raise ConfigError(f"{where}: start_cross_attention needs qformer in train, and cached_views")
     if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views):

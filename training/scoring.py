@@ -14,6 +14,15 @@ PROTOCOL = (
 )
 
 
+def cider(drafts: list[str], references: list[str]) -> float:
+    """CIDEr alone, which needs no Java; arguments as of :func:`score`."""
+    from pycocoevalcap.cider.cider import Cider
+
+    wanted = {i: [reference] for i, reference in enumerate(references)}
+    value, _ = Cider().compute_score(wanted, {i: [draft or "."] for i, draft in enumerate(drafts)})
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Scores:
     """N-gram scores of a list of drafts.

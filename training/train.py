@@ -28,6 +28,7 @@ from training.batches import (
     load_pixels,
 )
 from training.config import RunConfig, Stage
+from training.controls import own
 from training.datasets import open_studies
 from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
@@ -91,6 +92,7 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
     previous: Path | None = None
     for number, stage in enumerate(config.stages):
         folder = config.output / stage.name
+        torch.manual_seed(config.seed * 1000 + number)  # adapters begin at random
         prepare_stage(parts.model, stage)
         if (folder / "finished").is_file():
             load_trained(parts.model, folder)
@@ -152,6 +154,12 @@ class StageRun:
         self.steps_per_epoch = max(1, len(self._epoch(0)) // stage.accumulate)
         self.total_steps = max(1, round(stage.epochs * self.steps_per_epoch))
         self.step = 0
+        self.best: float | None = None
+        self.best_step, self.worse = 0, 0
+        if stage.gradient_checkpointing:
+            parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            parts.model.gradient_checkpointing_disable()
         self.features: np.ndarray | None = None
 
     def run(self, max_steps: int | None = None) -> None:
@@ -174,11 +182,44 @@ class StageRun:
                 progress.update(task, completed=self.step, description=f"stage {self.stage.name} {loss_text}")
                 if not progress.console.is_terminal and self.step % 10 == 0:
                     self.console.print(f"{self.stage.name} {self.step}/{total} {loss_text}", highlight=False)
+                if self.step % (self.stage.validate_every or self.steps_per_epoch) == 0 or self.step == total:
+                    self._validate()
                 if self.step % self.stage.save_every == 0:
                     self._save_checkpoint()
-                if self.step % self.steps_per_epoch == 0 or self.step == total:
-                    self._validate()
+                if self._is_stale():
+                    self.console.print(f"stage {self.stage.name}: stopped early, best at step {self.best_step}")
+                    break
         self._finish()
+
+    def _is_stale(self) -> bool:
+        return bool(self.stage.patience) and self.worse >= self.stage.patience
+
+    def _select(self, row: dict[str, float]) -> None:
+        """Keep the weights where this validation is the best so far."""
+        value = row["cider"] if self.stage.select_by == "cider" else -row["language"]
+        if self.best is not None and value <= self.best:
+            self.worse += 1
+            return
+        self.best, self.best_step, self.worse = value, self.step, 0
+        state = {"trained": self._trained(), "heads": self.heads.state_dict()}
+        _write_atomically(self.folder / "best.pt", lambda path: torch.save(state, path))
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {n: p.detach().cpu() for n, p in self.parts.model.named_parameters() if p.requires_grad}
+
+    def _cider(self) -> float:
+        """CIDEr of greedy drafts of the validation studies that have findings."""
+        from cbedge.prompt import split_sections
+        from training.datasets.iu_xray import clean_reference
+        from training.drafting import TorchDrafter
+        from training.scoring import cider
+
+        studies = [s for s in self.val if s.findings]
+        drafter = TorchDrafter(self.parts, image_blind=self.stage.image_blind)
+        with self.autocast:
+            texts = drafter.draft(own(studies), lambda count: None)
+        drafts = [clean_reference(split_sections(text)[0]) for text in texts]
+        return cider(drafts, [clean_reference(s.findings) for s in studies])
 
     def _seed_everything(self) -> None:
         random.seed(self.seed)
@@ -252,8 +293,11 @@ class StageRun:
     def _schedule(self) -> float:
         if self.step < self.stage.warmup_steps:
             return (self.step + 1) / self.stage.warmup_steps
-        progress = (self.step - self.stage.warmup_steps) / max(1, self.total_steps - self.stage.warmup_steps)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if self.stage.schedule == "constant":
+            return 1.0
+        progress = min(1.0, (self.step - self.stage.warmup_steps) / max(1, self.total_steps - self.stage.warmup_steps))
+        left = 1 - progress if self.stage.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return 0.1 + 0.9 * left
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         model, heads, wanted = self.parts.model, self.heads, self.stage.losses
@@ -311,6 +355,10 @@ class StageRun:
         row = {name: float(np.mean(values)) for name, values in totals.items()}
         if not blind:
             row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
+        if self.stage.select_by == "cider":
+            row["cider"] = self._cider()
+        if self.stage.select_by:
+            self._select(row)
         _append_row(self.folder / "validation.csv", {"step": self.step, **row})
         self.console.print(f"{self.stage.name} step {self.step} validation "
                            + " ".join(f"{k} {v:.3f}" for k, v in row.items()), highlight=False)  # fmt: skip
@@ -320,9 +368,9 @@ class StageRun:
         _append_row(self.folder / "loss.csv", losses)
 
     def _save_checkpoint(self) -> None:
-        trained = {n: p.detach().cpu() for n, p in self.parts.model.named_parameters() if p.requires_grad}
         state: dict[str, Any] = {
-            "step": self.step, "trained": trained, "heads": self.heads.state_dict(),
+            "step": self.step, "trained": self._trained(), "heads": self.heads.state_dict(),
+            "best": (self.best, self.best_step, self.worse),
             "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
         }  # fmt: skip
         if self.device.type == "cuda":
@@ -343,16 +391,24 @@ class StageRun:
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.step = state["step"]
+        self.best, self.best_step, self.worse = state.get("best", (None, 0, 0))
         for log in ("loss.csv", "validation.csv"):
             _cut_rows(self.folder / log, self.step)
         self.console.print(f"stage {self.stage.name}: resumed at step {self.step}")
 
     def _finish(self) -> None:
+        best = self.folder / "best.pt"
+        if self.best is not None and best.is_file():
+            state = torch.load(best, weights_only=True, map_location="cpu")
+            self.parts.model.load_state_dict(state["trained"], strict=False)
+            self.heads.load_state_dict(state["heads"])
         save_trained(self.parts.model, self.stage, self.folder)
         torch.save(self.heads.state_dict(), self.folder / "heads.pt")
         _plot_losses(self.folder)
-        (self.folder / "finished").write_text(f"{self.step} steps\n")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        kept = f", the best of step {self.best_step} kept" if self.best is not None else ""
+        (self.folder / "finished").write_text(f"{self.step} steps{kept}\n")
+        for name in ("checkpoint.pt", "best.pt"):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def _tag_auc(logits: np.ndarray, tags: np.ndarray) -> dict[str, float]:

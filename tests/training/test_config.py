@@ -23,6 +23,8 @@ def test_the_mini_configuration_has_its_stages_in_order():
         ("stages: [{name: a, losses: {magic: 1}}]", "unknown part or loss 'magic'"),
         ("stages: [{name: a, losses: {language: 1}, lora: {part: ear, targets: [x]}}]", "'ear'"),
         ("base: [", "not valid YAML"),
+        ("stages: [{name: a, losses: {language: 1}, schedule: step}]", "cosine, linear, constant"),
+        ("stages: [{name: a, losses: {language: 1}, patience: 2}]", "patience needs select_by"),
         ("stages: [{name: a, losses: {tags: 1}, image_blind: true}]", "image-blind stage has the language loss alone"),
         (
             "stages: [{name: a, losses: {language: 1}, lora: {part: vision, targets: [fc1]}}, "

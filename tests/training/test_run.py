@@ -61,6 +61,46 @@ def test_an_image_blind_stage_reads_no_image(tiny_config: Path, tiny_data: Path,
     assert len(losses(tmp_path / "run" / "wording")) == 1
 
 
+def one_stage(tiny_config: Path, tmp_path: Path, name: str, **settings: object) -> Path:
+    values = yaml.safe_load(tiny_config.read_text())
+    values["stages"] = [stage | settings for stage in values["stages"] if stage["name"] == name]
+    config = tmp_path / "one.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def test_the_best_weights_are_kept_and_a_stage_that_gets_worse_ends_early(
+    tiny_config: Path, tiny_data: Path, tmp_path: Path
+):
+    worse = {"learning_rate": 10.0, "lora_learning_rate": 10.0, "warmup_steps": 1, "epochs": 8}
+    config = one_stage(tiny_config, tmp_path, "language", validate_every=1, select_by="language", patience=2, **worse)
+    run(load_config(config, data=tiny_data, output=tmp_path / "run"))
+    folder = tmp_path / "run" / "language"
+    with open(folder / "validation.csv", encoding="utf-8") as file:
+        seen = [float(row["language"]) for row in csv.DictReader(file)]
+    best = seen.index(min(seen)) + 1
+    assert len(losses(folder)) == len(seen) == best + 2 < 16, "two validations without a better one"
+    assert f"best of step {best}" in (folder / "finished").read_text() and not (folder / "best.pt").exists()
+    config = one_stage(tiny_config, tmp_path, "language", **worse)
+    run(load_config(config, data=tiny_data, output=tmp_path / "short"), max_steps=best)
+    kept = load_file(folder / "trained.safetensors")
+    wanted = load_file(tmp_path / "short" / "language" / "trained.safetensors")
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
+
+
+def test_a_stage_can_be_selected_by_cider_and_checkpoint_its_gradients(
+    tiny_config: Path, tiny_data: Path, tmp_path: Path
+):
+    plain = one_stage(tiny_config, tmp_path, "vision")
+    run(load_config(plain, data=tiny_data, output=tmp_path / "plain"), max_steps=1)
+    config = one_stage(tiny_config, tmp_path, "vision", select_by="cider", gradient_checkpointing=True)
+    run(load_config(config, data=tiny_data, output=tmp_path / "run"), max_steps=1)
+    with open(tmp_path / "run" / "vision" / "validation.csv", encoding="utf-8") as file:
+        assert [float(row["cider"]) >= 0 for row in csv.DictReader(file)] == [True]
+    same = [losses(tmp_path / name / "vision")[0]["language"] for name in ("plain", "run")]
+    assert same[0] == pytest.approx(same[1], abs=1e-5)
+
+
 def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_data: Path, tmp_path: Path, monkeypatch):
     from training import train
 
