@@ -106,9 +106,9 @@ def evaluate_command(
     encoder = None
     if run_folder is not None:
         from training.train import choose_device
-        from training.trained import load_adapted, merge_adapters
+        from training.trained import checkpoint_of, load_adapted, merge_adapters
 
-        parts = load_adapted(str(run_folder / "base"), [run_folder], cache)
+        parts = load_adapted(checkpoint_of(run_folder), [run_folder], cache)
         merge_adapters(parts)
         parts.model.to(choose_device(device))
         encoder = TorchDrafter(parts, batch_size)
@@ -116,12 +116,9 @@ def evaluate_command(
     blind = None
     if image_blind is not None:
         from training.train import choose_device
-        from training.trained import load_adapted, merge_adapters
+        from training.trained import checkpoint_of, load_adapted, merge_adapters
 
-        place = next((p for p in (image_blind, image_blind.parent) if (p / "base").is_dir()), None)
-        if place is None:
-            raise FileNotFoundError(f"no base/ in or beside {image_blind}: give a run or a stage of one")
-        seen = load_adapted(str(place / "base"), [image_blind], cache)
+        seen = load_adapted(checkpoint_of(image_blind), [image_blind], cache)
         merge_adapters(seen)
         seen.model.to(choose_device(device))
         blind = TorchDrafter(seen, batch_size, "image-blind model (torch)", image_blind=True)

@@ -25,7 +25,7 @@ from training.datasets.iu_xray import clean_reference, read_studies
 from training.drafting import TorchDrafter
 from training.scoring import METRICS, score
 from training.train import choose_device, run
-from training.trained import load_adapted, merge_adapters
+from training.trained import checkpoint_of, load_adapted, merge_adapters
 
 PARTS = {"none": (), "vision": ("vision",), "language": ("language",), "both": ("vision", "language")}
 
@@ -113,7 +113,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 def _score(
     folder: Path, cell: Cell, config: RunConfig, cache: Path, split: str, limit: int | None, console: Console
 ) -> dict[str, Any]:
-    parts = load_adapted(str(folder / "base"), [folder], cache)
+    parts = load_adapted(checkpoint_of(folder), [folder], cache)
     merge_adapters(parts)
     parts.model.to(choose_device(config.device))
     drafter = TorchDrafter(parts)
@@ -157,7 +157,8 @@ def _share(config: RunConfig, output: Path) -> None:
         if best is None or same > best[0]:
             best = same, folder
     if best:
-        for name in ("base", *(stage.name for stage in config.stages[: best[0]])):
+        names = ["base"] if (best[1] / "base").is_dir() else []
+        for name in (*names, *(stage.name for stage in config.stages[: best[0]])):
             shutil.copytree(best[1] / name, config.output / name, dirs_exist_ok=True)
 
 

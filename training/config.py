@@ -9,6 +9,7 @@ import yaml
 COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")
 SCHEDULES = ("cosine", "linear", "constant")
+BASE_PRECISIONS = ("fp32", "bf16", "nf4")
 SELECTIONS = ("", "language", "cider")
 
 
@@ -83,7 +84,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: where the model begins, the data, where the result goes, and the stages in order."""
+    """A whole run: where the model begins, the data, where the result goes, and the stages in order.
+
+    Attributes:
+        base: ``mini``, a checkpoint folder or a hub name; ``base_options`` are those of ``mini``.
+        data: folder of IU X-RAY or MIMIC-CXR-JPG.
+        output: the run's folder.
+        stages: in order.
+        seed: of every random choice.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: of the arithmetic: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
+        base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). What is trained is fp32.
+    """
 
     base: str
     data: Path
@@ -93,6 +105,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    base_precision: str = "fp32"
 
 
 def load_config(path: Path, **overrides: Any) -> RunConfig:
@@ -117,6 +130,12 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
                 f"{path}, stage {stage.name}: an earlier stage has LoRA on {stage.lora.part} with other settings; give "
                 "the same, and its adapters are trained on"
             )
+    if values.get("base_precision", "fp32") not in BASE_PRECISIONS:
+        raise ConfigError(
+            f"{path}: unknown base_precision {values['base_precision']!r}; give one of: {', '.join(BASE_PRECISIONS)}"
+        )
+    if values.get("base_precision", "fp32") != "fp32" and values.get("precision") == "fp32":
+        raise ConfigError(f"{path}: base_precision {values['base_precision']} needs precision bf16 or auto")
     for key in ("data", "output"):
         if not values.get(key):
             raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")

@@ -19,7 +19,7 @@ _PARTS = {"qformer": "qformer.", "query_tokens": "query_tokens", "projection": "
 
 
 def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> None:
-    """Freeze everything, add the stage's LoRA adapters, and unfreeze what the stage trains."""
+    """Freeze everything, add the stage's LoRA adapters, and unfreeze what the stage trains, which becomes fp32."""
     model.requires_grad_(False)
     if stage.lora:
         settings = LoraConfig(
@@ -35,6 +35,8 @@ def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> 
     for name, parameter in model.named_parameters():
         if any(name.startswith(_PARTS[part]) for part in stage.train):
             parameter.requires_grad_(True)
+        if parameter.requires_grad:  # a step of the optimizer is lost in bf16's 8 bits
+            parameter.data = parameter.data.float()
 
 
 @torch.no_grad()

@@ -73,8 +73,9 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
     """Run every stage that is not finished; returns the folder of the run.
 
     Args:
-        config: the run. Its folder holds ``base/`` (the starting point), one folder a stage (``adapters/`` in peft's
-            format, ``trained.safetensors``, ``loss.csv``, ``loss.png``) and a resumable checkpoint while one runs.
+        config: the run. Its folder holds ``base/`` (the starting point, where it was assembled), one folder a stage
+            (``adapters/`` in peft's format, ``trained.safetensors``, ``loss.csv``, ``loss.png``) and a resumable
+            checkpoint while one runs.
         cache: where base weights are kept.
         max_steps: end each stage after so many optimizer steps (for trials).
 
@@ -84,7 +85,8 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
     """
     console = Console(stderr=True)
     device = choose_device(config.device)
-    autocast = choose_autocast(config.precision, device)
+    bf16 = config.base_precision != "fp32" and config.precision == "auto"
+    autocast = choose_autocast("bf16" if bf16 else config.precision, device)
     config.output.mkdir(parents=True, exist_ok=True)
     _check_same_run(config)
     parts = _base(config, cache)
@@ -120,15 +122,16 @@ def _check_same_run(config: RunConfig) -> None:
 
 
 def _base(config: RunConfig, cache: Path) -> ModelAndTokenizers:
-    options = {"seed": config.seed, **config.base_options} if config.base == "mini" else {}
+    if config.base != "mini":  # it stays where it is: a copy of 7 billion weights helps nobody
+        return load_model(config.base, cache, config.base_precision)
     saved = config.output / "base"
     if not saved.is_dir():
-        parts = load_model(config.base, cache, **options)
+        parts = load_model(config.base, cache, seed=config.seed, **config.base_options)
         scratch = config.output / "base.partial"
         shutil.rmtree(scratch, ignore_errors=True)
         parts.save(scratch)
         scratch.rename(saved)
-    return load_model(str(saved), cache)
+    return load_model(str(saved), cache, config.base_precision)
 
 
 class StageRun:

@@ -28,6 +28,23 @@ def stage_folders(folder: Path) -> list[Path]:
     return [folder / stage["name"] for stage in stages]
 
 
+def checkpoint_of(folder: Path) -> str:
+    """Where a run began: its own ``base/`` where it was assembled, or the checkpoint that its configuration names.
+
+    Args:
+        folder: a run, or one stage of it.
+
+    Raises:
+        FileNotFoundError: the folder is neither.
+    """
+    for place in (Path(folder), Path(folder).parent):
+        if (place / "base").is_dir():
+            return str(place / "base")
+        if (place / "config.json").is_file():
+            return json.loads((place / "config.json").read_text(encoding="utf-8"))["base"]
+    raise FileNotFoundError(f"{folder} is neither a run nor a stage of one")
+
+
 def load_adapted(checkpoint: str, adapters: list[Path], cache: Path) -> ModelAndTokenizers:
     """Load a checkpoint and what training put on it, adapters not yet merged.
 

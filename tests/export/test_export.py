@@ -10,7 +10,7 @@ from conftest import run_cli
 from cbedge import open_bundle
 from export.merge import MergeError, merge
 from export.quantize import quantize_graphs
-from training.trained import load_adapted
+from training.trained import checkpoint_of, load_adapted
 
 
 def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path):
@@ -39,7 +39,7 @@ def test_int4_graphs_hold_four_bit_weights(tiny_bundle: Path):
 def test_merging_refuses_what_changes_the_model(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
     from export import merge as module
 
-    parts = load_adapted(str(tiny_run / "base"), [tiny_run], tiny_run)
+    parts = load_adapted(checkpoint_of(tiny_run), [tiny_run], tiny_run)
 
     def spoil(parts):
         parts.model.language_projection.weight.data += 0.1
@@ -83,11 +83,11 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
 
 
 def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
-    done = run_cli("export", "--checkpoint", tiny_run / "base", "--adapters", tiny_run, "--out", tiny_bundle)
+    done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", tiny_bundle)
     assert done.returncode == 1 and "--force" in done.stderr and "Traceback" not in done.stderr
     done = run_cli("export", "--checkpoint", tmp_path / "none", "--out", tmp_path / "bundle")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    done = run_cli("export", "--checkpoint", tiny_run / "base", "--variant", "int3", "--out", tmp_path / "bundle")
+    done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--variant", "int3", "--out", tmp_path / "bundle")
     assert done.returncode == 1 and "int4, fp32" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -99,7 +99,7 @@ def test_the_card_states_origin_licences_limits_and_what_was_not_measured(tiny_b
 
 
 def test_the_merged_model_is_plain_again(tiny_run: Path):
-    parts = load_adapted(str(tiny_run / "base"), [tiny_run], tiny_run)
+    parts = load_adapted(checkpoint_of(tiny_run), [tiny_run], tiny_run)
     assert merge(parts) <= 1e-4
     assert not any("lora" in name for name, _ in parts.model.named_parameters())
     assert isinstance(parts.model.query_tokens, torch.Tensor)

@@ -15,6 +15,11 @@ def test_the_mini_configuration_has_its_stages_in_order():
     assert config.data == Path("somewhere")
 
 
+@pytest.mark.parametrize("path", sorted(MINI.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_ships_is_valid(path: Path):
+    assert load_config(path, data="somewhere").stages[-1].lora.part == "language"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -25,6 +30,8 @@ def test_the_mini_configuration_has_its_stages_in_order():
         ("base: [", "not valid YAML"),
         ("stages: [{name: a, losses: {language: 1}, schedule: step}]", "cosine, linear, constant"),
         ("stages: [{name: a, losses: {language: 1}, patience: 2}]", "patience needs select_by"),
+        ("base_precision: int2", "fp32, bf16, nf4"),
+        ("base_precision: nf4\nprecision: fp32", "needs precision bf16"),
         ("stages: [{name: a, losses: {tags: 1}, image_blind: true}]", "image-blind stage has the language loss alone"),
         (
             "stages: [{name: a, losses: {language: 1}, lora: {part: vision, targets: [fc1]}}, "

@@ -8,9 +8,10 @@ import yaml
 from conftest import run_cli
 from safetensors.torch import load_file
 
+from training.base import load_model
 from training.config import load_config
 from training.train import run
-from training.trained import load_adapted, stage_folders
+from training.trained import checkpoint_of, load_adapted, merge_adapters, stage_folders
 
 STAGES = ("align", "wording", "vision", "language")
 
@@ -99,6 +100,37 @@ def test_a_stage_can_be_selected_by_cider_and_checkpoint_its_gradients(
         assert [float(row["cider"]) >= 0 for row in csv.DictReader(file)] == [True]
     same = [losses(tmp_path / name / "vision")[0]["language"] for name in ("plain", "run")]
     assert same[0] == pytest.approx(same[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_a_base_in_few_bits_is_trained_resumed_and_merged_into_its_full_weights(
+    tiny_config: Path, tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path, precision: str
+):
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    values = yaml.safe_load(tiny_config.read_text()) | {"base_precision": precision}
+    values["stages"] = [stage for stage in values["stages"] if stage["name"] in ("vision", "language")]
+    config = tmp_path / "few.yaml"
+    config.write_text(yaml.safe_dump(values))
+    folder = run(load_config(config, data=tiny_data, output=tmp_path / "run"), max_steps=2)
+    trained = load_file(folder / "vision" / "trained.safetensors")
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert not (folder / "base").exists() and checkpoint_of(folder) == str(tiny_checkpoint)
+    parts = load_adapted(checkpoint_of(folder), [folder], tmp_path)
+    merge_adapters(parts)
+    weights = [weight for weight in parts.model.state_dict().values() if weight.is_floating_point()]
+    assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+def test_gradients_pass_a_4_bit_language_model_that_was_evaluated_before(tiny_checkpoint: Path, tmp_path: Path):
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    model = load_model(str(tiny_checkpoint), tmp_path, "nf4").model.language_model.requires_grad_(False)
+    embeds = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.eval()(inputs_embeds=embeds)
+    embeds.requires_grad_(True)
+    model.train()(inputs_embeds=embeds).logits.float().square().sum().backward()
+    assert embeds.grad is not None and embeds.grad.abs().sum() > 0
 
 
 def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_data: Path, tmp_path: Path, monkeypatch):
