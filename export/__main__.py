@@ -59,7 +59,7 @@ def export(
 
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)
-    console.print(f"merged: logits within {merge_error:.1e} of the unmerged model")
+    console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cbedge.prompt import ClinicalContext
 from training.base import ModelAndTokenizers
@@ -18,26 +19,34 @@ class MergeError(ValueError):
 
 @torch.inference_mode()
 def merge(parts: ModelAndTokenizers) -> float:
-    """Merge every adapter into the model, in place; returns the largest difference of any logit, in fp32.
+    """Merge every adapter into the model, in place; returns the largest difference of any logit in fp32, as a share of
+    the largest logit.
+
+    The share is what can be asserted: logits reach 40 and pass 14 to 40 layers, so that fp32 alone, merged or not, is
+    some 3e-4 away from fp64, while in fp64 merged and unmerged differ by 5e-6.
 
     Raises:
-        MergeError: the difference is above :data:`MERGE_TOLERANCE`.
+        MergeError: the share is above :data:`MERGE_TOLERANCE`.
     """
     before = _probe_logits(parts)
     merge_adapters(parts)
-    difference = float((_probe_logits(parts) - before).abs().max())
+    difference = float((_probe_logits(parts) - before).abs().max() / before.abs().max())
     if not difference <= MERGE_TOLERANCE:
-        raise MergeError(f"merged logits differ from unmerged by {difference:.2e}, more than {MERGE_TOLERANCE:.0e}")
+        raise MergeError(
+            f"merged logits differ from unmerged by {difference:.1e} of the largest, more than {MERGE_TOLERANCE:.0e}"
+        )
     return difference
 
 
 def _probe_logits(parts: ModelAndTokenizers) -> Tensor:
-    """Logits of two fixed random images with a prompt each, float32 [2, L, V]."""
+    """Logits of two fixed smooth random images with a prompt each, at the text's positions, float32 [2, L, V]."""
     model = parts.model
     size = model.config.vision_config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shades = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = functional.interpolate(shades, size=(size, size), mode="bicubic").repeat(1, 3, 1, 1)
     prompt = encode_prompt(parts, ClinicalContext(indication="cough and fever", view="frontal"))
     ids = torch.tensor([prompt, prompt])
     instruction = parts.qformer_tokenizer(["Describe the chest radiograph."] * 2, return_tensors="pt")
     _, projected = query_image(model, encode_images(model, pixels), instruction.input_ids, instruction.attention_mask)
-    return model.language_model(inputs_embeds=embed_inputs(model, ids, projected)).logits.float()
+    logits = model.language_model(inputs_embeds=embed_inputs(model, ids, projected)).logits.float()
+    return logits[:, model.config.num_query_tokens :]

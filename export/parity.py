@@ -33,7 +33,7 @@ class Parity:
     """How far the exported graphs are from torch in fp32.
 
     Attributes:
-        merge_error: largest difference of any logit between merged and unmerged model.
+        merge_error: largest difference of any logit between merged and unmerged model, as a share of the largest logit.
         graph_errors: for fp32 and the exported variant, the largest absolute error of each graph on the same inputs.
         fp32_cases, fp32_equal: drafts of up to 64 tokens compared, and how many are equal token by token.
         variant: the exported variant.
@@ -61,7 +61,8 @@ class Parity:
             lines.append(f"| {kind} | " + " | ".join(f"{e[kind]:.2e}" for e in self.graph_errors.values()) + " |")
         return "\n".join([
             *lines, "",
-            f"- Adapters merged: logits within {self.merge_error:.1e} of the unmerged model (fp32).",
+            f"- Adapters merged: logits within {self.merge_error:.1e} of the unmerged model's, as a share of the largest "
+            "(fp32).",
             f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
             f"- {self.variant}: chooses torch's token at {self.token_agreement:.1%} of positions; "
             f"{self.drafts_equal:.0%} of {self.cases} whole drafts are equal.",
