@@ -1,8 +1,8 @@
 """Several processes that train one model: what each takes of a batch, and how their losses make one loss.
 
 Processes are started by ``accelerate launch`` or ``torchrun --nproc-per-node 4 -m training run …``; gradients are
-averaged by torch's DistributedDataParallel. Losses are weighed by what each process's share counts, so that their average
-is the loss that one process would have found for the whole batch.
+averaged by torch's DistributedDataParallel. Losses are weighed by what each process's share counts, so that their
+average is the loss that one process would have found for the whole batch.
 """
 
 from __future__ import annotations
