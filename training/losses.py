@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.parallel import gather_with_gradient
+
 
 class AlignmentHeads(nn.Module):
     """The small trained parts that only training needs; a bundle does not hold them.
@@ -50,11 +52,12 @@ class AlignmentHeads(nn.Module):
         return (losses * known).sum() / known.sum().clamp_min(1)
 
     def contrastive_loss(self, queries: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Symmetric InfoNCE in the batch; an image is as similar to a text as its most similar query."""
+        """Symmetric InfoNCE in all processes' batch; an image is as similar to a text as its most similar query."""
         image = functional.normalize(self.image_projection(queries).float(), dim=-1)
         mask = text_mask.unsqueeze(-1)
         pooled = (text * mask).sum(1) / mask.sum(1)
         text_embed = functional.normalize(self.text_projection(pooled).float(), dim=-1)
+        image, text_embed = gather_with_gradient(image), gather_with_gradient(text_embed)
         similarity = torch.einsum("iqd,jd->ijq", image, text_embed).max(-1).values / self.log_temperature.exp()
         labels = torch.arange(len(similarity), device=similarity.device)
         cross_entropy = functional.cross_entropy

@@ -33,6 +33,7 @@ from training.datasets import open_studies
 from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
 from training.losses import AlignmentHeads, word_vocabulary
+from training.parallel import Processes
 from training.stages import (
     encode_images,
     language_loss,
@@ -83,13 +84,16 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
         FileNotFoundError: data or base weights are missing.
         ValueError: the folder holds a run of another configuration.
     """
-    console = Console(stderr=True)
-    device = choose_device(config.device)
+    processes = Processes(choose_device(config.device))
+    device = processes.device
+    console = Console(stderr=True, quiet=not processes.is_main)
+    if processes.count > 1:
+        console.print(f"{processes.count} processes")
     bf16 = config.base_precision != "fp32" and config.precision == "auto"
     autocast = choose_autocast("bf16" if bf16 else config.precision, device)
     config.output.mkdir(parents=True, exist_ok=True)
-    _check_same_run(config)
-    parts = _base(config, cache)
+    processes.only_main(lambda: _check_same_run(config))
+    parts = processes.main_first(lambda: _base(config, cache))
     parts.model.to(device)
     previous: Path | None = None
     for number, stage in enumerate(config.stages):
@@ -100,7 +104,7 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
             load_trained(parts.model, folder)
             console.print(f"stage {stage.name}: finished before, loaded")
         else:
-            StageRun(config, stage, number, parts, device, autocast, folder, previous, console).run(max_steps)
+            StageRun(config, stage, number, parts, processes, autocast, folder, previous, console).run(max_steps)
         previous = folder
     return config.output
 
@@ -138,19 +142,20 @@ class StageRun:
     """One stage's training loop and its state on disk."""
 
     def __init__(
-        self, config: RunConfig, stage: Stage, number: int, parts: ModelAndTokenizers, device: torch.device,
+        self, config: RunConfig, stage: Stage, number: int, parts: ModelAndTokenizers, processes: Processes,
         autocast: torch.autocast, folder: Path, previous: Path | None, console: Console,
     ):  # fmt: skip
         self.config, self.stage, self.number, self.parts = config, stage, number, parts
-        self.device, self.autocast, self.folder, self.console = device, autocast, folder, console
+        self.processes, self.device, self.autocast = processes, processes.device, autocast
+        self.folder, self.console = folder, console
         self.seed = config.seed * 1000 + number
         folder.mkdir(parents=True, exist_ok=True)
-        self.studies = open_studies(config.data, stage.splits)
+        self.studies = processes.main_first(lambda: open_studies(config.data, stage.splits))
         self.val = open_studies(config.data, ("val",), VAL_STUDIES)
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
         self._order: tuple[int, list[list[int]]] = (-1, [])
         self._seed_everything()
-        self.heads = self._build_heads(previous).to(device)
+        self.heads = self._build_heads(previous).to(self.device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
         self.optimizer = torch.optim.AdamW(self.groups, weight_decay=stage.weight_decay)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -164,6 +169,10 @@ class StageRun:
         else:
             parts.model.gradient_checkpointing_disable()
         self.features: np.ndarray | None = None
+        self.losses = StageLosses(parts, self.heads, stage)
+        self.wrapped: nn.Module = self.losses
+        if processes.rank:
+            torch.manual_seed(self.seed + 7919 * processes.rank)  # dropout differs between processes
 
     def run(self, max_steps: int | None = None) -> None:
         """Train to the end of the stage, resuming from its checkpoint where there is one."""
@@ -177,22 +186,27 @@ class StageRun:
             if self.stage.start_cross_attention and self.features is not None and self.step == 0:
                 sample = torch.from_numpy(self.features[0, : 16 * self.stage.batch_size].astype(np.float32))
                 start_cross_attention(self.parts.model, sample, self.seed)
+            self.wrapped = self.processes.wrap(self.losses)
             task = progress.add_task(f"stage {self.stage.name}", total=total, completed=self.step)
             while self.step < total:
                 losses = self._train_step()
-                self._log(losses)
+                if self.processes.is_main:
+                    self._log(losses)
                 loss_text = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "step")
                 progress.update(task, completed=self.step, description=f"stage {self.stage.name} {loss_text}")
                 if not progress.console.is_terminal and self.step % 10 == 0:
                     self.console.print(f"{self.stage.name} {self.step}/{total} {loss_text}", highlight=False)
                 if self.step % (self.stage.validate_every or self.steps_per_epoch) == 0 or self.step == total:
-                    self._validate()
+                    self.processes.only_main(self._validate)
+                    self.worse = self.processes.agree(self.worse)
                 if self.step % self.stage.save_every == 0:
-                    self._save_checkpoint()
+                    self.processes.only_main(self._save_checkpoint)
                 if self._is_stale():
                     self.console.print(f"stage {self.stage.name}: stopped early, best at step {self.best_step}")
                     break
-        self._finish()
+        self.processes.only_main(self._finish)
+        if self.processes.rank:
+            load_trained(self.parts.model, self.folder)
 
     def _is_stale(self) -> bool:
         return bool(self.stage.patience) and self.worse >= self.stage.patience
@@ -253,21 +267,27 @@ class StageRun:
 
         arguments = (self.config.output / "cache", self.seed, self.device, self.autocast, advance)
         vision = self.parts.model.vision_model
-        self.features = cache_features(vision, self.studies, self.stage.cached_views, *arguments)
+        self.features = self.processes.main_first(
+            lambda: cache_features(vision, self.studies, self.stage.cached_views, *arguments)
+        )
         progress.remove_task(task)
 
     def _batch(self, epoch: int, index: int, rows: list[int]) -> Batch:
-        """The batch is a function of seed, epoch and index alone, so that a resumed run sees the same."""
-        rng = np.random.default_rng([self.seed, epoch, index])
+        """This process's share of a batch: a function of seed, epoch and index, so a resumed run sees the same."""
+        draws = self.processes.share([np.random.default_rng([self.seed, epoch, index, i]) for i in range(len(rows))])
+        rows = self.processes.share(rows)
         studies = [self.studies[i] for i in rows]
-        contexts = [drop_priors(s.context, self.stage.prior_dropout, rng) for s in studies]
+        contexts = [
+            drop_priors(s.context, self.stage.prior_dropout, rng) for s, rng in zip(studies, draws, strict=True)
+        ]
         if self.features is not None:
-            views = rng.integers(len(self.features), size=len(rows))
+            views = [rng.integers(len(self.features)) for rng in draws]
             images = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, rows, strict=True)])).float()
         elif self.stage.image_blind:
             images = torch.zeros(len(rows), 0)
         else:
-            images = torch.from_numpy(np.stack([load_pixels(s.image, rng) for s in studies]))
+            pixels = [load_pixels(s.image, rng) for s, rng in zip(studies, draws, strict=True)]
+            images = torch.from_numpy(np.stack(pixels))
         return collate(self.parts, studies, contexts, images).to(self.device)
 
     def _train_step(self) -> dict[str, float]:
@@ -282,11 +302,15 @@ class StageRun:
         batches = self._epoch(epoch)
         for i in range(accumulate):
             index = first * accumulate + i
-            losses = self._losses(self._batch(epoch, index, batches[index % len(batches)]))
-            loss = sum((self.stage.losses[name] * value for name, value in losses.items()), torch.tensor(0.0))
-            (loss / accumulate).backward()
+            batch = self._batch(epoch, index, batches[index % len(batches)])
+            with self.processes.without_sync(self.wrapped, i < accumulate - 1):
+                with self.autocast:
+                    found = self.wrapped(batch, self.features is not None)
+                losses = {name: self.processes.weigh(mean, count) for name, (mean, count) in found.items()}
+                loss = sum((self.stage.losses[name] * value for name, value in losses.items()), torch.tensor(0.0))
+                (loss / accumulate).backward()
             for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value.item() / accumulate
+                totals[name] = totals.get(name, 0.0) + self.processes.average(value) / accumulate
         nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -302,40 +326,11 @@ class StageRun:
         left = 1 - progress if self.stage.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return 0.1 + 0.9 * left
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        model, heads, wanted = self.parts.model, self.heads, self.stage.losses
-        if self.stage.image_blind:
-            batch = batch.without_placeholders(model.config.num_query_tokens)
-            with self.autocast:
-                return {"language": language_loss(self.parts, batch, None)}
-        with self.autocast:
-            features = batch.images if self.features is not None else encode_images(model, batch.images)
-            queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
-            losses: dict[str, Tensor] = {}
-            if "tags" in wanted:
-                losses["tags"] = heads.tags_loss(queries, batch.tags)
-            if "contrastive" in wanted:
-                text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
-                losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask)
-            if "words" in wanted:
-                embedding = model.get_input_embeddings().weight.detach()
-                losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch))
-            if "language" in wanted:
-                losses["language"] = language_loss(self.parts, batch, projected)
-        return losses
-
-    def _word_targets(self, batch: Batch) -> Tensor:
-        targets = torch.zeros(len(batch.report_tokens), len(self.heads.word_ids), device=self.device)
-        for row, tokens in enumerate(batch.report_tokens):
-            targets[row] = torch.isin(self.heads.word_ids, torch.tensor(tokens, device=self.device)).float()
-        return targets
-
     @torch.inference_mode()
     def _validate(self) -> None:
         self.parts.model.eval()
         totals: dict[str, list[float]] = {}
         logits, tags = [], []
-        cached, self.features = self.features, None
         blind = self.stage.image_blind
         for start in range(0, len(self.val), 16):
             studies = self.val[start : start + 16]
@@ -345,7 +340,9 @@ class StageRun:
                 else torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
             )
             batch = collate(self.parts, studies, [s.context for s in studies], images).to(self.device)
-            for name, value in self._losses(batch).items():
+            with self.autocast:
+                found = self.losses(batch, False)
+            for name, (value, _) in found.items():
                 totals.setdefault(name, []).append(value.item())
             if blind:
                 continue
@@ -354,7 +351,6 @@ class StageRun:
                 queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
             logits.append(self.heads.tag_logits(queries.float()).cpu().numpy())
             tags.append(batch.tags.cpu().numpy())
-        self.features = cached
         row = {name: float(np.mean(values)) for name, values in totals.items()}
         if not blind:
             row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
@@ -412,6 +408,51 @@ class StageRun:
         (self.folder / "finished").write_text(f"{self.step} steps{kept}\n")
         for name in ("checkpoint.pt", "best.pt"):
             (self.folder / name).unlink(missing_ok=True)
+
+
+class StageLosses(nn.Module):
+    """Every loss of a stage in one forward pass, each as (mean, how many things the mean is over).
+
+    Args:
+        parts: the model and its tokenizers.
+        heads: those that only training needs.
+        stage: what is wanted.
+    """
+
+    def __init__(self, parts: ModelAndTokenizers, heads: AlignmentHeads, stage: Stage):
+        super().__init__()
+        self.model, self.heads, self.stage = parts.model, heads, stage
+        self.parts = parts
+
+    def forward(self, batch: Batch, encoded: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """The losses of a batch whose images are encoder features already (``encoded``) or pixels."""
+        model, heads, wanted = self.model, self.heads, self.stage.losses
+        words = (batch.labels != -100).sum()
+        if self.stage.image_blind:
+            batch = batch.without_placeholders(model.config.num_query_tokens)
+            return {"language": (language_loss(self.parts, batch, None), words)}
+        features = batch.images if encoded else encode_images(model, batch.images)
+        queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
+        studies = torch.tensor(float(len(queries)), device=queries.device)
+        losses: dict[str, tuple[Tensor, Tensor]] = {}
+        if "tags" in wanted:
+            losses["tags"] = heads.tags_loss(queries, batch.tags), (batch.tags >= 0).sum()
+        if "contrastive" in wanted:
+            text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
+            losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask), torch.ones_like(studies)
+        if "words" in wanted:
+            embedding = model.get_input_embeddings().weight.detach()
+            losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch)), studies
+        if "language" in wanted:
+            losses["language"] = language_loss(self.parts, batch, projected), words
+        return losses
+
+    def _word_targets(self, batch: Batch) -> Tensor:
+        ids = self.heads.word_ids
+        targets = torch.zeros(len(batch.report_tokens), len(ids), device=ids.device)
+        for row, tokens in enumerate(batch.report_tokens):
+            targets[row] = torch.isin(ids, torch.tensor(tokens, device=ids.device)).float()
+        return targets
 
 
 def _tag_auc(logits: np.ndarray, tags: np.ndarray) -> dict[str, float]:
