@@ -61,8 +61,8 @@ class Parity:
             lines.append(f"| {kind} | " + " | ".join(f"{e[kind]:.2e}" for e in self.graph_errors.values()) + " |")
         return "\n".join([
             *lines, "",
-            f"- Adapters merged: logits within {self.merge_error:.1e} of the unmerged model's, as a share of the largest "
-            "(fp32).",
+            f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as a share of the "
+            "largest.",
             f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
             f"- {self.variant}: chooses torch's token at {self.token_agreement:.1%} of positions; "
             f"{self.drafts_equal:.0%} of {self.cases} whole drafts are equal.",
