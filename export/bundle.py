@@ -19,7 +19,7 @@ from training.fetch import BASE_PARTS
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
-_DESCRIPTIONS = {"int4": "4 bit weights (vision encoder 8 bit), fp32 activations", "fp32": "32 bit weights"}
+_DESCRIPTIONS = {"int4": "4 and 8 bit weights, fp32 activations", "fp32": "32 bit weights"}
 
 IU_XRAY = {
     "name": "IU X-RAY (Open-i)",
