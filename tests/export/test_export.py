@@ -27,7 +27,7 @@ def test_int4_graphs_hold_four_and_eight_bit_weights(tiny_bundle: Path):
     kinds = [node.op_type for node in decoder.graph.node]
     assert "MatMulNBits" in kinds and "MatMul" not in kinds
     fp32, int4 = ((tiny_bundle / f"decoder_model_merged{s}.onnx_data").stat().st_size for s in ("", "_q4"))
-    assert int4 < fp32 / 3  # in a model as small as this, scales weigh
+    assert int4 < fp32 / 2  # in a model as small as this, scales weigh
     told = {"decoder_model_merged": {4, 8}, "qformer": {4}, "vision_encoder": {8}}
     for kind, bits in told.items():
         graph = onnx.load(str(tiny_bundle / f"{kind}_q4.onnx"), load_external_data=False).graph
