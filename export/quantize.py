@@ -104,6 +104,8 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
     if not np.allclose(np.abs(scales), expected, rtol=1e-3, atol=1e-6):
         return None
     blocks = width // sizes["block_size"]
+    if not all(stored[name].external_data for name in node.input[1:3]):
+        return None
     weights = _external_alias(stored[node.input[1]], "embed_tokens", [words, width // 2])
     scale = _external_alias(stored[node.input[2]], "embed_tokens_scales", [words, blocks])
     gather = helper.make_node(

@@ -152,6 +152,11 @@ class StageRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.studies = processes.main_first(lambda: open_studies(config.data, stage.splits))
         self.val = open_studies(config.data, ("val",), VAL_STUDIES)
+        if not self.studies or not self.val:
+            raise ValueError(
+                f"no {'training' if not self.studies else 'validation'} study with a frontal radiograph and a report in "
+                f"{config.data}: see python -m training data check"
+            )
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
         self._order: tuple[int, list[list[int]]] = (-1, [])
         self._seed_everything()

@@ -41,7 +41,7 @@ def test_merging_refuses_what_changes_the_model(tiny_run: Path, monkeypatch: pyt
     parts = load_adapted(checkpoint_of(tiny_run), [tiny_run], tiny_run)
 
     def spoil(parts):
-        parts.model.language_projection.weight.data += 0.1
+        parts.model.language_model.get_output_embeddings().weight.data += 0.1
 
     monkeypatch.setattr(module, "merge_adapters", spoil)
     with pytest.raises(MergeError, match="differ from unmerged"):
@@ -50,7 +50,7 @@ def test_merging_refuses_what_changes_the_model(tiny_run: Path, monkeypatch: pyt
 
 def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
     """The head's quantized weights serve the embedding graph too, and give the same rows within 4 bits."""
-    words, width = 96, 64
+    words, width = 1024, 64
     table = np.random.default_rng(0).standard_normal((words, width)).astype(np.float32)
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
 

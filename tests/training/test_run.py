@@ -53,7 +53,8 @@ def test_a_later_stage_trains_the_same_adapters_on(tiny_run: Path):
 
 def test_an_image_blind_stage_reads_no_image(tiny_config: Path, tiny_data: Path, tmp_path: Path):
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    shutil.rmtree(data / "images")
+    for image in (data / "images").iterdir():
+        image.write_bytes(b"")
     values = yaml.safe_load(tiny_config.read_text())
     values["stages"] = [stage for stage in values["stages"] if stage["name"] == "wording"]
     config = tmp_path / "blind.yaml"
