@@ -154,7 +154,7 @@ class StageRun:
         self.val = open_studies(config.data, ("val",), VAL_STUDIES)
         if not self.studies or not self.val:
             raise ValueError(
-                f"no {'training' if not self.studies else 'validation'} study with a frontal radiograph and a report in "
+                f"no {'validation' if self.studies else 'training'} study with a frontal radiograph and a report in "
                 f"{config.data}: see python -m training data check"
             )
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
