@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from training.fetch import DEFAULT_CACHE
+
+if TYPE_CHECKING:
+    from training.base import ModelAndTokenizers
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -105,23 +108,11 @@ def evaluate_command(
     drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
     encoder = None
     if run_folder is not None:
-        from training.train import choose_device
-        from training.trained import checkpoint_of, load_adapted, merge_adapters
-
-        parts = load_adapted(checkpoint_of(run_folder), [run_folder], cache)
-        merge_adapters(parts)
-        parts.model.to(choose_device(device))
-        encoder = TorchDrafter(parts, batch_size)
+        encoder = TorchDrafter(_merged(run_folder, device, cache), batch_size)
         drafters.append(encoder)
     blind = None
     if image_blind is not None:
-        from training.train import choose_device
-        from training.trained import checkpoint_of, load_adapted, merge_adapters
-
-        seen = load_adapted(checkpoint_of(image_blind), [image_blind], cache)
-        merge_adapters(seen)
-        seen.model.to(choose_device(device))
-        blind = TorchDrafter(seen, batch_size, "image-blind model (torch)", image_blind=True)
+        blind = TorchDrafter(_merged(image_blind, device, cache), batch_size, "image-blind model (torch)", True)
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts)
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
@@ -199,6 +190,17 @@ def like_paper_command(
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))
+
+
+def _merged(folder: Path, device: str, cache: Path) -> "ModelAndTokenizers":
+    """A run, or the first stages of one, with its adapters merged, on its device."""
+    from training.train import choose_device
+    from training.trained import checkpoint_of, load_adapted, merge_adapters
+
+    parts = load_adapted(checkpoint_of(folder), [folder], cache)
+    merge_adapters(parts)
+    parts.model.to(choose_device(device))
+    return parts
 
 
 def _command() -> str:

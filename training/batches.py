@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbedge.prompt import ClinicalContext, build_instruction, build_prompt
-from cbedge.radiograph import IMAGE_SIZE, load_radiograph, preprocess
+from cbedge.radiograph import load_radiograph, preprocess
 from training.base import ModelAndTokenizers
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
@@ -211,8 +211,3 @@ def cache_features(
     array.flush()
     partial.rename(path)
     return np.load(path, mmap_mode="r")
-
-
-def blank_pixels() -> np.ndarray:
-    """A radiograph with nothing on it, float32 [3, 224, 224], for controls."""
-    return preprocess(np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32))[0]

@@ -127,21 +127,6 @@ def validate(studies: Sequence[Study], reports: Sequence[str]) -> dict[str, dict
     return rows
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], count: int, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic over studies drawn with replacement (Efron and Tibshirani 1993).
-
-    Args:
-        statistic: takes int [studies] rows, with repeats, and returns a number.
-        count: studies.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def paired_difference(
     first: Callable[[np.ndarray], float], second: Callable[[np.ndarray], float], count: int, resamples: int = 1000,
     seed: int = 0,
@@ -149,7 +134,7 @@ def paired_difference(
     """Two models on the same studies: the difference, its 95% interval, and the two-sided bootstrap p-value.
 
     Args:
-        first, second: statistics as of :func:`bootstrap`; both see the same rows in every resample.
+        first, second: each takes int [studies] rows, with repeats, and returns a number; both see the same rows.
     """
     rng = np.random.default_rng(seed)
     rows = [rng.integers(count, size=count) for _ in range(resamples)]
