@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cbedge.errors import BundleError, OutputError
+from cbedge.image_findings import ImageFindings
 from cbedge.prompt import PROMPT_VERSION
 
 FORMAT_VERSION = 1
@@ -76,6 +77,8 @@ class Manifest:
         variants, files: what is in the folder.
         training_data, base_weights: origin and licence of each.
         quality: measured scores, each with its control rows.
+        image_findings: what the Q-Former's graph scores (its output ``finding_logits``) and the prompt tells; ``None``
+            for a model that is not told.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Manifest:
     training_data: tuple[dict[str, str], ...] = ()
     base_weights: tuple[dict[str, str], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
+    image_findings: ImageFindings | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,9 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
     for key in ("stop_ids", "prefix_ids", "training_data", "base_weights"):
         values[key] = tuple(values.get(key, ()))
+    if values.get("image_findings"):
+        told = values["image_findings"]
+        values["image_findings"] = ImageFindings(tuple(told["names"]), tuple(map(float, told["thresholds"])))
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")

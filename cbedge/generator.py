@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +17,28 @@ from cbedge.backends.onnx import OnnxBackend, choose_device
 from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from cbedge.decoding import greedy
 from cbedge.errors import BundleError, ContextError
-from cbedge.prompt import ClinicalContext, build_instruction, build_prompt, split_sections
+from cbedge.image_findings import scores_of
+from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from cbedge.report import Report, Timings
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
 MAX_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the Q-Former made of a radiograph.
+
+    Attributes:
+        image_embeds: for the language model, float32 [1, Q, D].
+        seen: findings that the prompt tells, empty where none was seen; ``None`` for a model that is not told.
+        scores: of every finding that is looked for, 0 to 1.
+    """
+
+    image_embeds: np.ndarray
+    seen: tuple[str, ...] | None
+    scores: dict[str, float]
 
 
 class ReportGenerator:
@@ -119,14 +136,19 @@ class ReportGenerator:
         context = ClinicalContext(context.indication, context.comparison, context.view or radiograph.view or "frontal")
         return ReportStream(self, radiograph, context, limit)
 
-    def prompt_ids(self, context: ClinicalContext) -> list[int]:
-        """The language model's tokens that follow the image embeddings."""
-        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context), False)]
+    def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
+        """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
+        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context, seen), False)]
 
-    def image_embeds(self, features: np.ndarray, context: ClinicalContext) -> np.ndarray:
-        """The vision encoder's features [1, P, H] → what the Q-Former, told the instruction, hands on [1, Q, D]."""
-        ids = self._encode(self._qformer_tokenizer, build_instruction(context), True)
-        return self.backend.query_image(features, np.array([ids], np.int64))
+    def look(self, features: np.ndarray, context: ClinicalContext) -> Look:
+        """Ask the Q-Former about the vision encoder's features [1, P, H]."""
+        ids = self._encode(self._qformer_tokenizer, build_query_instruction(context), True)
+        embeds, logits = self.backend.query_image(features, np.array([ids], np.int64))
+        findings = self.bundle.manifest.image_findings
+        if findings is None or logits is None:
+            return Look(embeds, None, {})
+        scores = scores_of(logits)
+        return Look(embeds, findings.read(scores), dict(zip(findings.names, map(float, scores), strict=True)))
 
     def decode_stream(self) -> DecodeStream:
         """A decoder of token ids to text that waits for whole characters."""
@@ -171,11 +193,11 @@ class ReportStream(Iterator[str]):
         read = perf_counter()
         features = backend.encode_image(pixels)
         vision = perf_counter()
-        image_embeds = generator.image_embeds(features, context)
+        look = generator.look(features, context)
         qformer = perf_counter()
-        prompt_ids = generator.prompt_ids(context)
+        prompt_ids = generator.prompt_ids(context, look.seen)
         text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))
-        embeds = np.concatenate([image_embeds, text_embeds], axis=1)
+        embeds = np.concatenate([look.image_embeds, text_embeds], axis=1)
         decoder = backend.new_decoder()
         logits = decoder.prefill(embeds)
         prefill = perf_counter()
@@ -198,7 +220,8 @@ class ReportStream(Iterator[str]):
         self._report = Report(
             findings=findings, impression=impression, text=text, complete=complete, model=manifest.name,
             model_version=manifest.version, variant=generator.variant, device=backend.device,
-            image_sha256=radiograph.sha256, prompt_tokens=embeds.shape[1], new_tokens=count,
+            image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
+            prompt_tokens=embeds.shape[1], new_tokens=count,
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
 

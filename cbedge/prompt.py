@@ -5,13 +5,15 @@ Training, export and inference all build their text here, so what the model saw 
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cbedge.errors import ContextError
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 MAX_CONTEXT_CHARACTERS = 1000
 
+_TASK = "Describe the chest radiograph."
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
 _SPECIAL_TOKEN = re.compile(r"<\|?[A-Za-z_]+\|?>|\[(?:CLS|SEP|PAD|UNK|MASK)\]")
 
@@ -83,14 +85,21 @@ def _checked(field: str, text: str | None) -> str | None:
     return cleaned
 
 
+def build_query_instruction(context: ClinicalContext) -> str:
+    """The instruction that the Q-Former reads: the task and the view.
+
+    Indication and comparison are for the language model alone. A Q-Former that reads them learns to foretell the report
+    from them; one that does not can only look, and what it hands on serves every later wording of the indication.
+    """
+    return _TASK + (f" View: {context.view}." if context.view else "")
+
+
 def build_instruction(context: ClinicalContext) -> str:
-    """The instruction that both the Q-Former and the language model read, in one line, fields in a fixed order.
+    """The instruction that the language model reads, in one line, fields in a fixed order.
 
     A field that is not given is left out, which training also does at random, so a missing indication is familiar.
     """
-    parts = ["Describe the chest radiograph."]
-    if context.view:
-        parts.append(f"View: {context.view}.")
+    parts = [build_query_instruction(context)]
     if context.indication:
         parts.append(f"Indication: {context.indication}.")
     if context.comparison:
@@ -98,9 +107,16 @@ def build_instruction(context: ClinicalContext) -> str:
     return " ".join(parts)
 
 
-def build_prompt(context: ClinicalContext) -> str:
-    """The text that follows the 32 image embeddings in the language model's input; the report comes right after it."""
-    return f"\n{build_instruction(context)}\nReport:\n"
+def build_prompt(context: ClinicalContext, seen: Sequence[str] | None = None) -> str:
+    """The text that follows the 32 image embeddings in the language model's input; the report comes right after it.
+
+    Args:
+        context: what is known of the study.
+        seen: findings that the Q-Former's head sees (:mod:`cbedge.image_findings`), empty where it sees none; ``None``
+            for a model that is not told.
+    """
+    told = "" if seen is None else f"Seen: {', '.join(seen) or 'none'}.\n"
+    return f"\n{build_instruction(context)}\n{told}Report:\n"
 
 
 def build_target(findings: str | None, impression: str | None) -> str:

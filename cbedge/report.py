@@ -39,6 +39,9 @@ class Report:
         text: the text as the model wrote it.
         complete: ``False`` where the draft was cut off at ``max_new_tokens``.
         model, model_version, variant, device: what wrote it.
+        image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
+            a model that is not told. The text can still say otherwise.
+        finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
         image_sha256: of the input file.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted.
         timings: see :class:`Timings`.
@@ -53,6 +56,8 @@ class Report:
     model_version: str
     variant: str
     device: str
+    image_findings: tuple[str, ...] | None
+    finding_scores: dict[str, float]
     image_sha256: str
     prompt_tokens: int
     new_tokens: int
@@ -62,6 +67,7 @@ class Report:
     def to_json(self) -> str:
         """The report as one JSON object; ``timings_ms`` holds the timings in milliseconds."""
         values = asdict(self)
+        values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
         return json.dumps(values, indent=2, ensure_ascii=False)
 

@@ -85,6 +85,7 @@ def pack(
         prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
         variants={v: _variant(v, graphs[v]) for v in wanted}, training_data=tuple(origin.training_data),
         base_weights=tuple(origin.base_weights), quality=quality,
+        image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
     cases, source = parity_cases(data, PARITY_CASES)
     backends = {v: _backend(manifest, graphs[v]) for v in {"fp32", wanted[0]}}

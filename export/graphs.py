@@ -35,15 +35,17 @@ class VisionGraph(nn.Module):
 
 
 class QFormerGraph(nn.Module):
-    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D]."""
+    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D] and, where the model is told what
+    it sees, the findings' logits [1, T]."""
 
     def __init__(self, parts: ModelAndTokenizers):
         super().__init__()
         self.qformer = parts.model.qformer
         self.projection = parts.model.language_projection
         self.query_tokens = parts.model.query_tokens
+        self.finding_head = parts.finding_head
 
-    def forward(self, image_features: Tensor, qformer_input_ids: Tensor) -> Tensor:
+    def forward(self, image_features: Tensor, qformer_input_ids: Tensor) -> tuple[Tensor, ...]:
         """Query the features under the instruction, and project."""
         count = self.query_tokens.shape[1]
         queries = self.query_tokens.expand(len(image_features), -1, -1)
@@ -53,7 +55,8 @@ class QFormerGraph(nn.Module):
         output = self.qformer(
             input_ids=qformer_input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image_features
         ).last_hidden_state[:, :count]
-        return self.projection(output)
+        embeds = self.projection(output)
+        return (embeds,) if self.finding_head is None else (embeds, self.finding_head.logits(output))
 
 
 class EmbedGraph(nn.Module):
@@ -84,9 +87,10 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     features = parts.model.vision_model(pixel_values=pixels).last_hidden_state
     instruction = parts.qformer_tokenizer("Describe the chest radiograph.", return_tensors="pt").input_ids
     length = torch.export.Dim("length", min=2, max=512)
+    outputs = ["image_embeds", *(["finding_logits"] if parts.finding_head else [])]
     _trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
     _trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
-           ["image_embeds"], {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
+           outputs, {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
     _trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
            {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
     paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")

@@ -10,6 +10,7 @@ import torch
 
 from cbedge.backends.onnx import OnnxBackend
 from cbedge.decoding import greedy
+from cbedge.image_findings import scores_of
 from cbedge.prompt import ClinicalContext
 from cbedge.radiograph import load_radiograph, preprocess
 from training.base import ModelAndTokenizers
@@ -110,6 +111,23 @@ def compare(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Look:
+    """What torch makes of one radiograph before the language model reads.
+
+    Attributes:
+        features: of the vision encoder, float32 [1, P, H].
+        projected: image embeddings, float32 [1, Q, D].
+        finding_logits: float32 [T], or ``None`` where the model is not told what it sees.
+        prompt: token ids of image placeholders and prompt.
+    """
+
+    features: torch.Tensor
+    projected: torch.Tensor
+    finding_logits: torch.Tensor | None
+    prompt: list[int]
+
+
 class TorchReference:
     """The merged torch model, asked the way the runtime asks its graphs."""
 
@@ -121,13 +139,19 @@ class TorchReference:
         """The Q-Former's tokens of the instruction, int64 [1, I]."""
         return encode_instructions(self.parts, [case.context])["input_ids"]
 
-    def embeds(self, case: Case) -> torch.Tensor:
-        """The language model's input, float32 [1, L, D]."""
+    def look(self, case: Case) -> Look:
+        """What vision encoder, Q-Former and finding head make of the image."""
         ids = self.instruction(case)
         features = encode_images(self.parts.model, torch.from_numpy(case.pixels))
-        _, projected = query_image(self.parts.model, features, ids, torch.ones_like(ids))
-        prompt = torch.tensor([encode_prompt(self.parts, case.context)])
-        return embed_inputs(self.parts.model, prompt, projected)
+        output, projected = query_image(self.parts.model, features, ids, torch.ones_like(ids))
+        head = self.parts.finding_head
+        prompt = encode_prompt(self.parts, case.context, head.read(output)[0] if head else None)
+        return Look(features, projected, head.logits(output)[0] if head else None, prompt)
+
+    def embeds(self, case: Case) -> torch.Tensor:
+        """The language model's input, float32 [1, L, D]."""
+        look = self.look(case)
+        return embed_inputs(self.parts.model, torch.tensor([look.prompt]), look.projected)
 
     def greedy(self, case: Case) -> list[int]:
         """Up to 64 greedy tokens, the stop token included."""
@@ -147,8 +171,10 @@ def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
 
 
 def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) -> np.ndarray:
-    image = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
-    prompt = encode_prompt(reference.parts, case.context)[image.shape[1] :]
+    image, logits = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
+    head = reference.parts.finding_head
+    seen = head.findings.read(scores_of(logits)) if head is not None and logits is not None else None
+    prompt = encode_prompt(reference.parts, case.context, seen)[image.shape[1] :]
     return np.concatenate([image, backend.embed_tokens(np.array([prompt], np.int64))], axis=1)
 
 
@@ -171,18 +197,20 @@ def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted:
 def _graph_errors(reference: TorchReference, backend: OnnxBackend, case: Case) -> dict[str, float]:
     """Each graph on torch's own inputs, so that one graph's error does not count for the next."""
     model, ids = reference.parts.model, reference.instruction(case)
-    features = encode_images(model, torch.from_numpy(case.pixels))
-    _, projected = query_image(model, features, ids, torch.ones_like(ids))
-    prompt = np.array([encode_prompt(reference.parts, case.context)[projected.shape[1] :]], np.int64)
+    look = reference.look(case)
+    prompt = np.array([look.prompt[look.projected.shape[1] :]], np.int64)
     tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
-    embeds = reference.embeds(case)
+    embeds = embed_inputs(model, torch.tensor([look.prompt]), look.projected)
     logits = model.language_model(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
+    image_embeds, finding_logits = backend.query_image(look.features.numpy(), ids.numpy())
     pairs = {
-        "vision_encoder": (backend.encode_image(case.pixels), features),
-        "qformer": (backend.query_image(features.numpy(), ids.numpy()), projected),
+        "vision_encoder": (backend.encode_image(case.pixels), look.features),
+        "qformer": (image_embeds, look.projected),
         "embed_tokens": (backend.embed_tokens(prompt), tokens),
         "decoder_model_merged": (backend.new_decoder().prefill(embeds.numpy()), logits),
     }
+    if finding_logits is not None and look.finding_logits is not None:
+        pairs["qformer, findings"] = (finding_logits, look.finding_logits)
     return {kind: float(np.abs(ours - theirs.numpy()).max()) for kind, (ours, theirs) in pairs.items()}
 
 

@@ -163,6 +163,7 @@ stages:
     train: [projection]
     lora: {{part: language, r: 4, alpha: 8, targets: [q_proj, v_proj]}}
     losses: {{language: 1.0}}
+    tell_findings: [cardiomegaly, effusion, opacity]
     cached_views: 1
     batch_size: 4
     epochs: 2

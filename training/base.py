@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,9 +21,35 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cbedge.image_findings import ImageFindings, scores_of
 from training.fetch import BASE_PARTS, fetch_base
 
 VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
+
+
+@dataclass(frozen=True)
+class FindingHead:
+    """Reads findings off the Q-Former's output, one query a finding.
+
+    Attributes:
+        queries: which query each finding is read off, int [T].
+        weight: float [T, H]; ``bias``: float [T].
+        findings: names and thresholds, in the same order.
+    """
+
+    queries: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    findings: ImageFindings
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Q-Former output [B, Q, H] → [B, T]."""
+        weight, bias = self.weight.to(output.device), self.bias.to(output.device)
+        return (output[:, list(self.queries)].float() * weight).sum(-1) + bias
+
+    def read(self, output: Tensor) -> list[tuple[str, ...]]:
+        """Q-Former output [B, Q, H] → for each study the findings to tell."""
+        return [self.findings.read(scores_of(row)) for row in self.logits(output).detach().cpu().numpy()]
 
 
 @dataclass
@@ -35,12 +61,14 @@ class ModelAndTokenizers:
         tokenizer: the language model's.
         qformer_tokenizer: the Q-Former's.
         image_token_id: the placeholder in ``input_ids`` that image embeddings replace.
+        finding_head: what is seen in the image and told in the prompt; ``None`` where the model is not told.
     """
 
     model: InstructBlipForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     qformer_tokenizer: PreTrainedTokenizerBase
     image_token_id: int
+    finding_head: FindingHead | None = None
 
     def save(self, folder: Path) -> None:
         """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout."""

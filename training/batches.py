@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cbedge.prompt import ClinicalContext, build_instruction, build_prompt
+from cbedge.image_findings import OTHER
+from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from cbedge.radiograph import load_radiograph, preprocess
 from training.base import ModelAndTokenizers
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
+from training.datasets.studies import TAGS
 
 MAX_TARGET_TOKENS = 160
+MISSED, INVENTED = 0.1, 0.01  # what the noise of told_findings takes from, and adds to, the tags
 
 
 def load_pixels(path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -50,6 +53,35 @@ def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Gen
         indication=context.indication if keep_indication else None,
         comparison=context.comparison if keep_comparison else None,
     )
+
+
+def told_findings(
+    tags: Sequence[int], names: Sequence[str], share: float = 1.0, rng: np.random.Generator | None = None
+) -> tuple[str, ...] | None:
+    """What the prompt tells of a training study's image: its curated tags, in the form of
+    :meth:`cbedge.image_findings.ImageFindings.read`.
+
+    Args:
+        tags: 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`.
+        names: those that may be told.
+        share: of studies that are told anything.
+        rng: of chance, and of noise, so that the language model does not take what it is told for certain; without it
+            everything is told as it is.
+
+    Returns:
+        The names; empty for a normal study; ``None`` where nothing is known or told.
+    """
+    if not names or tags[0] < 0 or (rng is not None and rng.random() >= share):
+        return None
+    present = {name for name in names if tags[TAGS.index(name)] == 1}
+    if rng is not None:
+        chance = rng.random(len(names))
+        present = {
+            name for name, c in zip(names, chance, strict=True) if (c >= MISSED if name in present else c < INVENTED)
+        }
+    if present:
+        return tuple(name for name in names if name in present)
+    return (OTHER,) if tags[0] == 1 else ()
 
 
 @dataclass
@@ -88,9 +120,9 @@ class Batch:
         return replace(self, **{name: getattr(self, name)[:, count:] for name in names})
 
 
-def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext) -> list[int]:
+def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext, seen: Sequence[str] | None = None) -> list[int]:
     """Token ids of image placeholders and prompt, as inference feeds them."""
-    prompt = parts.tokenizer(build_prompt(context), add_special_tokens=False).input_ids
+    prompt = parts.tokenizer(build_prompt(context, seen), add_special_tokens=False).input_ids
     start = [parts.image_token_id] * parts.model.config.num_query_tokens
     return [*start, *prefix_ids(parts), *prompt]
 
@@ -102,10 +134,12 @@ def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
 
 
 def collate(
-    parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor
-) -> Batch:
-    """Encode studies, with the context that each is to be seen with, into a batch."""
-    prompts = [encode_prompt(parts, context) for context in contexts]
+    parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor,
+    seen: Sequence[Sequence[str] | None] | None = None,
+) -> Batch:  # fmt: skip
+    """Encode studies, with the context that each is to be seen with and the findings that it is told, into a batch."""
+    seen = seen or [None] * len(studies)
+    prompts = [encode_prompt(parts, context, told) for context, told in zip(contexts, seen, strict=True)]
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
     eos = parts.tokenizer.eos_token_id
     rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]
@@ -129,9 +163,8 @@ def collate(
 
 def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContext]) -> dict[str, Tensor]:
     """Encode the instruction for the Q-Former: ``input_ids`` and ``attention_mask``, int64 [B, I]."""
-    return parts.qformer_tokenizer(
-        [build_instruction(c) for c in contexts], padding=True, truncation=True, max_length=256, return_tensors="pt"
-    )
+    texts = [build_query_instruction(c) for c in contexts]
+    return parts.qformer_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
 
 
 def lengths_and_flags(studies: Sequence[Study]) -> tuple[np.ndarray, np.ndarray]:

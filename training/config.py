@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from training.datasets.studies import TAGS
+
 COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -49,6 +51,10 @@ class Stage:
         start_cross_attention: before the first step, start the Q-Former's new cross-attention from the spread of the
             cached features (see :func:`training.stages.start_cross_attention`).
         prior_dropout: probability of withholding indication and comparison, each on its own.
+        tell_findings: tags that the prompt may tell (``Seen: cardiomegaly, effusion.``); none where empty. In training
+            they come from the curated tags with some noise, at inference from the Q-Former's tag head, whose thresholds
+            are chosen on validation studies when the stage ends.
+        tell_share: share of training studies that are told anything.
         splits: studies to learn from; ``extra`` has impressions only.
         validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
         select_by: ``language`` (lowest validation loss) or ``cider`` (highest CIDEr of greedy drafts of validation
@@ -77,6 +83,8 @@ class Stage:
     cached_views: int = 0
     start_cross_attention: bool = False
     prior_dropout: float = 0.3
+    tell_findings: tuple[str, ...] = ()
+    tell_share: float = 0.9
     splits: tuple[str, ...] = ("train",)
     abnormal_weight: float = 1.0
     save_every: int = 50
@@ -151,7 +159,7 @@ def _stage(values: dict, path: Path) -> Stage:
         values["lora"] = _build(LoraSettings, lora, where)
         if values["lora"].part not in ("vision", "language"):
             raise ConfigError(f"{where}: lora.part is {lora['part']!r}; give vision or language")
-    for key in ("train", "splits"):
+    for key in ("train", "splits", "tell_findings"):
         if key in values:
             values[key] = tuple(values[key])
     stage = _build(Stage, values, where)
@@ -161,6 +169,11 @@ def _stage(values: dict, path: Path) -> Stage:
         if getattr(stage, key) not in known:
             names = ", ".join(filter(None, known))
             raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
+    unknown = [name for name in stage.tell_findings if name not in TAGS[1:]]
+    if unknown:
+        raise ConfigError(f"{where}: tell_findings has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
+    if stage.tell_findings and "language" not in stage.losses:
+        raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
     if stage.select_by and "language" not in stage.losses:
         raise ConfigError(f"{where}: select_by needs the language loss")
     if stage.patience and not stage.select_by:

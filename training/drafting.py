@@ -100,12 +100,15 @@ class TorchDrafter:
     def _batch(self, requests: list[Request]) -> list[str]:
         parts = self.parts
         count = parts.model.config.num_query_tokens
-        prompts = [encode_prompt(parts, r.context) for r in requests]
         projected = None
+        seen: list[tuple[str, ...] | None] = [None] * len(requests)
+        if not self.image_blind:
+            output, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
+            if parts.finding_head is not None:
+                seen = [*parts.finding_head.read(output)]
+        prompts = [encode_prompt(parts, r.context, told) for r, told in zip(requests, seen, strict=True)]
         if self.image_blind:
             prompts = [prompt[count:] for prompt in prompts]
-        else:
-            _, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
         length = max(map(len, prompts))
         width = parts.model.config.text_config.hidden_size
         embeds = torch.zeros(len(prompts), length, width, device=self.device)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cbedge.image_findings import ImageFindings
+from training.base import FindingHead, ModelAndTokenizers
+from training.batches import Batch
+from training.config import Stage
+from training.datasets.studies import TAGS
 from training.parallel import gather_with_gradient
+from training.stages import encode_images, language_loss, query_image
 
 
 class AlignmentHeads(nn.Module):
@@ -39,6 +45,12 @@ class AlignmentHeads(nn.Module):
     def tag_logits(self, queries: Tensor) -> Tensor:
         """[B, Q, H] Q-Former output → [B, tags]; tag i is read off query i."""
         return (queries[:, : len(self.tag_bias)] * self.tag_weight).sum(-1) + self.tag_bias
+
+    def finding_head(self, findings: ImageFindings) -> FindingHead:
+        """The tag head of these findings alone, as a bundle and a drafter need it."""
+        rows = [TAGS.index(name) for name in findings.names]
+        weight, bias = self.tag_weight.detach().float().cpu()[rows], self.tag_bias.detach().float().cpu()[rows]
+        return FindingHead(tuple(rows), weight.clone(), bias.clone(), findings)
 
     def tags_loss(self, queries: Tensor, tags: Tensor) -> Tensor:
         """Binary cross-entropy over [B, tags] 0/1, without those not known (-1); as most tags are rare, positives weigh
@@ -84,3 +96,48 @@ def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float
     kept = sorted(t for t, n in counts.items() if n >= min(lowest, len(token_ids)) and n <= highest * len(token_ids))
     kept = kept or sorted(counts)
     return torch.tensor(kept), torch.tensor([counts[t] / len(token_ids) for t in kept])
+
+
+class StageLosses(nn.Module):
+    """Every loss of a stage in one forward pass, each as (mean, how many things the mean is over).
+
+    Args:
+        parts: the model and its tokenizers.
+        heads: those that only training needs.
+        stage: what is wanted.
+    """
+
+    def __init__(self, parts: ModelAndTokenizers, heads: AlignmentHeads, stage: Stage):
+        super().__init__()
+        self.model, self.heads, self.stage = parts.model, heads, stage
+        self.parts = parts
+
+    def forward(self, batch: Batch, encoded: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """The losses of a batch whose images are encoder features already (``encoded``) or pixels."""
+        model, heads, wanted = self.model, self.heads, self.stage.losses
+        words = (batch.labels != -100).sum()
+        if self.stage.image_blind:
+            batch = batch.without_placeholders(model.config.num_query_tokens)
+            return {"language": (language_loss(self.parts, batch, None), words)}
+        features = batch.images if encoded else encode_images(model, batch.images)
+        queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
+        studies = torch.tensor(float(len(queries)), device=queries.device)
+        losses: dict[str, tuple[Tensor, Tensor]] = {}
+        if "tags" in wanted:
+            losses["tags"] = heads.tags_loss(queries, batch.tags), (batch.tags >= 0).sum()
+        if "contrastive" in wanted:
+            text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
+            losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask), torch.ones_like(studies)
+        if "words" in wanted:
+            embedding = model.get_input_embeddings().weight.detach()
+            losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch)), studies
+        if "language" in wanted:
+            losses["language"] = language_loss(self.parts, batch, projected), words
+        return losses
+
+    def _word_targets(self, batch: Batch) -> Tensor:
+        ids = self.heads.word_ids
+        targets = torch.zeros(len(batch.report_tokens), len(ids), device=ids.device)
+        for row, tokens in enumerate(batch.report_tokens):
+            targets[row] = torch.isin(ids, torch.tensor(tokens, device=ids.device)).float()
+        return targets

@@ -1,13 +1,10 @@
 """Run the stages of a configuration in order: train, log, checkpoint, and resume exactly where a run stopped."""
 
-import csv
 import json
 import math
-import os
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from training.base import ModelAndTokenizers, load_model
+from training.base import FindingHead, ModelAndTokenizers, load_model
 from training.batches import (
     Batch,
     cache_features,
@@ -26,26 +23,27 @@ from training.batches import (
     epoch_order,
     lengths_and_flags,
     load_pixels,
+    told_findings,
 )
 from training.config import RunConfig, Stage
 from training.controls import own
 from training.datasets import open_studies
 from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
-from training.losses import AlignmentHeads, word_vocabulary
+from training.logs import append_row, cut_rows, plot_losses, write_atomically
+from training.losses import AlignmentHeads, StageLosses, word_vocabulary
 from training.parallel import Processes
 from training.stages import (
-    encode_images,
-    language_loss,
     load_trained,
     prepare_stage,
-    query_image,
     save_trained,
     start_cross_attention,
     trainable_groups,
 )
+from training.trained import save_finding_head
+from training.validation import Validation, choose_findings
 
-VAL_STUDIES = 96
+VAL_STUDIES = 300
 VOCABULARY_STUDIES = 20_000  # enough to tell common words from rare ones
 
 
@@ -175,6 +173,7 @@ class StageRun:
             parts.model.gradient_checkpointing_disable()
         self.features: np.ndarray | None = None
         self.losses = StageLosses(parts, self.heads, stage)
+        self.validation = Validation(parts, stage, self.val, self.device, autocast)
         self.wrapped: nn.Module = self.losses
         if processes.rank:
             torch.manual_seed(self.seed + 7919 * processes.rank)  # dropout differs between processes
@@ -224,7 +223,7 @@ class StageRun:
             return
         self.best, self.best_step, self.worse = value, self.step, 0
         state = {"trained": self._trained(), "heads": self.heads.state_dict()}
-        _write_atomically(self.folder / "best.pt", lambda path: torch.save(state, path))
+        write_atomically(self.folder / "best.pt", lambda path: torch.save(state, path))
 
     def _trained(self) -> dict[str, Tensor]:
         return {n: p.detach().cpu() for n, p in self.parts.model.named_parameters() if p.requires_grad}
@@ -237,11 +236,18 @@ class StageRun:
         from training.scoring import cider
 
         studies = [s for s in self.val if s.findings]
-        drafter = TorchDrafter(self.parts, image_blind=self.stage.image_blind)
+        parts = self.parts
+        if self.stage.tell_findings:
+            parts = replace(parts, finding_head=self._finding_head())
+        drafter = TorchDrafter(parts, image_blind=self.stage.image_blind)
         with self.autocast:
             texts = drafter.draft(own(studies), lambda count: None)
         drafts = [clean_reference(split_sections(text)[0]) for text in texts]
         return cider(drafts, [clean_reference(s.findings) for s in studies])
+
+    def _finding_head(self) -> FindingHead:
+        """The head as it now is, with thresholds chosen on validation studies."""
+        return self.heads.finding_head(choose_findings(self.validation, self.losses, self.stage.tell_findings))
 
     def _seed_everything(self) -> None:
         random.seed(self.seed)
@@ -293,7 +299,9 @@ class StageRun:
         else:
             pixels = [load_pixels(s.image, rng) for s, rng in zip(studies, draws, strict=True)]
             images = torch.from_numpy(np.stack(pixels))
-        return collate(self.parts, studies, contexts, images).to(self.device)
+        names, share = self.stage.tell_findings, self.stage.tell_share
+        seen = [told_findings(s.tags, names, share, rng) for s, rng in zip(studies, draws, strict=True)]
+        return collate(self.parts, studies, contexts, images, seen).to(self.device)
 
     def _train_step(self) -> dict[str, float]:
         self.parts.model.train()
@@ -331,45 +339,19 @@ class StageRun:
         left = 1 - progress if self.stage.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return 0.1 + 0.9 * left
 
-    @torch.inference_mode()
     def _validate(self) -> None:
-        self.parts.model.eval()
-        totals: dict[str, list[float]] = {}
-        logits, tags = [], []
-        blind = self.stage.image_blind
-        for start in range(0, len(self.val), 16):
-            studies = self.val[start : start + 16]
-            images = (
-                torch.zeros(len(studies), 0)
-                if blind
-                else torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
-            )
-            batch = collate(self.parts, studies, [s.context for s in studies], images).to(self.device)
-            with self.autocast:
-                found = self.losses(batch, False)
-            for name, (value, _) in found.items():
-                totals.setdefault(name, []).append(value.item())
-            if blind:
-                continue
-            with self.autocast:
-                features = encode_images(self.parts.model, batch.images)
-                queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
-            logits.append(self.heads.tag_logits(queries.float()).cpu().numpy())
-            tags.append(batch.tags.cpu().numpy())
-        row = {name: float(np.mean(values)) for name, values in totals.items()}
-        if not blind:
-            row |= _tag_auc(np.concatenate(logits), np.concatenate(tags))
+        row = self.validation.measure(self.losses)
         if self.stage.select_by == "cider":
             row["cider"] = self._cider()
         if self.stage.select_by:
             self._select(row)
-        _append_row(self.folder / "validation.csv", {"step": self.step, **row})
+        append_row(self.folder / "validation.csv", {"step": self.step, **row})
         self.console.print(f"{self.stage.name} step {self.step} validation "
                            + " ".join(f"{k} {v:.3f}" for k, v in row.items()), highlight=False)  # fmt: skip
-        _plot_losses(self.folder)
+        plot_losses(self.folder)
 
     def _log(self, losses: dict[str, float]) -> None:
-        _append_row(self.folder / "loss.csv", losses)
+        append_row(self.folder / "loss.csv", losses)
 
     def _save_checkpoint(self) -> None:
         state: dict[str, Any] = {
@@ -379,7 +361,7 @@ class StageRun:
         }  # fmt: skip
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        _write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
@@ -397,7 +379,7 @@ class StageRun:
         self.step = state["step"]
         self.best, self.best_step, self.worse = state.get("best", (None, 0, 0))
         for log in ("loss.csv", "validation.csv"):
-            _cut_rows(self.folder / log, self.step)
+            cut_rows(self.folder / log, self.step)
         self.console.print(f"stage {self.stage.name}: resumed at step {self.step}")
 
     def _finish(self) -> None:
@@ -407,113 +389,11 @@ class StageRun:
             self.parts.model.load_state_dict(state["trained"], strict=False)
             self.heads.load_state_dict(state["heads"])
         save_trained(self.parts.model, self.stage, self.folder)
+        if self.stage.tell_findings:
+            save_finding_head(self._finding_head(), self.folder)
         torch.save(self.heads.state_dict(), self.folder / "heads.pt")
-        _plot_losses(self.folder)
+        plot_losses(self.folder)
         kept = f", the best of step {self.best_step} kept" if self.best is not None else ""
         (self.folder / "finished").write_text(f"{self.step} steps{kept}\n")
         for name in ("checkpoint.pt", "best.pt"):
             (self.folder / name).unlink(missing_ok=True)
-
-
-class StageLosses(nn.Module):
-    """Every loss of a stage in one forward pass, each as (mean, how many things the mean is over).
-
-    Args:
-        parts: the model and its tokenizers.
-        heads: those that only training needs.
-        stage: what is wanted.
-    """
-
-    def __init__(self, parts: ModelAndTokenizers, heads: AlignmentHeads, stage: Stage):
-        super().__init__()
-        self.model, self.heads, self.stage = parts.model, heads, stage
-        self.parts = parts
-
-    def forward(self, batch: Batch, encoded: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """The losses of a batch whose images are encoder features already (``encoded``) or pixels."""
-        model, heads, wanted = self.model, self.heads, self.stage.losses
-        words = (batch.labels != -100).sum()
-        if self.stage.image_blind:
-            batch = batch.without_placeholders(model.config.num_query_tokens)
-            return {"language": (language_loss(self.parts, batch, None), words)}
-        features = batch.images if encoded else encode_images(model, batch.images)
-        queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
-        studies = torch.tensor(float(len(queries)), device=queries.device)
-        losses: dict[str, tuple[Tensor, Tensor]] = {}
-        if "tags" in wanted:
-            losses["tags"] = heads.tags_loss(queries, batch.tags), (batch.tags >= 0).sum()
-        if "contrastive" in wanted:
-            text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
-            losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask), torch.ones_like(studies)
-        if "words" in wanted:
-            embedding = model.get_input_embeddings().weight.detach()
-            losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch)), studies
-        if "language" in wanted:
-            losses["language"] = language_loss(self.parts, batch, projected), words
-        return losses
-
-    def _word_targets(self, batch: Batch) -> Tensor:
-        ids = self.heads.word_ids
-        targets = torch.zeros(len(batch.report_tokens), len(ids), device=ids.device)
-        for row, tokens in enumerate(batch.report_tokens):
-            targets[row] = torch.isin(ids, torch.tensor(tokens, device=ids.device)).float()
-        return targets
-
-
-def _tag_auc(logits: np.ndarray, tags: np.ndarray) -> dict[str, float]:
-    from sklearn.metrics import roc_auc_score
-
-    scores = {}
-    for i, name in enumerate(TAGS[:4]):
-        known = tags[:, i] >= 0
-        if 0 < tags[known, i].sum() < known.sum():
-            scores[f"auc_{name}"] = float(roc_auc_score(tags[known, i], logits[known, i]))
-    return scores
-
-
-def _append_row(path: Path, row: dict[str, float]) -> None:
-    new = not path.is_file()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _cut_rows(path: Path, last_step: int) -> None:
-    if path.is_file():
-        with open(path, encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        path.unlink()
-        for row in rows:
-            if int(row["step"]) <= last_step:
-                _append_row(path, {key: value for key, value in row.items()})  # type: ignore[misc]
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _plot_losses(folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for log, style in (("loss.csv", "-"), ("validation.csv", "o--")):
-        if not (folder / log).is_file():
-            continue
-        with open(folder / log, encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        for name in [key for key in rows[0] if key != "step" and not key.startswith("auc")]:
-            label = name if log == "loss.csv" else f"{name} (validation)"
-            axes.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], style, label=label, alpha=0.8)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=f"stage {folder.name}")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=110)
-    pyplot.close(figure)

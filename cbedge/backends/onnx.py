@@ -85,10 +85,19 @@ class OnnxBackend:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
         return self._vision.run(["image_features"], {"pixel_values": pixels})[0]
 
-    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> np.ndarray:
-        """Features and the Q-Former's tokens of the instruction, int64 [1, I] → image embeddings, float32 [1, Q, D]."""
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ask the Q-Former.
+
+        Args:
+            features: of the vision encoder, float32 [1, P, H].
+            instruction_ids: the Q-Former's tokens of the instruction, int64 [1, I].
+
+        Returns:
+            Image embeddings, float32 [1, Q, D]; and logits of image findings, float32 [T], where the model has them.
+        """
         feed = {"image_features": features, "qformer_input_ids": instruction_ids}
-        return self._qformer.run(["image_embeds"], feed)[0]
+        embeds, *logits = self._qformer.run(None, feed)
+        return embeds, logits[0][0] if logits else None
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""

@@ -1,0 +1,46 @@
+"""What the Q-Former sees in the radiograph, told to the language model as words in the prompt.
+
+ClinicalBLIP (Ji et al. 2024) puts prior knowledge into the prompt. Here the model's own image findings join it: a
+linear head on the Q-Former's output scores findings, and those above their thresholds are named in the prompt. So what
+the language model writes of the image can be traced to a score.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+OTHER = "other abnormality"
+
+
+@dataclass(frozen=True)
+class ImageFindings:
+    """Which findings are told, from which score on.
+
+    Attributes:
+        names: of the findings; the first stands for "abnormal" and is the gate of all others.
+        thresholds: for each name the least score that counts, 0 to 1. Chosen on validation studies.
+
+    Raises:
+        ValueError: the two have not the same length, or are empty.
+    """
+
+    names: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) != len(self.thresholds):
+            raise ValueError(f"{len(self.names)} findings with {len(self.thresholds)} thresholds")
+
+    def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
+        """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, or
+        :data:`OTHER` where none does."""
+        if scores[0] < self.thresholds[0]:
+            return ()
+        told = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
+        return tuple(name for name, score, least in told if score >= least) or (OTHER,)
+
+
+def scores_of(logits: np.ndarray) -> np.ndarray:
+    """Logits → scores from 0 to 1, of the same shape. They rank images; they are no calibrated probabilities."""
+    return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -60, 60)))

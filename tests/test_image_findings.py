@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbedge import ReportGenerator
+from cbedge.image_findings import OTHER, ImageFindings, scores_of
+from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
+
+FINDINGS = ImageFindings(("abnormal", "effusion", "opacity"), (0.5, 0.3, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ((0.4, 0.9, 0.9), ()),
+        ((0.5, 0.9, 0.4), ("effusion", "opacity")),
+        ((0.9, 0.1, 0.5), ("opacity",)),
+        ((0.9, 0.1, 0.1), (OTHER,)),
+    ],
+)
+def test_the_gate_comes_first_and_thresholds_decide_behind_it(scores: tuple[float, ...], told: tuple[str, ...]):
+    assert FINDINGS.read(scores) == told
+
+
+def test_names_without_thresholds_are_refused():
+    with pytest.raises(ValueError, match="2 findings with 1 thresholds"):
+        ImageFindings(("abnormal", "effusion"), (0.5,))
+
+
+def test_scores_stay_between_0_and_1_for_any_logit():
+    scores = scores_of(np.array([-1e9, 0.0, 1e9], np.float32))
+    assert scores[1] == 0.5 and 0 <= scores[0] < scores[2] <= 1
+
+
+def test_the_prompt_tells_what_is_seen_and_the_qformer_never_reads_the_indication():
+    context = ClinicalContext(indication="cough", view="frontal")
+    assert "Seen: effusion, opacity.\nReport:" in build_prompt(context, ("effusion", "opacity"))
+    assert "Seen: none.\n" in build_prompt(context, ())
+    assert "Seen" not in build_prompt(context)
+    assert "cough" not in build_query_instruction(context) and "frontal" in build_query_instruction(context)
+
+
+def test_a_report_says_what_the_model_saw(tiny_bundle: Path, chest_png: Path):
+    report = ReportGenerator.from_pretrained(tiny_bundle, device="cpu").generate(chest_png, max_new_tokens=4)
+    assert list(report.finding_scores) == ["abnormal", "cardiomegaly", "effusion", "opacity"]
+    assert all(0 <= score <= 1 for score in report.finding_scores.values())
+    told = json.loads(report.to_json())
+    assert told["image_findings"] == list(report.image_findings)
+
+
+def test_what_the_model_saw_does_not_hang_on_the_indication(tiny_bundle: Path, chest_png: Path):
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    one, other = (generator.generate(chest_png, indication=i, max_new_tokens=2) for i in ("cough", "heart failure"))
+    assert one.finding_scores == other.finding_scores

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from cbedge.image_findings import OTHER
+from training.batches import told_findings
+from training.datasets.studies import TAGS
+from training.validation import choose_thresholds, tag_auc
+
+NAMES = ("cardiomegaly", "effusion")
+
+
+def tags_of(*present: str, unknown: bool = False) -> list[int]:
+    return [-1] * len(TAGS) if unknown else [int(tag in present) for tag in TAGS]
+
+
+def test_curated_tags_are_told_in_the_form_of_inference():
+    assert told_findings(tags_of("abnormal", "effusion", "spine"), NAMES) == ("effusion",)
+    assert told_findings(tags_of("abnormal", "spine"), NAMES) == (OTHER,)
+    assert told_findings(tags_of(), NAMES) == ()
+    assert told_findings(tags_of(unknown=True), NAMES) is None
+    assert told_findings(tags_of("abnormal", "effusion"), ()) is None
+
+
+def test_training_withholds_and_distorts_a_little():
+    rng = np.random.default_rng(0)
+    told = [told_findings(tags_of("abnormal", "effusion"), NAMES, 0.8, rng) for _ in range(2000)]
+    assert sum(t is None for t in told) == pytest.approx(400, abs=60)
+    assert sum(t == ("effusion",) for t in told) > 1300
+    assert any(t == (OTHER,) for t in told) and any(t and "cardiomegaly" in t for t in told)
+
+
+def test_thresholds_find_what_can_be_told_apart_on_validation():
+    rng = np.random.default_rng(1)
+    tags = np.zeros((400, len(TAGS)))
+    sick = rng.random(400) < 0.4
+    tags[:, 0] = sick
+    heart = TAGS.index("cardiomegaly")
+    tags[sick & (rng.random(400) < 0.3), heart] = 1
+    scores = np.clip(0.3 * tags + 0.2 + 0.05 * rng.standard_normal(tags.shape), 0, 1)
+    findings = choose_thresholds(scores, tags, NAMES)
+    assert findings.names == ("abnormal", *NAMES)
+    columns = [0, *(TAGS.index(n) for n in NAMES)]
+    told = ["cardiomegaly" in findings.read(row[columns]) for row in scores]
+    assert np.mean(np.array(told) == (tags[:, heart] == 1)) > 0.95
+    assert tag_auc(scores, tags)["auc_cardiomegaly"] > 0.99
+
+
+def test_unknown_tags_count_for_nothing():
+    tags = np.full((20, len(TAGS)), -1.0)
+    findings = choose_thresholds(np.full(tags.shape, 0.5), tags, NAMES)
+    assert len(findings.thresholds) == 3 and tag_auc(np.full(tags.shape, 0.5), tags) == {}

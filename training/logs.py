@@ -1,0 +1,59 @@
+"""What a stage writes down while it trains: rows of losses, their plot, files that are whole or not there."""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Add one row to a CSV, with a header where it is new."""
+    new = not path.is_file()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def cut_rows(path: Path, last_step: int) -> None:
+    """Drop the rows of a CSV that come after a step: a resumed run writes them again."""
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        path.unlink()
+        for row in rows:
+            if int(row["step"]) <= last_step:
+                append_row(path, {key: value for key, value in row.items()})  # type: ignore[misc]
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in its place."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def plot_losses(folder: Path) -> None:
+    """Draw ``loss.csv`` and ``validation.csv`` of a stage as ``loss.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for log, style in (("loss.csv", "-"), ("validation.csv", "o--")):
+        if not (folder / log).is_file():
+            continue
+        with open(folder / log, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for name in [key for key in rows[0] if key != "step" and not key.startswith("auc")]:
+            label = name if log == "loss.csv" else f"{name} (validation)"
+            axes.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], style, label=label, alpha=0.8)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=f"stage {folder.name}")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=110)
+    pyplot.close(figure)

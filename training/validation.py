@@ -1,0 +1,132 @@
+"""What a stage measures on validation studies: its losses, how well findings are told apart, and from which score on a
+finding is told."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from cbedge.image_findings import ImageFindings, scores_of
+from training.base import ModelAndTokenizers
+from training.batches import Batch, collate, load_pixels, told_findings
+from training.config import Stage
+from training.datasets import Study
+from training.datasets.studies import TAGS
+from training.losses import StageLosses
+from training.stages import encode_images, query_image
+
+LEAST_POSITIVES = 3  # fewer studies with a finding say nothing of how well it is told apart
+
+
+class Validation:
+    """Validation studies, as a stage sees them: their own images, full context, nothing withheld.
+
+    Args:
+        parts: the model in training.
+        stage: what is measured: its losses.
+        studies: of the validation split.
+        device: of the model.
+        autocast: the stage's arithmetic.
+    """
+
+    def __init__(
+        self, parts: ModelAndTokenizers, stage: Stage, studies: Sequence[Study], device: torch.device,
+        autocast: torch.autocast, batch_size: int = 16,
+    ):  # fmt: skip
+        self.parts, self.stage, self.studies = parts, stage, studies
+        self.device, self.autocast, self.batch_size = device, autocast, batch_size
+
+    @torch.inference_mode()
+    def measure(self, losses: StageLosses) -> dict[str, float]:
+        """Mean of each loss, findings told as they are; AUC of the tag head for the first tags and on average."""
+        self.parts.model.eval()
+        totals: dict[str, list[float]] = {}
+        for batch in self._batches():
+            with self.autocast:
+                found = losses(batch, False)
+            for name, (value, _) in found.items():
+                totals.setdefault(name, []).append(value.item())
+        row = {name: float(np.mean(values)) for name, values in totals.items()}
+        return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses))
+
+    @torch.inference_mode()
+    def tag_scores(self, losses: StageLosses) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the tag head and tags (1, 0 or -1), both [studies, tags]."""
+        self.parts.model.eval()
+        logits, tags = [], []
+        for batch in self._batches():
+            with self.autocast:
+                features = encode_images(self.parts.model, batch.images)
+                queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
+            logits.append(losses.heads.tag_logits(queries.float()).cpu().numpy())
+            tags.append(batch.tags.cpu().numpy())
+        return scores_of(np.concatenate(logits)), np.concatenate(tags)
+
+    def _batches(self) -> Iterator[Batch]:
+        for start in range(0, len(self.studies), self.batch_size):
+            yield self._batch(self.studies[start : start + self.batch_size])
+
+    def _batch(self, studies: Sequence[Study]) -> Batch:
+        blind = self.stage.image_blind
+        images = torch.zeros(len(studies), 0)
+        if not blind:
+            images = torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
+        seen = [told_findings(s.tags, self.stage.tell_findings) for s in studies]
+        return collate(self.parts, studies, [s.context for s in studies], images, seen).to(self.device)
+
+
+def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
+    """Area under the ROC curve for the first four tags, and the mean over all that have enough positives."""
+    from sklearn.metrics import roc_auc_score
+
+    areas = {}
+    for i, name in enumerate(TAGS):
+        known = tags[:, i] >= 0
+        if LEAST_POSITIVES <= tags[known, i].sum() < known.sum():
+            areas[name] = float(roc_auc_score(tags[known, i], scores[known, i]))
+    first = {f"auc_{name}": areas[name] for name in TAGS[:4] if name in areas}
+    return first | ({"auc_mean": float(np.mean(list(areas.values())))} if areas else {})
+
+
+def choose_findings(validation: Validation, losses: StageLosses, names: tuple[str, ...]) -> ImageFindings:
+    """Thresholds of the findings to tell; see :func:`choose_thresholds`."""
+    return choose_thresholds(*validation.tag_scores(losses), names)
+
+
+def choose_thresholds(scores: np.ndarray, tags: np.ndarray, names: tuple[str, ...]) -> ImageFindings:
+    """Thresholds from scores and tags (1, 0 or -1), both float [studies, TAGS].
+
+    The gate, ``abnormal``, is where balanced accuracy is best. For the findings behind it one number is chosen, as most
+    are too rare for a threshold of their own: each is told in as many studies as have it, times a factor, the same for
+    all, that gives the best micro-F1.
+    """
+    columns = [TAGS.index(name) for name in names]
+    gate = _best_gate(scores[:, 0], tags[:, 0])
+    best = (-1.0, ImageFindings((TAGS[0], *names), (gate, *[0.5] * len(names))))
+    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0):
+        chosen = []
+        for column in columns:
+            share = factor * (tags[:, column] == 1).sum() / max(1, (tags[:, column] >= 0).sum())
+            chosen.append(float(np.quantile(scores[:, column], 1 - min(share, 0.5))))
+        findings = ImageFindings((TAGS[0], *names), (gate, *chosen))
+        best = max(best, (_micro_f1(findings, scores[:, [0, *columns]], tags[:, columns]), findings),
+                   key=lambda pair: pair[0])  # fmt: skip
+    return best[1]
+
+
+def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:
+    known = tags >= 0
+    scores, truth = scores[known], tags[known] == 1
+    if not 0 < truth.sum() < len(truth):
+        return 0.5
+    candidates = np.quantile(scores, np.linspace(0.02, 0.98, 97))
+    balanced = [((scores[truth] >= c).mean() + (scores[~truth] < c).mean()) / 2 for c in candidates]
+    return float(candidates[int(np.argmax(balanced))])
+
+
+def _micro_f1(findings: ImageFindings, scores: np.ndarray, tags: np.ndarray) -> float:
+    told = [findings.read(row) for row in scores]
+    guesses = np.array([[name in names for name in findings.names[1:]] for names in told], bool)
+    known = tags >= 0
+    hits = (guesses & (tags == 1)).sum()
+    return float(2 * hits / max(1, (guesses & known).sum() + (tags == 1).sum()))
