@@ -192,6 +192,26 @@ def like_paper_command(
     typer.echo(to_markdown(record))
 
 
+@app.command("compare")
+def compare_command(
+    first: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
+    second: Annotated[Path, typer.Argument(help="The same of another model; or the same file, with other rows.")],
+    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    first_row: Annotated[str | None, typer.Option(help="Whose drafts [default: the first file's first].")] = None,
+    second_row: Annotated[str | None, typer.Option(help="Whose drafts [default: the second file's first].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+) -> None:
+    """Compare two models study by study, with intervals and p-values by bootstrap."""
+    from training.comparison import compare_drafts, to_markdown
+    from training.evaluate import write_record
+
+    _check_results(output, force)
+    record = compare_drafts(first, second, (first_row, second_row))
+    record["command"] = _command()
+    write_record(record, to_markdown(record), output)
+    typer.echo(to_markdown(record))
+
+
 def _merged(folder: Path, device: str, cache: Path) -> "ModelAndTokenizers":
     """A run, or the first stages of one, with its adapters merged, on its device."""
     from training.train import choose_device

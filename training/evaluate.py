@@ -3,6 +3,7 @@
 import json
 import platform
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from cbedge.prompt import ClinicalContext, split_sections
+from cbedge.prompt import split_sections
 from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
 from training.drafting import Drafter, Request, TorchDrafter
+from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
 
 CLINICAL = {
@@ -24,7 +26,6 @@ CLINICAL = {
     "specificity": "normal studies called so", "finding_f1": "F1 of 13 findings, micro",
     "finding_macro_f1": "macro", "micro_f1": "F1 of 14 labels, micro", "macro_f1": "macro (14)",
 }  # fmt: skip
-PROBED = ("abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule")
 
 
 def evaluate(
@@ -68,11 +69,11 @@ def evaluate(
             _write_drafts(drafts_file, studies, texts)
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
         findings = {row: [clean_reference(split_sections(t)[0]) for t in drafts] for row, drafts in texts.items()}
-        probe: dict[str, Any] = {}
+        probed: dict[str, Any] = {}
         constant = best_constant(train_reports, seed)
         findings["constant"] = [constant] * len(studies)
         if encoder is not None:
-            near, probe = _look(encoder, train, studies, data, progress)
+            near, probed = _look(encoder, train, studies, data, progress)
             findings["nearest image"] = [train_reports[row[0]] for row in near]
             findings["consensus of 25"] = [consensus([train_reports[i] for i in row]) for row in near]
     scores = {row: score(drafts, references) for row, drafts in findings.items()}
@@ -88,7 +89,7 @@ def evaluate(
             ),
         },
         "clinical": clinical,
-        "probe": probe,
+        "probe": probed,
         "date": date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {p: version(p) for p in ("torch", "transformers", "onnxruntime", "pycocoevalcap")},
@@ -136,9 +137,16 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"{1 - record['clinical']['reference']['specificity']:.1%} of normal ones.",
     ]  # fmt: skip
     if record["probe"]:
-        lines += ["", "## Linear probe, AUC", "", "| | Q-Former output | vision encoder |", "| --- | --- | --- |"]
+        lines += [
+            "",
+            "## Linear probes of the image side, AUC",
+            "",
+            "| | " + " | ".join(KINDS.values()) + " | positives |",
+            "| --- |" + " --- |" * (len(KINDS) + 1),
+        ]
         for tag, values in record["probe"].items():
-            lines.append(f"| {tag} | {values['qformer']:.3f} | {values['vision']:.3f} |")
+            areas = " | ".join(f"{values[kind]:.3f}" for kind in KINDS)
+            lines.append(f"| {tag} | {areas} | {values['positives']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -163,59 +171,12 @@ def _look(
     encoder: TorchDrafter, train: list[Study], studies: list[Study], data: Path, progress: Progress
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Nearest train images of every study, and the linear probes."""
-    val = [s for s in read_studies(data, ("val",)) if s.findings]
-    seen = {name: _represent(encoder, group, name, progress)
-            for name, group in (("train", train), ("val", val), ("studied", studies))}  # fmt: skip
-    tags = {"train": train, "val": val, "studied": studies}
-    labels = {name: np.array([s.tags for s in group]) for name, group in tags.items()}
-    probe = {}
-    for tag in PROBED:
-        column = TAGS.index(tag)
-        known = {name: values[:, column] >= 0 for name, values in labels.items()}
-        columns = {name: values[known[name], column] for name, values in labels.items()}
-        if all(0 < c.sum() < len(c) for c in columns.values()):
-            probe[tag] = {
-                kind: _probe_auc({name: seen[name][i][known[name]] for name in seen}, columns)
-                for i, kind in enumerate(("vision", "qformer"))
-            } | {"positives": int(columns["studied"].sum())}
-    return neighbours(seen["studied"][0], seen["train"][0]), probe
-
-
-def _represent(
-    encoder: TorchDrafter, studies: list[Study], title: str, progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """Vision features (class token and mean of patches) and Q-Former output (all queries), one row a study.
-
-    The Q-Former is given no indication, so that a probe of it measures what is seen.
-    """
-    task = progress.add_task(f"encoding {title} images", total=len(studies))
-    vision, qformer = [], []
-    for start in range(0, len(studies), encoder.batch_size):
-        images = [s.image for s in studies[start : start + encoder.batch_size]]
-        features = encoder.encode(images)
-        queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
-        vision.append(np.concatenate([features[:, 0].cpu().numpy(), features[:, 1:].mean(1).cpu().numpy()], axis=1))
-        qformer.append(queries.flatten(1).cpu().numpy())
-        progress.advance(task, len(images))
-    return np.concatenate(vision), np.concatenate(qformer)
-
-
-def _probe_auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> float:
-    """AUC of logistic regression learnt on train, its strength chosen on validation."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(inputs["train"])
-    scaled = {name: scaler.transform(values) for name, values in inputs.items()}
-    best = (-1.0, 0.5)
-    for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-        model = LogisticRegression(C=strength, max_iter=300).fit(scaled["train"], labels["train"])
-        chosen, told = (
-            float(roc_auc_score(labels[name], model.decision_function(scaled[name]))) for name in ("val", "studied")
-        )
-        best = max(best, (chosen, told))
-    return best[1]
+    groups = {"train": train, "val": [s for s in read_studies(data, ("val",)) if s.findings], "studied": studies}
+    seen = {}
+    for name, group in groups.items():
+        task = progress.add_task(f"encoding {name} images", total=len(group))
+        seen[name] = represent(encoder, group, partial(progress.advance, task))
+    return neighbours(seen["studied"]["vision"], seen["train"]["vision"]), probe(seen, groups)
 
 
 def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:

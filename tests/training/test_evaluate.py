@@ -81,3 +81,24 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
     again = run_cli(*arguments)
     assert again.returncode == 1 and "--force" in again.stderr
+
+
+def _write_drafts(path: Path, drafts: list[str]) -> Path:
+    lines = [{"study_id": str(i), "indication": None, "findings": reference, "impression": "", "tags": [],
+              "drafts": {"model": f"FINDINGS: {draft}"}}
+             for i, (reference, draft) in enumerate(zip(REPORTS * 5, drafts, strict=True))]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+@needs_java
+def test_comparing_two_models_says_which_is_better_and_whether_by_chance(tmp_path: Path):
+    good = _write_drafts(tmp_path / "good.jsonl", REPORTS * 5)
+    poor = _write_drafts(tmp_path / "poor.jsonl", [REPORTS[2]] * 20)
+    done = run_cli("training", "compare", good, poor, "--output", tmp_path / "result")
+    assert done.returncode == 0, done.stderr
+    measures = json.loads((tmp_path / "result.json").read_text())["measures"]
+    assert measures["CIDEr"]["difference"] > 0 and measures["CIDEr"]["p"] < 0.05
+    assert measures["F1 of 13 findings, micro"]["first"] == 1 and measures["F1 of 13 findings, micro"]["second"] == 0
+    wrong = run_cli("training", "compare", good, poor, "--first-row", "x", "--output", tmp_path / "other")
+    assert wrong.returncode == 1 and "no drafts of 'x'" in wrong.stderr

@@ -1,0 +1,102 @@
+"""How much of each finding can be read, by a linear probe, off pixels, off the vision encoder, and off the Q-Former."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from cbedge.prompt import ClinicalContext
+from cbedge.radiograph import load_radiograph
+from training.datasets import Study
+from training.datasets.studies import TAGS
+from training.drafting import TorchDrafter
+
+KINDS = {"pixels": "raw pixels, 32 x 32", "vision": "vision encoder", "qformer": "Q-Former output"}
+_SIDE = 32
+_COMPONENTS = 256
+_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+Representation = dict[str, np.ndarray]
+
+
+def represent(
+    encoder: TorchDrafter, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None
+) -> Representation:
+    """Three views of every study's image, each float32 [studies, D].
+
+    ``pixels``: the radiograph scaled down; ``vision``: class token and mean of patches; ``qformer``: the output of all
+    queries, which no indication has touched.
+    """
+    rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    for start in range(0, len(studies), encoder.batch_size):
+        images = [load_radiograph(s.image) for s in studies[start : start + encoder.batch_size]]
+        features = encoder.encode(images)
+        queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
+        patches = features[:, 1:].mean(1)
+        rows["pixels"].append(np.stack([_small(image.pixels) for image in images]))
+        rows["vision"].append(np.concatenate([features[:, 0].cpu().numpy(), patches.cpu().numpy()], axis=1))
+        rows["qformer"].append(queries.flatten(1).cpu().numpy())
+        advance(len(images))
+    return {kind: np.concatenate(parts).astype(np.float32) for kind, parts in rows.items()}
+
+
+def probe(
+    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], least_positives: int = 5
+) -> dict[str, dict[str, float]]:
+    """AUC of each tag: logistic regression on the 256 main directions, learnt on train, strength chosen on validation.
+
+    Args:
+        seen: :func:`represent` of the splits ``train``, ``val`` and ``studied``.
+        studies: the same splits' studies.
+        least_positives: a tag with fewer in any split is left out.
+
+    Returns:
+        tag → AUC for each of :data:`KINDS` on ``studied``, and ``positives`` there.
+    """
+    labels = {name: np.array([s.tags for s in group]) for name, group in studies.items()}
+    reduced = {kind: _reduce({name: seen[name][kind] for name in seen}) for kind in KINDS}
+    found: dict[str, dict[str, float]] = {}
+    for column, tag in enumerate(TAGS):
+        known = {name: values[:, column] >= 0 for name, values in labels.items()}
+        columns = {name: values[known[name], column] for name, values in labels.items()}
+        if all(least_positives <= c.sum() < len(c) for c in columns.values()):
+            found[tag] = {
+                kind: _auc({name: x[known[name]] for name, x in by_split.items()}, columns)
+                for kind, by_split in reduced.items()
+            }
+            found[tag]["positives"] = int(columns["studied"].sum())
+    return found
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return np.asarray(image, np.float32).ravel()
+
+
+def _reduce(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Standardize and project on the main directions of train: still linear, and a probe then takes a moment."""
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train = inputs["train"]
+    count = min(_COMPONENTS, *train.shape)
+    steps = make_pipeline(StandardScaler(), PCA(count, svd_solver="randomized", random_state=0), StandardScaler())
+    steps.fit(train)
+    return {name: steps.transform(values) for name, values in inputs.items()}
+
+
+def _auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    best = (-1.0, 0.5)
+    for strength in _STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=500).fit(inputs["train"], labels["train"])
+        chosen, told = (
+            float(roc_auc_score(labels[name], model.decision_function(inputs[name]))) for name in ("val", "studied")
+        )
+        best = max(best, (chosen, told))
+    return best[1]
