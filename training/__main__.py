@@ -89,6 +89,10 @@ def evaluate_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
+    chexbert: Annotated[Path | None, typer.Option(help="Your chexbert.pth, for CheXbert's scores.")] = None,
+    radgraph: Annotated[
+        Path | None, typer.Option(help="Folder that holds radgraph/, the unpacked model, for RadGraph F1.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
 ) -> None:
@@ -99,6 +103,7 @@ def evaluate_command(
     """
     from training.drafting import RuntimeDrafter, TorchDrafter
     from training.evaluate import evaluate, to_markdown, write_record
+    from training.labelers import Chexbert
 
     if split not in ("test", "val"):
         raise ValueError(f"unknown split {split!r}; give test or val")
@@ -113,7 +118,18 @@ def evaluate_command(
     blind = None
     if image_blind is not None:
         blind = TorchDrafter(_merged(image_blind, device, cache), batch_size, "image-blind model (torch)", True)
-    record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts)
+    labeler = Chexbert(chexbert, cache=cache) if chexbert else None
+    record = evaluate(
+        data,
+        drafters,
+        encoder,
+        split,
+        limit,
+        image_blind=blind,
+        drafts_file=drafts,
+        chexbert=labeler,
+        radgraph=radgraph,
+    )
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))

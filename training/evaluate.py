@@ -18,6 +18,7 @@ from training.controls import best_constant, blank, consensus, neighbours, own, 
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
 from training.drafting import Drafter, Request, TorchDrafter
+from training.labelers import Chexbert, outside_scores
 from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
 
@@ -31,7 +32,7 @@ CLINICAL = {
 def evaluate(
     data: Path, drafters: list[Drafter], encoder: TorchDrafter | None, split: str = "test", limit: int | None = None,
     seed: int = 0, image_blind: TorchDrafter | None = None, drafts_file: Path | None = None,
-    console: Console | None = None,
+    console: Console | None = None, chexbert: Chexbert | None = None, radgraph: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draft, score, and compare with controls.
 
@@ -45,9 +46,10 @@ def evaluate(
         seed: of the swap and of the constant's candidates.
         drafts_file: JSON lines of every draft beside its reference (data that must stay out of the repository).
         console: where progress is shown.
+        chexbert, radgraph: labelers whose weights the user has, see :mod:`training.labelers`.
 
     Returns:
-        A JSON-ready record: ``scores``, ``looks``, ``clinical``, ``probe``, ``protocol`` and provenance.
+        A JSON-ready record: ``scores``, ``looks``, ``clinical``, ``outside``, ``probe``, ``protocol`` and provenance.
     """
     console = console or Console(stderr=True)
     studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
@@ -89,6 +91,7 @@ def evaluate(
             ),
         },
         "clinical": clinical,
+        "outside": outside_scores(findings | drafted, [s.findings for s in studies], chexbert, radgraph),
         "probe": probed,
         "date": date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
@@ -136,6 +139,12 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"{record['clinical']['reference']['sensitivity']:.1%} of abnormal studies and in "
         f"{1 - record['clinical']['reference']['specificity']:.1%} of normal ones.",
     ]  # fmt: skip
+    if record["outside"]:
+        names = list(next(iter(record["outside"].values())))
+        lines += ["", "## By the field's labelers", "", "| | " + " | ".join(names) + " |",
+                  "| --- |" + " --- |" * len(names)]  # fmt: skip
+        for row, values in record["outside"].items():
+            lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
     if record["probe"]:
         lines += [
             "",
