@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
+PHRASEBOOK = "phrasebook.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
 
@@ -130,7 +131,8 @@ class Bundle:
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
-        return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER)
+        optional = [PHRASEBOOK] if PHRASEBOOK in self.manifest.files else []
+        return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 
     def _verify_file(self, name: str) -> None:
         record = self.manifest.files.get(name)

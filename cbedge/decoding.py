@@ -1,24 +1,113 @@
-"""Choose tokens from logits: greedy decoding over a small protocol that any backend can offer."""
+"""Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search, and
+lossless speculative decoding with a phrasebook."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
 
+from cbedge.errors import ContextError
+from cbedge.phrasebook import Phrasebook
+
+MAX_BEAMS = 8
+MAX_GUESSES = 8
+
 
 class Decoder(Protocol):
-    """A language model in the middle of one report; it holds the KV cache of what it has read."""
+    """A language model in the middle of one report; it holds the KV cache of what it has read.
+
+    Attributes:
+        length: tokens and embeddings read so far.
+        capacity: how many it can hold.
+    """
+
+    length: int
+    capacity: int
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
         ...
 
-    def step(self, token_id: int) -> np.ndarray:
-        """Read one more token; return the logits after it, float32 [V]."""
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read more tokens; return the logits after each, float32 [tokens, V]."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all that was read after the first ``length``."""
+        ...
+
+    def copy(self) -> Decoder:
+        """Another decoder that has read the same."""
         ...
 
 
-def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: tuple[int, ...], max_new_tokens: int) -> Iterator[int]:
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen; the default is greedy.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above it tokens are drawn, the more evenly the higher.
+        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        seed: of the draws.
+        beams: above 1, beam search with so many hypotheses, compared by mean log-probability.
+        repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
+            (Keskar et al. 2019); 1 is none.
+        no_repeat: never write a run of so many tokens twice; 0 allows it.
+        speculative: let the bundle's phrasebook guess ahead where that is faster. It changes no token, and is used with
+            plain greedy decoding alone.
+
+    Raises:
+        ContextError: a value is out of its range, or two exclude each other.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    beams: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat: int = 0
+    speculative: bool = True
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("temperature", 0 <= self.temperature <= 5, "0 to 5"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("beams", 1 <= self.beams <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
+            ("repetition_penalty", 1 <= self.repetition_penalty <= 10, "1 to 10"),
+            ("no_repeat", self.no_repeat >= 0, "0 or more"),
+        )
+        for name, fits, wanted in ranges:
+            if not fits:
+                raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
+        if self.beams > 1 and self.temperature > 0:
+            raise ContextError("beams and temperature exclude each other: give one of them")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever was written before."""
+        return self.temperature == 0 and self.beams == 1 and self.repetition_penalty == 1 and self.no_repeat == 0
+
+
+@dataclass
+class Drafting:
+    """What speculative decoding did in one report.
+
+    Attributes:
+        steps: passes of the language model after the prefill.
+        guessed, accepted: tokens that the phrasebook proposed, and those that the model would have written too.
+    """
+
+    steps: int = 0
+    guessed: int = 0
+    accepted: int = 0
+
+
+def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
     """Yield the likeliest token, again and again.
 
     Args:
@@ -32,4 +121,169 @@ def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: tuple[int, ...], max_
         yield token_id
         if token_id in stop_ids or count == max_new_tokens:
             return
-        logits = decoder.step(token_id)
+        logits = decoder.read([token_id])[-1]
+
+
+class GuessLength:
+    """How many tokens to guess ahead: the number that promises most tokens a second, from what was measured so far.
+
+    A pass over 1 + k tokens takes longer than over one, and the more so on a CPU; how often guesses hold depends on the
+    report. Both are learnt while writing, and nothing is guessed where nothing is to be won. Only speed hangs on it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._held, self._tried = 3.0, 4.0  # a little optimism to begin with
+
+    def choose(self) -> int:
+        """How many tokens to guess now."""
+        if len(self._seconds) < 2:
+            return 4 if 4 not in self._seconds else 0
+        return max(range(MAX_GUESSES + 1), key=self._tokens_per_second)
+
+    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
+        """Take note of one pass."""
+        known = self._seconds.get(guessed)
+        self._seconds[guessed] = seconds if known is None else 0.8 * known + 0.2 * seconds
+        if guessed:
+            self._held = 0.95 * self._held + accepted
+            self._tried = 0.95 * self._tried + min(accepted + 1, guessed)
+        else:  # hope comes back slowly, so that guessing is tried again
+            self._held = 0.99 * self._held + 0.03
+            self._tried = 0.99 * self._tried + 0.04
+
+    def _tokens_per_second(self, guesses: int) -> float:
+        share = min(0.99, self._held / self._tried)
+        return (1 - share ** (guesses + 1)) / (1 - share) / self._cost(guesses)
+
+    def _cost(self, guesses: int) -> float:
+        """Seconds of a pass: as measured, or on the line through what was measured."""
+        if guesses in self._seconds:
+            return self._seconds[guesses]
+        sizes = np.array(sorted(self._seconds))
+        times = np.array([self._seconds[size] for size in sizes])
+        slope, start = np.polyfit(sizes, times, 1)
+        return max(float(start + slope * guesses), float(times.min()) / 2)
+
+
+def speculate(
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, phrasebook: Phrasebook,
+    length: GuessLength, drafting: Drafting,
+) -> Iterator[int]:  # fmt: skip
+    """The tokens of :func:`greedy`, in fewer passes.
+
+    The phrasebook guesses, the model checks all guesses in one pass, and the longest run that it would have written
+    itself is kept (Leviathan et al. 2023, with a draft model of n-grams).
+
+    Args:
+        length: learns how many guesses pay; keep one for each generator.
+        drafting: is filled in.
+    """
+    written = [int(logits.argmax())]
+    yield written[0]
+    while written[-1] not in stop_ids and len(written) < max_new_tokens:
+        room = min(max_new_tokens - len(written) - 1, decoder.capacity - decoder.length - 1)
+        guesses = phrasebook.guess(written, min(length.choose(), max(0, room)))
+        before = decoder.length
+        start = perf_counter()
+        chosen = decoder.read([written[-1], *guesses]).argmax(-1).tolist()
+        seconds = perf_counter() - start
+        held = 0
+        while held < len(guesses) and guesses[held] == chosen[held] and guesses[held] not in stop_ids:
+            held += 1
+        decoder.rewind(before + 1 + held)
+        length.learn(len(guesses), held, seconds)
+        drafting.steps += 1
+        drafting.guessed += len(guesses)
+        drafting.accepted += held
+        for token_id in chosen[: held + 1]:
+            written.append(token_id)
+            yield token_id
+
+
+def sample(
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
+) -> Iterator[int]:
+    """Greedy or drawn tokens, with the settings' control of repetition."""
+    rng = np.random.default_rng(settings.seed)
+    written: list[int] = []
+    while True:
+        scores = _control(logits, written, settings)
+        token_id = int(scores.argmax()) if settings.temperature == 0 else _draw(scores, settings, rng)
+        written.append(token_id)
+        yield token_id
+        if token_id in stop_ids or len(written) == max_new_tokens:
+            return
+        logits = decoder.read([token_id])[-1]
+
+
+def beam_search(
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
+) -> list[int]:
+    """The hypothesis of the highest mean log-probability among ``settings.beams``; the stop token is its last one.
+
+    Hypotheses share one batch of one each, so memory and time are those of as many reports.
+    """
+    width = settings.beams
+    alive: list[tuple[float, list[int], Decoder, np.ndarray]] = [(0.0, [], decoder, logits)]
+    finished: list[tuple[float, list[int]]] = []
+    for count in range(1, max_new_tokens + 1):
+        options = []
+        for row, (total, written, _, last) in enumerate(alive):
+            log_probabilities = _log_softmax(_control(last, written, settings))
+            for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
+                options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
+        options.sort(key=lambda option: (-option[0], option[1:]))
+        going_on = []
+        for total, row, token_id in options:
+            written = [*alive[row][1], token_id]
+            if token_id in stop_ids or count == max_new_tokens:
+                finished.append((total / len(written), written))
+            else:
+                going_on.append((total, written, row))
+            if len(going_on) == width or len(finished) >= 2 * width:
+                break
+        best = max((score for score, _ in finished), default=-np.inf)
+        if not going_on or (len(finished) >= width and going_on[0][0] / len(going_on[0][1]) <= best):
+            break
+        alive = [
+            (total, written, branch, branch.read(written[-1:])[-1])
+            for (total, written, _), branch in zip(going_on, _branches(alive, going_on), strict=True)
+        ]
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+def _branches(alive: list, going_on: list) -> list[Decoder]:
+    """A decoder for each hypothesis that goes on; the last to use one takes it as it is, the others a copy."""
+    uses = [row for _, _, row in going_on]
+    return [alive[row][2] if row not in uses[i + 1 :] else alive[row][2].copy() for i, row in enumerate(uses)]
+
+
+def _control(logits: np.ndarray, written: list[int], settings: Decoding) -> np.ndarray:
+    if settings.repetition_penalty == 1 and not settings.no_repeat:
+        return logits
+    logits = logits.copy()
+    if settings.repetition_penalty != 1 and written:
+        seen = np.unique(written)
+        values = logits[seen]
+        logits[seen] = np.where(values > 0, values / settings.repetition_penalty, values * settings.repetition_penalty)
+    size = settings.no_repeat
+    if size and len(written) >= size:
+        last = written[len(written) - size + 1 :]
+        for start in range(len(written) - size + 1):
+            if written[start : start + size - 1] == last:
+                logits[written[start + size - 1]] = -np.inf
+    return logits
+
+
+def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> int:
+    order = np.argsort(-logits, kind="stable")
+    probabilities = np.exp(_log_softmax(logits[order].astype(np.float64) / settings.temperature))
+    kept = int(np.searchsorted(np.cumsum(probabilities), settings.top_p)) + 1
+    probabilities = probabilities[:kept] / probabilities[:kept].sum()
+    return int(order[rng.choice(len(probabilities), p=probabilities)])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())

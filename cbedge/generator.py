@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends.onnx import OnnxBackend, choose_device
-from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from cbedge.decoding import greedy
+from cbedge.bundle import PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, beam_search, greedy, sample, speculate
 from cbedge.errors import BundleError, ContextError
 from cbedge.image_findings import scores_of
+from cbedge.phrasebook import Phrasebook
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from cbedge.report import Report, Timings
@@ -58,6 +59,9 @@ class ReportGenerator:
         self._qformer_tokenizer = _load_tokenizer(bundle, QFORMER_TOKENIZER)
         self._qformer_tokenizer.no_padding()
         self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
+        known = PHRASEBOOK in bundle.manifest.files
+        self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
+        self._guess_length = GuessLength()
 
     @classmethod
     def from_pretrained(
@@ -93,6 +97,7 @@ class ReportGenerator:
         comparison: str | None = None,
         view: str | None = None,
         max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
     ) -> Report:
         """Draft the report of one frontal chest radiograph.
 
@@ -103,14 +108,16 @@ class ReportGenerator:
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
             max_new_tokens: stop after so many tokens.
+            decoding: how tokens are chosen; default is greedy, with the bundle's phrasebook guessing ahead.
 
         Raises:
             RadiographError: the image cannot be used.
             ContextError: the indication, comparison, view or ``max_new_tokens`` cannot be used.
         """
         stream = self.stream(
-            image, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens
-        )
+            image, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
+            decoding=decoding,
+        )  # fmt: skip
         for _ in stream:
             pass
         return stream.report
@@ -123,6 +130,7 @@ class ReportGenerator:
         comparison: str | None = None,
         view: str | None = None,
         max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
     ) -> ReportStream:
         """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
 
@@ -134,7 +142,27 @@ class ReportGenerator:
         context = ClinicalContext(indication, comparison, view)
         radiograph = load_radiograph(image)
         context = ClinicalContext(context.indication, context.comparison, context.view or radiograph.view or "frontal")
-        return ReportStream(self, radiograph, context, limit)
+        return ReportStream(self, radiograph, context, limit, decoding or Decoding())
+
+    def tokens(
+        self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting
+    ) -> Iterator[int]:
+        """The tokens of a report, as the settings choose them.
+
+        Args:
+            decoder: has read image embeddings and prompt; ``logits``, float32 [V], follow them.
+            limit: tokens at most.
+            settings: how tokens are chosen.
+            drafting: is filled in where the phrasebook guesses.
+        """
+        stop = self.bundle.manifest.stop_ids
+        if settings.beams > 1:
+            return iter(beam_search(decoder, logits, stop, limit, settings))
+        if not settings.is_greedy:
+            return sample(decoder, logits, stop, limit, settings)
+        if self.phrasebook is None or not settings.speculative:
+            return greedy(decoder, logits, stop, limit)
+        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting)
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
@@ -166,9 +194,12 @@ class ReportGenerator:
 class ReportStream(Iterator[str]):
     """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted."""
 
-    def __init__(self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int):
+    def __init__(
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
+        decoding: Decoding,
+    ):  # fmt: skip
         self._report: Report | None = None
-        self._pieces = self._run(generator, radiograph, context, limit)
+        self._pieces = self._run(generator, radiograph, context, limit, decoding)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -185,8 +216,9 @@ class ReportStream(Iterator[str]):
         return self._report
 
     def _run(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int
-    ) -> Iterator[str]:
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
+        decoding: Decoding,
+    ) -> Iterator[str]:  # fmt: skip
         manifest, backend = generator.bundle.manifest, generator.backend
         start = perf_counter() - radiograph.read_ms / 1000
         pixels = preprocess(radiograph.pixels)
@@ -198,12 +230,13 @@ class ReportStream(Iterator[str]):
         prompt_ids = generator.prompt_ids(context, look.seen)
         text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))
         embeds = np.concatenate([look.image_embeds, text_embeds], axis=1)
-        decoder = backend.new_decoder()
+        decoder = backend.new_decoder(embeds.shape[1] + limit)
         logits = decoder.prefill(embeds)
         prefill = perf_counter()
         pieces, count, complete = [], 0, False
         text_stream = generator.decode_stream()
-        for token_id in greedy(decoder, logits, manifest.stop_ids, limit):
+        drafting = Drafting()
+        for token_id in generator.tokens(decoder, logits, limit, decoding, drafting):
             if token_id in manifest.stop_ids:
                 complete = True
                 break
@@ -222,6 +255,7 @@ class ReportStream(Iterator[str]):
             model_version=manifest.version, variant=generator.variant, device=backend.device,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             prompt_tokens=embeds.shape[1], new_tokens=count,
+            guessed_tokens=drafting.guessed, accepted_tokens=drafting.accepted,
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
 

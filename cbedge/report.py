@@ -44,6 +44,7 @@ class Report:
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
         image_sha256: of the input file.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted.
+        guessed_tokens, accepted_tokens: what the phrasebook proposed, and how much of it the model agreed to.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
     """
@@ -61,6 +62,8 @@ class Report:
     image_sha256: str
     prompt_tokens: int
     new_tokens: int
+    guessed_tokens: int
+    accepted_tokens: int
     timings: Timings
     statement: str = DRAFT_STATEMENT
 

@@ -10,11 +10,23 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cbedge.backends.onnx import OnnxBackend
-from cbedge.bundle import CARD, QFORMER_TOKENIZER, TOKENIZER, Bundle, Manifest, Shapes, Variant, write_bundle
+from cbedge.bundle import (
+    CARD,
+    PHRASEBOOK,
+    QFORMER_TOKENIZER,
+    TOKENIZER,
+    Bundle,
+    Manifest,
+    Shapes,
+    Variant,
+    write_bundle,
+)
+from cbedge.phrasebook import Phrasebook
 from export.card import model_card
 from export.parity import Parity, compare, parity_cases, stop_ids
 from training.base import ModelAndTokenizers
 from training.batches import prefix_ids
+from training.datasets.iu_xray import read_studies
 from training.fetch import BASE_PARTS
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
@@ -76,7 +88,7 @@ def pack(
         wanted: variants that go into the bundle; the first is its default.
         out: the bundle's folder.
         quality: what ``python -m training evaluate`` recorded, or nothing.
-        data: IU X-RAY's folder, to compare on its validation studies.
+        data: IU X-RAY's folder, to compare on its validation studies; its train reports make the phrasebook.
         merge_error: what :func:`export.merge.merge` returned.
         force: replace a bundle at ``out``.
     """
@@ -87,6 +99,7 @@ def pack(
         base_weights=tuple(origin.base_weights), quality=quality,
         image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
+    phrases = report_phrases(parts, data)
     cases, source = parity_cases(data, PARITY_CASES)
     backends = {v: _backend(manifest, graphs[v]) for v in {"fp32", wanted[0]}}
     with Progress(console=console, transient=True) as progress:
@@ -104,11 +117,22 @@ def pack(
                 shutil.copyfile(path, folder / path.name)
         parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
+        if phrases:
+            Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 
     write_bundle(out, fill, force)
     return parity
+
+
+def report_phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:
+    """The tokens of the training reports at ``data``, each with the token that ends it, for the phrasebook."""
+    if data is None:
+        return []
+    targets = [s.target for s in read_studies(data, ("train",)) if s.target]
+    encoded = parts.tokenizer(targets, add_special_tokens=False).input_ids
+    return [[*ids, parts.tokenizer.eos_token_id] for ids in encoded]
 
 
 def _base_of(folder: Path) -> str | None:

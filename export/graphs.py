@@ -9,8 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from training.base import ModelAndTokenizers
@@ -112,7 +114,7 @@ def _trace(
 
 
 def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
-    """Write the language model as a graph on ``inputs_embeds`` with KV cache, logits of the last position only.
+    """Write the language model as a graph on ``inputs_embeds`` with KV cache, logits of the last positions only.
 
     Raises:
         ExportError: the builder refuses the architecture; the message holds its reason.
@@ -132,8 +134,42 @@ def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
             reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]
             raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
         graph = onnx.load(str(built / "model.onnx"))
+        choose_logits(graph)
         save_graph(graph, path)
     return path
+
+
+def choose_logits(graph: onnx.ModelProto) -> None:
+    """Let the head read the last ``num_logits`` positions, a new input int64 [1], where the builder let it read one.
+
+    Speculative decoding needs the logits of every guess, a prefill those of its last position alone: over the whole
+    prompt the head would cost more than some layers.
+
+    Raises:
+        ExportError: the graph has not the form that the builder writes with ``prune_lm_head``.
+    """
+    nodes = {node.name: node for node in graph.graph.node}
+    gather, unsqueeze = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
+    if gather is None or unsqueeze is None:
+        raise ExportError("the decoder's builder wrote another graph than expected: use the pinned onnxruntime-genai")
+    start, end, axis = (f"/lm_head/last/{name}" for name in ("start", "end", "axis"))
+    added = [
+        helper.make_node("Neg", ["num_logits"], [start], name=start),
+        helper.make_node("Slice", [gather.input[0], start, end, axis], list(unsqueeze.output), name="/lm_head/last"),
+    ]
+    at = list(graph.graph.node).index(gather)
+    for node in (gather, unsqueeze):
+        graph.graph.node.remove(node)
+    for node in reversed(added):
+        graph.graph.node.insert(at, node)
+    for name, value in ((end, np.iinfo(np.int64).max), (axis, 1)):
+        graph.graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+    graph.graph.input.append(helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]))
+    logits = next(output for output in graph.graph.output if output.name == "logits")
+    logits.type.tensor_type.shape.dim[1].ClearField("dim_value")
+    logits.type.tensor_type.shape.dim[1].dim_param = "num_logits"
+    for info in [v for v in graph.graph.value_info if v.name in {*gather.output, *unsqueeze.output}]:
+        graph.graph.value_info.remove(info)
 
 
 def save_graph(graph: onnx.ModelProto, path: Path) -> None:

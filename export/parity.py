@@ -179,18 +179,20 @@ def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) ->
 
 
 def _greedy(backend: OnnxBackend, reference: TorchReference, case: Case) -> list[int]:
-    decoder = backend.new_decoder()
-    logits = decoder.prefill(_onnx_embeds(backend, reference, case))
+    embeds = _onnx_embeds(backend, reference, case)
+    decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
+    logits = decoder.prefill(embeds)
     return list(greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS))
 
 
 def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
     """The variant's choice at every position, given torch's tokens before it."""
-    decoder = backend.new_decoder()
-    logits = decoder.prefill(_onnx_embeds(backend, reference, case))
+    embeds = _onnx_embeds(backend, reference, case)
+    decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
+    logits = decoder.prefill(embeds)
     chosen = [int(logits.argmax())]
     for token in wanted[:-1]:
-        chosen.append(int(decoder.step(token).argmax()))
+        chosen.append(int(decoder.read([token])[-1].argmax()))
     return chosen
 
 
@@ -207,7 +209,7 @@ def _graph_errors(reference: TorchReference, backend: OnnxBackend, case: Case) -
         "vision_encoder": (backend.encode_image(case.pixels), look.features),
         "qformer": (image_embeds, look.projected),
         "embed_tokens": (backend.embed_tokens(prompt), tokens),
-        "decoder_model_merged": (backend.new_decoder().prefill(embeds.numpy()), logits),
+        "decoder_model_merged": (backend.new_decoder(embeds.shape[1]).prefill(embeds.numpy()), logits),
     }
     if finding_logits is not None and look.finding_logits is not None:
         pairs["qformer, findings"] = (finding_logits, look.finding_logits)

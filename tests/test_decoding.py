@@ -1,26 +1,181 @@
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cbedge.decoding import greedy
+from cbedge import BundleError, ContextError
+from cbedge.decoding import Decoding, Drafting, GuessLength, beam_search, greedy, sample, speculate
+from cbedge.phrasebook import ORDER, Phrasebook
 
-
-class Counting:
-    """After token n comes token n + 1."""
-
-    def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        return np.eye(10, dtype=np.float32)[0]
-
-    def step(self, token_id: int) -> np.ndarray:
-        return np.eye(10, dtype=np.float32)[token_id + 1]
+WORDS = 12
+STOP = (0,)
 
 
-def start() -> tuple[Counting, np.ndarray]:
-    decoder = Counting()
-    return decoder, decoder.prefill(np.zeros((1, 1, 1)))
+class RandomModel:
+    """A language model whose logits hang on the last two tokens, drawn at random: anything may follow anything."""
+
+    def __init__(self, seed: int, capacity: int = 1000):
+        self.table = np.random.default_rng(seed).standard_normal((WORDS, WORDS, WORDS)).astype(np.float32) * 2
+        self.capacity, self.history, self.passes = capacity, [1, 1], 0
+
+    @property
+    def length(self) -> int:
+        return len(self.history)
+
+    def prefill(self, embeds: np.ndarray | None = None) -> np.ndarray:
+        return self.table[self.history[-2], self.history[-1]]
+
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        self.passes += 1
+        rows = []
+        for token in token_ids:
+            self.history.append(token)
+            rows.append(self.prefill())
+        assert self.length <= self.capacity
+        return np.stack(rows)
+
+    def rewind(self, length: int) -> None:
+        self.history = self.history[:length]
+
+    def copy(self) -> "RandomModel":
+        other = RandomModel.__new__(RandomModel)
+        other.table, other.capacity, other.history, other.passes = self.table, self.capacity, [*self.history], 0
+        return other
 
 
-def test_greedy_follows_the_likeliest_token_up_to_the_stop():
-    assert list(greedy(*start(), stop_ids=(4,), max_new_tokens=9)) == [0, 1, 2, 3, 4]
+def write_greedily(seed: int, limit: int = 40) -> list[int]:
+    model = RandomModel(seed)
+    return list(greedy(model, model.prefill(), STOP, limit))
 
 
-def test_greedy_ends_at_the_limit():
-    assert list(greedy(*start(), stop_ids=(9,), max_new_tokens=3)) == [0, 1, 2]
+def test_greedy_ends_at_the_stop_token_or_at_the_limit():
+    drafts = [write_greedily(seed) for seed in range(30)]
+    assert any(d[-1] == 0 for d in drafts) and any(len(d) == 40 for d in drafts)
+    assert all(0 not in d[:-1] for d in drafts)
+    assert len(write_greedily(3, 5)) <= 5
+
+
+reports = st.lists(st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30), max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**6), reports, st.integers(1, 40), st.booleans())
+def test_guessing_ahead_changes_no_token(seed: int, others: list[list[int]], limit: int, knows: bool):
+    wanted = write_greedily(seed, limit)
+    phrasebook = Phrasebook.compile([*others, *([wanted] * 2 if knows else [])])
+    model = RandomModel(seed, capacity=2 + limit)  # as tight as the generator makes it
+    drafting = Drafting()
+    written = list(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting))
+    assert written == wanted
+    assert drafting.accepted <= drafting.guessed and drafting.steps == model.passes <= max(0, len(wanted) - 1)
+
+
+def test_a_known_report_takes_far_fewer_passes():
+    seed = next(s for s in range(100) if len(set(write_greedily(s))) > 8 and len(write_greedily(s)) > 10)
+    wanted = write_greedily(seed)
+    model = RandomModel(seed)
+    length = GuessLength()
+    length.choose = lambda: 4  # type: ignore[method-assign]
+    list(speculate(model, model.prefill(), STOP, 40, Phrasebook.compile([wanted] * 2), length, Drafting()))
+    assert model.passes <= len(wanted) / 2
+
+
+def test_nothing_is_guessed_where_it_does_not_pay():
+    length = GuessLength()
+    chosen = []
+    for _ in range(200):
+        chosen.append(length.choose())
+        length.learn(chosen[-1], 0, 0.001 * (1 + chosen[-1]))  # every guess wrong, every one as dear as a token
+    assert np.mean(chosen[20:]) < 0.2
+    for _ in range(60):
+        guesses = length.choose() or 4
+        length.learn(guesses, guesses, 0.001 * (1 + 0.05 * guesses))
+    assert length.choose() >= 4
+
+
+def test_a_phrasebook_learns_saves_and_guesses(tmp_path: Path):
+    report = [5, 6, 7, 8, 5, 6, 9, 0]
+    book = Phrasebook.compile([report] * 3)
+    assert book.guess([], 8) == report
+    assert book.guess([7, 8, 5, 6], 2) == [9, 0]
+    assert book.guess([11], 4) == []
+    book.save(tmp_path / "phrasebook.npy")
+    again = Phrasebook.load(tmp_path / "phrasebook.npy")
+    assert len(again) == len(book) and again.guess([5, 6], 1) == book.guess([5, 6], 1)
+
+
+def test_a_phrase_met_once_is_not_kept_and_the_size_has_a_limit(tmp_path: Path):
+    assert len(Phrasebook.compile([[1, 2, 3]])) == 0
+    rng = np.random.default_rng(0)
+    many = [rng.integers(0, 5000, 200).tolist() for _ in range(40)]
+    book = Phrasebook.compile(many * 2, max_bytes=10_000)
+    book.save(tmp_path / "phrasebook.npy")
+    assert 5_000 < (tmp_path / "phrasebook.npy").stat().st_size <= 10_000
+    assert len(Phrasebook.compile(many * 2)) > len(book) > ORDER
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"not an array"])
+def test_a_damaged_phrasebook_is_refused(content: bytes, tmp_path: Path):
+    (tmp_path / "phrasebook.npy").write_bytes(content)
+    with pytest.raises(BundleError, match="no phrasebook"):
+        Phrasebook.load(tmp_path / "phrasebook.npy")
+
+
+def draw(seed: int, **values: float) -> list[int]:
+    model = RandomModel(7)
+    return list(sample(model, model.prefill(), STOP, 40, Decoding(seed=seed, **values)))
+
+
+def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
+    assert draw(1, temperature=1.0) == draw(1, temperature=1.0)
+    assert len({tuple(draw(seed, temperature=1.0)) for seed in range(20)}) > 10
+    assert draw(5) == write_greedily(7)
+    assert draw(5, temperature=1.0, top_p=1e-6) == write_greedily(7)
+
+
+def test_a_run_of_tokens_is_not_written_twice():
+    for seed in range(20):
+        model = RandomModel(seed)
+        written = list(sample(model, model.prefill(), STOP, 40, Decoding(no_repeat=3)))
+        runs = [tuple(written[i : i + 3]) for i in range(len(written) - 2)]
+        assert len(runs) == len(set(runs))
+
+
+def test_a_penalty_makes_repetition_rarer():
+    kinds = {penalty: 0 for penalty in (1.0, 1.5)}
+    for penalty in kinds:
+        for seed in range(20):
+            model = RandomModel(seed)
+            written = sample(model, model.prefill(), (), 12, Decoding(repetition_penalty=penalty))
+            kinds[penalty] += len(set(written))
+    assert kinds[1.5] > kinds[1.0] + 20
+
+
+def mean_log_probability(seed: int, written: list[int]) -> float:
+    model = RandomModel(seed)
+    total, logits = 0.0, model.prefill()
+    for token in written:
+        total += float(logits[token] - np.log(np.exp(logits.astype(np.float64)).sum()))
+        logits = model.read([token])[-1]
+    return total / len(written)
+
+
+def test_beams_find_likelier_reports_than_greedy():
+    gains = []
+    for seed in range(20):
+        model = RandomModel(seed)
+        found = beam_search(model, model.prefill(), STOP, 12, Decoding(beams=4))
+        assert len(found) <= 12 and 0 not in found[:-1]
+        gains.append(mean_log_probability(seed, found) - mean_log_probability(seed, write_greedily(seed, 12)))
+    assert np.mean(gains) > 0
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"top_p": 0}, {"beams": 99}, {"beams": 2, "temperature": 1}, {"no_repeat": -1}]
+)
+def test_settings_out_of_range_are_refused_by_name(values: dict[str, float]):
+    with pytest.raises(ContextError, match=next(iter(values))):
+        Decoding(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,10 @@ class OnnxBackend:
         device: ``cpu`` or ``cuda``.
         threads: threads of the CPU sessions; default is one a core.
 
+    Attributes:
+        device, threads: as above.
+        vocabulary: tokens that the language model knows, V.
+
     Raises:
         BundleError: a graph cannot be loaded.
         DeviceError: CUDA does not come up; there is no silent fall-back to the CPU.
@@ -76,10 +81,11 @@ class OnnxBackend:
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
         self.device = device
         self.shapes: Shapes = bundle.manifest.shapes
-        self._threads = threads or _cores()
+        self.threads = threads or _cores()
         with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
             sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in GRAPHS]))
         self._vision, self._qformer, self._embed, self._decoder = sessions
+        self.vocabulary = int(self._decoder.get_outputs()[0].shape[-1])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
@@ -103,16 +109,16 @@ class OnnxBackend:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
         return self._embed.run(["inputs_embeds"], {"input_ids": ids})[0]
 
-    def new_decoder(self) -> OnnxDecoder:
-        """A decoder with an empty KV cache."""
-        return OnnxDecoder(self)
+    def new_decoder(self, capacity: int) -> OnnxDecoder:
+        """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
+        return OnnxDecoder(self, capacity)
 
     def _session(self, path: Path) -> onnxruntime.InferenceSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self.threads
         provider = "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
@@ -129,45 +135,74 @@ class OnnxBackend:
 
 
 class OnnxDecoder:
-    """The language model in the middle of one report. The KV cache stays where the session runs."""
+    """The language model in the middle of one report.
 
-    def __init__(self, backend: OnnxBackend):
+    Keys and values live where the session runs, in buffers of the full capacity that the graph reads and writes in
+    place (past and present are the same memory): a token costs no copy of the cache, and forgetting costs nothing.
+
+    Args:
+        backend: whose sessions are used.
+        capacity: embeddings and tokens to hold at most.
+    """
+
+    def __init__(self, backend: OnnxBackend, capacity: int):
         import onnxruntime
 
-        self._backend = backend
-        self._session = backend._decoder
+        self.capacity, self.length = capacity, 0
+        self._backend, self._session = backend, backend._decoder
         self._inputs = {node.name for node in self._session.get_inputs()}
-        self._length = 0
+        self._mask = np.ones((1, capacity), np.int64)
+        self._positions = np.arange(capacity, dtype=np.int64)[None]
         shapes = backend.shapes
-        empty = np.zeros((1, shapes.num_key_value_heads, 0, shapes.head_size), np.float32)
+        shape = (1, shapes.num_key_value_heads, capacity, shapes.head_size)
         self._cache = {
-            f"past_key_values.{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(empty, backend.device)
+            f"{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), backend.device)
             for i in range(shapes.num_layers)
             for kind in ("key", "value")
         }
+        self._binding = self._session.io_binding()
+        for name, value in self._cache.items():
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+        self._logits: dict[int, np.ndarray] = {}
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
-        self._length += embeds.shape[1]
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
-        binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
-        if "position_ids" in self._inputs:
-            positions = np.arange(self._length - embeds.shape[1], self._length, dtype=np.int64)[None]
-            binding.bind_cpu_input("position_ids", positions)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output("logits", "cpu")
-        for name in self._cache:
-            binding.bind_output(name.replace("past_key_values", "present"), self._backend.device)
-        self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        self._cache = dict(zip(self._cache, present, strict=True))
-        return logits.numpy()[0, -1]
+        return self._run(embeds, 1)[0].copy()
 
-    def step(self, token_id: int) -> np.ndarray:
-        """Read one more token; return the logits after it, float32 [V]."""
-        return self.prefill(self._backend.embed_tokens(np.array([[token_id]], np.int64)))
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read more tokens; return the logits after each, float32 [tokens, V], to be used before the next call."""
+        ids = np.array([token_ids], np.int64)
+        return self._run(self._backend.embed_tokens(ids), len(token_ids))
+
+    def rewind(self, length: int) -> None:
+        """Forget all that was read after the first ``length``."""
+        self.length = min(self.length, length)
+
+    def copy(self) -> OnnxDecoder:
+        """Another decoder that has read the same."""
+        other = OnnxDecoder(self._backend, self.capacity)
+        other.length = self.length
+        for name, value in self._cache.items():
+            other._cache[name].update_inplace(value.numpy())
+        return other
+
+    def _run(self, embeds: np.ndarray, wanted: int) -> np.ndarray:
+        start, self.length = self.length, self.length + embeds.shape[1]
+        if self.length > self.capacity:
+            raise ValueError(f"{self.length} tokens do not fit a decoder made for {self.capacity}")
+        binding = self._binding
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
+        binding.bind_cpu_input("attention_mask", self._mask[:, : self.length])
+        binding.bind_cpu_input("num_logits", np.array([wanted], np.int64))
+        if "position_ids" in self._inputs:
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(self._positions[:, start : self.length]))
+        logits = self._logits.get(wanted)
+        if logits is None:
+            logits = self._logits[wanted] = np.empty((1, wanted, self._backend.vocabulary), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return logits[0]
 
 
 def _installed(distribution: str) -> bool:
