@@ -1,6 +1,8 @@
 """The command line: parse, call, print."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -44,6 +46,11 @@ def generate(
     variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
+    no_repeat: Annotated[int, typer.Option(help="Never write a run of so many tokens twice; 0 allows it.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with timings and provenance.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --output replace a file.")] = False,
@@ -54,17 +61,20 @@ def generate(
     if output is not None:
         _check_output(output, force)
     # Loading the radiograph first: a wrong path is told before the model is loaded.
+    from cbedge.decoding import Decoding
     from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import load_radiograph
 
     ClinicalContext(indication, comparison, view)
+    decoding = Decoding(temperature=temperature, top_p=top_p, seed=seed, beams=beams, no_repeat=no_repeat)
     radiograph = load_radiograph(image)
     from cbedge.generator import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
-        radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens
-    )
+        radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
+        decoding=decoding,
+    )  # fmt: skip
     live = sys.stdout.isatty() and not as_json and output is None
     for piece in stream:
         if live:
@@ -83,6 +93,57 @@ def generate(
         typer.echo(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more", err=True)
     if not format_sections(report.text):
         typer.echo("note: the model wrote nothing for this radiograph", err=True)
+
+
+@app.command("bench")
+def bench_command(
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Radiograph, or a folder of them; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Radiographs to take at most.")] = 20,
+    model: Model = None,
+    variants: Annotated[str | None, typer.Option(help="Comma between names [default: the model's own].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: one a core].")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Times that every radiograph is drafted.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=0, help="Drafts before any is timed.")] = 2,
+    indication: Annotated[str, typer.Option(help="Given with every radiograph.")] = "cough",
+    tokens: Annotated[int | None, typer.Option(min=1, help="End every draft after so many tokens.")] = None,
+    no_speculative: Annotated[bool, typer.Option("--no-speculative", help="One token a pass.")] = False,
+    cold: Annotated[int, typer.Option(min=0, help="Also run the whole command so often in a new process.")] = 0,
+    form: Annotated[str, typer.Option("--format", help="table, json, csv or md.")] = "table",
+    compare: Annotated[Path | None, typer.Option(help="An older record (--format json), set beside.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the stages; needs matplotlib.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --output and --plot replace a file.")] = False,
+) -> None:
+    """Measure on this machine: every stage, memory, tokens a second, share of the memory's bandwidth."""
+    from cbedge import bench
+    from cbedge.radiograph import load_radiograph
+
+    if form not in bench.FORMATS:
+        raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench.FORMATS)}")
+    for target in filter(None, (output, plot)):
+        _check_output(target, force)
+    before = bench.read_record(compare) if compare else None
+    paths = [f for path in image or [] for f in (sorted(path.iterdir()) if path.is_dir() else [path])][:limit]
+    radiographs = [load_radiograph(path) for path in paths] or [bench.drawn_chest()]
+    with _status() as tell:
+        record = bench.bench(
+            radiographs, model=model, variants=[v for v in (variants or "").split(",") if v], device=device,
+            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat,
+            speculative=not no_speculative, progress=tell,
+        )  # fmt: skip
+        if cold:
+            tell("cold start")
+            record["cold"] = bench.cold_start(paths[0] if paths else None, model, cold)
+    if plot:
+        bench.plot(record, plot)
+    text = bench.render(record, form, before)
+    if output is not None:
+        _write(output, text + "\n", force)
+    else:
+        typer.echo(text)
 
 
 @app.command("model")
@@ -130,6 +191,18 @@ def main() -> NoReturn:
         typer.echo("cbedge: not enough memory for this radiograph and model: close programs or scale it down", err=True)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what is going on; nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -1,0 +1,371 @@
+"""How long a draft takes on this machine, stage by stage, how much memory it needs, and what limits it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cbedge.bundle import Bundle, open_bundle
+from cbedge.decoding import Decoding
+from cbedge.errors import OutputError
+from cbedge.generator import ReportGenerator
+from cbedge.radiograph import Radiograph, load_radiograph
+from cbedge.report import Report, Timings
+
+FORMATS = ("table", "json", "csv", "md")
+STAGES = tuple(f.name for f in fields(Timings))
+_BUFFER_BYTES = 256 * 2**20
+Progress = Callable[[str], None]
+
+
+def bench(
+    images: Sequence[Radiograph], *, model: Path | None = None, variants: Sequence[str] = (), device: str = "auto",
+    threads: int | None = None, indication: str | None = None, tokens: int | None = None, warm_up: int = 2,
+    repeat: int = 5, speculative: bool = True, progress: Progress = lambda text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draft every radiograph several times with each variant, in this process.
+
+    Args:
+        images: radiographs, read before; a draft's ``read`` stage is the time that reading took, once.
+        model: folder of a bundle; ``None`` is the embedded one.
+        variants: of the bundle; none stands for its default.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: CPU threads; ``None`` is one a core.
+        indication: given with every radiograph.
+        tokens: end every draft after so many tokens; ``None`` lets the model end its reports.
+        warm_up: drafts before any is timed.
+        repeat: times that every radiograph is drafted.
+        speculative: let the phrasebook guess ahead.
+        progress: is told what is being measured.
+
+    Returns:
+        A JSON-ready record: ``machine``, and ``variants`` with for each of them ``ms`` (median, p95, p99, least, most
+        of every stage, of the time to the first token and of the whole), ``tokens_per_second``, ``peak_memory_mb``...
+
+    Raises:
+        BundleError, DeviceError: as :meth:`ReportGenerator.from_pretrained`.
+    """
+    bundle = open_bundle(model)
+    names = [bundle.variant(name)[0] for name in variants] or [bundle.variant()[0]]
+    progress("memory bandwidth")
+    bandwidth = read_bandwidth(threads)
+    rows = []
+    for name in names:
+        progress(f"{name}: loading")
+        start = perf_counter()
+        generator = ReportGenerator.from_pretrained(model, name, device, threads)
+        load = perf_counter() - start
+        settings = Decoding(speculative=speculative)
+
+        def draft(image: Radiograph, write: ReportGenerator = generator, how: Decoding = settings) -> Report:
+            return write.generate(image, indication=indication, max_new_tokens=tokens, decoding=how)
+
+        for image in [*images] * warm_up if len(images) < warm_up else images[:warm_up]:
+            draft(image)
+        drafts = []
+        for number in range(repeat):
+            progress(f"{name}: round {number + 1} of {repeat}")
+            drafts += [draft(image) for image in images]
+        rows.append(_row(generator, drafts, load, bandwidth))
+        del generator
+    return {
+        "machine": machine(bandwidth), "model": f"{bundle.manifest.name} {bundle.manifest.version}", "variants": rows,
+        "images": len(images), "repeat": repeat, "warm_up": warm_up, "max_new_tokens": tokens,
+        "speculative": speculative,
+    }  # fmt: skip
+
+
+def drawn_chest() -> Radiograph:
+    """Two dark lungs in a bright body, for want of a radiograph: good for timing, not for reading the draft."""
+    y, x = np.mgrid[0:512, 0:512] / 512
+    pixels = np.full((512, 512), 0.8)
+    for centre in (0.3, 0.7):
+        pixels -= 0.5 * np.exp(-((((x - centre) / 0.13) ** 2 + ((y - 0.5) / 0.28) ** 2) ** 2))
+    return load_radiograph((255 * pixels).astype(np.uint8))
+
+
+def cold_start(image: Path | None, model: Path | None, repeat: int) -> dict[str, float]:
+    """``cbedge generate`` in a process of its own, again and again: median seconds, and the peak memory in MB.
+
+    Raises:
+        OutputError: the command fails; the message holds what it said.
+    """
+    scratch = tempfile.TemporaryDirectory()
+    if image is None:
+        image = Path(scratch.name) / "chest.png"
+        Image.fromarray((255 * drawn_chest().pixels).astype(np.uint8)).save(image)
+    command = [sys.executable, "-m", "cbedge.cli", "generate", str(image), "--json", "--device", "cpu"]
+    command += ["--model", str(model)] if model else []
+    seconds, first = [], []
+    for _ in range(repeat):
+        start = perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        seconds.append(perf_counter() - start)
+        if done.returncode:
+            raise OutputError(f"cbedge generate failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        first.append(seconds[-1] - json.loads(done.stdout)["timings_ms"]["decode"] / 1000)
+    scratch.cleanup()
+    return {
+        "runs": repeat, "command_s": statistics.median(seconds), "slowest_s": max(seconds),
+        "first_token_s": statistics.median(first), "peak_memory_mb": _peak_memory(children=True),
+    }  # fmt: skip
+
+
+def machine(bandwidth: float | None = None) -> dict[str, Any]:
+    """What the figures hold for: processor, cores that this process may use, memory, versions, date."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(), "cores": cores, "memory_gb": _memory_gb(), "gpu": _gpu(),
+        "read_bandwidth_gb_s": None if bandwidth is None else round(bandwidth / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+        "versions": {n: v for n in ("cbedge", "onnxruntime", "onnxruntime-gpu", "numpy") if (v := _version(n))},
+        "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes a second that all cores together read from memory: the best of five passes over 256 MB."""
+    count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    parts = np.array_split(np.ones(_BUFFER_BYTES // 8), count)
+    best = 0.0
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(5):
+            start = perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, _BUFFER_BYTES / (perf_counter() - start))
+    return best
+
+
+def render(record: dict[str, Any], form: str, before: dict[str, Any] | None = None) -> str:
+    """The record as ``json``, ``csv``, ``md`` or ``table``; ``before``, an older record, is set beside its medians."""
+    if form == "json":
+        return json.dumps(record, indent=1)
+    rows = _table(record, before)
+    if form == "csv":
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(rows)
+        return file.getvalue().rstrip("\n")
+    if form == "md":
+        head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([f"{_title(record)}\n", head, "| --- |" + " ---: |" * (len(rows[0]) - 1), *body])
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], title=_title(record), title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=max(100, 30 + 24 * len(rows[0]))).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """An older record.
+
+    Raises:
+        OutputError: the file is none that ``cbedge bench --format json`` wrote.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _ = [row["ms"]["total"]["median"] for row in record["variants"]], record["machine"]["processor"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path} is no record of cbedge bench --format json ({type(error).__name__}): give one"
+        ) from None
+    return record
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Stacked medians of the stages of every variant, as PNG.
+
+    Raises:
+        OutputError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise OutputError("a plot needs matplotlib; type: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = record["variants"]
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.6 * len(rows)))
+    left = np.zeros(len(rows))
+    for stage in STAGES[:-1]:
+        widths = np.array([row["ms"][stage]["median"] for row in rows])
+        axes.barh([row["variant"] for row in rows], widths, left=left, label=stage)
+        left += widths
+    axes.invert_yaxis()
+    axes.set(xlabel="ms, median", title=_title(record).split(". ")[0])
+    axes.legend(ncols=len(STAGES) - 1, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidth: float) -> dict[str, Any]:
+    spans = {stage: [asdict(d.timings)[stage] for d in drafts] for stage in STAGES}
+    first = [sum(asdict(d.timings)[stage] for stage in ("read", "vision", "qformer", "prefill")) for d in drafts]
+    written = [d.new_tokens + d.complete for d in drafts]  # the stop token is a token too
+    passes = [max(1, count - 1 - d.accepted_tokens) for count, d in zip(written, drafts, strict=True)]
+    decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
+    read = _bytes_a_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))
+    used = statistics.median(read * n / s for n, s in zip(passes, decode_s, strict=True))
+    guessed = sum(d.guessed_tokens for d in drafts)
+    return {
+        "variant": generator.variant, "device": generator.backend.device, "threads": generator.backend.threads,
+        "drafts": len(drafts), "load_s": round(load, 3),
+        "ms": {name: _spread(values) for name, values in {**spans, "first token": first}.items()},
+        "prompt_tokens": statistics.median(d.prompt_tokens for d in drafts),
+        "new_tokens": statistics.median(d.new_tokens for d in drafts),
+        "tokens_per_second": _spread([(n - 1) / s for n, s in zip(written, decode_s, strict=True)]),
+        "tokens_per_pass": round(sum(n - 1 for n in written) / sum(passes), 2),
+        "guesses_accepted": round(sum(d.accepted_tokens for d in drafts) / guessed, 3) if guessed else None,
+        "bytes_per_pass": read,
+        "bandwidth_share": round(used / bandwidth, 3) if generator.backend.device == "cpu" else None,
+        "peak_memory_mb": _peak_memory(),
+        "gpu_memory_mb": _gpu_memory() if generator.backend.device == "cuda" else None,
+    }  # fmt: skip
+
+
+def _table(record: dict[str, Any], before: dict[str, Any] | None) -> list[list[str]]:
+    old = {row["variant"]: row for row in (before or {}).get("variants", ())}
+    rows = [["", *(f"{row['variant']}, {row['device']}" for row in record["variants"])]]
+
+    def add(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        rows.append([title, *(cell(row) for row in record["variants"])])
+
+    for stage in (*STAGES[:-1], "first token", "total"):
+        rows.append([f"{stage}, ms", *(_cell(row, old.get(row["variant"]), stage) for row in record["variants"])])
+    add("tokens/s while decoding", lambda row: f"{row['tokens_per_second']['median']:.0f}")
+    add("tokens read, written", lambda row: f"{row['prompt_tokens']:.0f}, {row['new_tokens']:.0f}")
+    add("tokens a pass (guesses accepted)", _guessing)
+    add("MB read a pass", lambda row: f"{row['bytes_per_pass'] / 1e6:.1f}")
+    add("share of memory bandwidth", lambda row: _or_dash(row["bandwidth_share"], "{:.0%}"))
+    add("loading, s", lambda row: f"{row['load_s']:.2f}")
+    add("peak memory, MB", lambda row: f"{row['peak_memory_mb']:.0f}")
+    if any(row["gpu_memory_mb"] for row in record["variants"]):
+        add("GPU memory, MB", lambda row: _or_dash(row["gpu_memory_mb"], "{:.0f}"))
+    if cold := record.get("cold"):
+        rows.append(["cold command, s", f"{cold['command_s']:.2f}", *[""] * (len(rows[0]) - 2)])
+        rows.append(["cold command, peak MB", f"{cold['peak_memory_mb']:.0f}", *[""] * (len(rows[0]) - 2)])
+    return rows
+
+
+def _cell(row: dict[str, Any], old: dict[str, Any] | None, stage: str) -> str:
+    spread = row["ms"][stage]
+    text = f"{spread['median']:.1f} (p95 {spread['p95']:.1f}, p99 {spread['p99']:.1f})"
+    if old and old["ms"].get(stage, {}).get("median"):
+        text += f", {spread['median'] / old['ms'][stage]['median']:.2f} x before"
+    return text
+
+
+def _guessing(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_pass']:.2f} ({_or_dash(row['guesses_accepted'], '{:.0%}')})"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _title(record: dict[str, Any]) -> str:
+    where = record["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    bandwidth = f"{where['read_bandwidth_gb_s']:.0f} GB/s" if where["read_bandwidth_gb_s"] else ""
+    parts = [where["processor"], f"{where['cores']} cores", bandwidth, where["gpu"] or "", versions, where["date"]]
+    drafts = f"{record['images']} radiographs, {record['repeat']} times"
+    return f"{record['model']}, median of {drafts}. " + ", ".join(filter(None, parts))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    p95, p99 = np.percentile(values, (95, 99))
+    found = {"median": statistics.median(values), "p95": p95, "p99": p99, "least": min(values), "most": max(values)}
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def _bytes_a_pass(bundle: Bundle, variant: str, length: float) -> int:
+    """What one pass of the decoder reads: all its weights, and keys and values of what was read before."""
+    chosen = bundle.manifest.variants[variant]
+    names = {chosen.graphs["decoder_model_merged"]} | {n for n in chosen.data if n.startswith("decoder_model_merged")}
+    shapes = bundle.manifest.shapes
+    cache = 2 * shapes.num_layers * shapes.num_key_value_heads * shapes.head_size * 4 * length
+    return int(sum(bundle.manifest.files[name].size for name in names) + cache)
+
+
+def _peak_memory(children: bool = False) -> float:
+    """The most resident memory that this process, or a finished child, has had, in MB."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes there, kilobytes elsewhere
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
+    return round(usage.ru_maxrss * unit / 1e6, 1)
+
+
+def _gpu() -> str | None:
+    return _nvidia_smi("--query-gpu=name")
+
+
+def _gpu_memory() -> float | None:
+    for line in (_nvidia_smi("--query-compute-apps=pid,used_memory", first=False) or "").splitlines():
+        process, _, used = line.partition(",")
+        if process.strip() == str(os.getpid()) and used.split():
+            return float(used.split()[0]) * 2**20 / 1e6
+    return None
+
+
+def _nvidia_smi(query: str, first: bool = True) -> str | None:
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout.strip()
+    return None if done.returncode or not text else text.splitlines()[0] if first else text
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
