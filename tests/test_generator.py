@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, ReportGenerator, load_radiograph
 from cbedge.backends import onnx as backend
+from cbedge.decoding import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,53 @@ def test_the_embedded_model_answers_without_priors_and_to_noise():
     assert generator.generate(EXAMPLES / "chest_pa.png").findings
     noise = np.random.default_rng(0).random((300, 300)).astype(np.float32)
     assert isinstance(generator.generate(noise, max_new_tokens=8).text, str)
+
+
+def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGenerator):
+    assert generator.phrasebook is not None and len(generator.phrasebook) > 0
+    guessed = 0
+    for seed in range(12):
+        pixels = np.random.default_rng(seed).integers(0, 255, (64, 64)).astype(np.uint8)
+        plain, ahead = (
+            generator.generate(pixels, indication=f"case {seed}", max_new_tokens=40, decoding=Decoding(speculative=s))
+            for s in (False, True)
+        )
+        assert plain.text == ahead.text and plain.new_tokens == ahead.new_tokens and plain.guessed_tokens == 0
+        guessed += ahead.guessed_tokens
+    assert guessed > 0
+
+
+def test_a_decoder_forgets_and_is_copied(generator: ReportGenerator):
+    embeds = np.random.default_rng(0).standard_normal((1, 5, generator.bundle.manifest.shapes.hidden_size))
+    decoder = generator.backend.new_decoder(12)
+    decoder.prefill(embeds)
+    first = decoder.read([7, 8, 9]).copy()
+    decoder.rewind(6)
+    twin = decoder.copy()
+    assert np.allclose(decoder.read([8]), first[1:2], atol=1e-4)
+    twin.read([5, 5, 5])
+    assert np.allclose(decoder.read([9]), first[2:], atol=1e-4)
+    with pytest.raises(ValueError, match="do not fit"):
+        decoder.read([1] * 8)
+
+
+def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):
+    beams = generator.generate(chest_png, max_new_tokens=8, decoding=Decoding(beams=3))
+    drawn = {
+        generator.generate(chest_png, max_new_tokens=8, decoding=Decoding(temperature=2.0, seed=seed)).text
+        for seed in range(4)
+    }
+    assert beams.new_tokens <= 8 and len(drawn) > 1
+
+
+def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    (bundle / "phrasebook.npy").unlink()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    with pytest.raises(BundleError, match=r"phrasebook\.npy is missing"):
+        ReportGenerator.from_pretrained(bundle, device="cpu")
+    del manifest["files"]["phrasebook.npy"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    report = ReportGenerator.from_pretrained(bundle, device="cpu").generate(chest_png, max_new_tokens=4)
+    assert report.guessed_tokens == 0

@@ -1,0 +1,75 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_cli
+
+from cbedge import bench
+from cbedge.radiograph import load_radiograph
+
+
+def run_bench(bundle: Path, *arguments: object):
+    return run_cli("cbedge.cli", "bench", "--model", bundle, "--device", "cpu", "--tokens", 6, *arguments)
+
+
+@pytest.fixture(scope="module")
+def record(tiny_bundle: Path, chest_png: Path) -> dict:
+    images = [load_radiograph(chest_png), bench.drawn_chest()]
+    return bench.bench(
+        images, model=tiny_bundle, variants=["int4", "fp32"], device="cpu", tokens=6, warm_up=1, repeat=2
+    )
+
+
+def test_a_record_holds_every_stage_of_every_variant(record: dict):
+    assert [row["variant"] for row in record["variants"]] == ["int4", "fp32"]
+    for row in record["variants"]:
+        assert row["drafts"] == 4 and row["new_tokens"] <= 6
+        medians = {name: spread["median"] for name, spread in row["ms"].items()}
+        assert set(medians) == {*bench.STAGES, "first token"}
+        assert max(v for k, v in medians.items() if k != "total") <= medians["total"]
+        for spread in row["ms"].values():
+            assert spread["least"] <= spread["median"] <= spread["p95"] <= spread["p99"] <= spread["most"]
+        assert 0 < row["bandwidth_share"] < 2 and row["peak_memory_mb"] > 10 and row["tokens_per_pass"] >= 1
+    small, large = (row["bytes_per_pass"] for row in record["variants"])
+    assert small < large
+
+
+@pytest.mark.parametrize("form", bench.FORMATS)
+def test_every_format_shows_stages_and_compares_with_an_older_record(record: dict, form: str):
+    text = bench.render(record, form, before=record)
+    assert "prefill" in text and "int4" in text
+    if form == "json":
+        assert json.loads(text) == json.loads(json.dumps(record))
+    else:
+        assert "1.00 x before" in text
+    if form == "csv":
+        assert len({len(row) for row in csv.reader(io.StringIO(text))}) == 1
+
+
+def test_the_command_writes_a_record_a_plot_and_cold_starts(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+    out, png = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ("--image", chest_png, "--repeat", 1, "--cold", 1, "--format", "json", "-o", out, "--plot", png)
+    done = run_bench(tiny_bundle, *arguments)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["cold"]["first_token_s"] <= written["cold"]["command_s"] and written["cold"]["peak_memory_mb"] > 10
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert str(chest_png.parent) not in out.read_text()
+    again = run_bench(tiny_bundle, *arguments)
+    assert again.returncode != 0 and "--force" in again.stderr
+    compared = run_bench(tiny_bundle, "--repeat", 1, "--compare", out, "--format", "md")
+    assert compared.returncode == 0 and "x before" in compared.stdout
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line(tiny_bundle: Path, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("hello")
+    for arguments, reason in (
+        (("--image", tmp_path), "note.txt is not an image"), (("--format", "xml"), "unknown format 'xml'"),
+        (("--variants", "int3"), "unknown variant 'int3'"), (("--compare", tmp_path / "note.txt"), "no record of"),
+        (("--image", tmp_path / "none"), "no such file"),
+    ):  # fmt: skip
+        done = run_bench(tiny_bundle, *arguments)
+        assert done.returncode != 0 and reason in done.stderr and "Traceback" not in done.stderr, arguments
+        assert len(done.stderr.strip().splitlines()) == 1
