@@ -33,6 +33,9 @@ def export(
     ] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
+    vocabulary: Annotated[
+        str, typer.Option(help="full; or domain, which keeps the tokens of --data's train reports and common ones.")
+    ] = "full",
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
@@ -45,6 +48,10 @@ def export(
     for one in wanted:
         if one not in VARIANTS:
             raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}")
+    if vocabulary not in ("full", "domain"):
+        raise ValueError(f"unknown vocabulary {vocabulary!r}; give full or domain")
+    if vocabulary == "domain" and data is None:
+        raise ValueError("--vocabulary domain takes its words from the train reports: give --data")
     from cbedge.bundle import check_target
 
     check_target(out, force)
@@ -55,11 +62,15 @@ def export(
     from export.merge import merge
     from export.parity import write_parity
     from export.quantize import Int4Settings, quantize_graphs
+    from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
+    if vocabulary == "domain" and data is not None:
+        before, after = restrict_vocabulary(parts, domain_texts(data))
+        console.print(f"vocabulary: {after:,} of {before:,} tokens kept")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}

@@ -1,0 +1,138 @@
+"""A language model with the words of its domain alone: embedding and head shrink, the text stays what it was.
+
+A small model spends much of itself on words that no report holds: of SmolLM2-135M's 135 million weights 28 million are
+its table of 49,152 tokens, and every token written reads all of them. Kept are the tokens of the given texts, the
+commonest of the language, and everything that byte-pair encoding needs to build them; single bytes stay, so any text at
+all can still be encoded. A text whose tokens are all kept is encoded into the same tokens, for a merge that is taken
+away makes a token that is taken away, and so had no part in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from cbedge.image_findings import OTHER
+from cbedge.prompt import ClinicalContext, build_prompt
+from export.graphs import ExportError
+from training.base import ModelAndTokenizers
+from training.datasets.iu_xray import read_studies
+from training.datasets.studies import TAGS
+
+COMMON = 12_000
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def restrict_vocabulary(parts: ModelAndTokenizers, texts: Iterable[str], common: int = COMMON) -> tuple[int, int]:
+    """Take out of a merged model, in place, every token that neither the texts nor the language's core need.
+
+    Args:
+        parts: a merged model whose tokenizer is byte-pair encoding.
+        texts: of the domain: reports and instructions of the training split.
+        common: how many of the first merges, the language's commonest, are kept besides.
+
+    Returns:
+        The number of tokens before and after.
+
+    Raises:
+        ExportError: the tokenizer is of another kind.
+    """
+    rules = json.loads(parts.tokenizer.backend_tokenizer.to_str())
+    if rules["model"]["type"] != "BPE":
+        raise ExportError(f"a {rules['model']['type']} tokenizer cannot be restricted, only byte-pair encoding can")
+    before = len(parts.tokenizer)
+    used = {i for ids in parts.tokenizer([*texts], add_special_tokens=True).input_ids for i in ids}
+    kept = _kept_tokens(rules, used, common)
+    renumber = {old: new for new, old in enumerate(kept)}
+    parts.tokenizer = _renumbered(parts.tokenizer, rules, renumber)
+    _restrict_weights(parts.model, kept)
+    _renumber_config(parts, renumber)
+    return before, len(kept)
+
+
+def domain_texts(data: Path) -> list[str]:
+    """What a domain's language model reads and writes: train reports, and prompts with all that can be told."""
+    studies = read_studies(data, ("train",))
+    told = [build_prompt(ClinicalContext(view=view), (*TAGS, OTHER)) for view in ("frontal", "lateral")]
+    return [*told, *(text for s in studies for text in (s.target, build_prompt(s.context, ())))]
+
+
+def _kept_tokens(rules: dict[str, Any], used: set[int], common: int) -> list[int]:
+    """Old ids to keep, ascending."""
+    vocabulary: dict[str, int] = rules["model"]["vocab"]
+    merges = [_pair(merge) for merge in rules["model"]["merges"]]
+    made = {a + b: (a, b) for a, b in reversed(merges)}
+    names = {i: token for token, i in vocabulary.items()}
+    wanted = {token for token in vocabulary if token not in made}  # bytes, characters, and what no merge makes
+    wanted |= {names[i] for i in used if i in names} | {a + b for a, b in merges[:common]}
+    waiting = list(wanted)
+    while waiting:
+        for part in made.get(waiting.pop(), ()):
+            if part not in wanted:
+                wanted.add(part)
+                waiting.append(part)
+    return sorted({vocabulary[token] for token in wanted} | {entry["id"] for entry in rules["added_tokens"]})
+
+
+def _renumbered(
+    tokenizer: PreTrainedTokenizerBase, rules: dict[str, Any], renumber: dict[int, int]
+) -> PreTrainedTokenizerBase:
+    model = rules["model"]
+    model["vocab"] = {token: renumber[i] for token, i in model["vocab"].items() if i in renumber}
+    kept = model["vocab"]
+    model["merges"] = [
+        merge for merge in model["merges"] if all(t in kept for t in (*_pair(merge), "".join(_pair(merge))))
+    ]
+    for entry in rules["added_tokens"]:
+        entry["id"] = renumber[entry["id"]]
+    for special in (rules["post_processor"] or {}).get("special_tokens", {}).values():
+        special["ids"] = [renumber[i] for i in special["ids"]]
+    named = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name, None) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), **named)
+
+
+@torch.no_grad()
+def _restrict_weights(model: nn.Module, kept: list[int]) -> None:
+    language = model.language_model
+    embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    rows = torch.tensor(kept)
+    embedding.weight = nn.Parameter(embedding.weight[rows].clone(), requires_grad=False)
+    embedding.num_embeddings = len(kept)
+    if head is None:
+        return
+    head.weight = embedding.weight if tied else nn.Parameter(head.weight[rows].clone(), requires_grad=False)
+    head.out_features = len(kept)
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias[rows].clone(), requires_grad=False)
+
+
+def _renumber_config(parts: ModelAndTokenizers, renumber: dict[int, int]) -> None:
+    config = parts.model.config
+    parts.image_token_id = renumber[parts.image_token_id]
+    config.image_token_id = parts.image_token_id
+    for place in (config.text_config, parts.model.language_model.config):
+        place.vocab_size = len(renumber)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            old = getattr(place, name, None)
+            if isinstance(old, int):
+                setattr(place, name, renumber.get(old))
+    for holder in (parts.model, parts.model.language_model):
+        settings = getattr(holder, "generation_config", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            old = getattr(settings, name, None)
+            if isinstance(old, int):
+                setattr(settings, name, renumber.get(old))
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    """One merge, which older files hold as ``"a b"``."""
+    a, b = merge.split(" ") if isinstance(merge, str) else merge
+    return a, b
