@@ -14,7 +14,6 @@ from export.bundle import DEFAULT_LICENCE
 from training.fetch import DEFAULT_CACHE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-VARIANTS = ("int4", "fp32")
 
 
 @app.command(help=__doc__)
@@ -24,7 +23,10 @@ def export(
     adapters: Annotated[
         list[Path] | None, typer.Option(help="Folder of a run, or of one finished stage; may be repeated in order.")
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="int4 or fp32; may be repeated [default: int4].")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, fp16, int8, int4 (or q4), q4f16, or all; may be repeated, the first is the default."),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
@@ -44,10 +46,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
     """Export one bundle."""
-    wanted = tuple(variant or ("int4",))
-    for one in wanted:
-        if one not in VARIANTS:
-            raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}")
+    wanted = _variants(variant or ["int4"])
     if vocabulary not in ("full", "domain"):
         raise ValueError(f"unknown vocabulary {vocabulary!r}; give full or domain")
     if vocabulary == "domain" and data is None:
@@ -61,7 +60,7 @@ def export(
     from export.graphs import export_graphs
     from export.merge import merge
     from export.parity import write_parity
-    from export.quantize import Int4Settings, quantize_graphs
+    from export.quantize import Int4Settings, write_variant
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
@@ -75,10 +74,11 @@ def export(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}
         console.print("four fp32 graphs written")
-        if "int4" in wanted:
-            settings = Int4Settings(block_size=block_size)
-            graphs["int4"] = quantize_graphs(graphs["fp32"], _folder(scratch, "int4"), settings)
-            console.print("quantized to int4")
+        for one in wanted:
+            if one != "fp32":
+                settings = Int4Settings(block_size=block_size)
+                graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings)
+                console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
             parts, graphs, wanted, out, name=name, version=version, licence=licence, origin=about, quality=measured,
@@ -88,6 +88,16 @@ def export(
     if record:
         write_parity(parity, record)
     typer.echo(f"bundle: {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
+
+
+def _variants(names: list[str]) -> tuple[str, ...]:
+    from export.quantize import ALIASES, VARIANTS
+
+    wanted = [one for name in names for one in (("int4", *VARIANTS) if name == "all" else (ALIASES.get(name, name),))]
+    for one in wanted:
+        if one not in VARIANTS:
+            raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}, or all")
+    return tuple(dict.fromkeys(wanted))
 
 
 def _folder(scratch: str, name: str) -> Path:

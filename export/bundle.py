@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cbedge.bundle import (
 from cbedge.phrasebook import Phrasebook
 from export.card import model_card
 from export.parity import Parity, compare, parity_cases, stop_ids
+from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
 from training.batches import prefix_ids
 from training.datasets.iu_xray import read_studies
@@ -31,7 +33,7 @@ from training.fetch import BASE_PARTS
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
-_DESCRIPTIONS = {"int4": "4 and 8 bit weights, fp32 activations", "fp32": "32 bit weights"}
+PARITY = "parity.json"
 
 IU_XRAY = {
     "name": "IU X-RAY (Open-i)",
@@ -101,12 +103,13 @@ def pack(
     )  # fmt: skip
     phrases = report_phrases(parts, data)
     cases, source = parity_cases(data, PARITY_CASES)
-    backends = {v: _backend(manifest, graphs[v]) for v in {"fp32", wanted[0]}}
+    backends = {v: partial(_backend, manifest, graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
+    sizes = {v: sum(path.stat().st_size for path in _files(graphs[v])) / 1e6 for v in backends}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing with torch", total=len(cases))
         parity = compare(
-            parts, backends["fp32"], backends[wanted[0]], wanted[0], cases, source, merge_error,
-            progress=lambda done, total: progress.update(task, completed=done),
+            parts, backends, sizes, cases, source, merge_error,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     manifest = replace(manifest, quality=quality | {"parity": asdict(parity)})
     card = model_card(name, version, licence, origin.base_weights, origin.training_data, quality, parity)
@@ -119,6 +122,7 @@ def pack(
         parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
         if phrases:
             Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
+        (folder / PARITY).write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 
@@ -151,7 +155,7 @@ def _backend(manifest: Manifest, graphs: dict[str, Path]) -> OnnxBackend:
 
 def _variant(name: str, graphs: dict[str, Path]) -> Variant:
     data = tuple(p.name for p in _files(graphs) if p.suffix == ".onnx_data")
-    return Variant(_DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data)
+    return Variant(DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data)
 
 
 def _files(graphs: dict[str, Path]) -> list[Path]:

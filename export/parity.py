@@ -1,7 +1,7 @@
 """Compare what was exported with torch: each graph's numbers, and the tokens that come out of the whole."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,44 +30,59 @@ class Case:
 
 
 @dataclass(frozen=True)
+class VariantParity:
+    """How far one variant's graphs are from torch in fp32.
+
+    Attributes:
+        megabytes: of its graphs.
+        graph_errors: largest absolute error of each graph, given torch's own inputs.
+        relative_errors: the same errors' Euclidean norm as a share of the output's.
+        token_agreement: share of torch's tokens that the variant, having read the same before, also chooses.
+        drafts_equal: share of whole drafts that are equal.
+    """
+
+    megabytes: float
+    graph_errors: dict[str, float]
+    relative_errors: dict[str, float]
+    token_agreement: float
+    drafts_equal: float
+
+
+@dataclass(frozen=True)
 class Parity:
     """How far the exported graphs are from torch in fp32.
 
     Attributes:
         merge_error: largest difference of any logit between merged and unmerged model, as a share of the largest logit.
-        graph_errors: for fp32 and the exported variant, the largest absolute error of each graph on the same inputs.
-        fp32_cases, fp32_equal: drafts of up to 64 tokens compared, and how many are equal token by token.
-        variant: the exported variant.
-        cases: studies on which the variant was compared.
-        token_agreement: share of torch's tokens that the variant, having read the same before, also chooses.
-        drafts_equal: share of whole drafts that are equal.
+        cases: studies that were compared.
         source: where the radiographs come from.
+        fp32_cases, fp32_equal: drafts of up to 64 tokens compared in fp32, and how many are equal token by token.
+        variants: the exported variants, and ``fp32``.
     """
 
     merge_error: float
-    graph_errors: dict[str, dict[str, float]]
+    cases: int
+    source: str
     fp32_cases: int
     fp32_equal: int
-    variant: str
-    cases: int
-    token_agreement: float
-    drafts_equal: float
-    source: str
+    variants: dict[str, VariantParity]
 
     def to_markdown(self) -> str:
         """The parity table for the model card and the terminal."""
-        lines = ["| graph | " + " | ".join(f"max abs error, {name}" for name in self.graph_errors) + " |"]
-        lines.append("| --- |" + " --- |" * len(self.graph_errors))
-        for kind in next(iter(self.graph_errors.values())):
-            lines.append(f"| {kind} | " + " | ".join(f"{e[kind]:.2e}" for e in self.graph_errors.values()) + " |")
+        kinds = list(next(iter(self.variants.values())).graph_errors)
+        lines = ["| variant | MB | torch's token | equal drafts | " + " | ".join(kinds) + " |",
+                 "| --- |" + " ---: |" * (3 + len(kinds))]  # fmt: skip
+        for name, v in self.variants.items():
+            errors = " | ".join(f"{v.graph_errors[k]:.1e} ({v.relative_errors[k]:.1%})" for k in kinds)
+            lines.append(f"| {name} | {v.megabytes:.1f} | {v.token_agreement:.1%} | {v.drafts_equal:.0%} | {errors} |")
         return "\n".join([
             *lines, "",
+            f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *torch's token*: share of "
+            "positions at which the variant, having read the same before, chooses the token that torch chooses in fp32. "
+            "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
             f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as a share of the "
             "largest.",
             f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
-            f"- {self.variant}: chooses torch's token at {self.token_agreement:.1%} of positions; "
-            f"{self.drafts_equal:.0%} of {self.cases} whole drafts are equal.",
-            f"- Radiographs: {self.source}.",
         ])  # fmt: skip
 
 
@@ -87,28 +102,49 @@ def parity_cases(data: Path | None, count: int) -> tuple[list[Case], str]:
 
 @torch.inference_mode()
 def compare(
-    parts: ModelAndTokenizers, fp32: OnnxBackend, variant: OnnxBackend, variant_name: str, cases: list[Case],
-    source: str, merge_error: float, fp32_cases: int = 8, progress: Callable[[int, int], None] | None = None,
+    parts: ModelAndTokenizers, backends: Mapping[str, Callable[[], OnnxBackend]], megabytes: dict[str, float],
+    cases: list[Case], source: str, merge_error: float, fp32_cases: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Parity:  # fmt: skip
-    """Measure parity of the fp32 graphs and of a variant against the merged torch model."""
-    torch_model = TorchReference(parts)
-    errors = {"fp32": _graph_errors(torch_model, fp32, cases[0])}
-    errors[variant_name] = errors["fp32"] if variant is fp32 else _graph_errors(torch_model, variant, cases[0])
-    equal, agreed, positions, same = 0, 0, 0, 0
-    for number, case in enumerate(cases):
-        wanted = torch_model.greedy(case)
-        if number < fp32_cases:
-            equal += _greedy(fp32, torch_model, case) == wanted
-        forced = _forced(variant, torch_model, case, wanted)
-        agreed += sum(a == b for a, b in zip(forced, wanted, strict=True))
-        positions += len(wanted)
-        same += forced == wanted
+    """Measure parity of every variant, ``fp32`` among them, against the merged torch model.
+
+    Args:
+        parts: the merged model.
+        backends: open each variant; one is open at a time.
+        megabytes: size of each variant.
+        cases, source: of :func:`parity_cases`.
+        merge_error: what :func:`export.merge.merge` returned.
+        fp32_cases: how many drafts are compared token by token in fp32.
+        progress: is told how many drafts are done, of how many.
+    """
+    reference = TorchReference(parts)
+    wanted = []
+    total = len(cases) * (1 + len(backends))
+    done = iter(range(1, total + 1))
+
+    def tell() -> None:
         if progress:
-            progress(number + 1, len(cases))
-    return Parity(
-        merge_error, errors, min(fp32_cases, len(cases)), equal, variant_name, len(cases), agreed / positions,
-        same / len(cases), source,
-    )  # fmt: skip
+            progress(next(done), total)
+
+    for case in cases:
+        wanted.append(reference.greedy(case))
+        tell()
+    equal, variants = 0, {}
+    for name, opened in backends.items():
+        backend = opened()
+        if name == "fp32":
+            equal = sum(_greedy(backend, reference, c) == w for c, w in zip(cases[:fp32_cases], wanted, strict=False))
+        agreed, same = 0, 0
+        for case, tokens in zip(cases, wanted, strict=True):
+            forced = _forced(backend, reference, case, tokens)
+            agreed += sum(a == b for a, b in zip(forced, tokens, strict=True))
+            same += forced == tokens
+            tell()
+        errors, relative = _graph_errors(reference, backend, cases[0])
+        variants[name] = VariantParity(
+            megabytes[name], errors, relative, agreed / sum(map(len, wanted)), same / len(cases)
+        )
+    return Parity(merge_error, len(cases), source, min(fp32_cases, len(cases)), equal, variants)
 
 
 @dataclass(frozen=True)
@@ -196,8 +232,10 @@ def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted:
     return chosen
 
 
-def _graph_errors(reference: TorchReference, backend: OnnxBackend, case: Case) -> dict[str, float]:
-    """Each graph on torch's own inputs, so that one graph's error does not count for the next."""
+def _graph_errors(
+    reference: TorchReference, backend: OnnxBackend, case: Case
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Each graph on torch's own inputs, so that one graph's error does not count for the next: absolute, relative."""
     model, ids = reference.parts.model, reference.instruction(case)
     look = reference.look(case)
     prompt = np.array([look.prompt[look.projected.shape[1] :]], np.int64)
@@ -213,7 +251,12 @@ def _graph_errors(reference: TorchReference, backend: OnnxBackend, case: Case) -
     }
     if finding_logits is not None and look.finding_logits is not None:
         pairs["qformer, findings"] = (finding_logits, look.finding_logits)
-    return {kind: float(np.abs(ours - theirs.numpy()).max()) for kind, (ours, theirs) in pairs.items()}
+    absolute, relative = {}, {}
+    for kind, (ours, theirs) in pairs.items():
+        true = theirs.float().numpy()
+        absolute[kind] = float(np.abs(ours - true).max())
+        relative[kind] = float(np.linalg.norm(ours - true) / np.linalg.norm(true))
+    return absolute, relative
 
 
 def write_parity(parity: Parity, folder: Path) -> None:

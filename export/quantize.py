@@ -1,11 +1,12 @@
-"""4-bit weights, block by block; those that suffer most keep 8 bits.
+"""Smaller variants of the fp32 graphs: 4- and 8-bit weights block by block, and 16-bit floats.
 
 Linear weights become ``MatMulNBits`` and embedding tables ``GatherBlockQuantized``. Where the language model ties its
 embedding to its head (SmolLM2 does), both graphs read one and the same block of quantized weights on disk.
 """
 
 import re
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,19 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
 
-SUFFIX = {"fp32": "", "int4": "_q4"}
+# What a variant's files are called, as Transformers.js and Optimum name them, and what it is.
+SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4f16": "_q4f16"}
+DESCRIPTIONS = {
+    "fp32": "32 bit weights",
+    "fp16": "16 bit weights and activations, for GPUs",
+    "int8": "8 bit weights, fp32 activations",
+    "int4": "4 and 8 bit weights, fp32 activations, for CPUs",
+    "q4f16": "4 and 8 bit weights, 16 bit activations, for GPUs",
+}
+VARIANTS = tuple(SUFFIX)
+ALIASES = {"q4": "int4"}
+# What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
+_FP32_NAMES = ["pixel_values", "image_features", "image_embeds", "finding_logits", "inputs_embeds", "logits"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Int4Settings:
 
     Attributes:
         block_size: weights that share one scale, in the language model.
-        qformer_block_size: the same in the Q-Former, which is smaller and more sensitive.
+        qformer_block_size, qformer_bits: the same in the Q-Former, which is smaller and more sensitive.
         vision_block_size, vision_bits: in the vision encoder. 4 bits move its features by 16%, 8 bits by 2% (ViT-S/14,
             8 layers, relative Euclidean error on radiographs), for 6 MB.
         eight_bits: regular expression of the language model's nodes that keep 8 bits. With everything in 4 bits the
@@ -38,6 +51,7 @@ class Int4Settings:
 
     block_size: int = 64
     qformer_block_size: int = 32
+    qformer_bits: int = 4
     vision_block_size: int = 128
     vision_bits: int = 8
     eight_bits: str = r"attn|down_proj|gate_proj|layers\.[01]/"
@@ -46,18 +60,57 @@ class Int4Settings:
     accuracy_level: int = 4
 
 
-def quantize_graphs(paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None) -> dict[str, Path]:
-    """Write the int4 graphs of four fp32 graphs into ``folder``; returns the path of each."""
+def write_variant(
+    name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None
+) -> dict[str, Path]:
+    """Write one variant of four fp32 graphs into ``folder``; returns the path of each graph.
+
+    Args:
+        name: of :data:`VARIANTS`, but ``fp32``.
+        paths: the fp32 graphs.
+        folder: where to write.
+        settings: of ``int4`` and ``q4f16``.
+    """
     settings = settings or Int4Settings()
-    written = {kind: folder / f"{kind}{SUFFIX['int4']}.onnx" for kind in paths}
+    if name == "int8":
+        settings = replace(settings, eight_bits=".", qformer_bits=8, vision_bits=8)
+    if name == "fp16":
+        return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
+    if name == "q4f16":
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"])
+            return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
+    return quantize_graphs(paths, folder, settings, SUFFIX[name])
+
+
+def _to_half(source: Path, target: Path) -> Path:
+    """The same graph with 16-bit weights, activations, scales, keys and values."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    graph = convert_float_to_float16(onnx.load(str(source)), keep_io_types=_FP32_NAMES, disable_shape_infer=True)
+    if target.name.startswith(DECODER):
+        save_graph(graph, target)
+    else:
+        onnx.save(graph, str(target))
+    return target
+
+
+def quantize_graphs(
+    paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None, suffix: str = SUFFIX["int4"]
+) -> dict[str, Path]:
+    """Write the quantized graphs of four fp32 graphs into ``folder``; returns the path of each."""
+    settings = settings or Int4Settings()
+    written = {kind: folder / f"{kind}{suffix}.onnx" for kind in paths}
     vision = _quantize(paths[VISION], settings.vision_block_size, settings, bits=settings.vision_bits)
     onnx.save(vision, str(written[VISION]))
-    onnx.save(_quantize(paths[QFORMER], settings.qformer_block_size, settings), str(written[QFORMER]))
+    qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
+    onnx.save(qformer, str(written[QFORMER]))
     decoder = _quantize_language_model(paths[DECODER], settings)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
-        shared = _quantize(paths[EMBED], settings.block_size, settings)
+        bits = 8 if re.search(settings.eight_bits, "lm_head") else 4
+        shared = _quantize(paths[EMBED], settings.block_size, settings, bits=bits)
     onnx.save(shared, str(written[EMBED]))
     return written
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbedge.image_findings import OTHER
 from cbedge.prompt import ClinicalContext, build_prompt
@@ -99,7 +99,7 @@ def _renumbered(
 
 
 @torch.no_grad()
-def _restrict_weights(model: nn.Module, kept: list[int]) -> None:
+def _restrict_weights(model: InstructBlipForConditionalGeneration, kept: list[int]) -> None:
     language = model.language_model
     embedding, head = language.get_input_embeddings(), language.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight

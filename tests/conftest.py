@@ -191,12 +191,12 @@ def tiny_run(tiny_config: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run merged and exported in int4 and fp32, through the command line."""
+    """The tiny run merged and exported in every variant, through the command line."""
     from training.trained import checkpoint_of
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
-                   "--name", "tiny", "--variant", "int4", "--variant", "fp32",
+                   "--name", "tiny", "--variant", "all",
                    "--data", tiny_data, "--record", out.parent / "parity")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out

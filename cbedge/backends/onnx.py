@@ -155,8 +155,10 @@ class OnnxDecoder:
         self._positions = np.arange(capacity, dtype=np.int64)[None]
         shapes = backend.shapes
         shape = (1, shapes.num_key_value_heads, capacity, shapes.head_size)
+        half = any(node.type == "tensor(float16)" for node in self._session.get_inputs())
+        empty = np.zeros(shape, np.float16 if half else np.float32)
         self._cache = {
-            f"{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), backend.device)
+            f"{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(empty.copy(), backend.device)
             for i in range(shapes.num_layers)
             for kind in ("key", "value")
         }
