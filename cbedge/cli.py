@@ -146,6 +146,74 @@ def bench_command(
         typer.echo(text)
 
 
+@app.command("batch")
+def batch_command(
+    studies: Annotated[str, typer.Argument(help="Folder, pattern, file, or .csv with image, id, indication...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines; a file that was begun is gone on with.")],
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    parquet: Annotated[Path | None, typer.Option(help="Also write a new Parquet table; needs pyarrow.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
+) -> None:
+    """Draft the reports of many radiographs; run it again to go on after an interruption."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cbedge import batch
+    from cbedge.errors import RadiographError
+
+    if parquet is not None:
+        _check_output(parquet, force)
+    items = batch.find_items(studies)
+    from cbedge.generator import ReportGenerator
+
+    generator = ReportGenerator.from_pretrained(model, variant, device)
+    columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=len(items))
+        tally = batch.run_batch(
+            items, out, generator, max_new_tokens, retry_failed, progress=lambda tally: bar.advance(task)
+        )
+    if parquet is not None:
+        batch.write_parquet(out, parquet)
+    skipped = f", {tally.skipped} were there already" if tally.skipped else ""
+    typer.echo(f"{tally.written} drafts written to {out}{skipped}", err=True)
+    if tally.failed:
+        for name, message in tally.failed:
+            typer.echo(f"failed: {name}: {message}", err=True)
+        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
+
+
+@app.command("doctor")
+def doctor_command(
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See whether this machine can draft reports, and what to type where it cannot."""
+    from dataclasses import asdict
+
+    from cbedge.doctor import examine
+    from cbedge.errors import CbedgeError
+
+    checks = []
+    for check in examine(model):
+        checks.append(check)
+        if not as_json:
+            typer.echo(f"{check.state:8}{check.name}: {check.found}")
+            if check.remedy:
+                typer.echo(f"{'':8}{'':{len(check.name)}}  to do: {check.remedy}")
+    if as_json:
+        import json
+
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    faults = sum(check.state == "fault" for check in checks)
+    if faults:
+        raise CbedgeError(f"{faults} of {len(checks)} checks found a fault: see above")
+
+
 @app.command("model")
 def model_command(
     model: Model = None,

@@ -78,7 +78,7 @@ class Parity:
         return "\n".join([
             *lines, "",
             f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *torch's token*: share of "
-            "positions at which the variant, having read the same before, chooses the token that torch chooses in fp32. "
+            "positions at which the variant, having read the same before, chooses torch's token in fp32. "
             "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
             f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as a share of the "
             "largest.",

@@ -1,0 +1,170 @@
+"""See whether this machine can run cbedge, by doing it: every fault comes with what to type."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from cbedge.bench import drawn_chest, machine
+from cbedge.bundle import Bundle, open_bundle
+from cbedge.errors import CbedgeError
+
+State = Literal["ok", "warning", "fault"]
+_LEAST_PYTHON = (3, 11)
+_LEAST_MEMORY_GB = 1.0
+_LEAST_DISK_GB = 0.5
+_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: ``ok``; ``warning``, with which drafts can still be written; ``fault``, with which they cannot.
+        found: what was found.
+        remedy: what to type or do, empty where nothing is to be done.
+    """
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def examine(model: Path | None = None) -> Iterator[Check]:
+    """Look at Python, ONNX Runtime, the machine, the model's files, and draft a report on every device."""
+    yield _python()
+    runtime = _runtime()
+    yield runtime
+    yield _memory()
+    yield _disk()
+    bundle = None
+    try:
+        bundle = open_bundle(model)
+    except CbedgeError as error:
+        yield Check("model", "fault", *_split(error))
+    if bundle is not None:
+        yield _files(bundle)
+    if runtime.state == "fault" or bundle is None:
+        return
+    yield _draft("cpu", model)
+    yield from _cuda(model)
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    if sys.version_info < _LEAST_PYTHON:
+        return Check("python", "fault", version, "install Python 3.11 or newer")
+    return Check("python", "ok", f"{version}, {platform.system()} {platform.machine()}")
+
+
+def _runtime() -> Check:
+    from cbedge.backends.onnx import check_runtime
+
+    try:
+        check_runtime()
+        import onnxruntime
+    except CbedgeError as error:
+        return Check("onnxruntime", "fault", *_split(error))
+    except ImportError as error:
+        return Check(
+            "onnxruntime", "fault", f"it cannot be imported ({error})", 'pip install --force-reinstall "cbedge[cpu]"'
+        )
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return Check("onnxruntime", "ok", f"{onnxruntime.__version__}, built for {providers}")
+
+
+def _memory() -> Check:
+    where = machine()
+    told = f"{where['memory_gb']} GB, {where['cores']} cores, {where['processor']}"
+    free = _free_memory_gb()
+    if free is not None and free < _LEAST_MEMORY_GB:
+        return Check("memory", "warning", f"{free:.1f} GB free of {told}", "close programs: a draft needs about 0.4 GB")
+    return Check("memory", "ok", told)
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if free < _LEAST_DISK_GB:
+        return Check("disk", "warning", f"{free:.1f} GB free in {tempfile.gettempdir()}", "make room there")
+    return Check("disk", "ok", f"{free:.0f} GB free in {tempfile.gettempdir()}")
+
+
+def _files(bundle: Bundle) -> Check:
+    try:
+        bundle.verify()
+    except CbedgeError as error:
+        return Check("model", "fault", *_split(error))
+    manifest = bundle.manifest
+    size = sum(record.size for record in manifest.files.values()) / 1e6
+    return Check(
+        "model", "ok", f"{manifest.name} {manifest.version}, {len(manifest.files)} files, {size:.0f} MB, unaltered"
+    )
+
+
+def _cuda(model: Path | None) -> Iterator[Check]:
+    import onnxruntime
+
+    gpu = machine()["gpu"]
+    built = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if built:
+        yield _draft("cuda", model)
+    elif gpu:
+        yield Check(
+            "draft on cuda", "warning", f"there is a GPU ({gpu}), but ONNX Runtime is the CPU build",
+            'pip uninstall -y onnxruntime && pip install "cbedge[gpu]"',
+        )  # fmt: skip
+
+
+def _draft(device: str, model: Path | None) -> Check:
+    """A few tokens from a drawn chest: what a user does, only shorter."""
+    from cbedge.generator import ReportGenerator
+
+    def attempt() -> str:
+        start = perf_counter()
+        generator = ReportGenerator.from_pretrained(model, device=device)
+        loaded = perf_counter()
+        report = generator.generate(drawn_chest(), max_new_tokens=_TOKENS)
+        return (
+            f"{report.variant}: loaded in {loaded - start:.1f} s, {report.new_tokens} tokens in "
+            f"{report.timings.total:.0f} ms"
+        )
+
+    return _tried(f"draft on {device}", attempt, "fault" if device == "cpu" else "warning")
+
+
+def _tried(name: str, attempt: Callable[[], str], failure: State) -> Check:
+    try:
+        return Check(name, "ok", attempt())
+    except CbedgeError as error:
+        return Check(name, failure, *_split(error))
+    except Exception as error:  # whatever the runtime raises is what the user is to be told
+        return Check(name, failure, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                     "update the driver and: pip install --upgrade --force-reinstall cbedge")  # fmt: skip
+
+
+def _split(error: CbedgeError) -> tuple[str, str]:
+    """What is wrong, and what to do, of a message that says both."""
+    text = str(error)
+    for mark in ("; type: ", ": "):
+        found, cut, remedy = text.rpartition(mark)
+        if cut:
+            return found, remedy
+    return text, ""
+
+
+def _free_memory_gb() -> float | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return None

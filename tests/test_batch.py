@@ -1,0 +1,125 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, ROOT, draw_chest, run_cli
+from PIL import Image
+
+from cbedge import RadiographError, batch
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    folder = tmp_path / "films"
+    (folder / "more").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(draw_chest(number)).save(folder / "more" / f"{number}.png")
+    (folder / "chest.dcm").write_bytes((EXAMPLES / "chest_pa.dcm").read_bytes())
+    (folder / "bad.png").write_text("hello")
+    (folder / "notes.txt").write_text("not an image, and not taken for one")
+    return folder
+
+
+def run_batch(bundle: Path, studies: object, out: Path, *options: object):
+    return run_cli("cbedge.cli", "batch", studies, "--out", out, "--model", bundle, "--device", "cpu",
+                   "--max-new-tokens", 6, *options)  # fmt: skip
+
+
+def test_one_bad_file_stops_nothing_and_is_listed_at_the_end(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "reports.jsonl"
+    done = run_batch(tiny_bundle, films, out)
+    assert done.returncode == 3 and "failed: bad.png" in done.stderr and "Traceback" not in done.stderr
+    lines = {line["id"]: line for line in batch.read_lines(out)}
+    assert set(lines) == {"bad.png", "chest.dcm", "more/0.png", "more/1.png", "more/2.png"}
+    assert lines["bad.png"]["status"] == "failed" and lines["chest.dcm"]["image_sha256"]
+    before = out.read_bytes()
+    again = run_batch(tiny_bundle, films, out)
+    assert again.returncode == 3 and "5 were there already" in again.stderr and out.read_bytes() == before
+    Image.fromarray(draw_chest(9)).save(films / "bad.png")
+    mended = run_batch(tiny_bundle, films, out, "--retry-failed")
+    assert mended.returncode == 0, mended.stderr
+    assert sorted(line["status"] for line in batch.read_lines(out)) == ["ok"] * 5
+
+
+def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Path, tmp_path: Path):
+    table = films / "studies.csv"
+    table.write_text("id,image,indication,view\na,more/0.png,cough,PA\nb,more/1.png,,\n", encoding="utf-8")
+    items = batch.find_items(str(table))
+    assert [(i.id, i.indication, i.view) for i in items] == [("a", "cough", "PA"), ("b", None, None)]
+    done = run_batch(tiny_bundle, table, tmp_path / "out.jsonl")
+    assert done.returncode == 0 and [line["id"] for line in batch.read_lines(tmp_path / "out.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("file,id\nx,1\n", "no column image"), ("image\n\n,\n", "names no image"), ("image,id\na,1\nb,1\n", "twice"),
+     ("image\n", "no radiograph"), ("image\n\x00\n", "no such file|cannot be read|failed")],
+)  # fmt: skip
+def test_a_table_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path):
+    table = tmp_path / "t.csv"
+    table.write_text(content, encoding="utf-8")
+    try:
+        batch.find_items(str(table))
+    except RadiographError as error:
+        assert any(r in str(error) for r in reason.split("|"))
+        return
+    assert "\x00" in content  # such a name is told when it is read
+
+
+def test_what_is_there_and_is_no_batch_is_left_alone(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "letter.txt"
+    out.write_text("Dear colleague,\n")
+    done = run_batch(tiny_bundle, films, out)
+    assert done.returncode == 7 and "was not written by cbedge batch" in done.stderr
+    assert out.read_text() == "Dear colleague,\n"
+    assert run_batch(tiny_bundle, films, tmp_path / "no" / "out.jsonl").returncode == 7
+
+
+def test_another_model_does_not_mix_its_drafts_in(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "reports.jsonl"
+    run_batch(tiny_bundle, films / "more", out)
+    other = run_batch(tiny_bundle, films / "more", out, "--variant", "fp32")
+    assert other.returncode == 7 and "was begun with tiny 0.1.0 int4" in other.stderr
+
+
+def test_a_line_left_unfinished_is_drafted_again(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "reports.jsonl"
+    run_batch(tiny_bundle, films / "more", out)
+    whole = out.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    out.write_bytes(whole[: -len(last) // 2])
+    done = run_batch(tiny_bundle, films / "more", out)
+    assert done.returncode == 0 and "1 drafts written" in done.stderr
+    assert [line["id"] for line in batch.read_lines(out)] == ["0.png", "1.png", "2.png"]
+
+
+def test_killed_at_any_moment_it_loses_and_repeats_nothing(tiny_bundle: Path, tmp_path: Path):
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(60):
+        Image.fromarray(draw_chest(number, 64, 64)).save(films / f"{number:02}.png")
+    out = tmp_path / "reports.jsonl"
+    command = [sys.executable, "-m", "cbedge.cli", "batch", films, "--out", out, "--model", tiny_bundle, "--device",
+               "cpu", "--max-new-tokens", "12"]  # fmt: skip
+    for attempt in range(4):
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 8 * (attempt + 1)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert sorted(ids) == sorted(os.listdir(films)) and len(ids) == len(set(ids))
+
+
+def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    out, table = tmp_path / "reports.jsonl", tmp_path / "reports.parquet"
+    assert run_batch(tiny_bundle, films / "more", out, "--parquet", table).returncode == 0
+    rows = pyarrow.read_table(table).to_pylist()
+    assert [row["text"] for row in rows] == [line["text"] for line in batch.read_lines(out)]
