@@ -51,13 +51,23 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
     no_repeat: Annotated[int, typer.Option(help="Never write a run of so many tokens twice; 0 allows it.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with timings and provenance.")] = False,
+    form: Annotated[
+        str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --output replace a file.")] = False,
 ) -> None:
     """Draft the report of one radiograph."""
+    from cbedge.formats import check_format, render
     from cbedge.report import DRAFT_STATEMENT, format_sections
 
+    form = form or ("json" if as_json else "text")
+    check_format(form)
+    if as_json and form != "json":
+        raise OutputError(f"--json and --format {form} exclude each other: give one of them")
+    if form == "sr" and output is None and sys.stdout.isatty():
+        raise OutputError("a DICOM SR is no text: give --output FILE, or pipe it on")
     if output is not None:
         _check_output(output, force)
     # Loading the radiograph first: a wrong path is told before the model is loaded.
@@ -75,20 +85,23 @@ def generate(
         radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
         decoding=decoding,
     )  # fmt: skip
-    live = sys.stdout.isatty() and not as_json and output is None
+    live = sys.stdout.isatty() and form == "text" and output is None
     for piece in stream:
         if live:
             typer.echo(piece.replace(" IMPRESSION", "\n\nIMPRESSION"), nl=False)
             sys.stdout.flush()
     report = stream.report
     if live:
+        for sentence in report.sentences:
+            if sentence.low:
+                typer.echo(f"\n\nLow confidence: {sentence.text}", nl=False)
         typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
     else:
-        text = report.to_json() if as_json else report.to_text()
+        content = render(report, form, image)
         if output is not None:
-            _write(output, text + "\n", force)
+            _write(output, content, force)
         else:
-            typer.echo(text)
+            sys.stdout.buffer.write(content)
     if not report.complete:
         typer.echo(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more", err=True)
     if not format_sections(report.text):
@@ -141,7 +154,7 @@ def bench_command(
         bench.plot(record, plot)
     text = bench.render(record, form, before)
     if output is not None:
-        _write(output, text + "\n", force)
+        _write(output, text.encode() + b"\n", force)
     else:
         typer.echo(text)
 
@@ -214,6 +227,14 @@ def doctor_command(
         raise CbedgeError(f"{faults} of {len(checks)} checks found a fault: see above")
 
 
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of the reports that --json writes."""
+    from cbedge.formats import SCHEMA
+
+    typer.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
+
+
 @app.command("model")
 def model_command(
     model: Model = None,
@@ -282,15 +303,15 @@ def _check_output(output: Path, force: bool) -> None:
         raise OutputError(f"no such folder: {output.parent}; make it, or give another path")
 
 
-def _write(output: Path, text: str, force: bool) -> None:
+def _write(output: Path, content: bytes, force: bool) -> None:
     import os
     import tempfile
 
     try:
         handle, partial = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if force:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class Decoder(Protocol):
     def copy(self) -> Decoder:
         """Another decoder that has read the same."""
         ...
+
+
+class Token(NamedTuple):
+    """A token that was written, and the probability that the model gave it there (before any control of repetition)."""
+
+    id: int
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Drafting:
     accepted: int = 0
 
 
-def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
     """Yield the likeliest token, again and again.
 
     Args:
@@ -117,11 +124,11 @@ def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_ne
         max_new_tokens: tokens to write at most, the stop token counted.
     """
     for count in range(1, max_new_tokens + 1):
-        token_id = int(logits.argmax())
-        yield token_id
-        if token_id in stop_ids or count == max_new_tokens:
+        token = _likeliest(logits)
+        yield token
+        if token.id in stop_ids or count == max_new_tokens:
             return
-        logits = decoder.read([token_id])[-1]
+        logits = decoder.read([token.id])[-1]
 
 
 class GuessLength:
@@ -174,7 +181,7 @@ class GuessLength:
 def speculate(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, phrasebook: Phrasebook,
     length: GuessLength, drafting: Drafting,
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[Token]:  # fmt: skip
     """The tokens of :func:`greedy`, in fewer passes.
 
     The phrasebook guesses, the model checks all guesses in one pass, and the longest run that it would have written
@@ -184,14 +191,16 @@ def speculate(
         length: learns how many guesses pay; keep one for each generator.
         drafting: is filled in.
     """
-    written = [int(logits.argmax())]
-    yield written[0]
+    token = _likeliest(logits)
+    written = [token.id]
+    yield token
     while written[-1] not in stop_ids and len(written) < max_new_tokens:
         room = min(max_new_tokens - len(written) - 1, decoder.capacity - decoder.length - 1)
         guesses = phrasebook.guess(written, min(length.choose(), max(0, room)))
         before = decoder.length
         start = perf_counter()
-        chosen = decoder.read([written[-1], *guesses]).argmax(-1).tolist()
+        rows = decoder.read([written[-1], *guesses])
+        chosen = rows.argmax(-1).tolist()
         seconds = perf_counter() - start
         held = 0
         while held < len(guesses) and guesses[held] == chosen[held] and guesses[held] not in stop_ids:
@@ -201,14 +210,14 @@ def speculate(
         drafting.steps += 1
         drafting.guessed += len(guesses)
         drafting.accepted += held
-        for token_id in chosen[: held + 1]:
-            written.append(token_id)
-            yield token_id
+        for token in [Token(i, _probability(rows[at], i)) for at, i in enumerate(chosen[: held + 1])]:
+            written.append(token.id)
+            yield token
 
 
 def sample(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
-) -> Iterator[int]:
+) -> Iterator[Token]:
     """Greedy or drawn tokens, with the settings' control of repetition."""
     rng = np.random.default_rng(settings.seed)
     written: list[int] = []
@@ -216,7 +225,7 @@ def sample(
         scores = _control(logits, written, settings)
         token_id = int(scores.argmax()) if settings.temperature == 0 else _draw(scores, settings, rng)
         written.append(token_id)
-        yield token_id
+        yield Token(token_id, _probability(logits, token_id))
         if token_id in stop_ids or len(written) == max_new_tokens:
             return
         logits = decoder.read([token_id])[-1]
@@ -224,24 +233,24 @@ def sample(
 
 def beam_search(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
-) -> list[int]:
+) -> list[Token]:
     """The hypothesis of the highest mean log-probability among ``settings.beams``; the stop token is its last one.
 
     Hypotheses share one batch of one each, so memory and time are those of as many reports.
     """
     width = settings.beams
-    alive: list[tuple[float, list[int], Decoder, np.ndarray]] = [(0.0, [], decoder, logits)]
-    finished: list[tuple[float, list[int]]] = []
+    alive: list[tuple[float, list[Token], Decoder, np.ndarray]] = [(0.0, [], decoder, logits)]
+    finished: list[tuple[float, list[Token]]] = []
     for count in range(1, max_new_tokens + 1):
         options = []
         for row, (total, written, _, last) in enumerate(alive):
-            log_probabilities = _log_softmax(_control(last, written, settings))
+            log_probabilities = _log_softmax(_control(last, [token.id for token in written], settings))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
                 options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
         options.sort(key=lambda option: (-option[0], option[1:]))
         going_on = []
         for total, row, token_id in options:
-            written = [*alive[row][1], token_id]
+            written = [*alive[row][1], Token(token_id, _probability(alive[row][3], token_id))]
             if token_id in stop_ids or count == max_new_tokens:
                 finished.append((total / len(written), written))
             else:
@@ -252,7 +261,7 @@ def beam_search(
         if not going_on or (len(finished) >= width and going_on[0][0] / len(going_on[0][1]) <= best):
             break
         alive = [
-            (total, written, branch, branch.read(written[-1:])[-1])
+            (total, written, branch, branch.read([written[-1].id])[-1])
             for (total, written, _), branch in zip(going_on, _branches(alive, going_on), strict=True)
         ]
     return max(finished, key=lambda pair: pair[0])[1]
@@ -279,6 +288,15 @@ def _control(logits: np.ndarray, written: list[int], settings: Decoding) -> np.n
             if written[start : start + size - 1] == last:
                 logits[written[start + size - 1]] = -np.inf
     return logits
+
+
+def _likeliest(logits: np.ndarray) -> Token:
+    token_id = int(logits.argmax())
+    return Token(token_id, _probability(logits, token_id))
+
+
+def _probability(logits: np.ndarray, token_id: int) -> float:
+    return float(1 / np.exp(logits - logits[token_id]).sum())
 
 
 def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> int:

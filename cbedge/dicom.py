@@ -1,18 +1,29 @@
 """Read the pixels of a DICOM radiograph (CR or DX) as the modality meant them to be seen."""
 
+from __future__ import annotations
+
 import io
 import logging
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cbedge.errors import ContextError, RadiographError
-from cbedge.prompt import normalize_view
+from cbedge.prompt import ClinicalContext, normalize_view
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 _MODALITIES = ("CR", "DX")
+_INDICATIONS = (
+    "ReasonForStudy", "ReasonForTheRequestedProcedure", "RequestedProcedureDescription",
+    "AdmittingDiagnosesDescription",
+)  # fmt: skip
 
 
-def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None]:
+def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None, str | None]:
     """Decode one single-frame CR or DX image.
 
     Modality rescale and the first VOI LUT or window are applied; MONOCHROME1 is turned round so that bone is bright.
@@ -23,7 +34,8 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
         max_pixels: refuse more than this, from the header, before decoding.
 
     Returns:
-        float32 [rows, columns] in 0..1, and ``frontal``, ``lateral`` or ``None`` from View Position.
+        float32 [rows, columns] in 0..1; ``frontal``, ``lateral`` or ``None`` from View Position; and the indication
+        that the header tells, or ``None``.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
@@ -45,7 +57,43 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
             raise RadiographError(
                 f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
             ) from None
-        return _to_unit(dataset, values, name), _view(dataset)
+        return _to_unit(dataset, values, name), _view(dataset), header_indication(dataset)
+
+
+def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
+    """The header of a DICOM file without its pixels; ``None`` where ``source`` is none, or no DICOM file.
+
+    Raises:
+        RadiographError: ``needed``, and it is a DICOM file that cannot be read.
+    """
+    import pydicom
+
+    if source is None:
+        return None
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            return pydicom.dcmread(file, stop_before_pixels=True)
+        except pydicom.errors.InvalidDicomError:
+            return None
+        except Exception:
+            if needed:
+                raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
+            return None
+
+
+def header_indication(dataset: Dataset) -> str | None:
+    """Why the study was requested, as the header says: the first of four attributes that says anything."""
+    for name in _INDICATIONS:
+        text = str(dataset.get(name) or "").strip()
+        try:
+            if text:
+                return ClinicalContext(indication=text).indication
+        except ContextError:
+            continue
+    return None
 
 
 def _check_header(dataset, name: str, max_pixels: int) -> None:  # type: ignore[no-untyped-def]

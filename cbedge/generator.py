@@ -15,13 +15,13 @@ from tokenizers.decoders import DecodeStream
 
 from cbedge.backends.onnx import OnnxBackend, choose_device
 from cbedge.bundle import PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, beam_search, greedy, sample, speculate
+from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
 from cbedge.errors import BundleError, ContextError
 from cbedge.image_findings import scores_of
 from cbedge.phrasebook import Phrasebook
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
-from cbedge.report import Report, Timings
+from cbedge.report import Report, Timings, split_sentences
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
 MAX_NEW_TOKENS = 1024
@@ -104,7 +104,7 @@ class ReportGenerator:
         Args:
             image: a path, the file's bytes, a PIL image, an array, or a :class:`~cbedge.radiograph.Radiograph`; see
                 :func:`~cbedge.radiograph.load_radiograph`.
-            indication: why the study was requested.
+            indication: why the study was requested; default is what a DICOM header says of it.
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
             max_new_tokens: stop after so many tokens.
@@ -141,12 +141,17 @@ class ReportGenerator:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
         radiograph = load_radiograph(image)
-        context = ClinicalContext(context.indication, context.comparison, context.view or radiograph.view or "frontal")
-        return ReportStream(self, radiograph, context, limit, decoding or Decoding())
+        context = ClinicalContext(
+            context.indication or radiograph.indication,
+            context.comparison,
+            context.view or radiograph.view or "frontal",
+        )
+        source = "given" if indication else "DICOM header" if radiograph.indication else None
+        return ReportStream(self, radiograph, context, limit, decoding or Decoding(), source)
 
     def tokens(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting
-    ) -> Iterator[int]:
+    ) -> Iterator[Token]:
         """The tokens of a report, as the settings choose them.
 
         Args:
@@ -196,9 +201,10 @@ class ReportStream(Iterator[str]):
 
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
-        decoding: Decoding,
+        decoding: Decoding, indication_source: str | None = None,
     ):  # fmt: skip
         self._report: Report | None = None
+        self._indication_source = indication_source
         self._pieces = self._run(generator, radiograph, context, limit, decoding)
 
     def __next__(self) -> str:
@@ -233,27 +239,29 @@ class ReportStream(Iterator[str]):
         decoder = backend.new_decoder(embeds.shape[1] + limit)
         logits = decoder.prefill(embeds)
         prefill = perf_counter()
-        pieces, count, complete = [], 0, False
+        spoken, count, complete = [], 0, False
         text_stream = generator.decode_stream()
         drafting = Drafting()
-        for token_id in generator.tokens(decoder, logits, limit, decoding, drafting):
-            if token_id in manifest.stop_ids:
+        for token in generator.tokens(decoder, logits, limit, decoding, drafting):
+            if token.id in manifest.stop_ids:
                 complete = True
                 break
             count += 1
-            piece = generator.decode_piece(text_stream, token_id)
+            piece = generator.decode_piece(text_stream, token.id)
+            spoken.append((piece, token.probability))
             if piece:
-                pieces.append(piece)
                 yield piece
         end = perf_counter()
-        text = "".join(pieces).strip()
+        text = "".join(piece for piece, _ in spoken).strip()
         findings, impression = split_sections(text)
         marks = (start, read, vision, qformer, prefill, end)
         read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
         self._report = Report(
             findings=findings, impression=impression, text=text, complete=complete, model=manifest.name,
             model_version=manifest.version, variant=generator.variant, device=backend.device,
+            view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
+            sentences=split_sentences(spoken),
             prompt_tokens=embeds.shape[1], new_tokens=count,
             guessed_tokens=drafting.guessed, accepted_tokens=drafting.accepted,
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),

@@ -33,12 +33,14 @@ class Radiograph:
         pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright).
         view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
         sha256: hash of the input file's bytes (of the raw pixels for an array).
+        indication: what a DICOM header says of why the study was requested, else ``None``.
         read_ms: how long reading and decoding took, in milliseconds.
     """
 
     pixels: np.ndarray
     view: str | None
     sha256: str
+    indication: str | None = None
     read_ms: float = 0.0
 
 
@@ -120,10 +122,9 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
     if data[128:132] == b"DICM":
         from cbedge.dicom import read_dicom
 
-        pixels, view = read_dicom(data, name, max_pixels)
-    else:
-        pixels, view = _decode_raster(data, name, max_pixels), None
-    return Radiograph(_checked(pixels, name), view, digest)
+        pixels, view, indication = read_dicom(data, name, max_pixels)
+        return Radiograph(_checked(pixels, name), view, digest, indication)
+    return Radiograph(_checked(_decode_raster(data, name, max_pixels), name), None, digest)
 
 
 def _decode_raster(data: bytes, name: str, max_pixels: int) -> np.ndarray:

@@ -1,12 +1,17 @@
 """A draft report with where it came from and how long it took, as text and as JSON."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 DRAFT_STATEMENT = (
     "Unreviewed draft written by a research model; not a medical device. A radiologist must check and correct it "
     "against the radiograph before any use."
 )
+
+
+LOW_CONFIDENCE = 0.5  # of a sentence's words; see Sentence.confidence
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,24 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Sentence:
+    """One sentence of a draft, with how sure the model was of its words.
+
+    Attributes:
+        text: without a heading.
+        section: ``findings`` or ``impression``.
+        confidence: geometric mean of the probabilities of its tokens, 0 to 1. It says how usual the words are to the
+            model there; a usual sentence can be wrong.
+        low: whether the confidence is below :data:`LOW_CONFIDENCE`.
+    """
+
+    text: str
+    section: str
+    confidence: float
+    low: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """One draft.
 
@@ -39,9 +62,12 @@ class Report:
         text: the text as the model wrote it.
         complete: ``False`` where the draft was cut off at ``max_new_tokens``.
         model, model_version, variant, device: what wrote it.
+        view: ``frontal`` or ``lateral``, as told to the model.
+        indication_source: ``given``, ``DICOM header``, or ``None`` where the model was told none.
         image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
             a model that is not told. The text can still say otherwise.
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
+        sentences: the draft sentence by sentence, with confidence.
         image_sha256: of the input file.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted.
         guessed_tokens, accepted_tokens: what the phrasebook proposed, and how much of it the model agreed to.
@@ -57,8 +83,11 @@ class Report:
     model_version: str
     variant: str
     device: str
+    view: str
+    indication_source: str | None
     image_findings: tuple[str, ...] | None
     finding_scores: dict[str, float]
+    sentences: tuple[Sentence, ...]
     image_sha256: str
     prompt_tokens: int
     new_tokens: int
@@ -70,13 +99,42 @@ class Report:
     def to_json(self) -> str:
         """The report as one JSON object; ``timings_ms`` holds the timings in milliseconds."""
         values = asdict(self)
+        for sentence in values["sentences"]:
+            sentence["confidence"] = round(sentence["confidence"], 3)
         values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def to_text(self) -> str:
-        """The report for people: a section a paragraph, and the statement that it is a draft."""
-        return f"{format_sections(self.text)}\n\n[{self.statement}]"
+        """The report for people: a section a paragraph, what the model was unsure of, and that it is a draft."""
+        unsure = [sentence.text for sentence in self.sentences if sentence.low]
+        note = f"[Low confidence: {' '.join(unsure)}]\n\n" if unsure else ""
+        return f"{format_sections(self.text)}\n\n{note}[{self.statement}]"
+
+
+def split_sentences(spoken: Sequence[tuple[str, float]]) -> tuple[Sentence, ...]:
+    """The sentences of a draft, from its pieces of text, each with the probability of its token."""
+    sentences = []
+    section, text = "findings", ""
+    logs: list[float] = []
+
+    def close() -> None:
+        nonlocal section, text, logs
+        for heading in ("FINDINGS:", "IMPRESSION:"):
+            if heading in text:
+                section, text = heading[:-1].lower(), text.replace(heading, "")
+        if text.strip():
+            confidence = math.exp(sum(logs) / max(1, len(logs)))
+            sentences.append(Sentence(text.strip(), section, confidence, confidence < LOW_CONFIDENCE))
+        text, logs = "", []
+
+    for piece, probability in spoken:
+        if text.rstrip().endswith((".", "?", "!")) and piece[:1].isspace():
+            close()
+        text += piece
+        logs.append(math.log(max(probability, 1e-9)))
+    close()
+    return tuple(sentences)
 
 
 def format_sections(text: str) -> str:

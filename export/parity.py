@@ -218,7 +218,7 @@ def _greedy(backend: OnnxBackend, reference: TorchReference, case: Case) -> list
     embeds = _onnx_embeds(backend, reference, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
     logits = decoder.prefill(embeds)
-    return list(greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS))
+    return [token.id for token in greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS)]
 
 
 def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbedge import BundleError, ContextError
-from cbedge.decoding import Decoding, Drafting, GuessLength, beam_search, greedy, sample, speculate
+from cbedge.decoding import Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
 from cbedge.phrasebook import ORDER, Phrasebook
 
 WORDS = 12
@@ -46,9 +46,13 @@ class RandomModel:
         return other
 
 
+def ids(tokens: Iterable[Token]) -> list[int]:
+    return [token.id for token in tokens]
+
+
 def write_greedily(seed: int, limit: int = 40) -> list[int]:
     model = RandomModel(seed)
-    return list(greedy(model, model.prefill(), STOP, limit))
+    return ids(greedy(model, model.prefill(), STOP, limit))
 
 
 def test_greedy_ends_at_the_stop_token_or_at_the_limit():
@@ -68,7 +72,7 @@ def test_guessing_ahead_changes_no_token(seed: int, others: list[list[int]], lim
     phrasebook = Phrasebook.compile([*others, *([wanted] * 2 if knows else [])])
     model = RandomModel(seed, capacity=2 + limit)  # as tight as the generator makes it
     drafting = Drafting()
-    written = list(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting))
+    written = ids(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting))
     assert written == wanted
     assert drafting.accepted <= drafting.guessed and drafting.steps == model.passes <= max(0, len(wanted) - 1)
 
@@ -126,7 +130,7 @@ def test_a_damaged_phrasebook_is_refused(content: bytes, tmp_path: Path):
 
 def draw(seed: int, **values: float) -> list[int]:
     model = RandomModel(7)
-    return list(sample(model, model.prefill(), STOP, 40, Decoding(seed=seed, **values)))
+    return ids(sample(model, model.prefill(), STOP, 40, Decoding(seed=seed, **values)))
 
 
 def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
@@ -139,7 +143,7 @@ def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
 def test_a_run_of_tokens_is_not_written_twice():
     for seed in range(20):
         model = RandomModel(seed)
-        written = list(sample(model, model.prefill(), STOP, 40, Decoding(no_repeat=3)))
+        written = ids(sample(model, model.prefill(), STOP, 40, Decoding(no_repeat=3)))
         runs = [tuple(written[i : i + 3]) for i in range(len(written) - 2)]
         assert len(runs) == len(set(runs))
 
@@ -149,7 +153,7 @@ def test_a_penalty_makes_repetition_rarer():
     for penalty in kinds:
         for seed in range(20):
             model = RandomModel(seed)
-            written = sample(model, model.prefill(), (), 12, Decoding(repetition_penalty=penalty))
+            written = ids(sample(model, model.prefill(), (), 12, Decoding(repetition_penalty=penalty)))
             kinds[penalty] += len(set(written))
     assert kinds[1.5] > kinds[1.0] + 20
 
@@ -167,7 +171,7 @@ def test_beams_find_likelier_reports_than_greedy():
     gains = []
     for seed in range(20):
         model = RandomModel(seed)
-        found = beam_search(model, model.prefill(), STOP, 12, Decoding(beams=4))
+        found = ids(beam_search(model, model.prefill(), STOP, 12, Decoding(beams=4)))
         assert len(found) <= 12 and 0 not in found[:-1]
         gains.append(mean_log_probability(seed, found) - mean_log_probability(seed, write_greedily(seed, 12)))
     assert np.mean(gains) > 0
@@ -179,3 +183,15 @@ def test_beams_find_likelier_reports_than_greedy():
 def test_settings_out_of_range_are_refused_by_name(values: dict[str, float]):
     with pytest.raises(ContextError, match=next(iter(values))):
         Decoding(**values)
+
+
+def test_a_token_comes_with_its_probability():
+    model = RandomModel(3)
+    logits = model.prefill().astype(np.float64)
+    token = next(greedy(model, logits, STOP, 5))
+    assert token.probability == pytest.approx(np.exp(logits).max() / np.exp(logits).sum())
+    plain = list(greedy(RandomModel(3), logits, STOP, 20))
+    ahead = list(
+        speculate(RandomModel(3), logits, STOP, 20, Phrasebook.compile([ids(plain)] * 2), GuessLength(), Drafting())
+    )
+    assert [t.probability for t in ahead] == pytest.approx([t.probability for t in plain])

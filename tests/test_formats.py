@@ -1,0 +1,137 @@
+import base64
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import pydicom
+import pytest
+from conftest import EXAMPLES, run_cli
+
+from cbedge import OutputError, RadiographError, Report, ReportGenerator
+from cbedge.formats import SCHEMA, check_format, render, to_sr
+from cbedge.report import DRAFT_STATEMENT, split_sentences
+
+DICOM = EXAMPLES / "chest_pa.dcm"
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path) -> Report:
+    return ReportGenerator.from_pretrained(tiny_bundle, device="cpu").generate(DICOM, max_new_tokens=12)
+
+
+def with_text(report: Report, findings: str, impression: str) -> Report:
+    from dataclasses import replace
+
+    return replace(report, findings=findings, impression=impression)
+
+
+def test_json_follows_the_published_schema(report: Report):
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(report.to_json()), schema)
+    assert json.loads(run_cli("cbedge.cli", "schema").stdout) == schema
+
+
+@pytest.fixture(scope="module")
+def sr_file(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sr") / "draft.dcm"
+    path.write_bytes(render(with_text(report, "The lungs are clear. Ärzte.", "No acute disease."), "sr", DICOM))
+    return path
+
+
+def test_a_structured_report_is_a_draft_in_the_images_study(sr_file: Path):
+    image, document = pydicom.dcmread(DICOM, stop_before_pixels=True), pydicom.dcmread(sr_file)
+    assert document.Modality == "SR" and document.SOPClassUID.name == "Enhanced SR Storage"
+    for name in ("StudyInstanceUID", "PatientID", "PatientName", "AccessionNumber"):
+        assert document[name].value == image[name].value
+    assert document.SeriesInstanceUID != image.SeriesInstanceUID
+    assert (document.CompletionFlag, document.VerificationFlag, document.PreliminaryFlag) == (
+        "PARTIAL", "UNVERIFIED", "PRELIMINARY",
+    )  # fmt: skip
+    evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    assert evidence.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image.SOPInstanceUID
+    said = str(document)
+    for words in ("The lungs are clear", "No acute disease", "tiny int4", "Unreviewed draft"):
+        assert words in said
+
+
+@pytest.mark.skipif(shutil.which("dsrdump") is None, reason="dcmtk is not installed")
+def test_dcmtk_reads_the_structured_report(sr_file: Path):
+    done = subprocess.run(["dsrdump", sr_file], capture_output=True, text=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stderr
+    assert "No acute disease." in done.stdout and "Finding" in done.stdout and "E: " not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
+def test_dicom3tools_finds_no_error_in_the_structured_report(sr_file: Path):
+    done = subprocess.run(["dciodvfy", sr_file], capture_output=True, text=True, errors="replace")
+    assert not [line for line in done.stderr.splitlines() if line.startswith("Error")], done.stderr
+
+
+def test_a_structured_report_needs_a_dicom_study(report: Report, chest_png: Path, tmp_path: Path):
+    with pytest.raises(RadiographError, match="belongs to a study"):
+        render(report, "sr", chest_png)
+    header = pydicom.dcmread(DICOM, stop_before_pixels=True)
+    del header.StudyInstanceUID
+    with pytest.raises(RadiographError, match="lacks StudyInstanceUID"):
+        to_sr(report, header)
+
+
+def test_fhir_is_a_preliminary_report_that_the_library_reads(report: Report):
+    from fhir.resources.R4B.diagnosticreport import DiagnosticReport
+
+    told = json.loads(render(with_text(report, "Clear.", "Normal."), "fhir", DICOM))
+    DiagnosticReport(**told)
+    assert told["resourceType"] == "DiagnosticReport" and told["status"] == "preliminary"
+    assert told["conclusion"] == "Normal." and told["subject"]["identifier"]["value"] == "9RG1"
+    text = base64.b64decode(told["presentedForm"][0]["data"]).decode()
+    assert DRAFT_STATEMENT in text
+    assert {c["id"] for c in told["contained"]} == {"software", "findings", "impression"}
+
+
+def test_fhir_without_a_dicom_file_names_no_patient(report: Report, chest_png: Path):
+    told = json.loads(render(report, "fhir", chest_png))
+    assert "subject" not in told and "imagingStudy" not in told
+
+
+@pytest.mark.parametrize(("form", "start"), [("sr", b"\0" * 128 + b"DICM"), ("fhir", b"{"), ("json", b"{")])
+def test_the_command_writes_each_format(tiny_bundle: Path, tmp_path: Path, form: str, start: bytes):
+    target = tmp_path / "out"
+    done = run_cli("cbedge.cli", "generate", DICOM, "--model", tiny_bundle, "--device", "cpu", "--max-new-tokens", 8,
+                   "--format", form, "-o", target)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes().startswith(start)
+
+
+def test_an_unknown_format_or_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(OutputError, match="unknown format 'xml'"):
+        check_format("xml")
+    monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
+    with pytest.raises(OutputError, match=r"cbedge\[hospital\]"):
+        check_format("sr")
+
+
+def test_sentences_have_a_section_and_a_confidence():
+    spoken = [("FIND", 0.9), ("INGS:", 1.0), (" Heart", 0.5), (" normal", 0.5), (".", 0.5), (" Lungs clear.", 0.1),
+              (" IMPRESSION:", 1.0), (" Normal", 1.0), (".", 1.0)]  # fmt: skip
+    first, second, third = split_sentences(spoken)
+    assert (first.text, first.section, second.text, third.section) == (
+        "Heart normal.", "findings", "Lungs clear.", "impression",
+    )  # fmt: skip
+    assert second.low and second.confidence == pytest.approx(0.1) and not third.low and third.confidence == 1
+    assert split_sentences([]) == ()
+
+
+def test_an_indication_in_the_header_is_used_and_said(tiny_bundle: Path, tmp_path: Path):
+    header = pydicom.dcmread(DICOM)
+    header.ReasonForStudy = "cough and fever"
+    header.save_as(tmp_path / "asked.dcm")
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    told, given, none = (
+        generator.generate(image, indication=words, max_new_tokens=2)
+        for image, words in ((tmp_path / "asked.dcm", None), (tmp_path / "asked.dcm", "pain"), (DICOM, None))
+    )
+    assert (told.indication_source, given.indication_source, none.indication_source) == ("DICOM header", "given", None)
+    assert told.prompt_tokens > none.prompt_tokens
