@@ -51,12 +51,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
     no_repeat: Annotated[int, typer.Option(help="Never write a run of so many tokens twice; 0 allows it.")] = 0,
-    form: Annotated[
-        str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")
-    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let --output replace a file.")] = False,
+    heatmap: Annotated[Path | None, typer.Option(help="Also write a new PNG of where the model looked.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
 ) -> None:
     """Draft the report of one radiograph."""
     from cbedge.formats import check_format, render
@@ -68,8 +67,8 @@ def generate(
         raise OutputError(f"--json and --format {form} exclude each other: give one of them")
     if form == "sr" and output is None and sys.stdout.isatty():
         raise OutputError("a DICOM SR is no text: give --output FILE, or pipe it on")
-    if output is not None:
-        _check_output(output, force)
+    for target in filter(None, (output, heatmap)):
+        _check_output(target, force)
     # Loading the radiograph first: a wrong path is told before the model is loaded.
     from cbedge.decoding import Decoding
     from cbedge.prompt import ClinicalContext
@@ -91,6 +90,10 @@ def generate(
             typer.echo(piece.replace(" IMPRESSION", "\n\nIMPRESSION"), nl=False)
             sys.stdout.flush()
     report = stream.report
+    if heatmap is not None:
+        from cbedge.heatmap import CAVEAT, overlay, png
+
+        _write(heatmap, png(overlay(radiograph, stream.attention)), force)
     if live:
         for sentence in report.sentences:
             if sentence.low:
@@ -102,6 +105,8 @@ def generate(
             _write(output, content, force)
         else:
             sys.stdout.buffer.write(content)
+    if heatmap is not None:
+        typer.echo(f"heat map: {heatmap}. {CAVEAT}", err=True)
     if not report.complete:
         typer.echo(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more", err=True)
     if not format_sections(report.text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,11 +36,14 @@ class Look:
         image_embeds: for the language model, float32 [1, Q, D].
         seen: findings that the prompt tells, empty where none was seen; ``None`` for a model that is not told.
         scores: of every finding that is looked for, 0 to 1.
+        attention: how much each patch was looked at for the findings seen (for "abnormal" where none was), float32 [P],
+            the class token first.
     """
 
     image_embeds: np.ndarray
     seen: tuple[str, ...] | None
     scores: dict[str, float]
+    attention: np.ndarray
 
 
 class ReportGenerator:
@@ -176,12 +180,15 @@ class ReportGenerator:
     def look(self, features: np.ndarray, context: ClinicalContext) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H]."""
         ids = self._encode(self._qformer_tokenizer, build_query_instruction(context), True)
-        embeds, logits = self.backend.query_image(features, np.array([ids], np.int64))
+        embeds, attention, logits = self.backend.query_image(features, np.array([ids], np.int64))
         findings = self.bundle.manifest.image_findings
         if findings is None or logits is None:
-            return Look(embeds, None, {})
+            return Look(embeds, None, {}, attention.mean(0))
         scores = scores_of(logits)
-        return Look(embeds, findings.read(scores), dict(zip(findings.names, map(float, scores), strict=True)))
+        seen = findings.read(scores)
+        rows = [i for i, name in enumerate(findings.names) if name in seen] or [0]
+        named = dict(zip(findings.names, map(float, scores), strict=True))
+        return Look(embeds, seen, named, attention[rows].mean(0))
 
     def decode_stream(self) -> DecodeStream:
         """A decoder of token ids to text that waits for whole characters."""
@@ -204,6 +211,7 @@ class ReportStream(Iterator[str]):
         decoding: Decoding, indication_source: str | None = None,
     ):  # fmt: skip
         self._report: Report | None = None
+        self._attention: np.ndarray | None = None
         self._indication_source = indication_source
         self._pieces = self._run(generator, radiograph, context, limit, decoding)
 
@@ -221,6 +229,18 @@ class ReportStream(Iterator[str]):
             raise RuntimeError("the draft is not finished: exhaust the iterator first")
         return self._report
 
+    @property
+    def attention(self) -> np.ndarray:
+        """Where the Q-Former looked: shares of patches, float32 [rows, columns]; see :mod:`cbedge.heatmap`.
+
+        Raises:
+            RuntimeError: the first piece was not asked for yet.
+        """
+        if self._attention is None:
+            raise RuntimeError("nothing was looked at yet: ask for the first piece before")
+        side = math.isqrt(len(self._attention) - 1)
+        return self._attention[1:].reshape(side, side)
+
     def _run(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
         decoding: Decoding,
@@ -232,6 +252,7 @@ class ReportStream(Iterator[str]):
         features = backend.encode_image(pixels)
         vision = perf_counter()
         look = generator.look(features, context)
+        self._attention = look.attention
         qformer = perf_counter()
         prompt_ids = generator.prompt_ids(context, look.seen)
         text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,8 +38,11 @@ class VisionGraph(nn.Module):
 
 
 class QFormerGraph(nn.Module):
-    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D] and, where the model is told what
-    it sees, the findings' logits [1, T]."""
+    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D], where it looked, and what it saw.
+
+    Where it looked is cross-attention, mean over heads and layers: [1, T, P], a row for each finding of the head; or
+    [1, 1, P], the mean over queries, for a model without one. What it saw is the findings' logits [1, T].
+    """
 
     def __init__(self, parts: ModelAndTokenizers):
         super().__init__()
@@ -46,9 +50,18 @@ class QFormerGraph(nn.Module):
         self.projection = parts.model.language_projection
         self.query_tokens = parts.model.query_tokens
         self.finding_head = parts.finding_head
+        self.qformer.config._attn_implementation = "eager"  # the only one that tells its weights
+        self._weights: list[Tensor] = []
+        for layer in self.qformer.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.attention.register_forward_hook(self._take_weights)
+
+    def _take_weights(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._weights.append(output[1])
 
     def forward(self, image_features: Tensor, qformer_input_ids: Tensor) -> tuple[Tensor, ...]:
         """Query the features under the instruction, and project."""
+        self._weights.clear()
         count = self.query_tokens.shape[1]
         queries = self.query_tokens.expand(len(image_features), -1, -1)
         mask = torch.ones(
@@ -57,8 +70,10 @@ class QFormerGraph(nn.Module):
         output = self.qformer(
             input_ids=qformer_input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image_features
         ).last_hidden_state[:, :count]
-        embeds = self.projection(output)
-        return (embeds,) if self.finding_head is None else (embeds, self.finding_head.logits(output))
+        attention = torch.stack(self._weights).mean((0, 2))
+        if self.finding_head is None:
+            return self.projection(output), attention.mean(1, keepdim=True)
+        return self.projection(output), attention[:, list(self.finding_head.queries)], self.finding_head.logits(output)
 
 
 class EmbedGraph(nn.Module):
@@ -89,7 +104,7 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     features = parts.model.vision_model(pixel_values=pixels).last_hidden_state
     instruction = parts.qformer_tokenizer("Describe the chest radiograph.", return_tensors="pt").input_ids
     length = torch.export.Dim("length", min=2, max=512)
-    outputs = ["image_embeds", *(["finding_logits"] if parts.finding_head else [])]
+    outputs = ["image_embeds", "attention", *(["finding_logits"] if parts.finding_head else [])]
     _trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
     _trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
            outputs, {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip

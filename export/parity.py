@@ -207,7 +207,7 @@ def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
 
 
 def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) -> np.ndarray:
-    image, logits = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
+    image, _, logits = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
     head = reference.parts.finding_head
     seen = head.findings.read(scores_of(logits)) if head is not None and logits is not None else None
     prompt = encode_prompt(reference.parts, case.context, seen)[image.shape[1] :]
@@ -242,7 +242,7 @@ def _graph_errors(
     tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
     embeds = embed_inputs(model, torch.tensor([look.prompt]), look.projected)
     logits = model.language_model(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
-    image_embeds, finding_logits = backend.query_image(look.features.numpy(), ids.numpy())
+    image_embeds, _, finding_logits = backend.query_image(look.features.numpy(), ids.numpy())
     pairs = {
         "vision_encoder": (backend.encode_image(case.pixels), look.features),
         "qformer": (image_embeds, look.projected),

@@ -28,7 +28,15 @@ DESCRIPTIONS = {
 VARIANTS = tuple(SUFFIX)
 ALIASES = {"q4": "int4"}
 # What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
-_FP32_NAMES = ["pixel_values", "image_features", "image_embeds", "finding_logits", "inputs_embeds", "logits"]
+_FP32_NAMES = [
+    "pixel_values",
+    "image_features",
+    "image_embeds",
+    "attention",
+    "finding_logits",
+    "inputs_embeds",
+    "logits",
+]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,21 @@ def choose_device(name: str) -> str:
     return "cuda"
 
 
+class Queried(NamedTuple):
+    """What the Q-Former answers.
+
+    Attributes:
+        embeds: image embeddings for the language model, float32 [1, Q, D].
+        attention: how much each finding's query looked at each patch (the first is the class token), float32 [T, P];
+            one row for a model that is not told what it sees.
+        finding_logits: float32 [T], or ``None`` for such a model.
+    """
+
+    embeds: np.ndarray
+    attention: np.ndarray
+    finding_logits: np.ndarray | None
+
+
 class OnnxBackend:
     """The sessions of one variant of a bundle.
 
@@ -91,19 +106,16 @@ class OnnxBackend:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
         return self._vision.run(["image_features"], {"pixel_values": pixels})[0]
 
-    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> Queried:
         """Ask the Q-Former.
 
         Args:
             features: of the vision encoder, float32 [1, P, H].
             instruction_ids: the Q-Former's tokens of the instruction, int64 [1, I].
-
-        Returns:
-            Image embeddings, float32 [1, Q, D]; and logits of image findings, float32 [T], where the model has them.
         """
         feed = {"image_features": features, "qformer_input_ids": instruction_ids}
-        embeds, *logits = self._qformer.run(None, feed)
-        return embeds, logits[0][0] if logits else None
+        embeds, attention, *logits = self._qformer.run(None, feed)
+        return Queried(embeds, attention[0], logits[0][0] if logits else None)
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
