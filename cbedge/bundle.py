@@ -24,6 +24,7 @@ CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
+GATE = "gate.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
 
@@ -131,7 +132,7 @@ class Bundle:
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
-        optional = [PHRASEBOOK] if PHRASEBOOK in self.manifest.files else []
+        optional = [name for name in (PHRASEBOOK, GATE) if name in self.manifest.files]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 
     def _verify_file(self, name: str) -> None:

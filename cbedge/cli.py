@@ -53,6 +53,9 @@ def generate(
     no_repeat: Annotated[int, typer.Option(help="Never write a run of so many tokens twice; 0 allows it.")] = 0,
     form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    accept_any_image: Annotated[
+        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Also write a new PNG of where the model looked.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
@@ -82,7 +85,7 @@ def generate(
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
         radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
-        decoding=decoding,
+        decoding=decoding, accept_any_image=accept_any_image,
     )  # fmt: skip
     live = sys.stdout.isatty() and form == "text" and output is None
     for piece in stream:

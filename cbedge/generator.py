@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends.onnx import OnnxBackend, choose_device
-from cbedge.bundle import PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.bundle import GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
 from cbedge.errors import BundleError, ContextError
+from cbedge.gate import Gate
 from cbedge.image_findings import scores_of
 from cbedge.phrasebook import Phrasebook
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
@@ -65,6 +66,7 @@ class ReportGenerator:
         self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
         known = PHRASEBOOK in bundle.manifest.files
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
+        self.gate = Gate.load(bundle.folder / GATE) if GATE in bundle.manifest.files else None
         self._guess_length = GuessLength()
 
     @classmethod
@@ -102,6 +104,7 @@ class ReportGenerator:
         view: str | None = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
+        accept_any_image: bool = False,
     ) -> Report:
         """Draft the report of one frontal chest radiograph.
 
@@ -113,14 +116,15 @@ class ReportGenerator:
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
             max_new_tokens: stop after so many tokens.
             decoding: how tokens are chosen; default is greedy, with the bundle's phrasebook guessing ahead.
+            accept_any_image: draft even of what does not look like a chest radiograph.
 
         Raises:
-            RadiographError: the image cannot be used.
+            RadiographError: the image cannot be used, or does not look like a chest radiograph.
             ContextError: the indication, comparison, view or ``max_new_tokens`` cannot be used.
         """
         stream = self.stream(
             image, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
-            decoding=decoding,
+            decoding=decoding, accept_any_image=accept_any_image,
         )  # fmt: skip
         for _ in stream:
             pass
@@ -135,10 +139,12 @@ class ReportGenerator:
         view: str | None = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
+        accept_any_image: bool = False,
     ) -> ReportStream:
         """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
 
-        The input is checked here, before the first piece is asked for.
+        The input is checked here, before the first piece is asked for; whether it looks like a chest radiograph, by what
+        the vision encoder makes of it, when the first piece is.
         """
         limit = self.bundle.manifest.decoding["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= MAX_NEW_TOKENS:
@@ -151,7 +157,7 @@ class ReportGenerator:
             context.view or radiograph.view or "frontal",
         )
         source = "given" if indication else "DICOM header" if radiograph.indication else None
-        return ReportStream(self, radiograph, context, limit, decoding or Decoding(), source)
+        return ReportStream(self, radiograph, context, limit, decoding or Decoding(), source, accept_any_image)
 
     def tokens(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting
@@ -208,11 +214,11 @@ class ReportStream(Iterator[str]):
 
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
-        decoding: Decoding, indication_source: str | None = None,
+        decoding: Decoding, indication_source: str | None = None, accept_any_image: bool = False,
     ):  # fmt: skip
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
-        self._indication_source = indication_source
+        self._indication_source, self._accept_any_image = indication_source, accept_any_image
         self._pieces = self._run(generator, radiograph, context, limit, decoding)
 
     def __next__(self) -> str:
@@ -250,6 +256,8 @@ class ReportStream(Iterator[str]):
         pixels = preprocess(radiograph.pixels)
         read = perf_counter()
         features = backend.encode_image(pixels)
+        if generator.gate is not None and not self._accept_any_image:
+            generator.gate.check(features, radiograph.chroma)
         vision = perf_counter()
         look = generator.look(features, context)
         self._attention = look.attention

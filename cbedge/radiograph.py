@@ -34,6 +34,7 @@ class Radiograph:
         view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
         sha256: hash of the input file's bytes (of the raw pixels for an array).
         indication: what a DICOM header says of why the study was requested, else ``None``.
+        chroma: how colourful the file is: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
         read_ms: how long reading and decoding took, in milliseconds.
     """
 
@@ -41,6 +42,7 @@ class Radiograph:
     view: str | None
     sha256: str
     indication: str | None = None
+    chroma: float = 0.0
     read_ms: float = 0.0
 
 
@@ -68,10 +70,11 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
     if isinstance(source, Image.Image):
         _check_size(source.size, "the image", max_pixels)
         try:
-            pixels = _image_to_unit(source, "the image")
+            pixels, chroma = _image_to_unit(source, "the image"), _chroma(source)
         except (OSError, SyntaxError, ValueError) as error:
             raise RadiographError("the image is damaged or cut short: export it again") from error
-        return Radiograph(pixels, None, hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest())
+        digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+        return Radiograph(pixels, None, digest, chroma=chroma)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(bytes(source), "the input", max_pixels)
     if isinstance(source, str | Path):
@@ -124,17 +127,18 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
 
         pixels, view, indication = read_dicom(data, name, max_pixels)
         return Radiograph(_checked(pixels, name), view, digest, indication)
-    return Radiograph(_checked(_decode_raster(data, name, max_pixels), name), None, digest)
+    pixels, chroma = _decode_raster(data, name, max_pixels)
+    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma)
 
 
-def _decode_raster(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+def _decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float]:
     # Pillow warns of large and of damaged images on standard error; what matters of it is said here, in one line.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open_raster(data, name, max_pixels)
         try:
             image.load()
-            return _image_to_unit(image, name)
+            return _image_to_unit(image, name), _chroma(image)
         except RadiographError:
             raise
         except Exception as error:  # Pillow's decoders raise many kinds on damaged data
@@ -172,6 +176,15 @@ def _image_to_unit(image: Image.Image, name: str) -> np.ndarray:
     raise RadiographError(f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey")
 
 
+def _chroma(image: Image.Image) -> float:
+    if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"):
+        return 0.0
+    small = image.convert("RGB")
+    small.thumbnail((256, 256))
+    channels = np.asarray(small, np.float32) / 255
+    return float((channels.max(2) - channels.min(2)).mean())
+
+
 def _stretch(values: np.ndarray) -> np.ndarray:
     """Map values of unknown depth (12 bits in a 16 bit file, say) to 0..1 by their own range."""
     low, high = float(values.min()), float(values.max())
@@ -198,7 +211,11 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
             raise RadiographError(f"{name} is float but not within 0..1; scale it, or give uint8 or uint16")
     elif array.dtype != np.bool_:
         raise RadiographError(f"{name} has dtype {array.dtype}; give uint8, uint16, bool or float in 0..1")
-    return Radiograph(_checked(grey, name), None, digest)
+    chroma = 0.0
+    if array.ndim == 3 and array.shape[2] >= 3:
+        colours = array[..., :3].astype(np.float32) / (np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1)
+        chroma = float((colours.max(2) - colours.min(2)).mean())
+    return Radiograph(_checked(grey, name), None, digest, chroma=chroma)
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from cbedge.backends.onnx import OnnxBackend
 from cbedge.bundle import (
     CARD,
+    GATE,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
     TOKENIZER,
@@ -24,6 +25,7 @@ from cbedge.bundle import (
 )
 from cbedge.phrasebook import Phrasebook
 from export.card import model_card
+from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases, stop_ids
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
@@ -102,6 +104,7 @@ def pack(
         image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
     phrases = report_phrases(parts, data)
+    gate = fit_gate(_backend(manifest, graphs[wanted[0]]), data) if data is not None else None
     cases, source = parity_cases(data, PARITY_CASES)
     backends = {v: partial(_backend, manifest, graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
     sizes = {v: sum(path.stat().st_size for path in _files(graphs[v])) / 1e6 for v in backends}
@@ -120,6 +123,8 @@ def pack(
                 shutil.copyfile(path, folder / path.name)
         parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
+        if gate is not None:
+            gate.save(folder / GATE)
         if phrases:
             Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
         (folder / PARITY).write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")

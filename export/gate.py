@@ -1,0 +1,51 @@
+"""Fit the gate that refuses what is no chest radiograph (:mod:`cbedge.gate`) on the training radiographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cbedge.backends.onnx import OnnxBackend
+from cbedge.gate import Gate, pooled
+from cbedge.radiograph import load_radiograph, preprocess
+from training.datasets.iu_xray import read_studies
+
+MAX_TRAIN, MAX_VAL = 600, 300
+DIRECTIONS = 48
+FALSE_ALARMS = 0.005  # of validation radiographs
+_MARGIN = 1.1
+
+
+def fit_gate(backend: OnnxBackend, data: Path) -> Gate | None:
+    """The gate for a variant's own features; ``None`` where the collection is too small to tell what is usual.
+
+    Args:
+        backend: whose vision encoder the bundle's default variant runs.
+        data: IU X-RAY's folder; train radiographs give the distribution, validation ones the limit.
+    """
+    rows = {
+        split: _features(backend, [s.image for s in read_studies(data, (split,))][:most])
+        for split, most in (("train", MAX_TRAIN), ("val", MAX_VAL))
+    }
+    if len(rows["train"]) < 4 * DIRECTIONS or not len(rows["val"]):
+        return None
+    gate = _distribution(rows["train"])
+    scores = [gate.unlikeness(row) for row in rows["val"]]
+    gate.limit = float(np.quantile(scores, 1 - FALSE_ALARMS)) * _MARGIN
+    return gate
+
+
+def _features(backend: OnnxBackend, images: list[Path]) -> np.ndarray:
+    """Pooled features, float32 [images, 2H]."""
+    found = [pooled(backend.encode_image(preprocess(load_radiograph(image).pixels))) for image in images]
+    return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+
+
+def _distribution(rows: np.ndarray) -> Gate:
+    mean = rows.mean(0)
+    _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
+    variances = singular**2 / (len(rows) - 1)
+    spread = np.zeros_like(mean)
+    spread[0] = variances[DIRECTIONS:].sum()  # mean squared length of what is left
+    return Gate(mean, spread, directions[:DIRECTIONS] / np.sqrt(variances[:DIRECTIONS, None]))
