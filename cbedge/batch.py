@@ -80,7 +80,7 @@ def find_items(studies: str) -> list[Item]:
 
 def run_batch(
     items: Sequence[Item], out: Path, generator: ReportGenerator, max_new_tokens: int | None = None,
-    retry_failed: bool = False, progress: Callable[[Tally], None] = lambda tally: None,
+    retry_failed: bool = False, accept_any_image: bool = False, progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:  # fmt: skip
     """Draft every item that ``out`` does not hold yet, and add a line for each.
 
@@ -88,7 +88,7 @@ def run_batch(
         items: see :func:`find_items`.
         out: JSON lines; a file that an earlier run began is gone on with.
         generator: writes the drafts.
-        max_new_tokens: as of :meth:`ReportGenerator.generate`.
+        max_new_tokens, accept_any_image: as of :meth:`ReportGenerator.generate`.
         retry_failed: try again what failed before; its old lines are taken out.
         progress: is told after every item.
 
@@ -108,7 +108,7 @@ def run_batch(
                     if (error := done[item.id]) is not None:
                         tally.failed.append((item.id, error))
                 else:
-                    line = _draft(item, generator, max_new_tokens)
+                    line = _draft(item, generator, max_new_tokens, accept_any_image)
                     if line["status"] == "ok":
                         tally.written += 1
                     else:
@@ -168,11 +168,13 @@ def write_parquet(lines: Path, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _draft(item: Item, generator: ReportGenerator, max_new_tokens: int | None) -> dict[str, Any]:
+def _draft(
+    item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool
+) -> dict[str, Any]:
     try:
         report: Report = generator.generate(
             item.image, indication=item.indication, comparison=item.comparison, view=item.view,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens, accept_any_image=accept_any_image,
         )  # fmt: skip
     except CbedgeError as error:
         return {"status": "failed", "error": str(error)}

@@ -114,18 +114,8 @@ def cold_start(image: Path | None, model: Path | None, repeat: int) -> dict[str,
     if image is None:
         image = Path(scratch.name) / "chest.png"
         Image.fromarray((255 * drawn_chest().pixels).astype(np.uint8)).save(image)
-    command = [
-        sys.executable,
-        "-m",
-        "cbedge.cli",
-        "generate",
-        str(image),
-        "--json",
-        "--device",
-        "cpu",
-        "--accept-any-image",
-    ]
-    command += ["--model", str(model)] if model else []
+    command = [sys.executable, "-m", "cbedge.cli", "generate", str(image), "--json", "--device", "cpu"]
+    command += ["--accept-any-image", *(["--model", str(model)] if model else [])]
     seconds, first = [], []
     for _ in range(repeat):
         start = perf_counter()

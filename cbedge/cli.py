@@ -176,6 +176,9 @@ def batch_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    accept_any_image: Annotated[
+        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+    ] = False,
     parquet: Annotated[Path | None, typer.Option(help="Also write a new Parquet table; needs pyarrow.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
 ) -> None:
@@ -196,7 +199,13 @@ def batch_command(
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(items))
         tally = batch.run_batch(
-            items, out, generator, max_new_tokens, retry_failed, progress=lambda tally: bar.advance(task)
+            items,
+            out,
+            generator,
+            max_new_tokens,
+            retry_failed,
+            accept_any_image,
+            progress=lambda tally: bar.advance(task),
         )
     if parquet is not None:
         batch.write_parquet(out, parquet)
@@ -206,6 +215,32 @@ def batch_command(
         for name, message in tally.failed:
             typer.echo(f"failed: {name}: {message}", err=True)
         raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
+
+
+@app.command("serve")
+def serve_command(
+    host: Annotated[str, typer.Option(help="Address to listen on; off this machine only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8642,
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    token: Annotated[
+        str | None, typer.Option(envvar="CBEDGE_TOKEN", help="What clients must send; better set as CBEDGE_TOKEN.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Drafts that may wait; one more is answered 429.")] = 8,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
+) -> None:
+    """Serve drafts over HTTP, with a page to try it: http://127.0.0.1:8642."""
+    try:
+        from cbedge.serve import ServeSettings, check_exposure, run_server
+    except ImportError as error:
+        raise OutputError(f'cbedge serve needs the package {error.name}; type: pip install "cbedge[serve]"') from None
+    check_exposure(host, token)
+    from cbedge.generator import ReportGenerator
+
+    generator = ReportGenerator.from_pretrained(model, variant, device)
+    run_server(generator, host, port, ServeSettings(token, max_mb * 2**20, queue, deadline))
 
 
 @app.command("doctor")

@@ -95,6 +95,7 @@ def to_sr(report: Report, header: Dataset | None) -> bytes:
     )  # fmt: skip
     document.ManufacturerModelName = report.model[:64]
     document.SoftwareVersions = report.model_version[:64]
+    document.SpecificCharacterSet = "ISO_IR 192"  # whatever the header's was: a draft may hold any character
     document.SeriesDescription = "Draft report, unreviewed"
     file = io.BytesIO()
     document.save_as(file, enforce_file_format=True)
@@ -224,6 +225,7 @@ def _evidence(header: Dataset) -> Dataset:
     from pydicom import Dataset
 
     copied = Dataset()
+    header.decode()
     copied.update(header)
     for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
                  "StudyDate", "StudyTime", "ReferringPhysicianName"):  # fmt: skip

@@ -1,8 +1,9 @@
 """Refuse what is no chest radiograph before a report is drafted of it.
 
-A language model writes "the lungs are clear" of a photograph of a cat. The gate compares the vision encoder's features of
-an image with those of the radiographs that the model was trained on: how far along their main directions (Mahalanobis
-distance, Lee et al. 2018) and how far outside them. It is fitted at export, its limit chosen on validation studies.
+A language model writes "the lungs are clear" of a photograph of a cat. The gate compares the vision encoder's features
+of an image with those of the radiographs that the model was trained on: how far along their main directions
+(Mahalanobis distance, Lee et al. 2018) and how far outside them. It is fitted at export, its limit chosen on validation
+studies.
 """
 
 from __future__ import annotations

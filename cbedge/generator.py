@@ -143,8 +143,8 @@ class ReportGenerator:
     ) -> ReportStream:
         """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
 
-        The input is checked here, before the first piece is asked for; whether it looks like a chest radiograph, by what
-        the vision encoder makes of it, when the first piece is.
+        The input is checked here, before the first piece is asked for; whether it looks like a chest radiograph, by
+        what the vision encoder makes of it, when the first piece is.
         """
         limit = self.bundle.manifest.decoding["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= MAX_NEW_TOKENS:

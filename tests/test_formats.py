@@ -37,7 +37,7 @@ def test_json_follows_the_published_schema(report: Report):
 @pytest.fixture(scope="module")
 def sr_file(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sr") / "draft.dcm"
-    path.write_bytes(render(with_text(report, "The lungs are clear. Ärzte.", "No acute disease."), "sr", DICOM))
+    path.write_bytes(render(with_text(report, "The lungs are clear. Ärzte ≥ 2 🫁.", "No acute disease."), "sr", DICOM))
     return path
 
 
@@ -53,7 +53,7 @@ def test_a_structured_report_is_a_draft_in_the_images_study(sr_file: Path):
     evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
     assert evidence.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image.SOPInstanceUID
     said = " ".join(e.value for e in document.iterall() if e.keyword == "TextValue")
-    for words in ("The lungs are clear", "No acute disease", "tiny int4", "Unreviewed draft"):
+    for words in ("The lungs are clear. Ärzte ≥ 2 🫁.", "No acute disease", "tiny int4", "Unreviewed draft"):
         assert words in said
 
 

@@ -1,0 +1,436 @@
+"""An HTTP service for workstation tools: a radiograph in, a draft out, whole or as it is written.
+
+One worker drafts at a time, for one draft uses every core; others wait in a queue that has an end, and who would
+have to wait behind it is told when to come again. Logs hold no patient data: no text, no file names, no addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import ipaddress
+import json
+import logging
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cbedge import __version__
+from cbedge.bundle import CARD
+from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, RadiographError
+from cbedge.formats import SCHEMA, check_format, render
+from cbedge.generator import ReportGenerator, ReportStream
+from cbedge.heatmap import overlay, png
+from cbedge.radiograph import Radiograph, load_radiograph
+from cbedge.report import Report
+
+Form_ = Literal["json", "text", "fhir", "sr"]
+MEDIA = {"json": "application/json", "text": "text/plain", "fhir": "application/fhir+json", "sr": "application/dicom"}
+_STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500}
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self'"
+)
+_log = logging.getLogger("cbedge.serve")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How the service behaves.
+
+    Attributes:
+        token: what ``Authorization: Bearer`` must hold; ``None`` lets everybody on the same machine in.
+        max_bytes: largest request that is read.
+        queue: drafts that may wait; one more is answered 429.
+        deadline_s: seconds from a request's arrival to its last token, after which it is given up with 503.
+    """
+
+    token: str | None = None
+    max_bytes: int = 64 * 2**20
+    queue: int = 8
+    deadline_s: float = 60.0
+
+
+class Overloaded(Exception):
+    """The queue is full; ``retry_after`` says in how many seconds it may have room."""
+
+    def __init__(self, retry_after: int):
+        self.retry_after = retry_after
+
+
+class GivenUp(Exception):
+    """The deadline passed, or nobody waits for the draft any more."""
+
+
+class Drafter:
+    """One generator, one draft at a time, a bounded queue before it."""
+
+    def __init__(self, generator: ReportGenerator, settings: ServeSettings, metrics: Metrics):
+        self.generator, self.settings, self.metrics = generator, settings, metrics
+        self.draining = False
+        self.waiting = 0
+        self._turn = asyncio.Lock()
+        self._usual_s = 1.0
+
+    async def draft(
+        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
+        tell: Callable[[str], Awaitable[None]] | None = None,
+    ) -> ReportStream:  # fmt: skip
+        """Draft in a thread; ``tell`` is given every piece, ``alive`` is asked between pieces whether to go on.
+
+        Raises:
+            Overloaded: too many wait already.
+            GivenUp: see there.
+            CbedgeError: the radiograph or its context cannot be used.
+        """
+        if self.waiting > self.settings.queue:
+            self.metrics.refused.inc()
+            raise Overloaded(max(1, round(self.waiting * self._usual_s)))
+        deadline = time.monotonic() + self.settings.deadline_s
+        self.waiting += 1
+        self.metrics.waiting.set(self.waiting)
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.settings.deadline_s):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise GivenUp("the deadline passed in the queue") from None
+        finally:
+            self.waiting -= 1
+            self.metrics.waiting.set(self.waiting)
+        try:
+            start = time.monotonic()
+            stream = await self._write(make, alive, tell, deadline)
+            self._usual_s = 0.8 * self._usual_s + 0.2 * (time.monotonic() - start)
+            return stream
+        finally:
+            self._turn.release()
+
+    async def _write(
+        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
+        tell: Callable[[str], Awaitable[None]] | None, deadline: float,
+    ) -> ReportStream:  # fmt: skip
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+
+        def work() -> ReportStream:
+            try:
+                stream = make()
+                for piece in stream:
+                    if stop.is_set():
+                        raise GivenUp("nobody waits for it any more")
+                    if time.monotonic() > deadline:
+                        raise GivenUp("the deadline passed while writing")
+                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                return stream
+            finally:
+                loop.call_soon_threadsafe(pieces.put_nowait, None)
+
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            while (piece := await pieces.get()) is not None:
+                if not await alive():
+                    stop.set()
+                elif tell is not None:
+                    await tell(piece)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            await asyncio.wait([task])  # the thread is out before the next draft begins
+        return task.result()
+
+
+class Metrics:
+    """What ``/metrics`` tells Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.drafts = Counter("cbedge_drafts", "Drafts by outcome.", ["outcome"], registry=self.registry)
+        self.refused = Counter("cbedge_refused", "Requests turned away, the queue being full.", registry=self.registry)
+        self.seconds = Histogram(
+            "cbedge_draft_seconds", "Seconds from arrival to the last token.", registry=self.registry,
+            buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60),
+        )  # fmt: skip
+        self.tokens = Counter("cbedge_tokens", "Tokens written.", registry=self.registry)
+        self.waiting = Gauge("cbedge_waiting", "Requests in the queue.", registry=self.registry)
+
+
+def check_exposure(host: str, token: str | None) -> None:
+    """See that a service that other machines can reach asks for a token.
+
+    Raises:
+        ContextError: it does not, or the token is too short to be one.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not token:
+        raise ContextError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
+    if token is not None and len(token) < 16:
+        raise ContextError("the token has fewer than 16 characters: give a longer one")
+
+
+def create_app(generator: ReportGenerator, settings: ServeSettings | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        generator: writes the drafts.
+        settings: see there.
+    """
+    settings = settings or ServeSettings()
+    metrics = Metrics()
+    drafter = Drafter(generator, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        drafter.draining = True
+
+    app = FastAPI(
+        title="cbedge", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="Drafts chest radiograph reports. Research software, not a medical device.",
+    )  # fmt: skip
+    app.state.drafter = drafter
+    app.add_middleware(BodyLimit, most=settings.max_bytes)
+
+    def allowed(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if settings.token and not hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode()):
+            raise HTTPException(401, "give the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+
+    @app.exception_handler(CbedgeError)
+    async def _refuse(request: Request, error: CbedgeError) -> Response:
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
+        return JSONResponse({"detail": str(error)}, status)
+
+    @app.exception_handler(Overloaded)
+    async def _later(request: Request, error: Overloaded) -> Response:
+        text = f"too many drafts are waiting: come again in {error.retry_after} s"
+        return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(GivenUp)
+    async def _late(request: Request, error: GivenUp) -> Response:
+        return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
+
+    @app.post(
+        "/v1/reports", dependencies=[Depends(allowed)], summary="Draft the report of one radiograph",
+        responses={
+            200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
+                  "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
+            401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
+            422: {"description": "The radiograph or its context cannot be used."},
+            429: {"description": "The queue is full; see Retry-After."},
+            503: {"description": "The deadline passed, or the service is shutting down."},
+        },
+    )  # fmt: skip
+    async def reports(
+        request: Request,
+        image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or DICOM (CR, DX).")],
+        indication: Annotated[str | None, Form(examples=["cough"])] = None,
+        comparison: Annotated[str | None, Form(examples=["2019"])] = None,
+        view: Annotated[str | None, Form(examples=["PA"])] = None,
+        form: Annotated[Form_, Form(alias="format")] = "json",
+        stream: Annotated[bool, Form(description="Send server-sent events.")] = False,
+        heatmap: Annotated[bool, Form(description="Add a PNG of where the model looked, with `stream`.")] = False,
+        accept_any_image: Annotated[bool, Form()] = False,
+    ) -> Response:
+        if drafter.draining:
+            raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
+        check_format(form)
+        content = await image.read()
+        arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
+        radiograph = await asyncio.to_thread(load_radiograph, content)
+        context = {"indication": indication or None, "comparison": comparison or None, "view": view or None}
+
+        def make() -> ReportStream:
+            return generator.stream(radiograph, **context, accept_any_image=accept_any_image)  # type: ignore[arg-type]
+
+        async def alive() -> bool:
+            return not await request.is_disconnected()
+
+        async def run(tell: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
+            outcome, report = "failed", None
+            try:
+                done = await drafter.draft(make, alive, tell)
+                outcome, report = "written", done.report
+                return done
+            except Overloaded:
+                outcome = "turned away"
+                raise
+            except (GivenUp, asyncio.CancelledError):
+                outcome = "given up"
+                raise
+            except CbedgeError:
+                outcome = "refused"
+                raise
+            finally:
+                _note(metrics, number, outcome, time.monotonic() - arrived, report)
+
+        if not stream:
+            report = (await run()).report
+            return Response(await asyncio.to_thread(render, report, form, content), media_type=MEDIA[form],
+                            headers={"X-Request-Id": number})  # fmt: skip
+        events = _events(run, radiograph, heatmap)
+        first = await anext(events)  # what is wrong with the input is told by the status, before the stream begins
+        return StreamingResponse(_chain(first, events), media_type="text/event-stream",
+                                 headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
+
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
+    async def healthz() -> str:
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse, summary="Whether it takes radiographs")
+    async def readyz() -> Response:
+        full = drafter.waiting > settings.queue
+        state = "shutting down" if drafter.draining else "the queue is full" if full else "ready"
+        return PlainTextResponse(state, 200 if state == "ready" else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(allowed)], summary="For Prometheus")
+    async def tell_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/model", dependencies=[Depends(allowed)], summary="The model, with its card")
+    async def model() -> dict[str, Any]:
+        manifest = generator.bundle.manifest
+        card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
+        return {"name": manifest.name, "version": manifest.version, "variant": generator.variant,
+                "device": generator.backend.device, "license": manifest.license, "card": card}  # fmt: skip
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> Response:
+        text = (files("cbedge") / "page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
+
+    return app
+
+
+class BodyLimit:
+    """Refuses a request that is too large: by what it announces, before it is read, or as soon as it is."""
+
+    def __init__(self, app: ASGIApp, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, counting its bytes."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self.most:
+            await self._refuse(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise HTTPException(413, self._reason())
+            return message
+
+        await self.app(scope, counted, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({"detail": self._reason()}, 413)(scope, receive, send)
+
+    def _reason(self) -> str:
+        return f"the request is larger than {self.most:,} bytes: scale the radiograph down"
+
+
+async def _events(
+    run: Callable[..., Awaitable[ReportStream]], radiograph: Radiograph, heatmap: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events of one draft."""
+    ready: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def tell(piece: str) -> None:
+        ready.put_nowait(_event("piece", {"text": piece}))
+
+    async def work() -> None:
+        try:
+            done = await run(tell)
+            values = json.loads(done.report.to_json())
+            if heatmap:
+                picture = await asyncio.to_thread(lambda: png(overlay(radiograph, done.attention)))
+                values["heatmap_png"] = base64.b64encode(picture).decode()
+            ready.put_nowait(_event("report", values))
+        finally:
+            ready.put_nowait(None)
+
+    task = asyncio.ensure_future(work())
+    begun = False
+    try:
+        while (event := await ready.get()) is not None:
+            begun = True
+            yield event
+        await task
+    except (CbedgeError, GivenUp, Overloaded) as error:
+        if not begun:
+            raise
+        yield _event("error", {"detail": str(error)})
+    finally:
+        task.cancel()
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _event(name: str, values: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(values, ensure_ascii=False)}\n\n".encode()
+
+
+def _note(metrics: Metrics, number: str, outcome: str, seconds: float, report: Report | None) -> None:
+    metrics.drafts.labels(outcome).inc()
+    told: dict[str, Any] = {"event": "draft", "request": number, "outcome": outcome, "seconds": round(seconds, 3)}
+    if report is not None:
+        metrics.seconds.observe(seconds)
+        metrics.tokens.inc(report.new_tokens)
+        told |= {"tokens": report.new_tokens, "ms": {k: round(v, 1) for k, v in asdict(report.timings).items()}}
+    _log.info(json.dumps(told))
+
+
+def _schema() -> dict[str, Any]:
+    return json.loads(SCHEMA.read_text(encoding="utf-8"))
+
+
+def run_server(generator: ReportGenerator, host: str, port: int, settings: ServeSettings) -> None:
+    """Serve until the process is told to end; drafts that are being written are finished first.
+
+    Raises:
+        ContextError: see :func:`check_exposure`.
+        OSError: the address is taken.
+    """
+    import uvicorn
+
+    check_exposure(host, settings.token)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "message": %(message)s}'))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    app = create_app(generator, settings)
+    server = uvicorn.Server(uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=20,
+        timeout_graceful_shutdown=int(settings.deadline_s), h11_max_incomplete_event_size=64 * 1024,
+    ))  # fmt: skip
+    _log.info(json.dumps(f"serving on http://{host}:{port}"))
+    server.run()
+    if not server.started:
+        raise ContextError(f"cannot listen on {host}:{port}: give another --port")

@@ -1,0 +1,219 @@
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import EXAMPLES, ROOT, draw_chest, run_cli
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cbedge import ContextError, ReportGenerator
+from cbedge.serve import ServeSettings, check_exposure, create_app
+
+TOKEN = "a-token-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_bundle: Path) -> ReportGenerator:
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    generator.bundle.manifest.decoding["max_new_tokens"] = 24
+    return generator
+
+
+@pytest.fixture(scope="module")
+def client(generator: ReportGenerator) -> Iterator[TestClient]:
+    with TestClient(create_app(generator, ServeSettings(max_bytes=2_000_000))) as client:
+        yield client
+
+
+def post(client: TestClient, image: bytes, **data: str) -> httpx.Response:
+    return client.post("/v1/reports", files={"image": ("x", image)}, data=data)
+
+
+def test_a_radiograph_comes_back_as_the_draft_that_the_library_writes(
+    client: TestClient, generator: ReportGenerator, chest_png: Path
+):
+    answer = post(client, chest_png.read_bytes(), indication="cough")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["text"] == generator.generate(chest_png, indication="cough").text
+
+
+@pytest.mark.parametrize(("form", "kind"), [("fhir", "application/fhir+json"), ("sr", "application/dicom")])
+def test_a_dicom_file_comes_back_in_the_hospitals_formats(client: TestClient, form: str, kind: str):
+    answer = post(client, (EXAMPLES / "chest_pa.dcm").read_bytes(), format=form)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+    assert b"DICM" in answer.content[:140] if form == "sr" else answer.json()["status"] == "preliminary"
+
+
+def events(text: str) -> list[tuple[str, dict]]:
+    found = []
+    for block in filter(None, text.split("\n\n")):
+        name, data = block.split("\n", 1)
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def test_events_are_pieces_and_then_the_report_with_its_map(client: TestClient, chest_png: Path):
+    answer = post(client, chest_png.read_bytes(), stream="true", heatmap="true")
+    told = events(answer.text)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert {name for name, _ in told[:-1]} == {"piece"} and told[-1][0] == "report"
+    report = told[-1][1]
+    assert "".join(data["text"] for _, data in told[:-1]).strip() == report["text"]
+    assert report["heatmap_png"].startswith("iVBOR")
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_what_cannot_be_used_is_told_with_the_status(client: TestClient, chest_png: Path, stream: str):
+    bad = post(client, b"hello", stream=stream)
+    assert bad.status_code == 422 and "not an image" in bad.json()["detail"]
+    view = post(client, chest_png.read_bytes(), view="sideways", stream=stream)
+    assert view.status_code == 422 and "sideways" in view.json()["detail"]
+    assert client.post("/v1/reports", data={}).status_code == 422
+
+
+def test_a_request_that_is_too_large_is_not_read(client: TestClient):
+    assert post(client, b"\0" * 2_100_000).status_code == 413
+
+    def endless() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+        for _ in range(40):
+            yield b"\0" * 100_000
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert client.post("/v1/reports", content=endless(), headers=headers).status_code == 413
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=300), st.text(max_size=40), st.text(max_size=10), st.text(max_size=10), st.booleans())
+def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, view: str, form: str, png: bool):
+    whole = (EXAMPLES / "chest_pa.png").read_bytes()
+    content = whole[: len(image) * 50] + image if png else image
+    answer = post(client, content, indication=indication, view=view, format=form)
+    assert answer.status_code in (400, 413, 422) or (answer.status_code == 200 and answer.json()["text"] is not None)
+
+
+def test_a_token_is_asked_for_where_one_is_set(generator: ReportGenerator, chest_png: Path):
+    with TestClient(create_app(generator, ServeSettings(token=TOKEN))) as client:
+        assert post(client, chest_png.read_bytes()).status_code == 401
+        assert client.get("/metrics").status_code == 401 and client.get("/healthz").status_code == 200
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        assert post(client, chest_png.read_bytes()).status_code == 200
+
+
+def test_other_machines_need_a_token():
+    check_exposure("127.0.0.1", None)
+    check_exposure("0.0.0.0", TOKEN)
+    for host, token in (("0.0.0.0", None), ("workstation", None), ("127.0.0.1", "short")):
+        with pytest.raises(ContextError, match="token"):
+            check_exposure(host, token)
+
+
+def test_many_clients_get_the_right_report_each_or_are_told_when_to_come_again(generator: ReportGenerator):
+    images = {}
+    for seed in range(12):
+        path = Path(f"/tmp/{os.getpid()}-{seed}.png")
+        Image.fromarray(draw_chest(seed, 96, 96)).save(path)
+        images[seed] = path.read_bytes()
+        path.unlink()
+    alone = {seed: generator.generate(image).text for seed, image in images.items()}
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_app(generator, ServeSettings(queue=5)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            asked = [client.post("/v1/reports", files={"image": ("x", image)}) for image in images.values()]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(ask())
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 429} and codes.count(200) >= 5
+    for seed, answer in zip(images, answers, strict=True):
+        if answer.status_code == 200:
+            assert answer.json()["text"] == alone[seed]
+        else:
+            assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_deadline_ends_a_draft(generator: ReportGenerator, chest_png: Path):
+    with TestClient(create_app(generator, ServeSettings(deadline_s=1e-4))) as client:
+        answer = post(client, chest_png.read_bytes())
+        assert answer.status_code == 503 and "deadline" in answer.json()["detail"]
+        assert client.get("/readyz").status_code == 200
+
+
+def test_metrics_and_health(client: TestClient, chest_png: Path):
+    post(client, chest_png.read_bytes())
+    assert client.get("/healthz").text == "ok" and client.get("/readyz").text == "ready"
+    told = client.get("/metrics").text
+    assert 'cbedge_drafts_total{outcome="written"}' in told and "cbedge_draft_seconds_bucket" in told
+    assert client.get("/v1/model").json()["name"] == "tiny"
+
+
+def test_the_page_needs_nothing_from_outside(client: TestClient):
+    page = client.get("/")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text and "https://" not in page.text and "src=" not in page.text
+
+
+def test_the_api_is_described(client: TestClient):
+    described = client.get("/openapi.json").json()
+    content = described["paths"]["/v1/reports"]["post"]["responses"]["200"]["content"]
+    assert "findings" in content["application/json"]["schema"]["properties"]
+
+
+@pytest.fixture
+def server(tiny_bundle: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(tiny_bundle),
+               "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            httpx.get(f"{address}/readyz")
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    yield address, process
+    process.kill()
+    process.wait()
+
+
+def test_a_real_server_drafts_survives_rude_clients_and_ends_gracefully(server: tuple[str, subprocess.Popen]):
+    address, process = server
+    image = (EXAMPLES / "chest_pa.dcm").read_bytes()
+    host, port = address.removeprefix("http://").split(":")
+    for rude in (b"POST /v1/reports HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc", b"nonsense\r\n\r\n"):
+        with socket.create_connection((host, int(port))) as connection:  # says a little, then hangs up
+            connection.sendall(rude)
+    slow = socket.create_connection((host, int(port)))  # one byte, and no more
+    slow.sendall(b"P")
+    answer = httpx.post(f"{address}/v1/reports", files={"image": ("secret-name.dcm", image)},
+                        data={"indication": "secret words"}, timeout=60)  # fmt: skip
+    assert answer.status_code == 200
+    slow.close()
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM), log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert any(isinstance(line["message"], dict) and line["message"]["outcome"] == "written" for line in lines)
+    for secret in ("secret", "CompressedSamples", "9RG1", "Traceback"):
+        assert secret not in log
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.Popen], tiny_bundle: Path):
+    port = server[0].rpartition(":")[2]
+    done = run_cli("cbedge.cli", "serve", "--port", port, "--model", tiny_bundle, "--device", "cpu")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and port in done.stderr
