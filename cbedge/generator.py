@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -195,6 +195,10 @@ class ReportGenerator:
         rows = [i for i, name in enumerate(findings.names) if name in seen] or [0]
         named = dict(zip(findings.names, map(float, scores), strict=True))
         return Look(embeds, seen, named, attention[rows].mean(0))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def decode_stream(self) -> DecodeStream:
         """A decoder of token ids to text that waits for whole characters."""

@@ -1,0 +1,329 @@
+"""``python -m benchmarks.peers``: the same report through cbedge and its peers, in turn, on this machine.
+
+Same merged weights, prompt, radiograph and number of tokens, greedy. Every runner lives in a process of its own and
+waits while another works; rounds go through all of them in turn, so that a slow minute of the machine meets them all,
+and ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from cbedge.bench import machine
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
+INDICATION = "cough"
+REFERENCE = "cbedge int4"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every runner does.
+
+    Attributes:
+        checkpoint: the merged model in transformers' format; its language model alone is in ``language``, and as ONNX
+            Runtime GenAI's in ``genai``.
+        bundle: the same as a bundle.
+        image: the radiograph.
+        tokens: to write, whatever the model thinks of stopping.
+        threads: CPU threads.
+    """
+
+    checkpoint: Path
+    bundle: Path
+    image: Path
+    tokens: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One report: seconds of the whole, of the language model alone (prefill and decode), and the text written."""
+
+    whole: float
+    language: float
+    text: str
+
+
+def cbedge_runner(job: Job, variant: str, speculative: bool) -> Callable[[], Run]:
+    """cbedge's own graphs."""
+    from cbedge.decoding import Drafting, GuessLength, greedy, speculate
+    from cbedge.generator import ReportGenerator
+    from cbedge.prompt import ClinicalContext
+    from cbedge.radiograph import load_radiograph, preprocess
+
+    generator = ReportGenerator.from_pretrained(job.bundle, variant, "cpu", job.threads)
+    context, length = ClinicalContext(INDICATION, view="frontal"), GuessLength()
+
+    def run() -> Run:
+        start = perf_counter()
+        features = generator.backend.encode_image(preprocess(load_radiograph(job.image).pixels))
+        look = generator.look(features, context)
+        ids = np.array([generator.prompt_ids(context, look.seen)], np.int64)
+        language = perf_counter()
+        embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
+        decoder = generator.backend.new_decoder(embeds.shape[1] + job.tokens)
+        logits = decoder.prefill(embeds)
+        if speculative and generator.phrasebook is not None:
+            tokens = speculate(decoder, logits, (), job.tokens, generator.phrasebook, length, Drafting())
+        else:
+            tokens = greedy(decoder, logits, (), job.tokens)
+        written = [token.id for token in tokens]
+        end = perf_counter()
+        return Run(end - start, end - language, generator.decode(written))
+
+    return run
+
+
+def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
+    """transformers' ``generate`` on the merged model: ``fp32``, ``bf16``, or ``nf4`` by bitsandbytes."""
+    import torch
+
+    from cbedge.prompt import ClinicalContext
+    from cbedge.radiograph import load_radiograph, preprocess
+    from training.base import load_model
+    from training.batches import encode_instructions, encode_prompt
+    from training.stages import embed_inputs, encode_images, query_image
+    from training.trained import load_finding_head
+
+    torch.set_num_threads(job.threads)
+    parts = load_model(str(job.checkpoint), job.checkpoint, kind)
+    head = load_finding_head(job.checkpoint)
+    model, dtype = parts.model.eval(), torch.float32 if kind == "fp32" else torch.bfloat16
+    context = ClinicalContext(INDICATION, view="frontal")
+
+    @torch.inference_mode()
+    def run() -> Run:
+        start = perf_counter()
+        pixels = torch.from_numpy(preprocess(load_radiograph(job.image).pixels)).to(dtype)
+        instruction = encode_instructions(parts, [context])
+        output, projected = query_image(
+            model, encode_images(model, pixels), instruction["input_ids"], instruction["attention_mask"]
+        )
+        ids = torch.tensor([encode_prompt(parts, context, head.read(output)[0] if head else None)])
+        language = perf_counter()
+        embeds = embed_inputs(model, ids, projected)
+        written = model.language_model.generate(
+            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), do_sample=False,
+            max_new_tokens=job.tokens, min_new_tokens=job.tokens, pad_token_id=parts.tokenizer.pad_token_id,
+            eos_token_id=None,
+        )  # fmt: skip
+        end = perf_counter()
+        return Run(end - start, end - language, parts.tokenizer.decode(written[0], skip_special_tokens=True))
+
+    return run
+
+
+def genai_runner(job: Job) -> Callable[[], Run]:
+    """ONNX Runtime GenAI on the language model alone, in its builder's own int4, fed a prompt of the same length."""
+    import onnxruntime_genai as genai
+
+    from cbedge.generator import ReportGenerator
+    from cbedge.prompt import ClinicalContext
+
+    generator = ReportGenerator.from_pretrained(job.bundle, None, "cpu", 1)
+    count = generator.bundle.manifest.shapes.num_query_tokens
+    ids = [5] * count + generator.prompt_ids(ClinicalContext(INDICATION, view="frontal"), ())
+    config = genai.Config(str(job.checkpoint / "genai"))
+    model = genai.Model(config)
+
+    def run() -> Run:
+        start = perf_counter()
+        params = genai.GeneratorParams(model)
+        params.set_search_options(max_length=len(ids) + job.tokens, min_length=len(ids) + job.tokens, do_sample=False)
+        writer = genai.Generator(model, params)
+        writer.append_tokens(np.array([ids], np.int32))
+        for _ in range(job.tokens):
+            writer.generate_next_token()
+        end = perf_counter()
+        return Run(float("nan"), end - start, "")
+
+    return run
+
+
+RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
+    REFERENCE: lambda job: cbedge_runner(job, "int4", True),
+    "cbedge int4, one token a pass": lambda job: cbedge_runner(job, "int4", False),
+    "cbedge fp32, one token a pass": lambda job: cbedge_runner(job, "fp32", False),
+    "onnxruntime-genai int4 (language model alone)": genai_runner,
+    "transformers fp32": lambda job: transformers_runner(job, "fp32"),
+    "transformers bf16": lambda job: transformers_runner(job, "bf16"),
+    "bitsandbytes NF4": lambda job: transformers_runner(job, "nf4"),
+}
+
+
+def _serve(name: str, job: Job, connection: Connection) -> None:
+    """In a process of its own: load, then run whenever told to."""
+    warnings.simplefilter("ignore")
+    try:
+        run = RUNNERS[name](job)
+        run()  # warm-up
+        connection.send("ready")
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    while connection.recv() == "run":
+        connection.send(run())
+
+
+def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Runs of every runner that loads, in turn; why others do not."""
+    context = multiprocessing.get_context("spawn")
+    lines: dict[str, Connection] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        ours, theirs = context.Pipe()
+        tell(f"loading {name}")
+        context.Process(target=_serve, args=(name, job, theirs), daemon=True).start()
+        answer = ours.recv()
+        if answer == "ready":
+            lines[name] = ours
+        else:
+            failed[name] = answer.splitlines()[0]
+    runs: dict[str, list[Run]] = {name: [] for name in lines}
+    for number in range(rounds):
+        for name, line in lines.items():
+            tell(f"round {number + 1} of {rounds}: {name}")
+            line.send("run")
+            runs[name].append(line.recv())
+    for line in lines.values():
+        line.send("end")
+    return {"runs": {name: [asdict(run) for run in found] for name, found in runs.items()}, "failed": failed}
+
+
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Medians, and the ratio to cbedge's int4, round by round."""
+    ours = runs.get(REFERENCE)
+    rows = {}
+    for name, found in runs.items():
+        row: dict[str, Any] = {}
+        for part in ("whole", "language"):
+            seconds = [run[part] for run in found]
+            row[f"{part}_s"] = statistics.median(seconds)
+            if ours:
+                ratios = [s / o[part] for s, o in zip(seconds, ours, strict=True)]
+                row[f"{part}_ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
+        row["same_characters_as_fp32"] = _agreement(runs, found)
+        rows[name] = row
+    return rows
+
+
+def _agreement(runs: dict[str, list[dict[str, Any]]], found: list[dict[str, Any]]) -> int | None:
+    """How many characters a runner writes before it first differs from transformers in fp32."""
+    exact = runs.get("transformers fp32")
+    if not exact or not found[0]["text"]:
+        return None
+    return len(os.path.commonprefix([found[0]["text"], exact[0]["text"]]))
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    where = record["machine"]
+    lines = [
+        f"# One report of {record['tokens']} tokens, {record['rounds']} rounds in turn", "",
+        f"{where['date']}, {where['processor']}, {record['threads']} threads, "
+        + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + f". Command: `{record['command']}`", "",
+        "Seconds are medians; ratios to the first row, round by round: median (least to most).", "",
+        "| | whole report, s | ratio | language model, s | ratio | characters before it differs from fp32 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for name, row in record["summary"].items():
+        cells = []
+        for part in ("whole", "language"):
+            known = row[f"{part}_s"] == row[f"{part}_s"]
+            ratio = row.get(f"{part}_ratio")
+            cells.append(f"{row[f'{part}_s']:.3f}" if known else "-")
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if known and ratio else "-")
+        same = row["same_characters_as_fp32"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'-' if same is None else same} |")
+    lines += [f"\n{name} did not run: {reason}" for name, reason in record["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def prepare(checkpoint: str, adapters: Path, folder: Path, tell: Callable[[str], None]) -> None:
+    """Write the merged model, its language model alone, and that as GenAI's int4, into ``folder``."""
+    from export.merge import merge
+    from training.fetch import DEFAULT_CACHE
+    from training.trained import load_adapted, save_finding_head
+
+    tell("merging")
+    parts = load_adapted(checkpoint, [adapters], DEFAULT_CACHE)
+    merge(parts)
+    language = parts.model.language_model
+    if getattr(language.config, "quantization_config", None) is not None:
+        del language.config.quantization_config  # how the base weights came, not how they are now
+    parts.save(folder)
+    if parts.finding_head is not None:
+        save_finding_head(parts.finding_head, folder)
+    language.save_pretrained(folder / "language")
+    parts.tokenizer.save_pretrained(folder / "language")
+    tell("building onnxruntime-genai's int4")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder / "language"), "-o",
+               str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
+               "int4_accuracy_level=4"]  # fmt: skip
+    subprocess.run(command, check=False, capture_output=True)
+
+
+@app.command(help=__doc__)
+def main(
+    checkpoint: Annotated[str, typer.Option(help="The base of the adapters, as for python -m export.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of the run.")],
+    bundle: Annotated[Path, typer.Option(help="The same run's bundle, with int4 and fp32.")],
+    output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
+    image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 60,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="Only these runners; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a record that is already there.")] = False,
+) -> None:
+    """Measure, print and record."""
+    from importlib.metadata import version
+
+    if output.with_suffix(".json").exists() and not force:
+        typer.echo(f"error: {output.with_suffix('.json')} exists already: give --force to replace it", err=True)
+        raise typer.Exit(1)
+    unknown = [name for name in only or () if name not in RUNNERS]
+    if unknown:
+        typer.echo(f"error: unknown runner {unknown[0]!r}; give one of: {', '.join(RUNNERS)}", err=True)
+        raise typer.Exit(1)
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(checkpoint, adapters, Path(scratch), tell)
+        job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads)
+        found = measure(job, only or list(RUNNERS), rounds, tell)
+    packages = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "bitsandbytes")
+    record = {
+        "machine": machine(), "versions": {name: version(name) for name in packages}, "tokens": tokens,
+        "rounds": rounds,
+        "threads": threads, "summary": summarize(found["runs"]), "failed": found["failed"],
+        "command": f"python -m benchmarks.peers --tokens {tokens} --rounds {rounds} --threads {threads} …",
+    }  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+    typer.echo(to_markdown(record))
+
+
+if __name__ == "__main__":
+    app()
