@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -230,7 +229,8 @@ def _agreement(runs: dict[str, list[dict[str, Any]]], found: list[dict[str, Any]
     exact = runs.get("transformers fp32")
     if not exact or not found[0]["text"]:
         return None
-    return len(os.path.commonprefix([found[0]["text"], exact[0]["text"]]))
+    pairs = enumerate(zip(found[0]["text"], exact[0]["text"], strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(found[0]["text"]), len(exact[0]["text"])))
 
 
 def to_markdown(record: dict[str, Any]) -> str:

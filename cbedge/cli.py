@@ -243,6 +243,36 @@ def serve_command(
     run_server(generator, host, port, ServeSettings(token, max_mb * 2**20, queue, deadline))
 
 
+@app.command("listen")
+def listen_command(
+    known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send; may be repeated.")],
+    spool: Annotated[Path, typer.Option(help="Folder of the queue; it holds radiographs until they are drafted.")],
+    peer: Annotated[
+        str | None, typer.Option(help="PACS for the drafts, as AET@host:port [default: they stay in the spool].")
+    ] = None,
+    aet: Annotated[str, typer.Option(help="This node's AE title.")] = "CBEDGE",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    retry: Annotated[float, typer.Option(min=0.1, help="Seconds after the first failed delivery.")] = 5.0,
+) -> None:
+    """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
+    try:
+        from cbedge.listen import ListenSettings, Peer, run_listener
+    except ImportError as error:
+        raise OutputError(
+            f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'
+        ) from None
+    from cbedge.formats import check_format
+    from cbedge.generator import ReportGenerator
+
+    check_format("sr")
+    settings = ListenSettings(aet, host, port, tuple(known), Peer.parse(peer) if peer else None, spool, retry)
+    run_listener(ReportGenerator.from_pretrained(model, variant, device), settings)
+
+
 @app.command("doctor")
 def doctor_command(
     model: Model = None,

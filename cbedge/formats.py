@@ -70,12 +70,14 @@ def render(report: Report, form: str, source: Path | bytes | None = None) -> byt
     return ((report.to_json() if form == "json" else report.to_text()) + "\n").encode()
 
 
-def to_sr(report: Report, header: Dataset | None) -> bytes:
+def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> bytes:
     """An Enhanced SR document in the image's study: preliminary, partial, unverified.
 
     Args:
         report: the draft.
         header: the image's, without pixels.
+        same_again: derive the document's identifiers from image and model, so that a document that is made again after
+            an interruption is the same one to whoever has it already.
 
     Raises:
         RadiographError: there is none, or it lacks its identifiers.
@@ -88,9 +90,11 @@ def to_sr(report: Report, header: Dataset | None) -> bytes:
     import highdicom
     from pydicom.uid import generate_uid
 
+    entropy = [str(header.SOPInstanceUID), report.model, report.model_version, report.variant]
+    uids = [generate_uid(entropy_srcs=[*entropy, kind] if same_again else None) for kind in ("series", "document")]
     document = highdicom.sr.EnhancedSR(
         evidence=[_evidence(header)], content=_content(report, header),
-        series_instance_uid=generate_uid(), series_number=_series_number(header), sop_instance_uid=generate_uid(),
+        series_instance_uid=uids[0], series_number=_series_number(header), sop_instance_uid=uids[1],
         instance_number=1, manufacturer=_MANUFACTURER, is_complete=False, is_final=False, is_verified=False,
     )  # fmt: skip
     document.ManufacturerModelName = report.model[:64]

@@ -1,0 +1,186 @@
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pydicom
+import pytest
+from conftest import EXAMPLES, ROOT, run_cli
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import ComputedRadiographyImageStorage, EnhancedSRStorage, Verification
+
+from cbedge import ContextError
+from cbedge.listen import Peer
+
+needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dataset = pydicom.dcmread(EXAMPLES / "chest_pa.dcm")
+    dataset.decompress()
+    path = tmp_path_factory.mktemp("film") / "film.dcm"
+    dataset.save_as(path)
+    return path
+
+
+def another(film: Path) -> pydicom.Dataset:
+    dataset = pydicom.dcmread(film)
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    return dataset
+
+
+class Pacs:
+    """A store of Structured Reports, by pynetdicom."""
+
+    def __init__(self, port: int):
+        self.taken: list[pydicom.Dataset] = []
+        node = AE("PACS")
+        node.add_supported_context(EnhancedSRStorage, ExplicitVRLittleEndian)
+        self.server = node.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, self.take)])
+
+    def take(self, event: evt.Event) -> int:
+        self.taken.append(event.dataset)
+        return 0x0000
+
+
+def send(port: int, dataset: pydicom.Dataset, aet: str = "MODALITY") -> int | None:
+    node = AE(aet)
+    node.add_requested_context(ComputedRadiographyImageStorage, ExplicitVRLittleEndian)
+    association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
+    if not association.is_established:
+        return None
+    status = association.send_c_store(dataset).Status
+    association.release()
+    return status
+
+
+@pytest.fixture
+def listen(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, subprocess.Popen]]]:
+    running = []
+
+    def start(pacs: int, spool: Path = tmp_path / "spool") -> tuple[int, subprocess.Popen]:
+        port = free_port()
+        command = [sys.executable, "-m", "cbedge.cli", "listen", "--known", "MODALITY", "--spool", spool, "--peer",
+                   f"PACS@127.0.0.1:{pacs}", "--port", port, "--model", tiny_bundle, "--device", "cpu", "--retry",
+                   "0.3"]  # fmt: skip
+        log = open(tmp_path / "log", "a")  # noqa: SIM115
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=log)
+        running.append(process)
+
+        def answers() -> bool:
+            node = AE("MODALITY")
+            node.add_requested_context(Verification)
+            association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
+            association.release()
+            return association.is_established
+
+        wait_for(answers)
+        return port, process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_a_radiograph_sent_comes_back_as_a_structured_report(listen: Callable, film: Path, tmp_path: Path):
+    pacs_port = free_port()
+    pacs = Pacs(pacs_port)
+    port, process = listen(pacs_port)
+    dataset = pydicom.dcmread(film)
+    assert send(port, dataset) == 0
+    wait_for(lambda: pacs.taken)
+    document = pacs.taken[0]
+    assert document.StudyInstanceUID == dataset.StudyInstanceUID and document.PreliminaryFlag == "PRELIMINARY"
+    assert send(port, dataset, "STRANGER") is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    log = (tmp_path / "log").read_text()
+    assert "drafted" in log and "CompressedSamples" not in log and "Traceback" not in log
+    pacs.server.shutdown()
+
+
+def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(listen: Callable, film: Path):
+    pacs_port = free_port()
+    sent = []
+    for _ in range(3):  # nobody is there to take the drafts, and the listener dies each time
+        port, process = listen(pacs_port)
+        for _ in range(3):
+            dataset = another(film)
+            assert send(port, dataset) == 0
+            sent.append(dataset.SOPInstanceUID)
+        process.kill()
+        process.wait()
+    pacs = Pacs(pacs_port)
+    listen(pacs_port)
+    wait_for(lambda: len({d.SOPInstanceUID for d in pacs.taken}) == len(sent))
+    time.sleep(0.5)
+    drafted = [
+        d.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+        .ReferencedSOPInstanceUID for d in pacs.taken
+    ]  # fmt: skip
+    assert sorted(drafted) == sorted(sent)
+    pacs.server.shutdown()
+
+
+def test_what_cannot_be_drafted_is_kept_with_the_reason(listen: Callable, film: Path, tmp_path: Path):
+    port, _ = listen(free_port())
+    dataset = another(film)
+    dataset.Modality = "CT"
+    assert send(port, dataset) == 0
+    wait_for(lambda: list((tmp_path / "spool" / "failed").glob("*.dcm")))
+    assert "modality CT" in next((tmp_path / "spool" / "failed").glob("*.txt")).read_text()
+
+
+@needs_dcmtk
+def test_dcmtk_sends_and_receives(listen: Callable, film: Path, tmp_path: Path):
+    pacs_port = free_port()
+    store = tmp_path / "store"
+    store.mkdir()
+    pacs = subprocess.Popen(["storescp", "-aet", "PACS", "-od", store, str(pacs_port)])
+    try:
+        port, _ = listen(pacs_port)
+        command = ["storescu", "-aet", "MODALITY", "-aec", "CBEDGE", "127.0.0.1", str(port), film]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        wait_for(lambda: list(store.iterdir()))
+        time.sleep(0.3)
+        document = pydicom.dcmread(next(store.iterdir()))
+        assert document.Modality == "SR" and document.PatientID == "9RG1"
+        assert subprocess.run(["storescu", "-aet", "STRANGER", *command[3:]], capture_output=True).returncode != 0
+    finally:
+        pacs.kill()
+        pacs.wait()
+
+
+def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
+    listen: Callable, tiny_bundle: Path, tmp_path: Path
+):
+    listen(free_port())
+    arguments = ("cbedge.cli", "listen", "--known", "X", "--spool", tmp_path / "spool", "--model", tiny_bundle,
+                 "--device", "cpu", "--port", free_port())  # fmt: skip
+    second = run_cli(*arguments)
+    assert second.returncode == 7 and "another cbedge listen" in second.stderr and "Traceback" not in second.stderr
+    wrong = run_cli(*arguments, "--peer", "nonsense")
+    assert wrong.returncode == 4 and "AET@host:port" in wrong.stderr
+    with pytest.raises(ContextError):
+        Peer.parse("A_TITLE_OF_MORE_THAN_16@host:104")
