@@ -90,8 +90,10 @@ def listen(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[in
             node = AE("MODALITY")
             node.add_requested_context(Verification)
             association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
-            association.release()
-            return association.is_established
+            answered = association.is_established
+            if answered:
+                association.release()
+            return answered
 
         wait_for(answers)
         return port, process
