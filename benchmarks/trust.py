@@ -28,6 +28,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 Data = Annotated[Path, typer.Option(help="Folder of IU X-RAY.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of a bundle [default: embedded].")]
 Output = Annotated[Path, typer.Option(help="JSON to write.")]
+_SKIMAGE = (
+    "astronaut", "brick", "camera", "cat", "cell", "checkerboard", "clock", "coffee", "coins", "colorwheel", "grass",
+    "gravel", "horse", "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
+)  # fmt: skip
 _WINDOW = 5  # patches a side, of 16
 
 
@@ -89,9 +93,7 @@ def other_images() -> dict[str, np.ndarray]:
     try:
         import skimage.data as library
 
-        for name in ("astronaut", "brick", "camera", "cat", "cell", "checkerboard", "clock", "coffee", "coins",
-                     "colorwheel", "grass", "gravel", "horse", "hubble_deep_field", "immunohistochemistry", "moon", "page",
-                     "retina", "rocket", "text"):  # fmt: skip
+        for name in _SKIMAGE:
             try:
                 image = getattr(library, name)()
             except Exception:  # some are downloaded, and there may be no network

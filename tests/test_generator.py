@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,37 @@ def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path,
 def test_every_variant_writes_on_the_cpu_too(tiny_bundle: Path, chest_png: Path, variant: str):
     report = ReportGenerator.from_pretrained(tiny_bundle, variant=variant, device="cpu").generate(chest_png)
     assert report.variant == variant and report.new_tokens > 0
+
+
+@needs_default_model
+def test_the_embedded_model_writes_the_same_whether_it_guesses_ahead_or_not():
+    generator = ReportGenerator.from_pretrained(device="cpu")
+    radiograph = load_radiograph(EXAMPLES / "chest_pa.png")
+    for indication in (None, "cough", "chest pain", "shortness of breath", "fever", "trauma", "tuberculosis screening"):
+        for rotated in (0, 1):
+            image = replace(radiograph, pixels=np.roll(radiograph.pixels, 200 * rotated, axis=1))
+            plain, ahead = (
+                generator.generate(
+                    image, indication=indication, decoding=Decoding(speculative=s), accept_any_image=True
+                )
+                for s in (False, True)
+            )
+            assert plain.text == ahead.text
+
+
+@needs_default_model
+@pytest.mark.skipif("CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY")
+def test_guessing_ahead_changes_no_draft_of_200_real_studies():
+    from training.datasets.iu_xray import read_studies
+
+    generator = ReportGenerator.from_pretrained(device="cpu")
+    accepted = 0
+    for study in read_studies(Path(os.environ["CBEDGE_IU_XRAY"]), ("val",))[:200]:
+        context = {"indication": study.context.indication, "comparison": study.context.comparison}
+        plain, ahead = (
+            generator.generate(study.image, **context, decoding=Decoding(speculative=s), accept_any_image=True)
+            for s in (False, True)
+        )
+        assert plain.text == ahead.text
+        accepted += ahead.accepted_tokens
+    assert accepted > 200
