@@ -312,7 +312,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _bytes_a_pass(bundle: Bundle, variant: str, length: float) -> int:
     """What one pass of the decoder reads: all its weights, and keys and values of what was read before."""
     chosen = bundle.manifest.variants[variant]
-    names = {chosen.graphs["decoder_model_merged"]} | {n for n in chosen.data if n.startswith("decoder_model_merged")}
+    graphs = {chosen.graphs["decoder_model_merged"]} if chosen.graphs else set(chosen.data)
+    names = graphs | {n for n in chosen.data if n.startswith("decoder_model_merged")}
     shapes = bundle.manifest.shapes
     cache = 2 * shapes.num_layers * shapes.num_key_value_heads * shapes.head_size * 4 * length
     return int(sum(bundle.manifest.files[name].size for name in names) + cache)

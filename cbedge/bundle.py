@@ -26,6 +26,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
 GATE = "gate.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
+BACKENDS = ("onnx", "torch_nf4")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
 
 
@@ -44,12 +45,14 @@ class Variant:
     Attributes:
         description: one line for people.
         graphs: the ONNX file of each of :data:`GRAPHS`.
-        data: files of external weights that those graphs refer to.
+        data: files of external weights that those graphs refer to, or that another backend reads.
+        backend: ``onnx``, or ``torch_nf4``, which reads no graph.
     """
 
     description: str
     graphs: dict[str, str]
     data: tuple[str, ...] = ()
+    backend: str = "onnx"
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,11 @@ def _manifest(values: dict[str, Any]) -> Manifest:
 
 
 def _variant(values: dict[str, Any]) -> Variant:
-    graphs = {kind: _plain(values["graphs"][kind]) for kind in GRAPHS}
-    return Variant(values["description"], graphs, tuple(_plain(name) for name in values.get("data", ())))
+    backend = values.get("backend", "onnx")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {str(backend)[:20]!r}")
+    graphs = {kind: _plain(values["graphs"][kind]) for kind in (GRAPHS if backend == "onnx" else ())}
+    return Variant(values["description"], graphs, tuple(_plain(name) for name in values.get("data", ())), backend)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from cbedge.backends.onnx import OnnxBackend, choose_device
+from cbedge.backends import Backend, open_backend
 from cbedge.bundle import GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
 from cbedge.errors import BundleError, ContextError
@@ -56,7 +56,7 @@ class ReportGenerator:
         >>> print(report.findings)
     """
 
-    def __init__(self, bundle: Bundle, variant: str, backend: OnnxBackend):
+    def __init__(self, bundle: Bundle, variant: str, backend: Backend):
         self.bundle = bundle
         self.variant = variant
         self.backend = backend
@@ -91,9 +91,12 @@ class ReportGenerator:
         """
         bundle = open_bundle(model)
         name, chosen = bundle.variant(variant)
-        device = choose_device(device)
+        if chosen.backend == "onnx":  # what is not installed is told before files are read
+            from cbedge.backends.onnx import choose_device
+
+            choose_device(device)
         bundle.verify(bundle.variant_files(chosen))
-        return cls(bundle, name, OnnxBackend(bundle, chosen, device, threads))
+        return cls(bundle, name, open_backend(bundle, chosen, device, threads))
 
     def generate(
         self,

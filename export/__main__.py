@@ -25,7 +25,9 @@ def export(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, fp16, int8, int4 (or q4), q4f16, or all; may be repeated, the first is the default."),
+        typer.Option(
+            help="fp32, fp16, int8, int4 (or q4), q4f16, nf4, or all; may be repeated, the first is the default."
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
@@ -59,8 +61,9 @@ def export(
     from export.bundle import Origin, pack
     from export.graphs import export_graphs
     from export.merge import merge
+    from export.nf4 import write_nf4
     from export.parity import write_parity
-    from export.quantize import Int4Settings, write_variant
+    from export.quantize import NF4, Int4Settings, write_variant
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
@@ -73,15 +76,19 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}
+        extra: dict[str, list[Path]] = {}
         console.print("four fp32 graphs written")
         for one in wanted:
-            if one != "fp32":
+            if one == NF4:
+                extra[one] = write_nf4(parts, _folder(scratch, one))
+                console.print(f"{one} written")
+            elif one != "fp32":
                 settings = Int4Settings(block_size=block_size)
                 graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings)
                 console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
-            parts, graphs, wanted, out, name=name, version=version, licence=licence, origin=about, quality=measured,
+            parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about, quality=measured,
             data=data, merge_error=merge_error, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())

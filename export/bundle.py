@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from cbedge.backends.onnx import OnnxBackend
+from cbedge.backends import Backend, open_backend
 from cbedge.bundle import (
     CARD,
     GATE,
+    GRAPHS,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
     TOKENIZER,
@@ -80,7 +81,8 @@ class Origin:
 
 
 def pack(
-    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], wanted: tuple[str, ...], out: Path, *, name: str,
+    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
+    wanted: tuple[str, ...], out: Path, *, name: str,
     version: str, licence: str, origin: Origin, quality: dict[str, Any], data: Path | None, merge_error: float,
     force: bool, console: Console,
 ) -> Parity:  # fmt: skip
@@ -88,7 +90,8 @@ def pack(
 
     Args:
         parts: the merged model.
-        graphs: for ``fp32`` and each other variant, the path of each graph.
+        graphs: for ``fp32`` and each other ONNX variant, the path of each graph.
+        extra: for a variant of another backend, its files.
         wanted: variants that go into the bundle; the first is its default.
         out: the bundle's folder.
         quality: what ``python -m training evaluate`` recorded, or nothing.
@@ -99,15 +102,16 @@ def pack(
     manifest = Manifest(
         name=name, version=version, license=licence, shapes=_shapes(parts), stop_ids=stop_ids(parts),
         prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
-        variants={v: _variant(v, graphs[v]) for v in wanted}, training_data=tuple(origin.training_data),
+        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted}, training_data=tuple(origin.training_data),
         base_weights=tuple(origin.base_weights), quality=quality,
         image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
     phrases = report_phrases(parts, data)
-    gate = fit_gate(_backend(manifest, graphs[wanted[0]]), data) if data is not None else None
     cases, source = parity_cases(data, PARITY_CASES)
-    backends = {v: partial(_backend, manifest, graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
-    sizes = {v: sum(path.stat().st_size for path in _files(graphs[v])) / 1e6 for v in backends}
+    files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
+    backends = {v: partial(_backend, manifest, v, paths) for v, paths in files.items()}
+    gate = fit_gate(_backend(manifest, wanted[0], files[wanted[0]]), data) if data is not None else None
+    sizes = {v: sum(path.stat().st_size for path in paths) / 1e6 for v, paths in files.items()}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing with torch", total=len(cases))
         parity = compare(
@@ -119,7 +123,7 @@ def pack(
 
     def fill(folder: Path) -> Manifest:
         for variant in wanted:
-            for path in _files(graphs[variant]):
+            for path in files[variant]:
                 shutil.copyfile(path, folder / path.name)
         parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
@@ -153,14 +157,20 @@ def _base_of(folder: Path) -> str | None:
     return None
 
 
-def _backend(manifest: Manifest, graphs: dict[str, Path]) -> OnnxBackend:
-    folder = next(iter(graphs.values())).parent
-    return OnnxBackend(Bundle(folder, manifest), _variant("", graphs), "cpu")
+def _backend(manifest: Manifest, name: str, files: list[Path]) -> Backend:
+    """Open a variant where its files were written."""
+    variants = manifest.variants if name in manifest.variants else {name: _variant(name, _graphs(files), [])}
+    return open_backend(Bundle(files[0].parent, manifest), variants[name], "cpu")
 
 
-def _variant(name: str, graphs: dict[str, Path]) -> Variant:
-    data = tuple(p.name for p in _files(graphs) if p.suffix == ".onnx_data")
-    return Variant(DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data)
+def _graphs(files: list[Path]) -> dict[str, Path]:
+    return {next(kind for kind in GRAPHS if f.name.startswith(kind)): f for f in files if f.suffix == ".onnx"}
+
+
+def _variant(name: str, graphs: dict[str, Path], extra: list[Path]) -> Variant:
+    data = tuple(p.name for p in [*_files(graphs), *extra] if p.suffix != ".onnx")
+    backend = "onnx" if graphs else "torch_nf4"
+    return Variant(DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data, backend)
 
 
 def _files(graphs: dict[str, Path]) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cbedge.backends.onnx import OnnxBackend
+from cbedge.backends import Backend
 from cbedge.gate import Gate, pooled
 from cbedge.radiograph import load_radiograph, preprocess
 from training.datasets.iu_xray import read_studies
@@ -17,7 +17,7 @@ FALSE_ALARMS = 0.005  # of validation radiographs
 _MARGIN = 1.1
 
 
-def fit_gate(backend: OnnxBackend, data: Path) -> Gate | None:
+def fit_gate(backend: Backend, data: Path) -> Gate | None:
     """The gate for a variant's own features; ``None`` where the collection is too small to tell what is usual.
 
     Args:
@@ -36,7 +36,7 @@ def fit_gate(backend: OnnxBackend, data: Path) -> Gate | None:
     return gate
 
 
-def _features(backend: OnnxBackend, images: list[Path]) -> np.ndarray:
+def _features(backend: Backend, images: list[Path]) -> np.ndarray:
     """Pooled features, float32 [images, 2H]."""
     found = [pooled(backend.encode_image(preprocess(load_radiograph(image).pixels))) for image in images]
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cbedge.backends.onnx import OnnxBackend
+from cbedge.backends import Backend
 from cbedge.decoding import greedy
 from cbedge.image_findings import scores_of
 from cbedge.prompt import ClinicalContext
@@ -102,7 +102,7 @@ def parity_cases(data: Path | None, count: int) -> tuple[list[Case], str]:
 
 @torch.inference_mode()
 def compare(
-    parts: ModelAndTokenizers, backends: Mapping[str, Callable[[], OnnxBackend]], megabytes: dict[str, float],
+    parts: ModelAndTokenizers, backends: Mapping[str, Callable[[], Backend]], megabytes: dict[str, float],
     cases: list[Case], source: str, merge_error: float, fp32_cases: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:  # fmt: skip
@@ -206,7 +206,7 @@ def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
     return (parts.tokenizer.eos_token_id,)
 
 
-def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) -> np.ndarray:
+def _onnx_embeds(backend: Backend, reference: TorchReference, case: Case) -> np.ndarray:
     image, _, logits = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
     head = reference.parts.finding_head
     seen = head.findings.read(scores_of(logits)) if head is not None and logits is not None else None
@@ -214,14 +214,14 @@ def _onnx_embeds(backend: OnnxBackend, reference: TorchReference, case: Case) ->
     return np.concatenate([image, backend.embed_tokens(np.array([prompt], np.int64))], axis=1)
 
 
-def _greedy(backend: OnnxBackend, reference: TorchReference, case: Case) -> list[int]:
+def _greedy(backend: Backend, reference: TorchReference, case: Case) -> list[int]:
     embeds = _onnx_embeds(backend, reference, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
     logits = decoder.prefill(embeds)
     return [token.id for token in greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS)]
 
 
-def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
+def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
     """The variant's choice at every position, given torch's tokens before it."""
     embeds = _onnx_embeds(backend, reference, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
@@ -232,9 +232,7 @@ def _forced(backend: OnnxBackend, reference: TorchReference, case: Case, wanted:
     return chosen
 
 
-def _graph_errors(
-    reference: TorchReference, backend: OnnxBackend, case: Case
-) -> tuple[dict[str, float], dict[str, float]]:
+def _graph_errors(reference: TorchReference, backend: Backend, case: Case) -> tuple[dict[str, float], dict[str, float]]:
     """Each graph on torch's own inputs, so that one graph's error does not count for the next: absolute, relative."""
     model, ids = reference.parts.model, reference.instruction(case)
     look = reference.look(case)

@@ -24,8 +24,10 @@ DESCRIPTIONS = {
     "int8": "8 bit weights, fp32 activations",
     "int4": "4 and 8 bit weights, fp32 activations, for CPUs",
     "q4f16": "4 and 8 bit weights, 16 bit activations, for GPUs",
+    "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }
-VARIANTS = tuple(SUFFIX)
+NF4 = "nf4"
+VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
 # What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
 _FP32_NAMES = [
@@ -74,7 +76,7 @@ def write_variant(
     """Write one variant of four fp32 graphs into ``folder``; returns the path of each graph.
 
     Args:
-        name: of :data:`VARIANTS`, but ``fp32``.
+        name: of :data:`VARIANTS`, but ``fp32`` and ``nf4``.
         paths: the fp32 graphs.
         folder: where to write.
         settings: of ``int4`` and ``q4f16``.

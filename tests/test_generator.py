@@ -158,7 +158,7 @@ def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path,
     assert report.guessed_tokens == 0
 
 
-@pytest.mark.parametrize("variant", ["fp16", "int8", "q4f16"])
+@pytest.mark.parametrize("variant", ["fp16", "int8", "q4f16", "nf4"])
 def test_every_variant_writes_on_the_cpu_too(tiny_bundle: Path, chest_png: Path, variant: str):
     report = ReportGenerator.from_pretrained(tiny_bundle, variant=variant, device="cpu").generate(chest_png)
     assert report.variant == variant and report.new_tokens > 0

@@ -16,7 +16,7 @@ from training.trained import checkpoint_of, load_adapted
 def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path):
     parity = json.loads((tiny_bundle.parent / "parity" / "parity.json").read_text())
     assert parity["merge_error"] <= 1e-4
-    assert set(parity["variants"]) == {"fp32", "fp16", "int8", "int4", "q4f16"}
+    assert set(parity["variants"]) == {"fp32", "fp16", "int8", "int4", "q4f16", "nf4"}
     assert max(parity["variants"]["fp32"]["graph_errors"].values()) < 1e-4
     assert parity["variants"]["fp32"]["token_agreement"] == 1
     assert parity["fp32_equal"] == parity["fp32_cases"] > 0

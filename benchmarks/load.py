@@ -1,0 +1,125 @@
+"""``python -m benchmarks.load``: many clients at once against ``cbedge serve``, and what becomes of them.
+
+Clients ask as fast as they are answered; one that is told 429 waits as long as it is told to and asks again. Reported
+are drafts a second, waiting times, refusals, whether every client got the draft of its own radiograph, and the server's
+memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import psutil
+import typer
+
+from cbedge import ReportGenerator
+from cbedge.bench import machine
+from training.datasets.iu_xray import read_studies
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Outcome:
+    """What the clients met."""
+
+    seconds: list[float] = field(default_factory=list)
+    refusals: int = 0
+    wrong: int = 0
+    failed: int = 0
+
+
+@app.command(help=__doc__)
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
+    output: Annotated[Path, typer.Option(help="JSON to write.")],
+    requests: Annotated[int, typer.Option(min=1, help="Drafts to ask for.")] = 2000,
+    clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
+    radiographs: Annotated[int, typer.Option(min=1, help="Different ones, taken in turn.")] = 20,
+    model: Annotated[Path | None, typer.Option(help="Folder of a bundle [default: embedded].")] = None,
+) -> None:
+    """Measure, print and record."""
+    images = [s.image.read_bytes() for s in read_studies(data, ("val",))[:radiographs]]
+    generator = ReportGenerator.from_pretrained(model, device="cpu")
+    wanted = [generator.generate(image, accept_any_image=True).text for image in images]
+    del generator
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--deadline", "600"]
+    process = subprocess.Popen(command + (["--model", str(model)] if model else []), stderr=subprocess.DEVNULL)
+    try:
+        record = asyncio.run(_measure(f"http://127.0.0.1:{port}", process.pid, images, wanted, requests, clients))
+    finally:
+        process.terminate()
+        process.wait()
+    record |= {
+        "machine": machine(),
+        "command": f"python -m benchmarks.load --requests {requests} --clients {clients} …",
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    typer.echo(json.dumps(record, indent=1))
+
+
+async def _measure(
+    address: str, pid: int, images: list[bytes], wanted: list[str], requests: int, clients: int
+) -> dict[str, Any]:
+    outcome, numbers = Outcome(), iter(range(requests))
+    async with httpx.AsyncClient(base_url=address, timeout=None) as client:
+        while not await _ready(client):
+            await asyncio.sleep(0.1)
+        await _ask(client, images[0], wanted[0], Outcome())
+        server = psutil.Process(pid)
+        before, start = server.memory_info().rss, time.monotonic()
+
+        async def work() -> None:
+            for number in numbers:
+                await _ask(client, images[number % len(images)], wanted[number % len(images)], outcome)
+
+        await asyncio.gather(*(work() for _ in range(clients)))
+        spent = time.monotonic() - start
+    p50, p95, p99 = np.percentile(outcome.seconds, (50, 95, 99)) if outcome.seconds else (0.0, 0.0, 0.0)
+    return {
+        "requests": requests, "clients": clients, "drafts": len(outcome.seconds), "failed": outcome.failed,
+        "wrong_draft": outcome.wrong, "refusals_429": outcome.refusals,
+        "drafts_per_second": len(outcome.seconds) / spent, "seconds": {"p50": p50, "p95": p95, "p99": p99},
+        "memory_mb": {"before": before / 1e6, "after": server.memory_info().rss / 1e6},
+    }  # fmt: skip
+
+
+async def _ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/readyz")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def _ask(client: httpx.AsyncClient, image: bytes, wanted: str, outcome: Outcome) -> None:
+    """Ask until there is a draft; the time counts from the first asking."""
+    start = time.monotonic()
+    while True:
+        answer = await client.post("/v1/reports", files={"image": ("x", image)}, data={"accept_any_image": "true"})
+        if answer.status_code != 429:
+            break
+        outcome.refusals += 1
+        await asyncio.sleep(float(answer.headers["Retry-After"]))
+    if answer.status_code != 200:
+        outcome.failed += 1
+        return
+    outcome.seconds.append(time.monotonic() - start)
+    outcome.wrong += answer.json()["text"] != wanted
+
+
+if __name__ == "__main__":
+    app()
