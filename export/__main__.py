@@ -25,9 +25,7 @@ def export(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(
-            help="fp32, fp16, int8, int4 (or q4), q4f16, nf4, or all; may be repeated, the first is the default."
-        ),
+        typer.Option(help="fp32, fp16, int8, int4 (or q4), q4f16, nf4, or all; repeated, the first is the default."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
@@ -88,8 +86,8 @@ def export(
                 console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
-            parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about, quality=measured,
-            data=data, merge_error=merge_error, force=force, console=console,
+            parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
+            quality=measured, data=data, merge_error=merge_error, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())
     if record:

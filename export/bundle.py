@@ -102,8 +102,8 @@ def pack(
     manifest = Manifest(
         name=name, version=version, license=licence, shapes=_shapes(parts), stop_ids=stop_ids(parts),
         prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
-        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted}, training_data=tuple(origin.training_data),
-        base_weights=tuple(origin.base_weights), quality=quality,
+        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
+        training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
     phrases = report_phrases(parts, data)

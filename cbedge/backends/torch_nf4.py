@@ -1,7 +1,7 @@
 """Run a bundle's NF4 variant: transformers with the language model's linear layers in 4-bit NormalFloat (bitsandbytes).
 
-It saves memory, not time: an InstructBLIP of 7 billion weights fits a GPU of 12 GB. The ONNX variants are the fast ones.
-torch is imported here and nowhere else in the runtime.
+It saves memory, not time; the ONNX variants are the fast ones. torch is imported here and nowhere else in
+the runtime.
 """
 
 from __future__ import annotations
