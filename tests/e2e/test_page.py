@@ -1,0 +1,90 @@
+"""The page that cbedge serve shows, in a real browser. Needs a Chromium and the package playwright."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import EXAMPLES, ROOT
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+
+@pytest.fixture(scope="module")
+def address(tiny_bundle: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(tiny_bundle),
+               "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/readyz")
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[object]:
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(address)
+        yield page
+        assert not faults
+        assert all(url.startswith((address, "blob:", "data:")) for url in asked)
+        browser.close()
+
+
+def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page):
+    page.set_input_files("#file", str(EXAMPLES / "chest_pa.png"))
+    page.fill("#indication", "cough")
+    page.keyboard.press("Enter")  # from the keyboard alone
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
+    assert page.input_value("#draft")
+    assert page.locator("#findings tr").count() == 4 and page.locator("#timings tr").count() == 7
+    assert page.locator("#map").is_visible() and page.eval_on_selector("#map", "e => e.style.opacity") == "0"
+    page.fill("#strength", "60")
+    assert page.eval_on_selector("#map", "e => e.style.opacity") == "0.6"
+    page.fill("#draft", "corrected")
+    assert page.input_value("#draft") == "corrected"
+
+
+def test_dicom_is_drafted_and_the_model_card_is_there(page):
+    page.set_input_files("#file", str(EXAMPLES / "chest_pa.dcm"))
+    page.click("#go")
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
+    assert page.locator("#map").is_visible()
+    assert "tiny" in page.locator("#card").text_content()
+
+
+def test_what_cannot_be_used_is_said_on_the_page(page, tmp_path: Path):
+    (tmp_path / "x.png").write_text("hello")
+    page.set_input_files("#file", str(tmp_path / "x.png"))
+    page.click("#go")
+    page.wait_for_selector("#state.bad")
+    assert "not an image" in page.text_content("#state") and page.is_enabled("#go")
+
+
+def test_the_page_is_used_by_keyboard_and_names_its_parts(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "drop"
+    for name in ("Radiograph", "Draft"):
+        assert page.get_by_role("region", name=name).count() == 1
+    assert page.get_by_label("Indication").count() == 1
