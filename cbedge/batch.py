@@ -10,7 +10,7 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -78,25 +78,72 @@ def find_items(studies: str) -> list[Item]:
     return items
 
 
+# Drafts items, in any order: each with the values of its line.
+Engine = Callable[[Iterable[Item]], Iterator[tuple[Item, dict[str, Any]]]]
+
+
+def local_engine(generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool) -> Engine:
+    """Draft in this process, one after another."""
+    return lambda items: ((item, _draft(item, generator, max_new_tokens, accept_any_image)) for item in items)
+
+
+def ray_engine(
+    model: Path | None, variant: str | None, device: str, max_new_tokens: int | None, accept_any_image: bool,
+    workers: int | None = None,
+) -> Engine:  # fmt: skip
+    """Draft on a Ray cluster (the one that ``RAY_ADDRESS`` names, else one started here), a generator in every worker.
+
+    Images and the bundle must be at the same paths on all of its machines.
+
+    Args:
+        model, variant, device: as of :meth:`ReportGenerator.from_pretrained`.
+        max_new_tokens, accept_any_image: as of :meth:`ReportGenerator.generate`.
+        workers: how many; default is one for every two of the cluster's CPUs.
+
+    Raises:
+        OutputError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError:
+        raise OutputError("--engine ray needs the package ray; type: pip install ray") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+
+    class Worker:
+        def __init__(self) -> None:
+            self.generator = ReportGenerator.from_pretrained(model, variant, device, threads=2 if count > 1 else None)
+
+        def draft(self, item: Item) -> tuple[Item, dict[str, Any]]:
+            return item, _draft(item, self.generator, max_new_tokens, accept_any_image)
+
+    def draft_all(items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
+        remote = ray.remote(num_cpus=1)(Worker)
+        pool = ActorPool([remote.remote() for _ in range(count)])
+        yield from pool.map_unordered(lambda worker, item: worker.draft.remote(item), items)
+
+    return draft_all
+
+
 def run_batch(
-    items: Sequence[Item], out: Path, generator: ReportGenerator, max_new_tokens: int | None = None,
-    retry_failed: bool = False, accept_any_image: bool = False, progress: Callable[[Tally], None] = lambda tally: None,
+    items: Sequence[Item], out: Path, model: str, engine: Engine, retry_failed: bool = False,
+    progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:  # fmt: skip
     """Draft every item that ``out`` does not hold yet, and add a line for each.
 
     Args:
         items: see :func:`find_items`.
         out: JSON lines; a file that an earlier run began is gone on with.
-        generator: writes the drafts.
-        max_new_tokens, accept_any_image: as of :meth:`ReportGenerator.generate`.
+        model: name, version and variant of the model; one file holds drafts of one model.
+        engine: writes the drafts.
         retry_failed: try again what failed before; its old lines are taken out.
         progress: is told after every item.
 
     Raises:
         OutputError: ``out`` is something else, was begun with another model, or cannot be written.
     """
-    manifest = generator.bundle.manifest
-    model = f"{manifest.name} {manifest.version} {generator.variant}"
     try:
         done = _open_lines(out, model, retry_failed)
         tally = Tally(0, 0, [])
@@ -107,13 +154,13 @@ def run_batch(
                     tally.skipped += 1
                     if (error := done[item.id]) is not None:
                         tally.failed.append((item.id, error))
+                    progress(tally)
+            for item, line in engine(item for item in items if item.id not in done):
+                if line["status"] == "ok":
+                    tally.written += 1
                 else:
-                    line = _draft(item, generator, max_new_tokens, accept_any_image)
-                    if line["status"] == "ok":
-                        tally.written += 1
-                    else:
-                        tally.failed.append((item.id, line["error"]))
-                    _append(file, {"id": item.id, "batch_model": model, **line})
+                    tally.failed.append((item.id, line["error"]))
+                _append(file, {"id": item.id, "batch_model": model, **line})
                 progress(tally)
     except OSError as error:
         raise OutputError(

@@ -175,6 +175,8 @@ def batch_command(
     variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: spread over a Ray cluster.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray [default: one for two CPUs].")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     accept_any_image: Annotated[
         bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
@@ -183,6 +185,8 @@ def batch_command(
     force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
 ) -> None:
     """Draft the reports of many radiographs; run it again to go on after an interruption."""
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -191,21 +195,26 @@ def batch_command(
 
     if parquet is not None:
         _check_output(parquet, force)
-    items = batch.find_items(studies)
+    items = [replace(item, image=item.image.absolute()) for item in batch.find_items(studies)]
+    from cbedge.bundle import open_bundle
     from cbedge.generator import ReportGenerator
 
-    generator = ReportGenerator.from_pretrained(model, variant, device)
+    if engine not in ("local", "ray"):
+        raise OutputError(f"unknown engine {engine[:20]!r}; give local or ray")
+    bundle = open_bundle(model)
+    name = bundle.variant(variant)[0]
+    if engine == "ray":
+        bundle.verify()
+        drafting = batch.ray_engine(bundle.folder.absolute(), name, device, max_new_tokens, accept_any_image, workers)
+    else:
+        generator = ReportGenerator.from_pretrained(model, variant, device)
+        drafting = batch.local_engine(generator, max_new_tokens, accept_any_image)
+    drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(items))
         tally = batch.run_batch(
-            items,
-            out,
-            generator,
-            max_new_tokens,
-            retry_failed,
-            accept_any_image,
-            progress=lambda tally: bar.advance(task),
+            items, out, drafted_by, drafting, retry_failed, progress=lambda tally: bar.advance(task)
         )
     if parquet is not None:
         batch.write_parquet(out, parquet)

@@ -123,3 +123,16 @@ def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):
     assert run_batch(tiny_bundle, films / "more", out, "--parquet", table).returncode == 0
     rows = pyarrow.read_table(table).to_pylist()
     assert [row["text"] for row in rows] == [line["text"] for line in batch.read_lines(out)]
+
+
+def test_ray_writes_the_same_drafts(tiny_bundle: Path, films: Path, tmp_path: Path):
+    pytest.importorskip("ray", reason="ray is not installed")
+    alone, spread = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl"
+    run_batch(tiny_bundle, films, alone)
+    done = run_batch(tiny_bundle, films, spread, "--engine", "ray", "--workers", 2)
+    assert done.returncode == 3 and "failed: bad.png" in done.stderr and "Traceback" not in done.stderr
+
+    def drafts(path: Path) -> dict[str, tuple]:
+        return {line["id"]: (line["status"], line.get("text"), line.get("error")) for line in batch.read_lines(path)}
+
+    assert drafts(alone) == drafts(spread)
