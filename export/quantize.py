@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    KQuantWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+    WeightOnlyQuantConfig,
+)
 
 from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
 
@@ -55,7 +61,9 @@ class Int4Settings:
             with attention, down projection and the first two layers in 8 bits at 7% (KL 0.13), and the gate projection
             was added to those.
         eight_bits_block_size: weights that share a scale there.
-        symmetric: no zero points.
+        algorithm: of the language model's 4-bit weights: ``rtn`` (round to nearest), ``k_quant`` (llama.cpp's search for
+            scale and offset) or ``hqq`` (half-quadratic, Badri and Shaji 2023).
+        symmetric: no zero points, with ``rtn``.
         accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
     """
 
@@ -66,6 +74,7 @@ class Int4Settings:
     vision_bits: int = 8
     eight_bits: str = r"attn|down_proj|gate_proj|layers\.[01]/"
     eight_bits_block_size: int = 128
+    algorithm: str = "rtn"
     symmetric: bool = True
     accuracy_level: int = 4
 
@@ -115,7 +124,7 @@ def quantize_graphs(
     onnx.save(vision, str(written[VISION]))
     qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
     onnx.save(qformer, str(written[QFORMER]))
-    decoder = _quantize_language_model(paths[DECODER], settings)
+    decoder = quantize_language_model(paths[DECODER], settings)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
@@ -125,11 +134,33 @@ def quantize_graphs(
     return written
 
 
-def _quantize_language_model(path: Path, settings: Int4Settings) -> ModelProto:
+def quantize_language_model(path: Path, settings: Int4Settings) -> ModelProto:
     graph = onnx.load(str(path))
     few = [n.name for n in graph.graph.node if n.op_type == "MatMul" and not re.search(settings.eight_bits, n.name)]
     mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few)
-    return _quantize(mixed, settings.block_size, settings)
+    if settings.algorithm == "rtn":
+        return _quantize(mixed, settings.block_size, settings)
+    return _quantize_otherwise(mixed, settings)
+
+
+def _quantize_otherwise(graph: ModelProto, settings: Int4Settings) -> ModelProto:
+    """4-bit weights by another algorithm than rounding to nearest; they have zero points."""
+    configs: dict[str, WeightOnlyQuantConfig] = {
+        "k_quant": KQuantWeightOnlyQuantConfig(op_types_to_quantize=("MatMul",)),
+        "hqq": HQQWeightOnlyQuantConfig(settings.block_size, 4, 1, op_types_to_quantize=("MatMul",)),
+    }
+    if settings.algorithm not in configs:
+        raise ValueError(f"unknown algorithm {settings.algorithm!r}; give one of: rtn, {', '.join(configs)}")
+    quantizer = MatMulNBitsQuantizer(
+        graph, block_size=settings.block_size, is_symmetric=False, accuracy_level=settings.accuracy_level,
+        algo_config=configs[settings.algorithm],
+    )  # fmt: skip
+    quantizer.process()
+    model = quantizer.model.model
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits" and not any(a.name == "accuracy_level" for a in node.attribute):
+            node.attribute.append(helper.make_attribute("accuracy_level", settings.accuracy_level))
+    return model
 
 
 def _quantize(

@@ -1,0 +1,150 @@
+"""``python -m benchmarks.quantization``: which 4-bit weights cost what, of one language model.
+
+Every setting quantizes the same fp32 decoder; all else stays fp32. Given are its size, how often it chooses the token that
+fp32 chooses having read the same before, and the mean Kullback-Leibler divergence of what it expects there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from cbedge import ReportGenerator
+from cbedge.bench import machine
+from cbedge.bundle import Bundle
+from cbedge.decoding import greedy
+from cbedge.radiograph import load_radiograph, preprocess
+from export.graphs import DECODER, save_graph
+from export.quantize import Int4Settings, quantize_language_model
+from training.datasets.iu_xray import read_studies
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_NOTHING = r"(?!)"
+_HEAVY = Int4Settings().eight_bits
+SETTINGS = {
+    "8 bits, block 128": Int4Settings(eight_bits="."),
+    "rtn, symmetric, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING),
+    "rtn, symmetric, block 64": Int4Settings(eight_bits=_NOTHING),
+    "rtn, zero points, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, symmetric=False),
+    "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
+    "HQQ, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="hqq"),
+    "HQQ, block 64": Int4Settings(eight_bits=_NOTHING, algorithm="hqq"),
+    "rtn 64; attention, down and gate projection, layers 0 and 1 in 8 bits": Int4Settings(),
+    "k-quant 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        block_size=32, algorithm="k_quant", eight_bits=r"down_proj|layers\.[01]/"
+    ),
+    "HQQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        block_size=32, algorithm="hqq", eight_bits=r"down_proj|layers\.[01]/"
+    ),
+    "k-quant 32; attention, down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        block_size=32, algorithm="k_quant", eight_bits=r"attn|down_proj|layers\.[01]/"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Embeddings that a decoder reads, the tokens that fp32 writes, and what it expects at each: float32 [T, V]."""
+
+    embeds: np.ndarray
+    tokens: list[int]
+    expected: np.ndarray
+
+
+@app.command(help=__doc__)
+def main(
+    bundle: Annotated[Path, typer.Option(help="A bundle with fp32.")],
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
+    output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
+    limit: Annotated[int, typer.Option(min=1, help="Validation studies.")] = 30,
+    only: Annotated[list[str] | None, typer.Option(help="Only these settings; may be repeated.")] = None,
+) -> None:
+    """Measure, print and record."""
+    generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu")
+    cases = [_case(generator, study) for study in read_studies(data, ("val",))[:limit]]
+    rows: dict[str, dict[str, Any]] = {}
+    source = bundle / generator.bundle.manifest.variants["fp32"].graphs[DECODER]
+    for name in only or SETTINGS:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / source.name
+            save_graph(quantize_language_model(source, SETTINGS[name]), path)
+            size = sum(file.stat().st_size for file in Path(scratch).iterdir())
+            rows[name] = {"megabytes": size / 1e6, **_compare(_with_decoder(generator, path), cases)}
+        typer.echo(f"{name}: {rows[name]}", err=True)
+    command = "python -m benchmarks.quantization " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
+    record = {"studies": len(cases), "tokens": sum(len(c.tokens) for c in cases), "settings": rows,
+              "machine": machine(), "command": command}  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+    typer.echo(to_markdown(record))
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    lines = [
+        f"# Quantized language model: {record['studies']} validation studies, {record['tokens']} tokens", "",
+        f"{record['machine']['date']}. Command: `{record['command']}`", "",
+        "| weights | MB | fp32's token | KL divergence | drafts equal |", "| --- | ---: | ---: | ---: | ---: |",
+        *[f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} |"
+          for name, r in record["settings"].items()],
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _case(generator: ReportGenerator, study: Any) -> Case:
+    look = generator.look(
+        generator.backend.encode_image(preprocess(load_radiograph(study.image).pixels)), study.context
+    )
+    ids = np.array([generator.prompt_ids(study.context, look.seen)], np.int64)
+    embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
+    decoder = generator.backend.new_decoder(embeds.shape[1] + 160)
+    tokens = [t.id for t in greedy(decoder, decoder.prefill(embeds), generator.bundle.manifest.stop_ids, 160)]
+    return Case(embeds, tokens, _expected(generator, embeds, tokens))
+
+
+def _expected(generator: ReportGenerator, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
+    decoder = generator.backend.new_decoder(embeds.shape[1] + len(tokens))
+    first = decoder.prefill(embeds)
+    return np.vstack([first, decoder.read(tokens[:-1])]) if len(tokens) > 1 else first[None]
+
+
+def _with_decoder(generator: ReportGenerator, path: Path) -> ReportGenerator:
+    """The same generator with another decoder."""
+    manifest = generator.bundle.manifest
+    folder = generator.bundle.folder
+    variant = manifest.variants["fp32"]
+    graphs = {k: str(folder.absolute() / v) for k, v in variant.graphs.items()} | {DECODER: str(path)}
+    from cbedge.backends.onnx import OnnxBackend
+
+    backend = OnnxBackend(Bundle(Path("/"), manifest), replace(variant, graphs=graphs), "cpu")
+    return ReportGenerator(generator.bundle, "fp32", backend)
+
+
+def _compare(generator: ReportGenerator, cases: list[Case]) -> dict[str, float]:
+    agreed, divergence, equal = 0, 0.0, 0
+    for case in cases:
+        found = _expected(generator, case.embeds, case.tokens)
+        same = found.argmax(1) == np.array(case.tokens)
+        agreed += int(same.sum())
+        equal += bool(same.all())
+        p, q = _log_softmax(case.expected), _log_softmax(found)
+        divergence += float((np.exp(p) * (p - q)).sum())
+    count = sum(len(case.tokens) for case in cases)
+    return {"token_agreement": agreed / count, "kl": divergence / count, "drafts_equal": equal / len(cases)}
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+if __name__ == "__main__":
+    app()
