@@ -1,7 +1,7 @@
 """``python -m benchmarks.quantization``: which 4-bit weights cost what, of one language model.
 
-Every setting quantizes the same fp32 decoder; all else stays fp32. Given are its size, how often it chooses the token that
-fp32 chooses having read the same before, and the mean Kullback-Leibler divergence of what it expects there.
+Every setting quantizes the same fp32 decoder; all else stays fp32. Given are its size, how often it chooses the token
+that fp32 chooses having read the same before, and the mean Kullback-Leibler divergence of what it expects there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from training.datasets.iu_xray import read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _NOTHING = r"(?!)"
-_HEAVY = Int4Settings().eight_bits
 SETTINGS = {
     "8 bits, block 128": Int4Settings(eight_bits="."),
     "rtn, symmetric, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING),
@@ -100,9 +99,8 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 
 def _case(generator: ReportGenerator, study: Any) -> Case:
-    look = generator.look(
-        generator.backend.encode_image(preprocess(load_radiograph(study.image).pixels)), study.context
-    )
+    pixels = preprocess(load_radiograph(study.image).pixels)
+    look = generator.look(generator.backend.encode_image(pixels), study.context)
     ids = np.array([generator.prompt_ids(study.context, look.seen)], np.int64)
     embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 160)

@@ -61,8 +61,8 @@ class Int4Settings:
             with attention, down projection and the first two layers in 8 bits at 7% (KL 0.13), and the gate projection
             was added to those.
         eight_bits_block_size: weights that share a scale there.
-        algorithm: of the language model's 4-bit weights: ``rtn`` (round to nearest), ``k_quant`` (llama.cpp's search for
-            scale and offset) or ``hqq`` (half-quadratic, Badri and Shaji 2023).
+        algorithm: of the language model's 4-bit weights: ``rtn`` (round to nearest), ``k_quant`` (llama.cpp's search
+            for scale and offset) or ``hqq`` (half-quadratic, Badri and Shaji 2023).
         symmetric: no zero points, with ``rtn``.
         accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
     """
@@ -135,6 +135,7 @@ def quantize_graphs(
 
 
 def quantize_language_model(path: Path, settings: Int4Settings) -> ModelProto:
+    """The fp32 decoder at ``path`` with 4-bit weights, and 8-bit ones where the settings say so."""
     graph = onnx.load(str(path))
     few = [n.name for n in graph.graph.node if n.op_type == "MatMul" and not re.search(settings.eight_bits, n.name)]
     mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few)
