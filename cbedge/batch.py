@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def ray_engine(
     except ImportError:
         raise OutputError("--engine ray needs the package ray; type: pip install ray") from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
 
     class Worker:
@@ -122,7 +123,7 @@ def ray_engine(
     def draft_all(items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
         remote = ray.remote(num_cpus=1)(Worker)
         pool = ActorPool([remote.remote() for _ in range(count)])
-        yield from pool.map_unordered(lambda worker, item: worker.draft.remote(item), items)
+        yield from pool.map_unordered(lambda worker, item: worker.draft.remote(item), list(items))  # type: ignore[misc, arg-type]
 
     return draft_all
 

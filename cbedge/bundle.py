@@ -77,7 +77,8 @@ class Manifest:
         shapes: see :class:`Shapes`.
         prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
         stop_ids: token ids that end a report.
-        decoding: defaults: ``max_new_tokens``.
+        decoding: defaults: ``max_new_tokens``; ``guidance``, how much what is seen weighs (see
+            :class:`cbedge.decoding.GuidedDecoder`; 1 is none).
         default_variant: the variant that is taken when none is named.
         variants, files: what is in the folder.
         training_data, base_weights: origin and licence of each.
@@ -97,7 +98,7 @@ class Manifest:
     prefix_ids: tuple[int, ...] = ()
     prompt_version: int = PROMPT_VERSION
     format_version: int = FORMAT_VERSION
-    decoding: dict[str, int] = field(default_factory=lambda: {"max_new_tokens": 160})
+    decoding: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 160, "guidance": 1.0})
     training_data: tuple[dict[str, str], ...] = ()
     base_weights: tuple[dict[str, str], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)

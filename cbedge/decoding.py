@@ -15,18 +15,21 @@ from cbedge.phrasebook import Phrasebook
 
 MAX_BEAMS = 8
 MAX_GUESSES = 8
+PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
 
 
 class Decoder(Protocol):
-    """A language model in the middle of one report; it holds the KV cache of what it has read.
+    """A language model in the middle of one report; it holds the KV cache of what it has read."""
 
-    Attributes:
-        length: tokens and embeddings read so far.
-        capacity: how many it can hold.
-    """
+    @property
+    def length(self) -> int:
+        """Tokens and embeddings read so far."""
+        ...
 
-    length: int
-    capacity: int
+    @property
+    def capacity(self) -> int:
+        """How many it can hold."""
+        ...
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
@@ -112,6 +115,56 @@ class Drafting:
     steps: int = 0
     guessed: int = 0
     accepted: int = 0
+
+
+class GuidedDecoder:
+    """Two decoders that read the same draft under two prompts: one is told what is seen, one that nothing is.
+
+    What they expect is weighed as by classifier-free guidance (Ho and Salimans 2022; for text Sanchez et al. 2023):
+    ``untold + weight (told - untold)``, among tokens that the told one finds plausible (Li et al. 2023). So the draft
+    says what was seen, where a small language model left to itself falls back on the usual normal report.
+
+    Args:
+        told, untold: each has read its own prompt.
+        weight: 1 is the told one alone.
+    """
+
+    def __init__(self, told: Decoder, untold: Decoder, weight: float):
+        self.told, self.untold, self.weight = told, untold, weight
+
+    @property
+    def length(self) -> int:
+        """What the told one has read."""
+        return self.told.length
+
+    @property
+    def capacity(self) -> int:
+        """What can be read, of the tighter one, counted as the told one's."""
+        return self.told.length + min(d.capacity - d.length for d in (self.told, self.untold))
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        """Read the same embeddings after both prompts."""
+        return self.weigh(self.told.prefill(embeds), self.untold.prefill(embeds))
+
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read more tokens; return the weighed logits after each, float32 [tokens, V]."""
+        return self.weigh(self.told.read(token_ids), self.untold.read(token_ids))
+
+    def rewind(self, length: int) -> None:
+        """Forget all that was read after the first ``length`` of the told one."""
+        forgotten = max(0, self.told.length - length)
+        self.untold.rewind(self.untold.length - forgotten)
+        self.told.rewind(length)
+
+    def copy(self) -> GuidedDecoder:
+        """Another pair that has read the same."""
+        return GuidedDecoder(self.told.copy(), self.untold.copy(), self.weight)
+
+    def weigh(self, told: np.ndarray, untold: np.ndarray) -> np.ndarray:
+        """Logits of both, float32 [..., V] → what is to be chosen from."""
+        weighed = untold + np.float32(self.weight) * (told - untold)
+        least = told.max(-1, keepdims=True) + np.float32(np.log(PLAUSIBLE))
+        return np.where(told >= least, weighed, np.float32(-np.inf))
 
 
 def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:

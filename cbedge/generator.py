@@ -16,7 +16,18 @@ from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, open_backend
 from cbedge.bundle import GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from cbedge.decoding import Decoder, Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
+from cbedge.decoding import (
+    Decoder,
+    Decoding,
+    Drafting,
+    GuessLength,
+    GuidedDecoder,
+    Token,
+    beam_search,
+    greedy,
+    sample,
+    speculate,
+)
 from cbedge.errors import BundleError, ContextError
 from cbedge.gate import Gate
 from cbedge.image_findings import scores_of
@@ -178,7 +189,9 @@ class ReportGenerator:
             return iter(beam_search(decoder, logits, stop, limit, settings))
         if not settings.is_greedy:
             return sample(decoder, logits, stop, limit, settings)
-        if self.phrasebook is None or not settings.speculative:
+        # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
+        # over one: a guided draft is written one token at a time.
+        if self.phrasebook is None or not settings.speculative or isinstance(decoder, GuidedDecoder):
             return greedy(decoder, logits, stop, limit)
         return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting)
 
@@ -272,8 +285,16 @@ class ReportStream(Iterator[str]):
         prompt_ids = generator.prompt_ids(context, look.seen)
         text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))
         embeds = np.concatenate([look.image_embeds, text_embeds], axis=1)
-        decoder = backend.new_decoder(embeds.shape[1] + limit)
+        decoder: Decoder = backend.new_decoder(embeds.shape[1] + limit)
         logits = decoder.prefill(embeds)
+        guidance = manifest.decoding.get("guidance", 1)
+        if look.seen and guidance != 1:
+            untold_ids = generator.prompt_ids(context, ())
+            untold_embeds = backend.embed_tokens(np.array([untold_ids], np.int64))
+            other = backend.new_decoder(look.image_embeds.shape[1] + len(untold_ids) + limit)
+            untold = other.prefill(np.concatenate([look.image_embeds, untold_embeds], axis=1))
+            pair = GuidedDecoder(decoder, other, guidance)
+            decoder, logits = pair, pair.weigh(logits, untold)
         prefill = perf_counter()
         spoken, count, complete = [], 0, False
         text_stream = generator.decode_stream()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
@@ -152,7 +153,7 @@ class Listener:
         self.generator, self.settings, self.spool = generator, settings, Spool(settings.spool)
         self._stop, self._arrived, self._ready = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
-        self._server = None
+        self._server: Any = None
 
     def start(self) -> None:
         """Listen.
@@ -195,7 +196,8 @@ class Listener:
             if shutil.disk_usage(self.spool.folder).free < _RESERVE_BYTES:
                 _tell("no space left in the spool: a radiograph was refused")
                 return _NO_SPACE
-            uid = str(event.request.AffectedSOPInstanceUID)
+            request: Any = event.request
+            uid = str(request.AffectedSOPInstanceUID)
             if not _UID.fullmatch(uid):  # it becomes a file's name
                 return _CANNOT_STORE
             self.spool.put(self.spool.incoming, f"{uid}.dcm", event.encoded_dataset())

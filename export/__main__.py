@@ -38,6 +38,9 @@ def export(
     vocabulary: Annotated[
         str, typer.Option(help="full; or domain, which keeps the tokens of --data's train reports and common ones.")
     ] = "full",
+    guidance: Annotated[
+        float, typer.Option(min=1, max=5, help="How much the findings seen weigh in decoding; 1 is none.")
+    ] = 1.0,
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
@@ -87,7 +90,7 @@ def export(
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
             parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
-            quality=measured, data=data, merge_error=merge_error, force=force, console=console,
+            quality=measured, guidance=guidance, data=data, merge_error=merge_error, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())
     if record:

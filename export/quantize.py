@@ -27,7 +27,7 @@ SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4f16": 
 DESCRIPTIONS = {
     "fp32": "32 bit weights",
     "fp16": "16 bit weights and activations, for GPUs",
-    "int8": "8 bit weights, fp32 activations",
+    "int8": "8 bit weights (4 in the Q-Former), fp32 activations, for CPUs",
     "int4": "4 and 8 bit weights, fp32 activations, for CPUs",
     "q4f16": "4 and 8 bit weights, 16 bit activations, for GPUs",
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
@@ -92,7 +92,7 @@ def write_variant(
     """
     settings = settings or Int4Settings()
     if name == "int8":
-        settings = replace(settings, eight_bits=".", qformer_bits=8, vision_bits=8)
+        settings = replace(settings, eight_bits=".", eight_bits_block_size=64, vision_bits=8)
     if name == "fp16":
         return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
@@ -128,8 +128,7 @@ def quantize_graphs(
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
-        bits = 8 if re.search(settings.eight_bits, "lm_head") else 4
-        shared = _quantize(paths[EMBED], settings.block_size, settings, bits=bits)
+        shared = _quantize(paths[EMBED], settings.block_size, settings)
     onnx.save(shared, str(written[EMBED]))
     return written
 
@@ -167,14 +166,15 @@ def _quantize_otherwise(graph: ModelProto, settings: Int4Settings) -> ModelProto
 def _quantize(
     source: Path | ModelProto, block_size: int, settings: Int4Settings, bits: int = 4, apart: list[str] | None = None
 ) -> ModelProto:
-    config = DefaultWeightOnlyQuantConfig(
-        bits=bits, block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
-        op_types_to_quantize=("MatMul", "Gather"), quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )  # fmt: skip
-    graph = onnx.load(str(source)) if isinstance(source, Path) else source
-    quantizer = MatMulNBitsQuantizer(graph, algo_config=config, nodes_to_exclude=apart)
-    quantizer.process()
-    model = quantizer.model.model
+    model = onnx.load(str(source)) if isinstance(source, Path) else source
+    for kind, wide in (("MatMul", bits), ("Gather", 4)):  # tables of words are known to the quantizer in 4 bits alone
+        config = DefaultWeightOnlyQuantConfig(
+            bits=wide, block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
+            op_types_to_quantize=(kind,), quant_axes=(("MatMul", 0), ("Gather", 1)),
+        )  # fmt: skip
+        quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=apart)
+        quantizer.process()
+        model = quantizer.model.model
     opsets = {entry.domain for entry in model.opset_import}
     if "com.microsoft" not in opsets:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
@@ -187,7 +187,8 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
     node = next((n for n in reversed(decoder.graph.node) if n.op_type == "MatMulNBits"), None)
     if node is None:
         return None
-    sizes = {a.name: a.i for a in node.attribute if a.name in ("N", "K", "block_size")}
+    sizes = {a.name: a.i for a in node.attribute if a.name in ("N", "K", "block_size", "bits")}
+    bits = sizes.get("bits", 4)
     words, width = table.shape
     if (sizes["N"], sizes["K"]) != (words, width) or width % sizes["block_size"] or not settings.symmetric:
         return None
@@ -196,17 +197,17 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
     base = str(decoder_path.parent)
     scales = numpy_helper.to_array(loaded[node.input[2]], base).reshape(words, -1)
     # Tied means that the rows of the table are the columns of the head: each block's largest weight gives its scale.
-    expected = np.abs(table.reshape(words, -1, sizes["block_size"])).max(2) / 8
+    expected = np.abs(table.reshape(words, -1, sizes["block_size"])).max(2) / 2 ** (bits - 1)
     if not np.allclose(np.abs(scales), expected, rtol=1e-3, atol=1e-6):
         return None
     blocks = width // sizes["block_size"]
     if not all(stored[name].external_data for name in node.input[1:3]):
         return None
-    weights = _external_alias(stored[node.input[1]], "embed_tokens", [words, width // 2])
+    weights = _external_alias(stored[node.input[1]], "embed_tokens", [words, width * bits // 8])
     scale = _external_alias(stored[node.input[2]], "embed_tokens_scales", [words, blocks])
     gather = helper.make_node(
         "GatherBlockQuantized", ["embed_tokens", "input_ids", "embed_tokens_scales"], ["inputs_embeds"],
-        domain="com.microsoft", bits=4, block_size=sizes["block_size"], gather_axis=0, quantize_axis=1,
+        domain="com.microsoft", bits=bits, block_size=sizes["block_size"], gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])
     embeds = helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [1, "tokens", width])

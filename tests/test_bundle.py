@@ -22,7 +22,7 @@ def test_an_exported_bundle_opens_and_verifies(tiny_bundle: Path):
     bundle = open_bundle(tiny_bundle)
     bundle.verify()
     assert bundle.variant()[0] == "int4"
-    assert set(bundle.manifest.variants) == {"int4", "fp32"}
+    assert set(bundle.manifest.variants) == {"int4", "fp32", "fp16", "int8", "q4f16", "nf4"}
     assert {p.name for p in tiny_bundle.iterdir()} == {*bundle.manifest.files, "manifest.json"}
 
 
@@ -41,7 +41,7 @@ def test_a_missing_file_is_named(copy: Path):
 
 
 def test_an_unknown_variant_is_told_with_those_that_exist(tiny_bundle: Path):
-    with pytest.raises(BundleError, match=r"unknown variant 'int2'.*int4, fp32"):
+    with pytest.raises(BundleError, match=r"unknown variant 'int2'.*int4, fp32, fp16"):
         open_bundle(tiny_bundle).variant("int2")
 
 

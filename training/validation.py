@@ -96,22 +96,14 @@ def choose_findings(validation: Validation, losses: StageLosses, names: tuple[st
 def choose_thresholds(scores: np.ndarray, tags: np.ndarray, names: tuple[str, ...]) -> ImageFindings:
     """Thresholds from scores and tags (1, 0 or -1), both float [studies, TAGS].
 
-    The gate, ``abnormal``, is where balanced accuracy is best. For the findings behind it one number is chosen, as most
-    are too rare for a threshold of their own: each is told in as many studies as have it, times a factor, the same for
-    all, that gives the best micro-F1.
+    The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
+    it: most are too rare for more to be chosen, and a language model that is told much says little of it.
     """
-    columns = [TAGS.index(name) for name in names]
-    gate = _best_gate(scores[:, 0], tags[:, 0])
-    best = (-1.0, ImageFindings((TAGS[0], *names), (gate, *[0.5] * len(names))))
-    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0):
-        chosen = []
-        for column in columns:
-            share = factor * (tags[:, column] == 1).sum() / max(1, (tags[:, column] >= 0).sum())
-            chosen.append(float(np.quantile(scores[:, column], 1 - min(share, 0.5))))
-        findings = ImageFindings((TAGS[0], *names), (gate, *chosen))
-        best = max(best, (_micro_f1(findings, scores[:, [0, *columns]], tags[:, columns]), findings),
-                   key=lambda pair: pair[0])  # fmt: skip
-    return best[1]
+    thresholds = [_best_gate(scores[:, 0], tags[:, 0])]
+    for column in [TAGS.index(name) for name in names]:
+        share = (tags[:, column] == 1).sum() / max(1, (tags[:, column] >= 0).sum())
+        thresholds.append(float(np.quantile(scores[:, column], 1 - min(share, 0.5))))
+    return ImageFindings((TAGS[0], *names), tuple(thresholds))
 
 
 def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:
@@ -122,11 +114,3 @@ def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:
     candidates = np.quantile(scores, np.linspace(0.02, 0.98, 97))
     balanced = [((scores[truth] >= c).mean() + (scores[~truth] < c).mean()) / 2 for c in candidates]
     return float(candidates[int(np.argmax(balanced))])
-
-
-def _micro_f1(findings: ImageFindings, scores: np.ndarray, tags: np.ndarray) -> float:
-    told = [findings.read(row) for row in scores]
-    guesses = np.array([[name in names for name in findings.names[1:]] for names in told], bool)
-    known = tags >= 0
-    hits = (guesses & (tags == 1)).sum()
-    return float(2 * hits / max(1, (guesses & known).sum() + (tags == 1).sum()))

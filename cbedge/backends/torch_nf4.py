@@ -135,7 +135,6 @@ class TorchDecoder:
         self._model, self._decoder_only, self._device = model, decoder_only, device
         self._cache: Any = None
         self._encoded: torch.Tensor | None = None
-        self._prompt = 0
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
@@ -143,7 +142,7 @@ class TorchDecoder:
 
         with torch.inference_mode():
             given = torch.from_numpy(np.ascontiguousarray(embeds)).to(self._device, self._model.dtype)
-            self.length = self._prompt = embeds.shape[1]
+            self.length = embeds.shape[1]
             if self._decoder_only:
                 out = self._model(inputs_embeds=given, use_cache=True, logits_to_keep=1)
                 self._cache = out.past_key_values
@@ -163,8 +162,8 @@ class TorchDecoder:
     def rewind(self, length: int) -> None:
         """Forget all that was read after the first ``length``."""
         if length < self.length:
+            self._cache.crop(length - self.length)  # a negative number is taken off the end
             self.length = length
-            self._cache.crop(length if self._decoder_only else 1 + length - self._prompt)
 
     def copy(self) -> TorchDecoder:
         """Another decoder that has read the same."""

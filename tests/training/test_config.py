@@ -10,8 +10,8 @@ MINI = ROOT / "training" / "configs" / "iu_xray_mini.yaml"
 
 def test_the_mini_configuration_has_its_stages_in_order():
     config = load_config(MINI, data="somewhere")
-    assert [stage.name for stage in config.stages] == ["align", "wording", "vision", "language"]
-    assert [stage.lora and stage.lora.part for stage in config.stages] == [None, "language", "vision", "language"]
+    assert [stage.name for stage in config.stages] == ["align", "vision", "wording", "language"]
+    assert [stage.lora and stage.lora.part for stage in config.stages] == [None, "vision", "language", "language"]
     assert config.data == Path("somewhere")
 
 
