@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbedge import BundleError, ContextError
-from cbedge.decoding import Decoding, Drafting, GuessLength, Token, beam_search, greedy, sample, speculate
+from cbedge.decoding import (
+    Decoding,
+    Drafting,
+    GuessLength,
+    GuidedDecoder,
+    Token,
+    beam_search,
+    greedy,
+    sample,
+    speculate,
+)
 from cbedge.phrasebook import ORDER, Phrasebook
 
 WORDS = 12
@@ -183,6 +193,22 @@ def test_beams_find_likelier_reports_than_greedy():
 def test_settings_out_of_range_are_refused_by_name(values: dict[str, float]):
     with pytest.raises(ContextError, match=next(iter(values))):
         Decoding(**values)
+
+
+def test_guidance_moves_towards_what_is_told_and_stays_plausible():
+    told, untold = RandomModel(1), RandomModel(2)
+    plain = ids(greedy(told.copy(), told.prefill(), STOP, 20))
+    alone = GuidedDecoder(told.copy(), untold.copy(), 1.0)
+    assert ids(greedy(alone, alone.weigh(told.prefill(), untold.prefill()), STOP, 20)) == plain
+    pair = GuidedDecoder(told, untold, 3.0)
+    weighed = pair.weigh(told.prefill(), untold.prefill())
+    kept = np.isfinite(weighed)
+    assert 0 < kept.sum() < WORDS and kept[told.prefill().argmax()]
+    gain = told.prefill() - untold.prefill()
+    assert weighed[kept] == pytest.approx((untold.prefill() + 3 * gain)[kept], rel=1e-5)
+    pair.read([3, 4])
+    pair.rewind(pair.length - 1)
+    assert told.history[-1] == untold.history[-1] == 3 and pair.copy().length == pair.length
 
 
 def test_a_token_comes_with_its_probability():

