@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,7 +73,7 @@ def bench(
         start = perf_counter()
         generator = ReportGenerator.from_pretrained(model, name, device, threads)
         load = perf_counter() - start
-        settings = Decoding(speculative=speculative)
+        settings = replace(generator.decoding, speculative=speculative)
 
         def draft(image: Radiograph, write: ReportGenerator = generator, how: Decoding = settings) -> Report:
             return write.generate(

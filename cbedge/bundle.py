@@ -78,7 +78,8 @@ class Manifest:
         prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
         stop_ids: token ids that end a report.
         decoding: defaults: ``max_new_tokens``; ``guidance``, how much what is seen weighs (see
-            :class:`cbedge.decoding.GuidedDecoder`; 1 is none).
+            :class:`cbedge.decoding.GuidedDecoder`; 1 is none); ``no_repeat`` and ``stop_bias`` of
+            :class:`cbedge.decoding.Decoding`.
         default_variant: the variant that is taken when none is named.
         variants, files: what is in the folder.
         training_data, base_weights: origin and licence of each.

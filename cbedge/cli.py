@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -50,7 +51,12 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
-    no_repeat: Annotated[int, typer.Option(help="Never write a run of so many tokens twice; 0 allows it.")] = 0,
+    no_repeat: Annotated[
+        int | None, typer.Option(help="Never write a run of so many tokens twice; 0 allows it [default: the model's].")
+    ] = None,
+    stop_bias: Annotated[
+        float | None, typer.Option(help="Below 0 longer drafts, above 0 shorter ones [default: the model's].")
+    ] = None,
     form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     accept_any_image: Annotated[
@@ -78,14 +84,16 @@ def generate(
     from cbedge.radiograph import load_radiograph
 
     ClinicalContext(indication, comparison, view)
-    decoding = Decoding(temperature=temperature, top_p=top_p, seed=seed, beams=beams, no_repeat=no_repeat)
+    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams}
+    chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
+    Decoding(**chosen)  # what is wrong is told before the model is loaded
     radiograph = load_radiograph(image)
     from cbedge.generator import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
         radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
-        decoding=decoding, accept_any_image=accept_any_image,
+        decoding=replace(generator.decoding, **chosen), accept_any_image=accept_any_image,
     )  # fmt: skip
     live = sys.stdout.isatty() and form == "text" and output is None
     for piece in stream:

@@ -67,8 +67,9 @@ class Decoding:
         repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
             (Keskar et al. 2019); 1 is none.
         no_repeat: never write a run of so many tokens twice; 0 allows it.
-        speculative: let the bundle's phrasebook guess ahead where that is faster. It changes no token, and is used with
-            plain greedy decoding alone.
+        stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
+        speculative: let the bundle's phrasebook guess ahead where that is faster. It changes no token, and is used
+            where the likeliest token is taken and nothing guides the draft.
 
     Raises:
         ContextError: a value is out of its range, or two exclude each other.
@@ -80,6 +81,7 @@ class Decoding:
     beams: int = 1
     repetition_penalty: float = 1.0
     no_repeat: int = 0
+    stop_bias: float = 0.0
     speculative: bool = True
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Decoding:
             ("beams", 1 <= self.beams <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
             ("repetition_penalty", 1 <= self.repetition_penalty <= 10, "1 to 10"),
             ("no_repeat", self.no_repeat >= 0, "0 or more"),
+            ("stop_bias", -20 <= self.stop_bias <= 20, "-20 to 20"),
         )
         for name, fits, wanted in ranges:
             if not fits:
@@ -99,8 +102,11 @@ class Decoding:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, whatever was written before."""
-        return self.temperature == 0 and self.beams == 1 and self.repetition_penalty == 1 and self.no_repeat == 0
+        """Whether the likeliest token is taken, of those that the controls leave."""
+        return self.temperature == 0 and self.beams == 1
+
+
+PLAIN = Decoding()
 
 
 @dataclass
@@ -162,26 +168,19 @@ class GuidedDecoder:
 
     def weigh(self, told: np.ndarray, untold: np.ndarray) -> np.ndarray:
         """Logits of both, float32 [..., V] → what is to be chosen from."""
-        weighed = untold + np.float32(self.weight) * (told - untold)
-        least = told.max(-1, keepdims=True) + np.float32(np.log(PLAUSIBLE))
-        return np.where(told >= least, weighed, np.float32(-np.inf))
+        return guide(told, untold, self.weight)
+
+
+def guide(told: np.ndarray, untold: np.ndarray, weight: float) -> np.ndarray:
+    """Logits under both prompts, float32 [..., V], weighed; what the told prompt finds implausible is -inf."""
+    weighed = untold + np.float32(weight) * (told - untold)
+    least = told.max(-1, keepdims=True) + np.float32(np.log(PLAUSIBLE))
+    return np.where(told >= least, weighed, np.float32(-np.inf))
 
 
 def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
-    """Yield the likeliest token, again and again.
-
-    Args:
-        decoder: has read everything that ``logits`` follow.
-        logits: float32 [V], after the prefill.
-        stop_ids: tokens that end the report; they are yielded, as the last one.
-        max_new_tokens: tokens to write at most, the stop token counted.
-    """
-    for count in range(1, max_new_tokens + 1):
-        token = _likeliest(logits)
-        yield token
-        if token.id in stop_ids or count == max_new_tokens:
-            return
-        logits = decoder.read([token.id])[-1]
+    """:func:`sample` as :data:`PLAIN` has it: the likeliest token, again and again."""
+    return sample(decoder, logits, stop_ids, max_new_tokens, PLAIN)
 
 
 class GuessLength:
@@ -233,9 +232,9 @@ class GuessLength:
 
 def speculate(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, phrasebook: Phrasebook,
-    length: GuessLength, drafting: Drafting,
+    length: GuessLength, drafting: Drafting, settings: Decoding = PLAIN,
 ) -> Iterator[Token]:  # fmt: skip
-    """The tokens of :func:`greedy`, in fewer passes.
+    """The tokens of :func:`sample` at temperature 0, in fewer passes.
 
     The phrasebook guesses, the model checks all guesses in one pass, and the longest run that it would have written
     itself is kept (Leviathan et al. 2023, with a draft model of n-grams).
@@ -243,8 +242,9 @@ def speculate(
     Args:
         length: learns how many guesses pay; keep one for each generator.
         drafting: is filled in.
+        settings: the controls; temperature and beams are not looked at.
     """
-    token = _likeliest(logits)
+    token = _likeliest(logits, [], stop_ids, settings)
     written = [token.id]
     yield token
     while written[-1] not in stop_ids and len(written) < max_new_tokens:
@@ -253,17 +253,19 @@ def speculate(
         before = decoder.length
         start = perf_counter()
         rows = decoder.read([written[-1], *guesses])
-        chosen = rows.argmax(-1).tolist()
         seconds = perf_counter() - start
-        held = 0
-        while held < len(guesses) and guesses[held] == chosen[held] and guesses[held] not in stop_ids:
-            held += 1
+        chosen = [_likeliest(rows[0], written, stop_ids, settings)]
+        for at, guess in enumerate(guesses):
+            if chosen[-1].id != guess or guess in stop_ids:
+                break
+            chosen.append(_likeliest(rows[at + 1], [*written, *guesses[: at + 1]], stop_ids, settings))
+        held = len(chosen) - 1
         decoder.rewind(before + 1 + held)
         length.learn(len(guesses), held, seconds)
         drafting.steps += 1
         drafting.guessed += len(guesses)
         drafting.accepted += held
-        for token in [Token(i, _probability(rows[at], i)) for at, i in enumerate(chosen[: held + 1])]:
+        for token in chosen:
             written.append(token.id)
             yield token
 
@@ -271,17 +273,28 @@ def speculate(
 def sample(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
 ) -> Iterator[Token]:
-    """Greedy or drawn tokens, with the settings' control of repetition."""
+    """Yield the likeliest token, or one drawn, again and again.
+
+    Args:
+        decoder: has read everything that ``logits`` follow.
+        logits: float32 [V], after the prefill.
+        stop_ids: tokens that end the report; they are yielded, as the last one.
+        max_new_tokens: tokens to write at most, the stop token counted.
+        settings: how a token is chosen.
+    """
     rng = np.random.default_rng(settings.seed)
     written: list[int] = []
     while True:
-        scores = _control(logits, written, settings)
-        token_id = int(scores.argmax()) if settings.temperature == 0 else _draw(scores, settings, rng)
-        written.append(token_id)
-        yield Token(token_id, _probability(logits, token_id))
-        if token_id in stop_ids or len(written) == max_new_tokens:
+        if settings.temperature == 0:
+            token = _likeliest(logits, written, stop_ids, settings)
+        else:
+            token_id = _draw(_control(logits, written, stop_ids, settings), settings, rng)
+            token = Token(token_id, _probability(logits, token_id))
+        written.append(token.id)
+        yield token
+        if token.id in stop_ids or len(written) == max_new_tokens:
             return
-        logits = decoder.read([token_id])[-1]
+        logits = decoder.read([token.id])[-1]
 
 
 def beam_search(
@@ -297,7 +310,7 @@ def beam_search(
     for count in range(1, max_new_tokens + 1):
         options = []
         for row, (total, written, _, last) in enumerate(alive):
-            log_probabilities = _log_softmax(_control(last, [token.id for token in written], settings))
+            log_probabilities = _log_softmax(_control(last, [token.id for token in written], stop_ids, settings))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
                 options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
         options.sort(key=lambda option: (-option[0], option[1:]))
@@ -326,10 +339,11 @@ def _branches(alive: list, going_on: list) -> list[Decoder]:
     return [alive[row][2] if row not in uses[i + 1 :] else alive[row][2].copy() for i, row in enumerate(uses)]
 
 
-def _control(logits: np.ndarray, written: list[int], settings: Decoding) -> np.ndarray:
-    if settings.repetition_penalty == 1 and not settings.no_repeat:
+def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:
+    if settings.repetition_penalty == 1 and not settings.no_repeat and not settings.stop_bias:
         return logits
     logits = logits.copy()
+    logits[list(stop_ids)] += np.float32(settings.stop_bias)
     if settings.repetition_penalty != 1 and written:
         seen = np.unique(written)
         values = logits[seen]
@@ -343,8 +357,8 @@ def _control(logits: np.ndarray, written: list[int], settings: Decoding) -> np.n
     return logits
 
 
-def _likeliest(logits: np.ndarray) -> Token:
-    token_id = int(logits.argmax())
+def _likeliest(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> Token:
+    token_id = int(_control(logits, written, stop_ids, settings).argmax())
     return Token(token_id, _probability(logits, token_id))
 
 

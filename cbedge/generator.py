@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from cbedge.decoding import (
     GuidedDecoder,
     Token,
     beam_search,
-    greedy,
     sample,
     speculate,
 )
@@ -60,6 +60,9 @@ class Look:
 
 class ReportGenerator:
     """Drafts reports with one model. Create it once and keep it: the first draft then costs no loading.
+
+    One generator may be used by many threads at once: every draft has its own state, and the model is only read. Drafts
+    at the same time share the machine's cores, so each takes longer. A :class:`ReportStream` belongs to one thread.
 
     Example:
         >>> generator = ReportGenerator.from_pretrained()
@@ -129,7 +132,7 @@ class ReportGenerator:
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
             max_new_tokens: stop after so many tokens.
-            decoding: how tokens are chosen; default is greedy, with the bundle's phrasebook guessing ahead.
+            decoding: how tokens are chosen; default is :attr:`decoding`.
             accept_any_image: draft even of what does not look like a chest radiograph.
 
         Raises:
@@ -141,6 +144,22 @@ class ReportGenerator:
             decoding=decoding, accept_any_image=accept_any_image,
         )  # fmt: skip
         for _ in stream:
+            pass
+        return stream.report
+
+    async def generate_async(self, image: Any, **options: Any) -> Report:
+        """:meth:`generate` for an event loop: the work is done in a thread, and a draft that is cancelled ends with the
+        token that is being written.
+
+        Args:
+            image: as for :meth:`generate`.
+            options: those of :meth:`generate`.
+
+        Raises:
+            RadiographError, ContextError: as :meth:`generate`.
+        """
+        stream = await asyncio.to_thread(self.stream, image, **options)
+        async for _ in stream:
             pass
         return stream.report
 
@@ -171,7 +190,13 @@ class ReportGenerator:
             context.view or radiograph.view or "frontal",
         )
         source = "given" if indication else "DICOM header" if radiograph.indication else None
-        return ReportStream(self, radiograph, context, limit, decoding or Decoding(), source, accept_any_image)
+        return ReportStream(self, radiograph, context, limit, decoding or self.decoding, source, accept_any_image)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the bundle's maker chose that tokens be chosen: greedy, its phrasebook guessing ahead."""
+        chosen = self.bundle.manifest.decoding
+        return Decoding(no_repeat=chosen.get("no_repeat", 0), stop_bias=chosen.get("stop_bias", 0.0))
 
     def tokens(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting
@@ -187,13 +212,12 @@ class ReportGenerator:
         stop = self.bundle.manifest.stop_ids
         if settings.beams > 1:
             return iter(beam_search(decoder, logits, stop, limit, settings))
-        if not settings.is_greedy:
-            return sample(decoder, logits, stop, limit, settings)
         # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
         # over one: a guided draft is written one token at a time.
-        if self.phrasebook is None or not settings.speculative or isinstance(decoder, GuidedDecoder):
-            return greedy(decoder, logits, stop, limit)
-        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting)
+        plain = not (settings.is_greedy and settings.speculative) or isinstance(decoder, GuidedDecoder)
+        if plain or self.phrasebook is None:
+            return sample(decoder, logits, stop, limit, settings)
+        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting, settings)
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
@@ -230,7 +254,10 @@ class ReportGenerator:
 
 
 class ReportStream(Iterator[str]):
-    """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted."""
+    """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted.
+
+    ``for`` and ``async for`` both take it; the latter writes each piece in a thread, so an event loop goes on.
+    """
 
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
@@ -243,6 +270,15 @@ class ReportStream(Iterator[str]):
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    def __aiter__(self) -> ReportStream:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await asyncio.to_thread(next, self._pieces, None)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
 
     @property
     def report(self) -> Report:

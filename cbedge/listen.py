@@ -217,6 +217,8 @@ class Listener:
             except Exception as error:  # a full disk, say: nothing is lost, and it is tried again
                 _tell(f"{type(error).__name__}: trying again in {self.settings.first_retry_s:.0f} s")
                 self._stop.wait(self.settings.first_retry_s)
+                self._arrived.set()
+                self._ready.set()
 
     def _draft_all(self) -> None:
         self._arrived.wait()

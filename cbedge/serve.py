@@ -230,6 +230,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         responses={
             200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
                   "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
+            400: {"description": "The body is no multipart form."},
             401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
             422: {"description": "The radiograph or its context cannot be used."},
             429: {"description": "The queue is full; see Retry-After."},

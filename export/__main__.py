@@ -41,6 +41,8 @@ def export(
     guidance: Annotated[
         float, typer.Option(min=1, max=5, help="How much the findings seen weigh in decoding; 1 is none.")
     ] = 1.0,
+    no_repeat: Annotated[int, typer.Option(min=0, help="Drafts never hold a run of so many tokens twice.")] = 0,
+    stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0 drafts become longer.")] = 0.0,
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
@@ -90,7 +92,8 @@ def export(
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
             parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
-            quality=measured, guidance=guidance, data=data, merge_error=merge_error, force=force, console=console,
+            quality=measured, decoding={"guidance": guidance, "no_repeat": no_repeat, "stop_bias": stop_bias},
+            data=data, merge_error=merge_error, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())
     if record:

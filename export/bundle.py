@@ -83,7 +83,7 @@ class Origin:
 def pack(
     parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
     wanted: tuple[str, ...], out: Path, *, name: str,
-    version: str, licence: str, origin: Origin, quality: dict[str, Any], guidance: float,
+    version: str, licence: str, origin: Origin, quality: dict[str, Any], decoding: dict[str, float],
     data: Path | None, merge_error: float,
     force: bool, console: Console,
 ) -> Parity:  # fmt: skip
@@ -96,7 +96,7 @@ def pack(
         wanted: variants that go into the bundle; the first is its default.
         out: the bundle's folder.
         quality: what ``python -m training evaluate`` recorded, or nothing.
-        guidance: how much the findings seen weigh in decoding.
+        decoding: the manifest's, but for ``max_new_tokens``.
         data: IU X-RAY's folder, to compare on its validation studies; its train reports make the phrasebook.
         merge_error: what :func:`export.merge.merge` returned.
         force: replace a bundle at ``out``.
@@ -106,7 +106,7 @@ def pack(
         prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
-        decoding={"max_new_tokens": 160, "guidance": guidance},
+        decoding={"max_new_tokens": 160, **decoding},
         image_findings=parts.finding_head.findings if parts.finding_head else None,
     )  # fmt: skip
     phrases = report_phrases(parts, data)

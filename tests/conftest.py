@@ -1,14 +1,25 @@
 """Real components, only small: a random InstructBLIP in transformers' format, studies with drawn radiographs."""
 
+from __future__ import annotations
+
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    import httpx
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -164,6 +175,7 @@ stages:
     lora: {{part: language, r: 4, alpha: 8, targets: [q_proj, v_proj]}}
     losses: {{language: 1.0}}
     tell_findings: [cardiomegaly, effusion, opacity]
+    tell_from: report
     cached_views: 1
     batch_size: 4
     epochs: 2
@@ -205,3 +217,71 @@ def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
 needs_default_model = pytest.mark.skipif(
     not (DEFAULT_BUNDLE / "manifest.json").is_file(), reason="the embedded default model is not in this checkout"
 )
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
+    """Wait until the condition is true; fail where it does not become so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+needs_orthanc = pytest.mark.skipif(shutil.which("Orthanc") is None, reason="Orthanc is not installed")
+
+
+@contextmanager
+def orthanc(folder: Path, aet: str, port: int, modalities: dict[str, list]) -> Iterator[httpx.Client]:
+    """A running Orthanc that lets everybody store and fetch; yields a client of its REST service."""
+    import httpx
+
+    folder.mkdir()
+    web = free_port()
+    settings = {
+        "StorageDirectory": str(folder), "IndexDirectory": str(folder), "Plugins": [], "DicomAet": aet,
+        "DicomPort": port, "HttpPort": web, "AuthenticationEnabled": False, "DicomAlwaysAllowGet": True,
+        "DicomModalities": modalities,
+    }  # fmt: skip
+    (folder / "orthanc.json").write_text(json.dumps(settings))
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(["Orthanc", folder / "orthanc.json"], stderr=log, stdout=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{web}", timeout=30) as client:
+
+            def is_up() -> bool:
+                try:
+                    return client.get("/system").is_success
+                except httpx.TransportError:
+                    return False
+
+            wait_for(is_up)
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system, such as one of ``size=64k`` or one that is read-only; needs the right to."""
+    folders = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if done.returncode != 0:
+            pytest.skip("no right to mount a file system")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", folder], check=True)

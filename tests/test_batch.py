@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,30 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(tiny_bundle: Path, tm
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
     assert sorted(ids) == sorted(os.listdir(films)) and len(ids) == len(set(ids))
+
+
+def test_on_a_full_disk_it_says_so_and_goes_on_once_there_is_room(tiny_bundle: Path, tmp_path: Path, mounted: Callable):
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(6):
+        Image.fromarray(draw_chest(number, 64, 64)).save(films / f"{number}.png")
+    disk = mounted("size=64k")
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(60 * 1024))
+    out = disk / "reports.jsonl"
+    full = run_batch(tiny_bundle, films, out)
+    assert full.returncode == 7 and "No space left" in full.stderr and "Traceback" not in full.stderr
+    before = len(list(batch.read_lines(out)))
+    assert before < 6
+    ballast.unlink()
+    done = run_batch(tiny_bundle, films, out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line["id"] for line in batch.read_lines(out)) == sorted(os.listdir(films))
+
+
+def test_a_read_only_disk_is_told_in_one_line(tiny_bundle: Path, films: Path, mounted: Callable):
+    done = run_batch(tiny_bundle, films, mounted("ro") / "reports.jsonl")
+    assert done.returncode == 7 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):

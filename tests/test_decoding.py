@@ -72,17 +72,21 @@ def test_greedy_ends_at_the_stop_token_or_at_the_limit():
     assert len(write_greedily(3, 5)) <= 5
 
 
+CONTROLS = (Decoding(), Decoding(no_repeat=3), Decoding(stop_bias=-2.0, repetition_penalty=1.3))
 reports = st.lists(st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30), max_size=6)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(0, 10**6), reports, st.integers(1, 40), st.booleans())
-def test_guessing_ahead_changes_no_token(seed: int, others: list[list[int]], limit: int, knows: bool):
-    wanted = write_greedily(seed, limit)
+@given(st.integers(0, 10**6), reports, st.integers(1, 40), st.booleans(), st.sampled_from(CONTROLS))
+def test_guessing_ahead_changes_no_token(
+    seed: int, others: list[list[int]], limit: int, knows: bool, controls: Decoding
+):
+    model = RandomModel(seed)
+    wanted = ids(sample(model, model.prefill(), STOP, limit, controls))
     phrasebook = Phrasebook.compile([*others, *([wanted] * 2 if knows else [])])
     model = RandomModel(seed, capacity=2 + limit)  # as tight as the generator makes it
     drafting = Drafting()
-    written = ids(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting))
+    written = ids(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting, controls))
     assert written == wanted
     assert drafting.accepted <= drafting.guessed and drafting.steps == model.passes <= max(0, len(wanted) - 1)
 
@@ -138,9 +142,13 @@ def test_a_damaged_phrasebook_is_refused(content: bytes, tmp_path: Path):
         Phrasebook.load(tmp_path / "phrasebook.npy")
 
 
+def draw_from(model_seed: int, **values: float) -> list[int]:
+    model = RandomModel(model_seed)
+    return ids(sample(model, model.prefill(), STOP, 40, Decoding(**values)))
+
+
 def draw(seed: int, **values: float) -> list[int]:
-    model = RandomModel(7)
-    return ids(sample(model, model.prefill(), STOP, 40, Decoding(seed=seed, **values)))
+    return draw_from(7, seed=seed, **values)
 
 
 def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
@@ -156,6 +164,11 @@ def test_a_run_of_tokens_is_not_written_twice():
         written = ids(sample(model, model.prefill(), STOP, 40, Decoding(no_repeat=3)))
         runs = [tuple(written[i : i + 3]) for i in range(len(written) - 2)]
         assert len(runs) == len(set(runs))
+
+
+def test_a_stop_bias_makes_drafts_longer_or_shorter():
+    lengths = {bias: sum(len(draw_from(seed, stop_bias=bias)) for seed in range(30)) for bias in (-3.0, 0.0, 3.0)}
+    assert lengths[-3.0] > lengths[0.0] > lengths[3.0]
 
 
 def test_a_penalty_makes_repetition_rarer():

@@ -1,4 +1,7 @@
 import io
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -75,6 +78,26 @@ def test_compressed_pixels_are_read(encoder: str):
     frames = pydicom.encaps.encapsulate([buffer.getvalue()])
     data = make_dicom(grey, syntax, PixelData=frames, BitsAllocated=8, BitsStored=8, HighBit=7)
     assert np.corrcoef(load_radiograph(data).pixels.ravel(), grey.ravel())[0, 1] > 0.99
+
+
+def test_run_lengths_are_read():
+    grey = draw_chest(3)
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(grey, BitsAllocated=8, BitsStored=8, HighBit=7)))
+    dataset.compress(pydicom.uid.RLELossless)
+    file = io.BytesIO()
+    dataset.save_as(file)
+    assert np.corrcoef(load_radiograph(file.getvalue()).pixels.ravel(), grey.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.skipif(shutil.which("dcmcjpls") is None, reason="dcmtk, which writes JPEG-LS, is not installed")
+@pytest.mark.parametrize("option", ["--encode-lossless", "--encode-nearlossless"])
+def test_jpeg_ls_is_read(option: str, tmp_path: Path):
+    grey = draw_chest(3)
+    plain, compressed = tmp_path / "plain.dcm", tmp_path / "compressed.dcm"
+    plain.write_bytes(make_dicom(grey, BitsAllocated=8, BitsStored=8, HighBit=7))
+    subprocess.run(["dcmcjpls", option, plain, compressed], check=True)
+    assert "JPEG-LS" in pydicom.dcmread(compressed).file_meta.TransferSyntaxUID.name
+    assert np.corrcoef(load_radiograph(compressed).pixels.ravel(), grey.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize(

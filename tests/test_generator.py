@@ -1,12 +1,14 @@
+import asyncio
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, needs_default_model
+from conftest import EXAMPLES, draw_chest, needs_default_model
 from PIL import Image
 
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, ReportGenerator, load_radiograph
@@ -26,6 +28,41 @@ def test_the_same_radiograph_gives_the_same_draft(generator: ReportGenerator, ch
     assert first.new_tokens <= 12 and first.prompt_tokens > 20
     assert first.model == "tiny" and first.variant == "int4" and first.device == "cpu"
     assert "draft" in first.statement
+
+
+def test_threads_share_one_generator(generator: ReportGenerator):
+    films = [draw_chest(seed) for seed in range(8)]
+    alone = [generator.generate(film, max_new_tokens=12).text for film in films]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda film: generator.generate(film, max_new_tokens=12).text, films * 3))
+    assert together == alone * 3
+
+
+def test_an_event_loop_goes_on_while_a_draft_is_written_and_can_cancel_it(generator: ReportGenerator, chest_png: Path):
+    async def draft() -> tuple[str, str, int]:
+        beats = 0
+
+        async def beat() -> None:
+            nonlocal beats
+            while True:
+                beats += 1
+                await asyncio.sleep(0.001)
+
+        heart = asyncio.create_task(beat())
+        report = await generator.generate_async(chest_png, indication="cough", max_new_tokens=40)
+        stream = generator.stream(chest_png, indication="cough", max_new_tokens=40)
+        pieces = "".join([piece async for piece in stream])
+        given_up = asyncio.create_task(generator.generate_async(chest_png, max_new_tokens=500))
+        await asyncio.sleep(0.01)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        heart.cancel()
+        return report.text, pieces.strip(), beats
+
+    text, pieces, beats = asyncio.run(draft())
+    assert text == pieces == generator.generate(chest_png, indication="cough", max_new_tokens=40).text
+    assert beats > 3
 
 
 def test_the_stream_is_the_report(generator: ReportGenerator, chest_png: Path):

@@ -1,6 +1,5 @@
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import EXAMPLES, ROOT, run_cli
+from conftest import EXAMPLES, ROOT, free_port, needs_orthanc, orthanc, run_cli, wait_for
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, EnhancedSRStorage, Verification
@@ -18,19 +17,6 @@ from cbedge import ContextError
 from cbedge.listen import Peer
 
 needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +139,18 @@ def test_what_cannot_be_drafted_is_kept_with_the_reason(listen: Callable, film: 
     assert "modality CT" in next((tmp_path / "spool" / "failed").glob("*.txt")).read_text()
 
 
+def test_on_a_full_disk_radiographs_are_refused_and_a_read_only_one_is_told(
+    listen: Callable, tiny_bundle: Path, film: Path, tmp_path: Path, mounted: Callable
+):
+    port, process = listen(free_port(), mounted("size=4m") / "spool")
+    assert send(port, another(film)) == 0xA700  # out of resources: the sender keeps it and comes again
+    assert process.poll() is None and "no space left" in (tmp_path / "log").read_text()
+    spool = mounted("ro") / "spool"
+    done = run_cli("cbedge.cli", "listen", "--known", "X", "--spool", spool, "--model", tiny_bundle, "--device", "cpu",
+                   "--port", free_port())  # fmt: skip
+    assert done.returncode == 7 and "Read-only" in done.stderr and "Traceback" not in done.stderr
+
+
 @needs_dcmtk
 def test_dcmtk_sends_and_receives(listen: Callable, film: Path, tmp_path: Path):
     pacs_port = free_port()
@@ -172,6 +170,20 @@ def test_dcmtk_sends_and_receives(listen: Callable, film: Path, tmp_path: Path):
     finally:
         pacs.kill()
         pacs.wait()
+
+
+@needs_orthanc
+def test_a_round_trip_through_orthanc(listen: Callable, film: Path, tmp_path: Path):
+    dicom = free_port()
+    port, _ = listen(dicom)
+    with orthanc(tmp_path / "orthanc", "MODALITY", dicom, {"drafts": ["CBEDGE", "127.0.0.1", port]}) as client:
+        kept = client.post("/instances", content=film.read_bytes()).json()
+        assert client.post("/modalities/drafts/store", content=kept["ID"]).json()["FailedInstancesCount"] == 0
+        instances = f"/studies/{kept['ParentStudy']}/instances"
+        wait_for(lambda: len(client.get(instances).json()) == 2)
+        tags = [client.get(f"/instances/{i['ID']}/simplified-tags").json() for i in client.get(instances).json()]
+        document = next(t for t in tags if t["Modality"] == "SR")
+        assert document["PreliminaryFlag"] == "PRELIMINARY" and document["PatientID"] == "9RG1"
 
 
 def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from conftest import EXAMPLES, ROOT, draw_chest, run_cli
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
 from cbedge import ContextError, ReportGenerator
@@ -217,3 +220,27 @@ def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.
     port = server[0].rpartition(":")[2]
     done = run_cli("cbedge.cli", "serve", "--port", port, "--model", tiny_bundle, "--device", "cpu")
     assert done.returncode != 0 and "Traceback" not in done.stderr and port in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_every_request_that_the_description_allows_or_forbids_is_answered_as_described(
+    generator: ReportGenerator, mode: str
+):
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    # A description cannot say which bytes are a radiograph.
+    from schemathesis.specs.openapi.checks import positive_data_acceptance as radiographs_only
+
+    app = create_app(generator, ServeSettings(max_bytes=100_000))
+    tried = 0
+    for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+
+        @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=found.ok().as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
+        def answered(case: Any) -> None:
+            nonlocal tried
+            tried += 1
+            case.call_and_validate(excluded_checks=[radiographs_only])
+
+        with suppress(Unsatisfiable):  # of a request without parameters nothing can be wrong
+            answered()
+    assert tried > 20

@@ -89,6 +89,9 @@ def evaluate_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
+    guidance: Annotated[
+        float | None, typer.Option(min=1, help="Of --run's drafts [default: the first --model's; else 1, none].")
+    ] = None,
     chexbert: Annotated[Path | None, typer.Option(help="Your chexbert.pth, for CheXbert's scores.")] = None,
     radgraph: Annotated[
         Path | None, typer.Option(help="Folder that holds radgraph/, the unpacked model, for RadGraph F1.")
@@ -113,7 +116,9 @@ def evaluate_command(
     drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
     encoder = None
     if run_folder is not None:
-        encoder = TorchDrafter(_merged(run_folder, device, cache), batch_size)
+        if guidance is None:
+            guidance = drafters[0].generator.bundle.manifest.decoding.get("guidance", 1.0) if drafters else 1.0
+        encoder = TorchDrafter(_merged(run_folder, device, cache), batch_size, guidance=guidance)
         drafters.append(encoder)
     blind = None
     if image_blind is not None:

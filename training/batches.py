@@ -12,15 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from cbedge.image_findings import OTHER
-from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
+from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import load_radiograph, preprocess
 from training.base import ModelAndTokenizers
+from training.clinical import read_tags
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
 from training.datasets.studies import TAGS
 
 MAX_TARGET_TOKENS = 160
-MISSED, INVENTED = 0.1, 0.01  # what the noise of told_findings takes from, and adds to, the tags
+# What the noise of told_findings takes from, and adds to, what is so: of people's tags, and of the report's own words.
+NOISE = {"tags": (0.1, 0.01), "report": (0.05, 0.0)}
 
 
 def load_pixels(path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -56,9 +58,10 @@ def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Gen
 
 
 def told_findings(
-    tags: Sequence[int], names: Sequence[str], share: float = 1.0, rng: np.random.Generator | None = None
-) -> tuple[str, ...] | None:
-    """What the prompt tells of a training study's image: its curated tags, in the form of
+    tags: Sequence[int], names: Sequence[str], share: float = 1.0, rng: np.random.Generator | None = None,
+    noise: tuple[float, float] = NOISE["tags"],
+) -> tuple[str, ...] | None:  # fmt: skip
+    """What the prompt tells of a training study's image: its tags, in the form of
     :meth:`cbedge.image_findings.ImageFindings.read`.
 
     Args:
@@ -67,6 +70,7 @@ def told_findings(
         share: of studies that are told anything.
         rng: of chance, and of noise, so that the language model does not take what it is told for certain; without it
             everything is told as it is.
+        noise: how often a finding is left out, and how often one is told that is not there.
 
     Returns:
         The names; empty for a normal study; ``None`` where nothing is known or told.
@@ -76,12 +80,36 @@ def told_findings(
     present = {name for name in names if tags[TAGS.index(name)] == 1}
     if rng is not None:
         chance = rng.random(len(names))
+        missed, invented = noise
         present = {
-            name for name, c in zip(names, chance, strict=True) if (c >= MISSED if name in present else c < INVENTED)
+            name for name, c in zip(names, chance, strict=True) if (c >= missed if name in present else c < invented)
         }
     if present:
         return tuple(name for name in names if name in present)
     return (OTHER,) if tags[0] == 1 else ()
+
+
+class ToldTags:
+    """What is so of training studies, for :func:`told_findings`: people's tags, or what the report itself names.
+
+    Args:
+        source: ``tags`` or ``report``.
+    """
+
+    def __init__(self, source: str):
+        self.source, self.noise = source, NOISE[source]
+        self._read: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, studies: Sequence[Study]) -> list[tuple[int, ...]]:
+        """For each study 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`; the last, for a study without
+        a report, where reports are read."""
+        if self.source == "tags":
+            return [tuple(s.tags) for s in studies]
+        new = [s for s in studies if s.study_id not in self._read]
+        findings = [split_sections(s.target)[0] or s.target for s in new]
+        for study, text, tags in zip(new, findings, read_tags(findings), strict=True):
+            self._read[study.study_id] = tuple(map(int, tags)) if text else (-1,) * len(TAGS)
+        return [self._read[s.study_id] for s in studies]
 
 
 @dataclass

@@ -53,6 +53,13 @@ class Labels:
         return Labels(self.matrix[rows], self.abnormal[rows])
 
 
+def read_tags(reports: Sequence[str]) -> np.ndarray:
+    """The tags that reports name, as a reader without the radiograph finds them, bool [reports, TAGS]."""
+    found = positive_findings(reports)
+    rows = [[bool(f) if tag == "abnormal" else not f.isdisjoint(TAG_FINDINGS[tag]) for tag in TAGS] for f in found]
+    return np.array(rows, bool).reshape(-1, len(TAGS))
+
+
 def label_reports(reports: Sequence[str]) -> Labels:
     """Read the labels of reports (findings, or findings with impression)."""
     found = positive_findings(reports)
@@ -115,10 +122,8 @@ def validate(studies: Sequence[Study], reports: Sequence[str]) -> dict[str, dict
         tag → precision, recall, F1, positives; and ``micro`` and ``macro`` over all tags but ``abnormal``.
     """
     known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
-    found = positive_findings([reports[i] for i in known])
     truth = np.array([studies[i].tags for i in known]) == 1
-    read = np.array([[bool(f) if tag == "abnormal" else not f.isdisjoint(TAG_FINDINGS[tag]) for tag in TAGS]
-                     for f in found])  # fmt: skip
+    read = read_tags([reports[i] for i in known])
     rows: dict[str, dict[str, float]] = {}
     for i, tag in enumerate(TAGS):
         rows[tag] = _micro(read[:, i : i + 1], truth[:, i : i + 1]) | {"positives": int(truth[:, i].sum())}

@@ -12,7 +12,8 @@ COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")
 SCHEDULES = ("cosine", "linear", "constant")
 BASE_PRECISIONS = ("fp32", "bf16", "nf4")
-SELECTIONS = ("", "language", "cider")
+SOURCES = ("tags", "report")
+SELECTIONS = ("", "language", "cider", "tags")
 
 
 class ConfigError(ValueError):
@@ -55,10 +56,13 @@ class Stage:
             they come from the curated tags with some noise, at inference from the Q-Former's tag head, whose thresholds
             are chosen on validation studies when the stage ends.
         tell_share: share of training studies that are told anything.
+        tell_from: ``tags`` (what people tagged) or ``report`` (what the report's findings name, read by
+            :mod:`training.findings`: then the language model learns to write all that it is told, and nothing else).
         splits: studies to learn from; ``extra`` has impressions only.
         validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
-        select_by: ``language`` (lowest validation loss) or ``cider`` (highest CIDEr of greedy drafts of validation
-            studies) keeps the best weights seen and ends the stage with them; empty ends it with the last.
+        select_by: ``language`` (lowest validation loss), ``cider`` (highest CIDEr of greedy drafts of validation
+            studies) or ``tags`` (highest mean AUC of the tag head) keeps the best weights seen and ends the stage with
+            them; empty ends it with the last.
         patience: validations without a better one after which the stage stops early; 0 never stops it.
         abnormal_weight: how often an abnormal study is drawn, against a normal one.
     """
@@ -85,6 +89,7 @@ class Stage:
     prior_dropout: float = 0.3
     tell_findings: tuple[str, ...] = ()
     tell_share: float = 0.9
+    tell_from: str = "tags"
     splits: tuple[str, ...] = ("train",)
     abnormal_weight: float = 1.0
     save_every: int = 50
@@ -165,7 +170,7 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
-    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS)):
+    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES)):
         if getattr(stage, key) not in known:
             names = ", ".join(filter(None, known))
             raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
@@ -174,8 +179,9 @@ def _stage(values: dict, path: Path) -> Stage:
         raise ConfigError(f"{where}: tell_findings has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
     if stage.tell_findings and "language" not in stage.losses:
         raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
-    if stage.select_by and "language" not in stage.losses:
-        raise ConfigError(f"{where}: select_by needs the language loss")
+    needed = "tags" if stage.select_by == "tags" else "language"
+    if stage.select_by and needed not in stage.losses:
+        raise ConfigError(f"{where}: select_by {stage.select_by} needs the {needed} loss")
     if stage.patience and not stage.select_by:
         raise ConfigError(f"{where}: patience needs select_by, which says what is better")
     if stage.start_cross_attention and ("qformer" not in stage.train or not stage.cached_views):

@@ -7,7 +7,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from cbedge.decoding import guide
 from cbedge.prompt import ClinicalContext
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from training.base import ModelAndTokenizers
@@ -64,14 +66,26 @@ class RuntimeDrafter:
         return texts
 
 
+class _Guidance(LogitsProcessor):
+    """The first half of a batch is told, the second is the same studies untold: both go on by the weighed logits."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        told, untold = scores.float().cpu().numpy().reshape(2, len(scores) // 2, -1)
+        return torch.from_numpy(guide(told, untold, self.weight)).to(scores).repeat(2, 1)
+
+
 class TorchDrafter:
-    """Drafts of a run, in torch, in batches: greedy, as the runtime's.
+    """Drafts of a run, in torch, in batches: greedy, guided as the runtime's; for trials, repetition is not controlled.
 
     Args:
         parts: the trained model, on its device.
         batch_size: studies at once.
         name: of the row in the table.
         image_blind: the model was trained without images, and is shown none.
+        guidance: how much the findings seen weigh, see :class:`cbedge.decoding.GuidedDecoder`; 1 is none.
     """
 
     def __init__(
@@ -80,8 +94,10 @@ class TorchDrafter:
         batch_size: int = 16,
         name: str = "fp32 (torch)",
         image_blind: bool = False,
+        guidance: float = 1.0,
     ):
         self.parts, self.batch_size, self.name, self.image_blind = parts, batch_size, name, image_blind
+        self.guidance = guidance
         self.device = next(parts.model.parameters()).device
 
     @torch.inference_mode()
@@ -106,7 +122,10 @@ class TorchDrafter:
             output, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
             if parts.finding_head is not None:
                 seen = [*parts.finding_head.read(output)]
+        guided = self.guidance != 1 and any(seen)
         prompts = [encode_prompt(parts, r.context, told) for r, told in zip(requests, seen, strict=True)]
+        if guided:  # what saw nothing is told the same twice, and guided nowhere
+            prompts += [encode_prompt(parts, r.context, told and ()) for r, told in zip(requests, seen, strict=True)]
         if self.image_blind:
             prompts = [prompt[count:] for prompt in prompts]
         length = max(map(len, prompts))
@@ -115,14 +134,17 @@ class TorchDrafter:
         mask = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):  # left-padded, so that every report begins at the same place
             ids = torch.tensor([prompt], device=self.device)
-            queries = None if projected is None else projected[row : row + 1]
+            study = row % len(requests)
+            queries = None if projected is None else projected[study : study + 1]
             embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries)[0]
             mask[row, length - len(prompt) :] = 1
         out = parts.model.language_model.generate(
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
             eos_token_id=parts.tokenizer.eos_token_id, pad_token_id=parts.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []),
         )  # fmt: skip
-        return [text.strip() for text in parts.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        texts = parts.tokenizer.batch_decode(out[: len(requests)], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     @torch.inference_mode()
     def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:

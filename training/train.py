@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training.base import FindingHead, ModelAndTokenizers, load_model
 from training.batches import (
     Batch,
+    ToldTags,
     cache_features,
     collate,
     drop_priors,
@@ -44,6 +45,7 @@ from training.trained import save_finding_head
 from training.validation import Validation, choose_findings
 
 VAL_STUDIES = 300
+_SELECTED = {"cider": "cider", "tags": "auc_mean"}  # the column of validation.csv in which more is better
 VOCABULARY_STUDIES = 20_000  # enough to tell common words from rare ones
 
 
@@ -157,10 +159,11 @@ class StageRun:
             )
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
         self._order: tuple[int, list[list[int]]] = (-1, [])
+        self.told_tags = ToldTags(stage.tell_from)
         self._seed_everything()
         self.heads = self._build_heads(previous).to(self.device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
-        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=stage.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=stage.weight_decay, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.steps_per_epoch = max(1, len(self._epoch(0)) // stage.accumulate)
         self.total_steps = max(1, round(stage.epochs * self.steps_per_epoch))
@@ -217,7 +220,7 @@ class StageRun:
 
     def _select(self, row: dict[str, float]) -> None:
         """Keep the weights where this validation is the best so far."""
-        value = row["cider"] if self.stage.select_by == "cider" else -row["language"]
+        value = -row["language"] if self.stage.select_by == "language" else row[_SELECTED[self.stage.select_by]]
         if self.best is not None and value <= self.best:
             self.worse += 1
             return
@@ -299,8 +302,11 @@ class StageRun:
         else:
             pixels = [load_pixels(s.image, rng) for s, rng in zip(studies, draws, strict=True)]
             images = torch.from_numpy(np.stack(pixels))
-        names, share = self.stage.tell_findings, self.stage.tell_share
-        seen = [told_findings(s.tags, names, share, rng) for s, rng in zip(studies, draws, strict=True)]
+        seen: list[tuple[str, ...] | None] = [None] * len(studies)
+        if self.stage.tell_findings:
+            names, share, noise = self.stage.tell_findings, self.stage.tell_share, self.told_tags.noise
+            told = zip(self.told_tags(studies), draws, strict=True)
+            seen = [told_findings(tags, names, share, rng, noise) for tags, rng in told]
         return collate(self.parts, studies, contexts, images, seen).to(self.device)
 
     def _train_step(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 
 from cbedge.image_findings import ImageFindings, scores_of
 from training.base import ModelAndTokenizers
-from training.batches import Batch, collate, load_pixels, told_findings
+from training.batches import Batch, ToldTags, collate, load_pixels, told_findings
 from training.config import Stage
 from training.datasets import Study
 from training.datasets.studies import TAGS
@@ -35,6 +35,7 @@ class Validation:
     ):  # fmt: skip
         self.parts, self.stage, self.studies = parts, stage, studies
         self.device, self.autocast, self.batch_size = device, autocast, batch_size
+        self.told_tags = ToldTags(stage.tell_from)
 
     @torch.inference_mode()
     def measure(self, losses: StageLosses) -> dict[str, float]:
@@ -71,7 +72,8 @@ class Validation:
         images = torch.zeros(len(studies), 0)
         if not blind:
             images = torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
-        seen = [told_findings(s.tags, self.stage.tell_findings) for s in studies]
+        names = self.stage.tell_findings
+        seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else None
         return collate(self.parts, studies, [s.context for s in studies], images, seen).to(self.device)
 
 

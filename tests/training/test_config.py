@@ -30,6 +30,8 @@ def test_every_configuration_that_ships_is_valid(path: Path):
         ("base: [", "not valid YAML"),
         ("stages: [{name: a, losses: {language: 1}, schedule: step}]", "cosine, linear, constant"),
         ("stages: [{name: a, losses: {language: 1}, patience: 2}]", "patience needs select_by"),
+        ("stages: [{name: a, losses: {language: 1}, select_by: tags}]", "select_by tags needs the tags loss"),
+        ("stages: [{name: a, losses: {language: 1}, tell_from: rumour}]", "tags, report"),
         ("base_precision: int2", "fp32, bf16, nf4"),
         ("base_precision: nf4\nprecision: fp32", "needs precision bf16"),
         ("stages: [{name: a, losses: {tags: 1}, image_blind: true}]", "image-blind stage has the language loss alone"),

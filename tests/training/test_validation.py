@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cbedge.image_findings import OTHER
-from training.batches import told_findings
-from training.datasets.studies import TAGS
+from cbedge.prompt import ClinicalContext
+from training.batches import ToldTags, told_findings
+from training.datasets.studies import TAGS, Study
 from training.validation import choose_thresholds, tag_auc
 
 NAMES = ("cardiomegaly", "effusion")
@@ -19,6 +22,23 @@ def test_curated_tags_are_told_in_the_form_of_inference():
     assert told_findings(tags_of(), NAMES) == ()
     assert told_findings(tags_of(unknown=True), NAMES) is None
     assert told_findings(tags_of("abnormal", "effusion"), ()) is None
+
+
+def test_what_the_report_itself_names_can_be_told():
+    def study(target: str) -> Study:
+        return Study(target, "train", Path("x.png"), ClinicalContext(), target, "", "", tuple(tags_of("hernia")))
+
+    texts = (
+        "FINDINGS: The heart is enlarged. No pleural effusion. IMPRESSION: Small effusion.",
+        "IMPRESSION: Small left pleural effusion.",
+        "FINDINGS: The lungs are clear.",
+        "",
+    )
+    source = ToldTags("report")
+    told = [told_findings(tags, NAMES) for tags in source([study(text) for text in texts])]
+    assert told == [("cardiomegaly",), ("effusion",), (), None]
+    assert source([study(texts[0])])[0] == source([study(texts[0])])[0]
+    assert ToldTags("tags")([study(texts[0])]) == [tuple(tags_of("hernia"))]
 
 
 def test_training_withholds_and_distorts_a_little():
