@@ -61,6 +61,9 @@ def run_command(
     output: Annotated[Path | None, typer.Option(help="Folder of the run, over the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
+    base_precision: Annotated[
+        str | None, typer.Option(help="Of frozen weights: fp32, bf16 or nf4 [default: the file's].")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
 ) -> None:
@@ -68,7 +71,8 @@ def run_command(
     from training.config import load_config
     from training.train import run
 
-    folder = run(load_config(config, data=data, output=output, device=device, precision=precision), cache, max_steps)
+    chosen = {"data": data, "output": output, "device": device, "precision": precision}
+    folder = run(load_config(config, **chosen, base_precision=base_precision), cache, max_steps)
     typer.echo(f"trained: {folder}")
 
 

@@ -139,15 +139,16 @@ def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | N
     if not model.config.use_decoder_only_language_model:
         return _sequence_to_sequence_loss(parts, batch, projected)
     embeds = embed_inputs(model, batch.input_ids, projected)
-    # Logits over the whole vocabulary are wanted from the first report token on, no earlier.
-    start = int((batch.labels != -100).int().argmax(1).min()) - 1
-    logits = model.language_model(
-        inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False,
-        logits_to_keep=embeds.shape[1] - start,
-    ).logits  # fmt: skip
-    labels = batch.labels[:, start + 1 :]
+    language = model.language_model
+    base = language.get_base_model() if isinstance(language, PeftModel) else language
+    hidden = base.get_decoder()(
+        inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    # Logits over the whole vocabulary are dear: they are computed for the report's tokens alone.
+    labels = batch.labels[:, 1:]
     wanted = labels != -100
-    return functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted])
+    logits = base.get_output_embeddings()(hidden[:, :-1][wanted])
+    return functional.cross_entropy(logits.float(), labels[wanted])
 
 
 def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
