@@ -172,10 +172,11 @@ class GuidedDecoder:
 
 
 def guide(told: np.ndarray, untold: np.ndarray, weight: float) -> np.ndarray:
-    """Logits under both prompts, float32 [..., V], weighed; what the told prompt finds implausible is -inf."""
+    """Logits under both prompts, float32 [..., V], weighed; what the told prompt finds implausible comes after all
+    else, in the told prompt's order."""
     weighed = untold + np.float32(weight) * (told - untold)
     least = told.max(-1, keepdims=True) + np.float32(np.log(PLAUSIBLE))
-    return np.where(told >= least, weighed, np.float32(-np.inf))
+    return np.where(told >= least, weighed, told - np.float32(1e4))
 
 
 def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
@@ -363,7 +364,7 @@ def _likeliest(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], 
 
 
 def _probability(logits: np.ndarray, token_id: int) -> float:
-    return float(1 / np.exp(logits - logits[token_id]).sum())
+    return float(np.exp(_log_softmax(logits)[token_id]))
 
 
 def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> int:

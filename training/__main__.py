@@ -105,10 +105,10 @@ def evaluate_command(
 ) -> None:
     """Score bundles (as users run them) or a run (in torch) on IU X-RAY, with controls.
 
-    The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. With
-    --run, the retrieval controls and linear probes of its encoder are measured too.
+    The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. The
+    retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
-    from training.drafting import RuntimeDrafter, TorchDrafter
+    from training.drafting import Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter
     from training.evaluate import evaluate, to_markdown, write_record
     from training.labelers import Chexbert
 
@@ -118,12 +118,13 @@ def evaluate_command(
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both")
     _check_results(output, force)
     drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
-    encoder = None
+    encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
     if run_folder is not None:
         if guidance is None:
             guidance = drafters[0].generator.bundle.manifest.decoding.get("guidance", 1.0) if drafters else 1.0
-        encoder = TorchDrafter(_merged(run_folder, device, cache), batch_size, guidance=guidance)
-        drafters.append(encoder)
+        in_torch = TorchDrafter(_merged(run_folder, device, cache), batch_size, guidance=guidance)
+        encoder = in_torch
+        drafters.append(in_torch)
     blind = None
     if image_blind is not None:
         blind = TorchDrafter(_merged(image_blind, device, cache), batch_size, "image-blind model (torch)", True)

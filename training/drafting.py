@@ -66,6 +66,46 @@ class RuntimeDrafter:
         return texts
 
 
+class RuntimeEncoder:
+    """The image side of a bundle, for the retrieval controls and the linear probes.
+
+    Args:
+        drafter: holds the bundle.
+    """
+
+    def __init__(self, drafter: RuntimeDrafter, batch_size: int = 16):
+        self.generator, self.batch_size = drafter.generator, batch_size
+
+    def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
+        """The vision encoder's features [B, P, H]."""
+        pixels = (preprocess(load_radiograph(image).pixels) for image in images)
+        return torch.from_numpy(np.concatenate([self.generator.backend.encode_image(p) for p in pixels]))
+
+    def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded radiographs [B, P, H] → image embeddings [B, Q, D], twice.
+
+        A bundle's Q-Former hands out its output after the projection alone, which is linear and at least as wide: what
+        a linear probe reads off the one, it reads off the other.
+        """
+        rows = zip(features.numpy(), contexts, strict=True)
+        embeds = torch.from_numpy(np.concatenate([self.generator.look(f[None], c).image_embeds for f, c in rows]))
+        return embeds, embeds
+
+
+class Encoder(Protocol):
+    """The image side of a model, a run's in torch or a bundle's."""
+
+    batch_size: int
+
+    def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
+        """The vision encoder's features [B, P, H]."""
+        ...
+
+    def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoded radiographs [B, P, H] → the Q-Former's output [B, Q, H] and image embeddings [B, Q, D]."""
+        ...
+
+
 class _Guidance(LogitsProcessor):
     """The first half of a batch is told, the second is the same studies untold: both go on by the weighed logits."""
 

@@ -17,7 +17,7 @@ from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
-from training.drafting import Drafter, Request, TorchDrafter
+from training.drafting import Drafter, Encoder, Request, TorchDrafter
 from training.labelers import Chexbert, outside_scores
 from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
@@ -30,7 +30,7 @@ CLINICAL = {
 
 
 def evaluate(
-    data: Path, drafters: list[Drafter], encoder: TorchDrafter | None, split: str = "test", limit: int | None = None,
+    data: Path, drafters: list[Drafter], encoder: Encoder | None, split: str = "test", limit: int | None = None,
     seed: int = 0, image_blind: TorchDrafter | None = None, drafts_file: Path | None = None,
     console: Console | None = None, chexbert: Chexbert | None = None, radgraph: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         data: IU X-RAY's folder.
         drafters: each gets a row; the first also gets the swapped-image, blank-image and withheld-indication controls.
-        encoder: a run in torch, for the retrieval controls and the linear probe; ``None`` leaves those out.
+        encoder: a run or a bundle, for the retrieval controls and the linear probe; ``None`` leaves those out.
         split: ``test`` or ``val``.
         image_blind: a model that was trained without images, for its row.
         limit: only the first so many studies (for a trial; the result says so).
@@ -177,7 +177,7 @@ def _draft(drafter: Drafter, requests: list[Request], title: str, progress: Prog
 
 
 def _look(
-    encoder: TorchDrafter, train: list[Study], studies: list[Study], data: Path, progress: Progress
+    encoder: Encoder, train: list[Study], studies: list[Study], data: Path, progress: Progress
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Nearest train images of every study, and the linear probes."""
     groups = {"train": train, "val": [s for s in read_studies(data, ("val",)) if s.findings], "studied": studies}

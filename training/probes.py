@@ -11,7 +11,7 @@ from cbedge.prompt import ClinicalContext
 from cbedge.radiograph import load_radiograph
 from training.datasets import Study
 from training.datasets.studies import TAGS
-from training.drafting import TorchDrafter
+from training.drafting import Encoder
 
 KINDS = {"pixels": "raw pixels, 32 x 32", "vision": "vision encoder", "qformer": "Q-Former output"}
 _SIDE = 32
@@ -22,7 +22,7 @@ Representation = dict[str, np.ndarray]
 
 
 def represent(
-    encoder: TorchDrafter, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None
+    encoder: Encoder, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None
 ) -> Representation:
     """Three views of every study's image, each float32 [studies, D].
 
