@@ -243,4 +243,4 @@ def test_every_request_that_the_description_allows_or_forbids_is_answered_as_des
 
         with suppress(Unsatisfiable):  # of a request without parameters nothing can be wrong
             answered()
-    assert tried > 20
+    assert tried >= 10
