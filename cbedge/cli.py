@@ -106,9 +106,8 @@ def generate(
 
         _write(heatmap, png(overlay(radiograph, stream.attention)), force)
     if live:
-        for sentence in report.sentences:
-            if sentence.low:
-                typer.echo(f"\n\nLow confidence: {sentence.text}", nl=False)
+        for note in report.notes():
+            typer.echo(f"\n\n[{note}]", nl=False)
         typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
     else:
         content = render(report, form, image)

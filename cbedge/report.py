@@ -105,11 +105,20 @@ class Report:
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
         return json.dumps(values, indent=2, ensure_ascii=False)
 
-    def to_text(self) -> str:
-        """The report for people: a section a paragraph, what the model was unsure of, and that it is a draft."""
+    def notes(self) -> list[str]:
+        """What a reader should know beside the text: which words the model was unsure of, and what its image scores
+        point to, which the draft may pass over in silence."""
         unsure = [sentence.text for sentence in self.sentences if sentence.low]
-        note = f"[Low confidence: {' '.join(unsure)}]\n\n" if unsure else ""
-        return f"{format_sections(self.text)}\n\n{note}[{self.statement}]"
+        notes = [f"Low confidence: {' '.join(unsure)}"] if unsure else []
+        if self.image_findings:
+            seen = ", ".join(self.image_findings)
+            notes.append(f"Image scores point to: {seen}. The draft may not say so: look for it.")
+        return notes
+
+    def to_text(self) -> str:
+        """The report for people: a section a paragraph, the notes, and that it is a draft."""
+        notes = "".join(f"[{note}]\n\n" for note in self.notes())
+        return f"{format_sections(self.text)}\n\n{notes}[{self.statement}]"
 
 
 def split_sentences(spoken: Sequence[tuple[str, float]]) -> tuple[Sentence, ...]:

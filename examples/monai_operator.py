@@ -1,38 +1,49 @@
-"""An operator for MONAI Deploy, in an application that drafts the chest radiograph of a DICOM study.
+"""An operator for MONAI Deploy, in an application that drafts the chest radiographs of a folder.
 
 ``pip install monai-deploy-app-sdk "cbedge[cpu,hospital]"``, then
-``python examples/monai_operator.py --input FOLDER_OF_A_STUDY --output FOLDER``: the draft is written there as a DICOM
-Structured Report.
+``python examples/monai_operator.py --input FOLDER --output FOLDER``: every CR or DX image's draft is written there as a
+DICOM Structured Report. Behind the SDK's own DICOMSeriesSelectorOperator, which needs MONAI and torch beside it, emit
+``series.get_sop_instances()[0].get_native_sop_instance()`` saved to bytes in the place of :class:`FolderOperator`.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
-from monai.deploy.core import Application, Fragment, OperatorSpec
+from monai.deploy.conditions import CountCondition
+from monai.deploy.core import Application, ConditionType, Fragment, OperatorSpec
 from monai.deploy.core import Operator as MonaiOperator
-from monai.deploy.operators.dicom_data_loader_operator import DICOMDataLoaderOperator
-from monai.deploy.operators.dicom_series_selector_operator import DICOMSeriesSelectorOperator
 
-from cbedge import ReportGenerator
+from cbedge import CbedgeError, ReportGenerator
 from cbedge.formats import render
 
-RULES = """
-{"selections": [{"name": "radiograph", "conditions": {"Modality": "(?i)(CR|DX)"}}]}
-"""
+
+class FolderOperator(MonaiOperator):
+    """Emits the DICOM files of a folder, named output ``radiographs``: a list of bytes."""
+
+    def __init__(self, fragment: Fragment, *args: Any, folder: Path, **kwargs: Any):
+        self.folder = folder
+        super().__init__(fragment, *args, **kwargs)
+
+    def setup(self, spec: OperatorSpec) -> None:
+        """Name what goes out."""
+        spec.output("radiographs")
+
+    def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
+        """Read the folder."""
+        op_output.emit([path.read_bytes() for path in sorted(self.folder.glob("*.dcm"))], "radiographs")
 
 
 class ReportDraftOperator(MonaiOperator):
-    """Drafts the first radiograph of the selected series.
+    """Drafts radiographs.
 
-    Named input ``study_selected_series_list``, from a DICOMSeriesSelectorOperator; named output ``text``, which a
-    DICOMTextSRWriterOperator or any other may take. The draft is also written as a Structured Report.
+    Named input ``radiographs``, DICOM files as bytes; named output ``texts``, which may find no taker. Each draft is
+    also written as a Structured Report. What cannot be drafted is named on standard output and passed over.
 
     Args:
-        output_folder: for ``draft-<SOP Instance UID>.dcm``.
+        output_folder: for ``draft-1.dcm``, ``draft-2.dcm`` and so on.
         generator: to be used; default is the embedded model.
     """
 
@@ -40,41 +51,37 @@ class ReportDraftOperator(MonaiOperator):
         self, fragment: Fragment, *args: Any, output_folder: Path, generator: ReportGenerator | None = None,
         **kwargs: Any,
     ):  # fmt: skip
-        self.output_folder = Path(output_folder)
+        self.output_folder = output_folder
         self.generator = generator or ReportGenerator.from_pretrained()
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
         """Name what comes in and what goes out."""
-        spec.input("study_selected_series_list")
-        spec.output("text").condition(_ANYWAY)
+        spec.input("radiographs")
+        spec.output("texts").condition(ConditionType.NONE)
 
     def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
-        """Draft one study.
-
-        Raises:
-            ValueError: no series was selected.
-            cbedge.CbedgeError: the radiograph cannot be used.
-        """
-        selected = [s for study in op_input.receive("study_selected_series_list") for s in study.selected_series]
-        if not selected:
-            raise ValueError("the study has no CR or DX series")
-        dataset = selected[0].series.get_sop_instances()[0].get_native_sop_instance()
-        file = io.BytesIO()
-        dataset.save_as(file)
-        report = self.generator.generate(file.getvalue())
+        """Draft what has come."""
         self.output_folder.mkdir(parents=True, exist_ok=True)
-        target = self.output_folder / f"draft-{dataset.SOPInstanceUID}.dcm"
-        target.write_bytes(render(report, "sr", file.getvalue()))
-        op_output.emit(report.text, "text")
+        texts = []
+        for number, file in enumerate(op_input.receive("radiographs"), 1):
+            try:
+                report = self.generator.generate(file)
+                document = render(report, "sr", file)
+            except CbedgeError as error:
+                print(f"image {number}: {error}")
+                continue
+            (self.output_folder / f"draft-{number}.dcm").write_bytes(document)
+            texts.append(report.text)
+        op_output.emit(texts, "texts")
 
 
 class DraftApplication(Application):
-    """Load, select, draft.
+    """Read and draft.
 
     Args:
-        source: folder of a study's DICOM files.
-        target: folder for the draft.
+        source: folder of DICOM files.
+        target: folder for the drafts.
     """
 
     def __init__(self, source: Path, target: Path):
@@ -83,24 +90,13 @@ class DraftApplication(Application):
 
     def compose(self) -> None:
         """Connect the operators."""
-        loader = DICOMDataLoaderOperator(self, input_folder=self.source, name="loader")
-        selector = DICOMSeriesSelectorOperator(self, rules=RULES, name="selector")
+        reader = FolderOperator(self, CountCondition(self, 1), folder=self.source, name="reader")
         drafter = ReportDraftOperator(self, output_folder=self.target, name="drafter")
-        self.add_flow(loader, selector, {("dicom_study_list", "dicom_study_list")})
-        self.add_flow(selector, drafter, {("study_selected_series_list", "study_selected_series_list")})
-
-
-def _anyway() -> Any:
-    from monai.deploy.core import ConditionType
-
-    return ConditionType.NONE  # the text may find no taker
-
-
-_ANYWAY = _anyway()
+        self.add_flow(reader, drafter, {("radiographs", "radiographs")})
 
 
 def main() -> None:
-    """Run the application on one study."""
+    """Run the application on one folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

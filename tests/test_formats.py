@@ -113,6 +113,12 @@ def test_an_unknown_format_or_a_missing_library_is_told_before_any_work(monkeypa
         check_format("sr")
 
 
+def test_what_the_image_scores_point_to_stands_beside_the_text(report: Report):
+    told = replace(report, image_findings=("opacity", "effusion")).to_text()
+    assert "opacity, effusion" in told and told.index("opacity, effusion") < told.index(report.statement)
+    assert "Image scores" not in replace(report, image_findings=()).to_text()
+
+
 def test_sentences_have_a_section_and_a_confidence():
     spoken = [("FIND", 0.9), ("INGS:", 1.0), (" Heart", 0.5), (" normal", 0.5), (".", 0.5), (" Lungs clear.", 0.1),
               (" IMPRESSION:", 1.0), (" Normal", 1.0), (".", 1.0)]  # fmt: skip
