@@ -190,6 +190,8 @@ def scale_command(
         measured["variants"][0]["ms"]["total"], measured["machine"]["read_bandwidth_gb_s"]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise ValueError(f"{latency} is not what `cbedge bench --format json` writes: make it first") from None
+    if (there := measured["machine"]["processor"]) != (here := machine()["processor"]):
+        raise ValueError(f"{latency} was measured on {there}, and this is {here}: run `cbedge bench` here first")
     record = measure(measured, workers)
     command = f"python -m benchmarks.scale --latency {latency.name} --output {output.name} --workers {workers}"
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
