@@ -1,6 +1,7 @@
 """``python -m benchmarks.load``: many clients at once against ``cbedge serve``, and what becomes of them.
 
-Clients ask as fast as they are answered; one that is told 429 waits as long as it is told to and asks again. Reported
+Clients ask as fast as they are answered; one that is told 429 waits as long as it is told to and asks again, with its
+ticket. Reported
 are drafts a second, waiting times, refusals, whether every client got the draft of its own radiograph, and the server's
 memory.
 """
@@ -107,12 +108,14 @@ async def _ready(client: httpx.AsyncClient) -> bool:
 
 async def _ask(client: httpx.AsyncClient, image: bytes, wanted: str, outcome: Outcome) -> None:
     """Ask until there is a draft; the time counts from the first asking."""
-    start = time.monotonic()
+    start, ticket = time.monotonic(), {}
+    form = {"accept_any_image": "true"}
     while True:
-        answer = await client.post("/v1/reports", files={"image": ("x", image)}, data={"accept_any_image": "true"})
+        answer = await client.post("/v1/reports", files={"image": ("x", image)}, data=form, headers=ticket)
         if answer.status_code != 429:
             break
         outcome.refusals += 1
+        ticket = {k: v for k, v in answer.headers.items() if k == "queue-ticket"}
         await asyncio.sleep(float(answer.headers["Retry-After"]))
     if answer.status_code != 200:
         outcome.failed += 1

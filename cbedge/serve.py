@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Header, HTTPException, Request, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,6 +43,8 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self'"
 )
+MAX_TICKETS = 64
+TICKET_GRACE_S = 10  # a ticket holds so much longer than Retry-After
 _log = logging.getLogger("cbedge.serve")
 
 
@@ -64,10 +66,15 @@ class ServeSettings:
 
 
 class Overloaded(Exception):
-    """The queue is full; ``retry_after`` says in how many seconds it may have room."""
+    """The queue is full.
 
-    def __init__(self, retry_after: int):
-        self.retry_after = retry_after
+    Attributes:
+        retry_after: seconds after which it may have room.
+        ticket: who shows it then goes before those who come for the first time; ``None`` where too many hold one.
+    """
+
+    def __init__(self, retry_after: int, ticket: str | None):
+        self.retry_after, self.ticket = retry_after, ticket
 
 
 class GivenUp(Exception):
@@ -75,7 +82,11 @@ class GivenUp(Exception):
 
 
 class Drafter:
-    """One generator, one draft at a time, a bounded queue before it."""
+    """One generator, one draft at a time, a bounded queue before it.
+
+    Who is turned away gets a ticket, and half of the queue is kept for those who come back with one: else clients that
+    ask again as soon as they are answered would keep the queue full, and others out of it, for ever.
+    """
 
     def __init__(self, generator: ReportGenerator, settings: ServeSettings, metrics: Metrics):
         self.generator, self.settings, self.metrics = generator, settings, metrics
@@ -83,21 +94,22 @@ class Drafter:
         self.waiting = 0
         self._turn = asyncio.Lock()
         self._usual_s = 1.0
+        self._tickets: dict[str, float] = {}  # when each lapses
 
     async def draft(
         self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
-        tell: Callable[[str], Awaitable[None]] | None = None,
+        tell: Callable[[str], Awaitable[None]] | None = None, ticket: str | None = None,
     ) -> ReportStream:  # fmt: skip
         """Draft in a thread; ``tell`` is given every piece, ``alive`` is asked between pieces whether to go on.
+
+        ``ticket`` is that of an earlier :class:`Overloaded`.
 
         Raises:
             Overloaded: too many wait already.
             GivenUp: see there.
             CbedgeError: the radiograph or its context cannot be used.
         """
-        if self.waiting > self.settings.queue:
-            self.metrics.refused.inc()
-            raise Overloaded(max(1, round(self.waiting * self._usual_s)))
+        self._admit(ticket)
         deadline = time.monotonic() + self.settings.deadline_s
         self.waiting += 1
         self.metrics.waiting.set(self.waiting)
@@ -116,6 +128,21 @@ class Drafter:
             return stream
         finally:
             self._turn.release()
+
+    def _admit(self, ticket: str | None) -> None:
+        now, queue = time.monotonic(), self.settings.queue
+        self._tickets = {held: lapses for held, lapses in self._tickets.items() if lapses > now}
+        came_back = ticket is not None and self._tickets.pop(ticket, None) is not None
+        kept = 0 if came_back else min(len(self._tickets), queue // 2)
+        if self.waiting + kept <= queue:
+            return
+        self.metrics.refused.inc()
+        ahead = self.waiting + min(len(self._tickets), queue) - queue // 2
+        retry_after = max(1, round(ahead * self._usual_s))
+        issued = uuid.uuid4().hex if len(self._tickets) < MAX_TICKETS else None
+        if issued:
+            self._tickets[issued] = now + retry_after + TICKET_GRACE_S
+        raise Overloaded(retry_after, issued)
 
     async def _write(
         self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
@@ -219,7 +246,8 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     @app.exception_handler(Overloaded)
     async def _later(request: Request, error: Overloaded) -> Response:
         text = f"too many drafts are waiting: come again in {error.retry_after} s"
-        return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)})
+        ticket = {"Queue-Ticket": error.ticket} if error.ticket else {}
+        return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)} | ticket)
 
     @app.exception_handler(GivenUp)
     async def _late(request: Request, error: GivenUp) -> Response:
@@ -233,7 +261,8 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
             400: {"description": "The body is no multipart form."},
             401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
             422: {"description": "The radiograph or its context cannot be used."},
-            429: {"description": "The queue is full; see Retry-After."},
+            429: {"description": "The queue is full: come again after Retry-After, with the Queue-Ticket of this answer "
+                                 "as a header, which lets you in before others."},
             503: {"description": "The deadline passed, or the service is shutting down."},
         },
     )  # fmt: skip
@@ -247,6 +276,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         stream: Annotated[bool, Form(description="Send server-sent events.")] = False,
         heatmap: Annotated[bool, Form(description="Add a PNG of where the model looked, with `stream`.")] = False,
         accept_any_image: Annotated[bool, Form()] = False,
+        queue_ticket: Annotated[str | None, Header(description="Of an answer 429.")] = None,
     ) -> Response:
         if drafter.draining:
             raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
@@ -265,7 +295,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         async def run(tell: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
             outcome, report = "failed", None
             try:
-                done = await drafter.draft(make, alive, tell)
+                done = await drafter.draft(make, alive, tell, queue_ticket)
                 outcome, report = "written", done.report
                 return done
             except Overloaded:

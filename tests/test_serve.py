@@ -147,6 +147,44 @@ def test_many_clients_get_the_right_report_each_or_are_told_when_to_come_again(g
             assert int(answer.headers["Retry-After"]) >= 1
 
 
+def test_who_was_turned_away_gets_in_though_others_ask_without_pause(generator: ReportGenerator, chest_png: Path):
+    image = chest_png.read_bytes()
+
+    async def late() -> int:
+        """How many of the greedy clients' drafts one that came late had to wait for."""
+        transport = httpx.ASGITransport(create_app(generator, ServeSettings(queue=2)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            served, over = 0, asyncio.Event()
+
+            async def ask(ticket: str | None) -> httpx.Response:
+                headers = {"Queue-Ticket": ticket} if ticket else {}
+                return await client.post("/v1/reports", files={"image": ("x", image)}, headers=headers)
+
+            async def greedy() -> None:
+                nonlocal served
+                while not over.is_set():
+                    if (await ask(None)).status_code == 200:
+                        served += 1
+                    else:
+                        await asyncio.sleep(0.01)  # does not wait as it is told to
+
+            crowd = [asyncio.create_task(greedy()) for _ in range(6)]
+            while (answer := await ask(None)).status_code == 200:
+                pass
+            before, ticket = served, answer.headers["Queue-Ticket"]
+            assert int(answer.headers["Retry-After"]) >= 1
+            while (answer := await ask(ticket)).status_code == 429:
+                ticket = answer.headers["Queue-Ticket"]
+                await asyncio.sleep(0.01)
+            waited = served - before
+            over.set()
+            await asyncio.gather(*crowd)
+        assert answer.status_code == 200
+        return waited
+
+    assert asyncio.run(late()) <= 8
+
+
 def test_a_deadline_ends_a_draft(generator: ReportGenerator, chest_png: Path):
     with TestClient(create_app(generator, ServeSettings(deadline_s=1e-4))) as client:
         answer = post(client, chest_png.read_bytes())
