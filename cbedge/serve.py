@@ -261,8 +261,8 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
             400: {"description": "The body is no multipart form."},
             401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
             422: {"description": "The radiograph or its context cannot be used."},
-            429: {"description": "The queue is full: come again after Retry-After; this answer's Queue-Ticket, sent as a "
-                                 "header, lets you in before others."},
+            429: {"description": "The queue is full: come again after Retry-After; the answer's Queue-Ticket, sent "
+                                 "as a header, lets you in before others."},
             503: {"description": "The deadline passed, or the service is shutting down."},
         },
     )  # fmt: skip
