@@ -108,7 +108,8 @@ async def _ready(client: httpx.AsyncClient) -> bool:
 
 async def _ask(client: httpx.AsyncClient, image: bytes, wanted: str, outcome: Outcome) -> None:
     """Ask until there is a draft; the time counts from the first asking."""
-    start, ticket = time.monotonic(), {}
+    start = time.monotonic()
+    ticket: dict[str, str] = {}
     form = {"accept_any_image": "true"}
     while True:
         answer = await client.post("/v1/reports", files={"image": ("x", image)}, data=form, headers=ticket)

@@ -2,11 +2,12 @@
 
 Same merged weights, prompt, radiograph and number of tokens, greedy. Every runner lives in a process of its own and
 waits while another works; rounds go through all of them in turn, so that a slow minute of the machine meets them all,
-and ratios are taken round by round.
+and ratios are taken round by round. llama.cpp takes part where ``pip install llama-cpp-python`` was done.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -37,8 +38,8 @@ class Job:
     """What every runner does.
 
     Attributes:
-        checkpoint: the merged model in transformers' format; its language model alone is in ``language``, and as ONNX
-            Runtime GenAI's in ``genai``.
+        checkpoint: the merged model in transformers' format; its language model alone is in ``language``, as ONNX
+            Runtime GenAI's in ``genai``, and as llama.cpp's in ``language-*.gguf``.
         bundle: the same as a bundle.
         image: the radiograph.
         tokens: to write, whatever the model thinks of stopping.
@@ -134,12 +135,7 @@ def genai_runner(job: Job) -> Callable[[], Run]:
     """ONNX Runtime GenAI on the language model alone, in its builder's own int4, fed a prompt of the same length."""
     import onnxruntime_genai as genai
 
-    from cbedge.generator import ReportGenerator
-    from cbedge.prompt import ClinicalContext
-
-    generator = ReportGenerator.from_pretrained(job.bundle, None, "cpu", 1)
-    count = generator.bundle.manifest.shapes.num_query_tokens
-    ids = [5] * count + generator.prompt_ids(ClinicalContext(INDICATION, view="frontal"), ())
+    ids = _stand_in_prompt(job)
     config = genai.Config(str(job.checkpoint / "genai"))
     model = genai.Model(config)
 
@@ -157,11 +153,46 @@ def genai_runner(job: Job) -> Callable[[], Run]:
     return run
 
 
+def llama_cpp_runner(job: Job, kind: str) -> Callable[[], Run]:
+    """llama.cpp on the language model alone, quantized by itself, fed a prompt of the same length."""
+    from llama_cpp import Llama
+
+    ids = _stand_in_prompt(job)
+    model = Llama(
+        str(job.checkpoint / f"language-{kind}.gguf"), n_ctx=len(ids) + job.tokens + 8, n_threads=job.threads,
+        n_threads_batch=job.threads, verbose=False,
+    )  # fmt: skip
+
+    def run() -> Run:
+        start = perf_counter()
+        model.reset()  # or it would remember the prompt
+        tokens = model.generate(ids, temp=0.0, repeat_penalty=1.0)
+        for _ in range(job.tokens):
+            next(tokens)
+        end = perf_counter()
+        return Run(float("nan"), end - start, "")
+
+    return run
+
+
+def _stand_in_prompt(job: Job) -> list[int]:
+    """A prompt of the usual length for what reads no embeddings: a token for each of the image's."""
+    from cbedge.generator import ReportGenerator
+    from cbedge.prompt import ClinicalContext
+
+    generator = ReportGenerator.from_pretrained(job.bundle, None, "cpu", 1)
+    count = generator.bundle.manifest.shapes.num_query_tokens
+    return [5] * count + generator.prompt_ids(ClinicalContext(INDICATION, view="frontal"), ())
+
+
 RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
     REFERENCE: lambda job: cbedge_runner(job, "int4", True),
     "cbedge int4, one token a pass": lambda job: cbedge_runner(job, "int4", False),
     "cbedge fp32, one token a pass": lambda job: cbedge_runner(job, "fp32", False),
     "onnxruntime-genai int4 (language model alone)": genai_runner,
+    "llama.cpp Q4_0 (language model alone)": lambda job: llama_cpp_runner(job, "Q4_0"),
+    "llama.cpp Q8_0 (language model alone)": lambda job: llama_cpp_runner(job, "Q8_0"),
+    "cbedge int8, one token a pass": lambda job: cbedge_runner(job, "int8", False),
     "transformers fp32": lambda job: transformers_runner(job, "fp32"),
     "transformers bf16": lambda job: transformers_runner(job, "bf16"),
     "bitsandbytes NF4": lambda job: transformers_runner(job, "nf4"),
@@ -274,6 +305,13 @@ def prepare(checkpoint: str, adapters: Path, folder: Path, tell: Callable[[str],
         save_finding_head(parts.finding_head, folder)
     language.save_pretrained(folder / "language")
     parts.tokenizer.save_pretrained(folder / "language")
+    if importlib.util.find_spec("llama_cpp") is not None:
+        from benchmarks.gguf import quantize, write_gguf
+
+        tell("writing GGUF for llama.cpp")
+        write_gguf(folder / "language", folder / "language.gguf")
+        for kind in ("Q4_0", "Q8_0"):
+            quantize(folder / "language.gguf", folder / f"language-{kind}.gguf", kind)
     tell("building onnxruntime-genai's int4")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder / "language"), "-o",
                str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
@@ -312,7 +350,8 @@ def main(
         prepare(checkpoint, adapters, Path(scratch), tell)
         job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads)
         found = measure(job, only or list(RUNNERS), rounds, tell)
-    packages = ("onnxruntime", "onnxruntime-genai", "torch", "transformers", "bitsandbytes")
+    packages = ["onnxruntime", "onnxruntime-genai", "torch", "transformers", "bitsandbytes"]
+    packages += ["llama-cpp-python"] * (importlib.util.find_spec("llama_cpp") is not None)
     record = {
         "machine": machine(), "versions": {name: version(name) for name in packages}, "tokens": tokens,
         "rounds": rounds,

@@ -232,7 +232,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidth: float) -> dict[str, Any]:
     spans = {stage: [asdict(d.timings)[stage] for d in drafts] for stage in STAGES}
     first = [sum(asdict(d.timings)[stage] for stage in ("read", "vision", "qformer", "prefill")) for d in drafts]
-    written = [d.new_tokens + d.complete for d in drafts]  # the stop token is a token too
+    # The stop token is a token too; what opened the draft was read, not written.
+    written = [max(1, d.new_tokens - d.opening_tokens + d.complete) for d in drafts]
     passes = [max(1, count - 1 - d.accepted_tokens) for count, d in zip(written, drafts, strict=True)]
     decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
     read = _bytes_a_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))

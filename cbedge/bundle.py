@@ -84,8 +84,8 @@ class Manifest:
         variants, files: what is in the folder.
         training_data, base_weights: origin and licence of each.
         quality: measured scores, each with its control rows.
-        image_findings: what the Q-Former's graph scores (its output ``finding_logits``) and the prompt tells; ``None``
-            for a model that is not told.
+        image_findings: what the Q-Former's graph scores (its output ``finding_logits``), the prompt tells, and drafts
+            are opened with; ``None`` for a model that is not told.
     """
 
     name: str
@@ -259,7 +259,8 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
         told = values["image_findings"]
-        values["image_findings"] = ImageFindings(tuple(told["names"]), tuple(map(float, told["thresholds"])))
+        openings = tuple(map(str, told.get("openings", ())))
+        values["image_findings"] = ImageFindings(tuple(told["names"]), tuple(map(float, told["thresholds"])), openings)
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")

@@ -47,10 +47,16 @@ def generate(
     variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; above it tokens are drawn [default: 0; 0.7 for --candidates]."),
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
+    candidates: Annotated[
+        int, typer.Option(help="Above 1: write so many drafts and keep the one that the others support most; slower.")
+    ] = 1,
     no_repeat: Annotated[
         int | None, typer.Option(help="Never write a run of so many tokens twice; 0 allows it [default: the model's].")
     ] = None,
@@ -84,7 +90,10 @@ def generate(
     from cbedge.radiograph import load_radiograph
 
     ClinicalContext(indication, comparison, view)
-    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams}
+    if temperature is None:
+        temperature = 0.7 if candidates > 1 else 0.0
+    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
+                              "candidates": candidates}  # fmt: skip
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # what is wrong is told before the model is loaded
     radiograph = load_radiograph(image)

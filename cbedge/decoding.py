@@ -1,10 +1,10 @@
-"""Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search, and
-lossless speculative decoding with a phrasebook."""
+"""Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search, the
+consensus of many samples, and lossless speculative decoding with a phrasebook."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from cbedge.errors import ContextError
 from cbedge.phrasebook import Phrasebook
 
 MAX_BEAMS = 8
+MAX_CANDIDATES = 32
 MAX_GUESSES = 8
 PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
 
@@ -43,8 +44,13 @@ class Decoder(Protocol):
         """Forget all that was read after the first ``length``."""
         ...
 
-    def copy(self) -> Decoder:
-        """Another decoder that has read the same."""
+    def spread(self, rows: Sequence[int]) -> Decoder:
+        """A decoder of many drafts at once: its draft i has read what draft ``rows[i]`` of this one has, and a fresh
+        decoder has one draft, 0. ``read`` is for a single draft, ``read_each`` for any number."""
+        ...
+
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
         ...
 
 
@@ -64,6 +70,8 @@ class Decoding:
         top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         seed: of the draws.
         beams: above 1, beam search with so many hypotheses, compared by mean log-probability.
+        candidates: above 1, so many drafts are written, the likeliest and others drawn at ``temperature``, and the one
+            that says most of what the others say is kept; see :func:`consensus`.
         repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
             (Keskar et al. 2019); 1 is none.
         no_repeat: never write a run of so many tokens twice; 0 allows it.
@@ -79,6 +87,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     beams: int = 1
+    candidates: int = 1
     repetition_penalty: float = 1.0
     no_repeat: int = 0
     stop_bias: float = 0.0
@@ -90,6 +99,7 @@ class Decoding:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("beams", 1 <= self.beams <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
+            ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}"),
             ("repetition_penalty", 1 <= self.repetition_penalty <= 10, "1 to 10"),
             ("no_repeat", self.no_repeat >= 0, "0 or more"),
             ("stop_bias", -20 <= self.stop_bias <= 20, "-20 to 20"),
@@ -99,10 +109,12 @@ class Decoding:
                 raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
         if self.beams > 1 and self.temperature > 0:
             raise ContextError("beams and temperature exclude each other: give one of them")
+        if self.candidates > 1 and (self.beams > 1 or self.temperature == 0):
+            raise ContextError("candidates are drawn: give a temperature above 0, such as 0.7, and no beams")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, of those that the controls leave."""
+        """Whether the likeliest token is always taken, of those that the controls leave."""
         return self.temperature == 0 and self.beams == 1
 
 
@@ -130,22 +142,27 @@ class GuidedDecoder:
     ``untold + weight (told - untold)``, among tokens that the told one finds plausible (Li et al. 2023). So the draft
     says what was seen, where a small language model left to itself falls back on the usual normal report.
 
+    Where the backend can join the two (``join``), they read each token in one pass from the first one on.
+
     Args:
-        told, untold: each has read its own prompt.
+        told, untold: each has read its own prompt; they are not to be used beside this.
         weight: 1 is the told one alone.
     """
 
     def __init__(self, told: Decoder, untold: Decoder, weight: float):
         self.told, self.untold, self.weight = told, untold, weight
+        self._both: Decoder | None = None
 
     @property
     def length(self) -> int:
         """What the told one has read."""
-        return self.told.length
+        return (self._both or self.told).length
 
     @property
     def capacity(self) -> int:
         """What can be read, of the tighter one, counted as the told one's."""
+        if self._both is not None:
+            return self._both.capacity
         return self.told.length + min(d.capacity - d.length for d in (self.told, self.untold))
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
@@ -154,17 +171,39 @@ class GuidedDecoder:
 
     def read(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the weighed logits after each, float32 [tokens, V]."""
+        if len(token_ids) == 1:
+            return self.read_each(token_ids)
+        if self._both is not None:  # which reads one at a time
+            return np.concatenate([self.read_each([token_id]) for token_id in token_ids])
         return self.weigh(self.told.read(token_ids), self.untold.read(token_ids))
 
     def rewind(self, length: int) -> None:
         """Forget all that was read after the first ``length`` of the told one."""
+        if self._both is not None:
+            self._both.rewind(length)
+            return
         forgotten = max(0, self.told.length - length)
         self.untold.rewind(self.untold.length - forgotten)
         self.told.rewind(length)
 
-    def copy(self) -> GuidedDecoder:
-        """Another pair that has read the same."""
-        return GuidedDecoder(self.told.copy(), self.untold.copy(), self.weight)
+    def spread(self, rows: Sequence[int]) -> GuidedDecoder:
+        """A pair of many drafts at once."""
+        if self._both is None:
+            return GuidedDecoder(self.told.spread(rows), self.untold.spread(rows), self.weight)
+        other = GuidedDecoder(self.told, self.untold, self.weight)
+        count = self._both.drafts // 2  # type: ignore[attr-defined]
+        other._both = self._both.spread([*rows, *(count + row for row in rows)])
+        return other
+
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the weighed logits after it, float32 [drafts, V]."""
+        if self._both is None:
+            join = getattr(self.told, "join", None)
+            if join is None:
+                return self.weigh(self.told.read_each(token_ids), self.untold.read_each(token_ids))
+            self._both = join(self.untold)
+        logits = self._both.read_each([*token_ids, *token_ids])
+        return self.weigh(logits[: len(token_ids)], logits[len(token_ids) :])
 
     def weigh(self, told: np.ndarray, untold: np.ndarray) -> np.ndarray:
         """Logits of both, float32 [..., V] → what is to be chosen from."""
@@ -233,7 +272,7 @@ class GuessLength:
 
 def speculate(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, phrasebook: Phrasebook,
-    length: GuessLength, drafting: Drafting, settings: Decoding = PLAIN,
+    length: GuessLength, drafting: Drafting, settings: Decoding = PLAIN, begun: Sequence[int] = (),
 ) -> Iterator[Token]:  # fmt: skip
     """The tokens of :func:`sample` at temperature 0, in fewer passes.
 
@@ -244,12 +283,14 @@ def speculate(
         length: learns how many guesses pay; keep one for each generator.
         drafting: is filled in.
         settings: the controls; temperature and beams are not looked at.
+        begun: as for :func:`sample`.
     """
-    token = _likeliest(logits, [], stop_ids, settings)
-    written = [token.id]
+    token = _likeliest(logits, [*begun], stop_ids, settings)
+    written = [*begun, token.id]
+    most = len(begun) + max_new_tokens
     yield token
-    while written[-1] not in stop_ids and len(written) < max_new_tokens:
-        room = min(max_new_tokens - len(written) - 1, decoder.capacity - decoder.length - 1)
+    while written[-1] not in stop_ids and len(written) < most:
+        room = min(most - len(written) - 1, decoder.capacity - decoder.length - 1)
         guesses = phrasebook.guess(written, min(length.choose(), max(0, room)))
         before = decoder.length
         start = perf_counter()
@@ -272,8 +313,9 @@ def speculate(
 
 
 def sample(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
-) -> Iterator[Token]:
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding,
+    rng: np.random.Generator | None = None, begun: Sequence[int] = (),
+) -> Iterator[Token]:  # fmt: skip
     """Yield the likeliest token, or one drawn, again and again.
 
     Args:
@@ -282,62 +324,121 @@ def sample(
         stop_ids: tokens that end the report; they are yielded, as the last one.
         max_new_tokens: tokens to write at most, the stop token counted.
         settings: how a token is chosen.
+        rng: draws; default is one of the settings' seed.
+        begun: tokens that the draft began with, read already: the controls of repetition count them.
     """
-    rng = np.random.default_rng(settings.seed)
-    written: list[int] = []
+    rng = rng or np.random.default_rng(settings.seed)
+    written: list[int] = [*begun]
     while True:
-        if settings.temperature == 0:
-            token = _likeliest(logits, written, stop_ids, settings)
-        else:
-            token_id = _draw(_control(logits, written, stop_ids, settings), settings, rng)
-            token = Token(token_id, _probability(logits, token_id))
+        token = _next(logits, written, stop_ids, settings, rng)
         written.append(token.id)
         yield token
-        if token.id in stop_ids or len(written) == max_new_tokens:
+        if token.id in stop_ids or len(written) == len(begun) + max_new_tokens:
             return
         logits = decoder.read([token.id])[-1]
 
 
 def beam_search(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding
-) -> list[Token]:
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding,
+    begun: Sequence[int] = (),
+) -> list[Token]:  # fmt: skip
     """The hypothesis of the highest mean log-probability among ``settings.beams``; the stop token is its last one.
-
-    Hypotheses share one batch of one each, so memory and time are those of as many reports.
-    """
+    ``begun`` is as for :func:`sample`."""
     width = settings.beams
-    alive: list[tuple[float, list[Token], Decoder, np.ndarray]] = [(0.0, [], decoder, logits)]
+    alive: list[tuple[float, list[Token]]] = [(0.0, [])]
+    rows = logits[None]
     finished: list[tuple[float, list[Token]]] = []
     for count in range(1, max_new_tokens + 1):
         options = []
-        for row, (total, written, _, last) in enumerate(alive):
-            log_probabilities = _log_softmax(_control(last, [token.id for token in written], stop_ids, settings))
+        for row, (total, written) in enumerate(alive):
+            so_far = [*begun, *(token.id for token in written)]
+            log_probabilities = _log_softmax(_control(rows[row], so_far, stop_ids, settings))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
                 options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
         options.sort(key=lambda option: (-option[0], option[1:]))
-        going_on = []
+        going_on, from_rows = [], []
         for total, row, token_id in options:
-            written = [*alive[row][1], Token(token_id, _probability(alive[row][3], token_id))]
+            written = [*alive[row][1], Token(token_id, _probability(rows[row], token_id))]
             if token_id in stop_ids or count == max_new_tokens:
                 finished.append((total / len(written), written))
             else:
-                going_on.append((total, written, row))
+                going_on.append((total, written))
+                from_rows.append(row)
             if len(going_on) == width or len(finished) >= 2 * width:
                 break
         best = max((score for score, _ in finished), default=-np.inf)
         if not going_on or (len(finished) >= width and going_on[0][0] / len(going_on[0][1]) <= best):
             break
-        alive = [
-            (total, written, branch, branch.read([written[-1].id])[-1])
-            for (total, written, _), branch in zip(going_on, _branches(alive, going_on), strict=True)
-        ]
+        if from_rows != list(range(len(alive))):
+            decoder = decoder.spread(from_rows)
+        alive = going_on
+        rows = decoder.read_each([written[-1].id for _, written in alive])
     return max(finished, key=lambda pair: pair[0])[1]
 
 
-def _branches(alive: list, going_on: list) -> list[Decoder]:
-    """A decoder for each hypothesis that goes on; the last to use one takes it as it is, the others a copy."""
-    uses = [row for _, _, row in going_on]
-    return [alive[row][2] if row not in uses[i + 1 :] else alive[row][2].copy() for i, row in enumerate(uses)]
+def consensus(
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding,
+    begun: Sequence[int] = (),
+) -> list[Token]:  # fmt: skip
+    """Of ``settings.candidates`` drafts, the one that the others support most; the stop token is its last one.
+
+    Minimum Bayes risk decoding (Kumar and Byrne 2004; with samples Eikema and Aziz 2022): a draft is as good as it is,
+    on average, as the answer to each of the others, by :func:`support`. The first candidate is the likeliest draft, the
+    rest are drawn. All are written in one batch; one that is finished leaves it. ``begun`` is as for :func:`sample`.
+    """
+    count = settings.candidates
+    plain = replace(settings, temperature=0.0, candidates=1)
+    generators = [np.random.default_rng((settings.seed, row)) for row in range(count)]
+    written: list[list[Token]] = [[] for _ in range(count)]
+    alive = list(range(count))
+    decoder = decoder.spread([0] * count)
+    rows = np.repeat(logits[None], count, 0)
+    places = list(range(count))  # of those alive, in the decoder's batch
+    while True:
+        for row, place in zip(alive, places, strict=True):
+            so_far = [*begun, *(token.id for token in written[row])]
+            chosen = settings if row else plain
+            written[row].append(_next(rows[place], so_far, stop_ids, chosen, generators[row]))
+        going_on = [
+            (row, place)
+            for row, place in zip(alive, places, strict=True)
+            if written[row][-1].id not in stop_ids and len(written[row]) < max_new_tokens
+        ]
+        if not going_on:
+            break
+        alive, places = [row for row, _ in going_on], [place for _, place in going_on]
+        batch = len(rows)
+        if len(alive) <= 0.75 * batch:
+            decoder = decoder.spread(places)
+            batch, places = len(alive), list(range(len(alive)))
+        tokens = np.zeros(batch, np.int64)  # of finished drafts that are still in it, any token
+        tokens[places] = [written[row][-1].id for row in alive]
+        rows = decoder.read_each(tokens.tolist())
+    drafts = [[token.id for token in draft if token.id not in stop_ids] for draft in written]
+    means = [
+        np.mean([support(draft, other) for j, other in enumerate(drafts) if j != i]) for i, draft in enumerate(drafts)
+    ]
+    return written[int(np.argmax(means))]
+
+
+def support(draft: Sequence[int], other: Sequence[int]) -> float:
+    """How well a draft says what another says, 0 to 2: the share of the other's tokens that it holds, and how much of
+    both is the same in the same order (the F-score of the longest common subsequence, Lin 2004)."""
+    if not draft or not other:
+        return 0.0
+    held = set(draft)
+    common = _common_length(draft, other)
+    return sum(token in held for token in other) / len(other) + 2 * common / (len(draft) + len(other))
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common subsequence."""
+    best = np.zeros(len(b) + 1, np.int64)
+    sequence = np.asarray(b)
+    for token in a:
+        best[1:] = np.maximum(best[1:], best[:-1] + (sequence == token))
+        best = np.maximum.accumulate(best)
+    return int(best[-1])
 
 
 def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:
@@ -358,6 +459,15 @@ def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], se
     return logits
 
 
+def _next(
+    logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding, rng: np.random.Generator
+) -> Token:
+    if settings.temperature == 0:
+        return _likeliest(logits, written, stop_ids, settings)
+    token_id = _draw(_control(logits, written, stop_ids, settings), settings, rng)
+    return Token(token_id, _probability(logits, token_id))
+
+
 def _likeliest(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> Token:
     token_id = int(_control(logits, written, stop_ids, settings).argmax())
     return Token(token_id, _probability(logits, token_id))
@@ -368,7 +478,9 @@ def _probability(logits: np.ndarray, token_id: int) -> float:
 
 
 def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> int:
-    order = np.argsort(-logits, kind="stable")
+    # What is e^20 times less likely than the likeliest is never drawn, and need not be sorted.
+    within = np.flatnonzero(logits >= logits.max() - 20 * settings.temperature)
+    order = within[np.argsort(-logits[within], kind="stable")]
     probabilities = np.exp(_log_softmax(logits[order].astype(np.float64) / settings.temperature))
     kept = int(np.searchsorted(np.cumsum(probabilities), settings.top_p)) + 1
     probabilities = probabilities[:kept] / probabilities[:kept].sum()

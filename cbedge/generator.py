@@ -25,6 +25,7 @@ from cbedge.decoding import (
     GuidedDecoder,
     Token,
     beam_search,
+    consensus,
     sample,
     speculate,
 )
@@ -32,9 +33,9 @@ from cbedge.errors import BundleError, ContextError
 from cbedge.gate import Gate
 from cbedge.image_findings import scores_of
 from cbedge.phrasebook import Phrasebook
-from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
+from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
-from cbedge.report import Report, Timings, split_sentences
+from cbedge.report import Report, Spoken, Timings, split_sentences
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
 MAX_NEW_TOKENS = 1024
@@ -199,8 +200,9 @@ class ReportGenerator:
         return Decoding(no_repeat=chosen.get("no_repeat", 0), stop_bias=chosen.get("stop_bias", 0.0))
 
     def tokens(
-        self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting
-    ) -> Iterator[Token]:
+        self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
+        begun: Sequence[int] = (),
+    ) -> Iterator[Token]:  # fmt: skip
         """The tokens of a report, as the settings choose them.
 
         Args:
@@ -208,20 +210,75 @@ class ReportGenerator:
             limit: tokens at most.
             settings: how tokens are chosen.
             drafting: is filled in where the phrasebook guesses.
+            begun: tokens that the draft began with, read already.
         """
         stop = self.bundle.manifest.stop_ids
         if settings.beams > 1:
-            return iter(beam_search(decoder, logits, stop, limit, settings))
+            return iter(beam_search(decoder, logits, stop, limit, settings, begun))
+        if settings.candidates > 1:
+            return iter(consensus(decoder, logits, stop, limit, settings, begun))
         # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
         # over one: a guided draft is written one token at a time.
         plain = not (settings.is_greedy and settings.speculative) or isinstance(decoder, GuidedDecoder)
         if plain or self.phrasebook is None:
-            return sample(decoder, logits, stop, limit, settings)
-        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting, settings)
+            return sample(decoder, logits, stop, limit, settings, begun=begun)
+        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting, settings, begun)
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
         return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context, seen), False)]
+
+    def opening(self, look: Look) -> list[Spoken]:
+        """What the draft begins with, token by token, for what was seen; empty where nothing opens it."""
+        findings = self.bundle.manifest.image_findings
+        opened = findings.open(look.seen) if findings and look.seen else {}
+        stream, spoken = self.decode_stream(), []
+        for name, text in zip(opened, build_opening([*opened.values()]), strict=True):
+            for token_id in self._encode(self._tokenizer, text, False):
+                piece = self.decode_piece(stream, token_id)
+                spoken.append(Spoken(piece, look.scores[name], name, token_id))
+        return spoken
+
+    def prefill(
+        self, look: Look, context: ClinicalContext, prompt_ids: list[int], begun: list[int], limit: int
+    ) -> tuple[Decoder, np.ndarray]:
+        """A decoder that has read image, prompt and what the draft begins with, and the logits after it, float32 [V].
+
+        Where the draft is guided, the two prompts are the same up to what was seen, and that much is read once.
+
+        Args:
+            look: what was seen.
+            context: that the prompt was built for.
+            prompt_ids: of :meth:`prompt_ids`.
+            begun: tokens of the draft.
+            limit: tokens of the draft at most, ``begun`` among them.
+        """
+        guidance = self.bundle.manifest.decoding.get("guidance", 1)
+        count = look.image_embeds.shape[1] + limit
+        if not look.seen or guidance == 1:
+            return self._read(self.backend.new_decoder(count + len(prompt_ids)), look, prompt_ids, begun)
+        untold_ids = self.prompt_ids(context, ())
+        capacity = count + max(len(prompt_ids), len(untold_ids))
+        if self.backend.decoder_only:
+            pairs = enumerate(zip(prompt_ids, untold_ids, strict=False))
+            shared = next((i for i, (a, b) in pairs if a != b), 0)  # "Seen: none." is never what was seen
+            told, _ = self._read(self.backend.new_decoder(capacity), look, prompt_ids[:shared], [])
+            untold = told.spread([0])
+            rows = [d.read([*ids[shared:], *begun])[-1] for d, ids in ((told, prompt_ids), (untold, untold_ids))]
+        else:
+            (told, first), (untold, second) = (
+                self._read(self.backend.new_decoder(capacity), look, ids, begun) for ids in (prompt_ids, untold_ids)
+            )
+            rows = [first, second]
+        pair = GuidedDecoder(told, untold, guidance)
+        return pair, pair.weigh(*rows)
+
+    def _read(
+        self, decoder: Decoder, look: Look, prompt_ids: list[int], begun: list[int]
+    ) -> tuple[Decoder, np.ndarray]:
+        embeds = self.backend.embed_tokens(np.array([prompt_ids], np.int64))
+        logits = decoder.prefill(np.concatenate([look.image_embeds, embeds], axis=1))
+        return decoder, decoder.read(begun)[-1].copy() if begun else logits
 
     def look(self, features: np.ndarray, context: ClinicalContext) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H]."""
@@ -319,33 +376,26 @@ class ReportStream(Iterator[str]):
         self._attention = look.attention
         qformer = perf_counter()
         prompt_ids = generator.prompt_ids(context, look.seen)
-        text_embeds = backend.embed_tokens(np.array([prompt_ids], np.int64))
-        embeds = np.concatenate([look.image_embeds, text_embeds], axis=1)
-        decoder: Decoder = backend.new_decoder(embeds.shape[1] + limit)
-        logits = decoder.prefill(embeds)
-        guidance = manifest.decoding.get("guidance", 1)
-        if look.seen and guidance != 1:
-            untold_ids = generator.prompt_ids(context, ())
-            untold_embeds = backend.embed_tokens(np.array([untold_ids], np.int64))
-            other = backend.new_decoder(look.image_embeds.shape[1] + len(untold_ids) + limit)
-            untold = other.prefill(np.concatenate([look.image_embeds, untold_embeds], axis=1))
-            pair = GuidedDecoder(decoder, other, guidance)
-            decoder, logits = pair, pair.weigh(logits, untold)
+        opening = generator.opening(look)[:limit]
+        begun = [word.token_id for word in opening]
+        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit)
         prefill = perf_counter()
-        spoken, count, complete = [], 0, False
+        for word in opening:
+            if word.piece:
+                yield word.piece
+        spoken, complete = [*opening], False
         text_stream = generator.decode_stream()
         drafting = Drafting()
-        for token in generator.tokens(decoder, logits, limit, decoding, drafting):
+        room = limit - len(begun)
+        for token in generator.tokens(decoder, logits, room, decoding, drafting, begun) if room else ():
             if token.id in manifest.stop_ids:
                 complete = True
                 break
-            count += 1
-            piece = generator.decode_piece(text_stream, token.id)
-            spoken.append((piece, token.probability))
-            if piece:
-                yield piece
+            spoken.append(Spoken(generator.decode_piece(text_stream, token.id), token.probability, None, token.id))
+            if spoken[-1].piece:
+                yield spoken[-1].piece
         end = perf_counter()
-        text = "".join(piece for piece, _ in spoken).strip()
+        text = "".join(word.piece for word in spoken).strip()
         findings, impression = split_sections(text)
         marks = (start, read, vision, qformer, prefill, end)
         read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
@@ -355,7 +405,8 @@ class ReportStream(Iterator[str]):
             view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             sentences=split_sentences(spoken),
-            prompt_tokens=embeds.shape[1], new_tokens=count,
+            prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
+            opening_tokens=len(opening),
             guessed_tokens=drafting.guessed, accepted_tokens=drafting.accepted,
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip

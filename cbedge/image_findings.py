@@ -3,6 +3,10 @@
 ClinicalBLIP (Ji et al. 2024) puts prior knowledge into the prompt. Here the model's own image findings join it: a
 linear head on the Q-Former's output scores findings, and those above their thresholds are named in the prompt. So what
 the language model writes of the image can be traced to a score.
+
+A small language model passes over much of what it is told, and falls back on the usual normal report. So the draft can
+be opened with a sentence for each finding that is told, and the language model goes on from there (a prefix constraint,
+the simplest of the lexical constraints of Hokamp and Liu, ACL 2017).
 """
 
 from collections.abc import Sequence
@@ -20,17 +24,22 @@ class ImageFindings:
     Attributes:
         names: of the findings; the first stands for "abnormal" and is the gate of all others.
         thresholds: for each name the least score that counts, 0 to 1. Chosen on validation studies.
+        openings: for each name the sentence that opens a draft where the finding is told, or an empty text; or nothing
+            at all, and no draft is opened.
 
     Raises:
-        ValueError: the two have not the same length, or are empty.
+        ValueError: they have not the same length, or are empty.
     """
 
     names: tuple[str, ...]
     thresholds: tuple[float, ...]
+    openings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.thresholds):
             raise ValueError(f"{len(self.names)} findings with {len(self.thresholds)} thresholds")
+        if self.openings and len(self.openings) != len(self.names):
+            raise ValueError(f"{len(self.names)} findings with {len(self.openings)} openings")
 
     def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
         """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, or
@@ -39,6 +48,10 @@ class ImageFindings:
             return ()
         told = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
         return tuple(name for name, score, least in told if score >= least) or (OTHER,)
+
+    def open(self, told: Sequence[str]) -> dict[str, str]:
+        """The sentences that open the draft: finding → sentence, for those told that have one."""
+        return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in told}
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:

@@ -125,6 +125,11 @@ def build_target(findings: str | None, impression: str | None) -> str:
     return " ".join(parts)
 
 
+def build_opening(sentences: Sequence[str]) -> list[str]:
+    """The text of each sentence that opens the findings of a draft, the heading with the first; joined, its start."""
+    return [f"FINDINGS: {text}" if i == 0 else f" {text}" for i, text in enumerate(sentences)]
+
+
 def split_sections(report: str) -> tuple[str, str]:
     """Split generated text into (findings, impression); text before any heading counts as findings."""
     head, _, tail = report.partition("IMPRESSION:")

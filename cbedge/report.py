@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 DRAFT_STATEMENT = (
     "Unreviewed draft written by a research model; not a medical device. A radiologist must check and correct it "
@@ -35,22 +36,41 @@ class Timings:
     total: float
 
 
+class Spoken(NamedTuple):
+    """What one token added to a draft.
+
+    Attributes:
+        piece: text, empty where the token completes no character.
+        probability: of the token; or the score of the finding that wrote it.
+        finding: the image finding whose sentence it is a part of, ``None`` for the language model's own words.
+        token_id: the token.
+    """
+
+    piece: str
+    probability: float
+    finding: str | None = None
+    token_id: int = -1
+
+
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a draft, with how sure the model was of its words.
+    """One sentence of a draft, with how sure the model was of it.
 
     Attributes:
         text: without a heading.
         section: ``findings`` or ``impression``.
         confidence: geometric mean of the probabilities of its tokens, 0 to 1. It says how usual the words are to the
-            model there; a usual sentence can be wrong.
+            model there; a usual sentence can be wrong. Of a sentence that an image finding opened the draft with, it is
+            that finding's score.
         low: whether the confidence is below :data:`LOW_CONFIDENCE`.
+        finding: the image finding that the sentence was written for, ``None`` for the language model's own.
     """
 
     text: str
     section: str
     confidence: float
     low: bool
+    finding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,8 @@ class Report:
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
         sentences: the draft sentence by sentence, with confidence.
         image_sha256: of the input file.
-        prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted.
+        prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
+            ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
         guessed_tokens, accepted_tokens: what the phrasebook proposed, and how much of it the model agreed to.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
@@ -91,6 +112,7 @@ class Report:
     image_sha256: str
     prompt_tokens: int
     new_tokens: int
+    opening_tokens: int
     guessed_tokens: int
     accepted_tokens: int
     timings: Timings
@@ -106,13 +128,16 @@ class Report:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def notes(self) -> list[str]:
-        """What a reader should know beside the text: which words the model was unsure of, and what its image scores
-        point to, which the draft may pass over in silence."""
-        unsure = [sentence.text for sentence in self.sentences if sentence.low]
+        """What a reader should know beside the text: which words the model was unsure of, which sentences stand there
+        because of image scores, and what else those point to, which the draft may pass over in silence."""
+        unsure = [sentence.text for sentence in self.sentences if sentence.low and not sentence.finding]
         notes = [f"Low confidence: {' '.join(unsure)}"] if unsure else []
-        if self.image_findings:
-            seen = ", ".join(self.image_findings)
-            notes.append(f"Image scores point to: {seen}. The draft may not say so: look for it.")
+        opened = {s.finding: f"{s.finding} ({s.confidence:.2f})" for s in self.sentences if s.finding}
+        if opened:
+            notes.append(f"Written because of image scores, check first: {', '.join(opened.values())}.")
+        silent = [name for name in self.image_findings or () if name not in opened]
+        if silent:
+            notes.append(f"Image scores point to: {', '.join(silent)}. The draft may not say so: look for it.")
         return notes
 
     def to_text(self) -> str:
@@ -121,10 +146,11 @@ class Report:
         return f"{format_sections(self.text)}\n\n{notes}[{self.statement}]"
 
 
-def split_sentences(spoken: Sequence[tuple[str, float]]) -> tuple[Sentence, ...]:
-    """The sentences of a draft, from its pieces of text, each with the probability of its token."""
+def split_sentences(spoken: Sequence[Spoken]) -> tuple[Sentence, ...]:
+    """The sentences of a draft."""
     sentences = []
     section, text = "findings", ""
+    finding: str | None = None
     logs: list[float] = []
 
     def close() -> None:
@@ -134,14 +160,15 @@ def split_sentences(spoken: Sequence[tuple[str, float]]) -> tuple[Sentence, ...]
                 section, text = heading[:-1].lower(), text.replace(heading, "")
         if text.strip():
             confidence = math.exp(sum(logs) / max(1, len(logs)))
-            sentences.append(Sentence(text.strip(), section, confidence, confidence < LOW_CONFIDENCE))
+            sentences.append(Sentence(text.strip(), section, confidence, confidence < LOW_CONFIDENCE, finding))
         text, logs = "", []
 
-    for piece, probability in spoken:
-        if text.rstrip().endswith((".", "?", "!")) and piece[:1].isspace():
+    for word in spoken:
+        ended = text.rstrip().endswith((".", "?", "!")) and word.piece[:1].isspace()
+        if ended or (logs and word.finding != finding):
             close()
-        text += piece
-        logs.append(math.log(max(probability, 1e-9)))
+        text, finding = text + word.piece, word.finding
+        logs.append(math.log(max(word.probability, 1e-9)))
     close()
     return tuple(sentences)
 

@@ -24,6 +24,7 @@ from cbedge.bundle import (
     Variant,
     write_bundle,
 )
+from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
 from export.card import model_card
 from export.gate import fit_gate
@@ -122,7 +123,10 @@ def pack(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     manifest = replace(manifest, quality=quality | {"parity": asdict(parity)})
-    card = model_card(name, version, licence, origin.base_weights, origin.training_data, quality, parity)
+    card = model_card(
+        name, version, licence, origin.base_weights, origin.training_data, quality, parity,
+        is_opened(manifest.image_findings),
+    )  # fmt: skip
 
     def fill(folder: Path) -> Manifest:
         for variant in wanted:
@@ -140,6 +144,11 @@ def pack(
 
     write_bundle(out, fill, force)
     return parity
+
+
+def is_opened(findings: ImageFindings | None) -> bool:
+    """Whether sentences of image findings open drafts."""
+    return findings is not None and any(findings.openings)
 
 
 def report_phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:

@@ -5,12 +5,20 @@ from typing import Any
 from cbedge.report import DRAFT_STATEMENT
 from export.parity import Parity
 
+_OPENED = (
+    "Where its image scores reach their thresholds, the draft begins with a fixed sentence for each such finding, and "
+    "the language model goes on from there; which sentences those are is said with every draft."
+)
+
 
 def model_card(
     name: str, version: str, licence: str, base_weights: list[dict[str, str]], training_data: list[dict[str, str]],
-    quality: dict[str, Any], parity: Parity,
+    quality: dict[str, Any], parity: Parity, opened: bool = False,
 ) -> str:  # fmt: skip
-    """The text of ``MODEL_CARD.md``; it states only what was measured."""
+    """The text of ``MODEL_CARD.md``; it states only what was measured.
+
+    ``opened``: sentences of image findings open its drafts.
+    """
     lines = [
         f"# {name} {version}", "",
         f"**{DRAFT_STATEMENT}**", "",
@@ -19,6 +27,7 @@ def model_card(
         "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
         "2024;8:e32690). "
         "It reads one frontal chest radiograph with its indication and comparison, and writes findings and impression.",
+        *([_OPENED] if opened else []),
         "", "## Licence",
         f"{licence}: for research and non-commercial use. The weights were trained on data under a non-commercial "
         "licence (below); no image or report is in them as a file. The software around them is Apache-2.0.", "",
@@ -35,6 +44,7 @@ def model_card(
             *_table(quality["scores"]),
             "",
             *[f"- {n}" for n in quality.get("notes", ())],
+            *_clinical(quality.get("clinical")),
         ]
     else:
         lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
@@ -49,6 +59,25 @@ def model_card(
         "- Adults of one American health network, English reports from the years before 2013.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _clinical(measured: dict[str, Any] | None) -> list[str]:
+    """What drafts get right of abnormality and of each finding, from an evaluation's record."""
+    if not measured:
+        return []
+    names = {"balanced_accuracy": "abnormal or normal, balanced accuracy", "finding_f1": "F1 of 13 findings, micro",
+             "finding_macro_f1": "macro"}  # fmt: skip
+    rows = {row: {text: values[name][0] for name, text in names.items()} for row, values in measured["scores"].items()}
+    main, by_finding = next(iter(measured["by_finding"].items()))
+    return [
+        f"Abnormal by people's tags: {measured['abnormal_studies']} of {measured['studies']}. Findings of drafts and "
+        "references are read by `training/findings.py`.", "",
+        *_table(rows), "",
+        f"By finding, {main} (no figures by age, sex or device: the collection does not tell them):", "",
+        "| | precision | recall | F1 | positives |", "| --- |" + " --- |" * 4,
+        *[f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
+          for label, s in by_finding.items()],
+    ]  # fmt: skip
 
 
 def _table(scores: dict[str, dict[str, float]]) -> list[str]:

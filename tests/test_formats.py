@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,7 @@ from conftest import EXAMPLES, run_cli
 
 from cbedge import OutputError, RadiographError, Report, ReportGenerator
 from cbedge.formats import SCHEMA, check_format, render, to_sr
-from cbedge.report import DRAFT_STATEMENT, split_sentences
+from cbedge.report import DRAFT_STATEMENT, Sentence, Spoken, split_sentences
 
 DICOM = EXAMPLES / "chest_pa.dcm"
 
@@ -118,12 +119,23 @@ def test_what_the_image_scores_point_to_stands_beside_the_text(report: Report):
     told = replace(report, image_findings=("opacity", "effusion")).to_text()
     assert "opacity, effusion" in told and told.index("opacity, effusion") < told.index(report.statement)
     assert "Image scores" not in replace(report, image_findings=()).to_text()
+    opened = replace(report, image_findings=("opacity", "effusion"),
+                     sentences=(Sentence("There is opacity.", "findings", 0.6, False, "opacity"),))  # fmt: skip
+    assert "image scores, check first: opacity (0.60)." in opened.to_text()
+    assert "point to: effusion." in opened.to_text()
 
 
 def test_sentences_have_a_section_and_a_confidence():
     spoken = [("FIND", 0.9), ("INGS:", 1.0), (" Heart", 0.5), (" normal", 0.5), (".", 0.5), (" Lungs clear.", 0.1),
               (" IMPRESSION:", 1.0), (" Normal", 1.0), (".", 1.0)]  # fmt: skip
-    first, second, third = split_sentences(spoken)
+    spoken = [
+        Spoken("FINDINGS: There is", 0.4, "scar"),
+        Spoken(" scarring.", 0.4, "scar"),
+        *starmap(Spoken, spoken[2:]),
+    ]
+    zeroth, first, second, third = split_sentences(spoken)
+    assert (zeroth.text, zeroth.finding, zeroth.low) == ("There is scarring.", "scar", True)
+    assert zeroth.confidence == pytest.approx(0.4) and first.finding is None
     assert (first.text, first.section, second.text, third.section) == (
         "Heart normal.", "findings", "Lungs clear.", "impression",
     )  # fmt: skip

@@ -159,18 +159,41 @@ def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGen
     assert guessed > 0
 
 
-def test_a_decoder_forgets_and_is_copied(generator: ReportGenerator):
+def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(generator: ReportGenerator):
     embeds = np.random.default_rng(0).standard_normal((1, 5, generator.bundle.manifest.shapes.hidden_size))
     decoder = generator.backend.new_decoder(12)
     decoder.prefill(embeds)
     first = decoder.read([7, 8, 9]).copy()
     decoder.rewind(6)
-    twin = decoder.copy()
+    pair = decoder.spread([0, 0])
     assert np.allclose(decoder.read([8]), first[1:2], atol=1e-4)
-    twin.read([5, 5, 5])
+    assert np.allclose(pair.read_each([5, 8])[1], first[1], atol=1e-4)
+    four = pair.spread([1, 0, 1, 1])
+    assert np.allclose(four.read_each([9, 9, 5, 9])[[0, 3]], first[2], atol=1e-4)
     assert np.allclose(decoder.read([9]), first[2:], atol=1e-4)
     with pytest.raises(ValueError, match="do not fit"):
         decoder.read([1] * 8)
+
+
+def test_two_prompts_of_unlike_length_are_read_in_one_pass(generator: ReportGenerator):
+    rng = np.random.default_rng(1)
+    size = generator.bundle.manifest.shapes.hidden_size
+    apart, together = [], []
+    for pair in (apart, together):
+        for length in (9, 5):
+            pair.append(generator.backend.new_decoder(length + 6))
+            pair[-1].prefill(np.random.default_rng(length).standard_normal((1, length, size)))
+    joined = together[0].join(together[1])
+    for token in rng.integers(4, 200, 5):
+        wanted = np.stack([decoder.read([int(token)])[-1].copy() for decoder in apart])
+        assert np.allclose(joined.read_each([int(token)] * 2), wanted, atol=1e-3)
+    assert joined.length == 14
+
+
+def test_the_consensus_of_candidates_is_the_same_again(generator: ReportGenerator, chest_png: Path):
+    settings = Decoding(candidates=5, temperature=0.9)
+    first, second = (generator.generate(chest_png, max_new_tokens=12, decoding=settings) for _ in range(2))
+    assert first.text and first.text == second.text and first.new_tokens <= 12
 
 
 def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):

@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from cbedge import ReportGenerator
+from cbedge.decoding import Decoding
 from cbedge.image_findings import OTHER, ImageFindings, scores_of
-from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
+from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction
+from training.clinical import TAG_FINDINGS
+from training.config import OPENINGS
+from training.findings import positive_findings
 
 FINDINGS = ImageFindings(("abnormal", "effusion", "opacity"), (0.5, 0.3, 0.4))
 
@@ -29,6 +33,16 @@ def test_names_without_thresholds_are_refused():
         ImageFindings(("abnormal", "effusion"), (0.5,))
 
 
+def test_told_findings_open_the_draft_in_order_with_the_sentence_that_they_have():
+    findings = ImageFindings(*zip(("abnormal", 0.5, ""), ("effusion", 0.3, "An effusion."), ("device", 0.4, ""),
+                                  ("scar", 0.4, "Scarring."), strict=True))  # fmt: skip
+    assert findings.open(("scar", "device", "effusion")) == {"effusion": "An effusion.", "scar": "Scarring."}
+    assert findings.open(()) == findings.open((OTHER,)) == FINDINGS.open(("effusion",)) == {}
+    assert build_opening(["A.", "B."]) == ["FINDINGS: A.", " B."]
+    with pytest.raises(ValueError, match="2 findings with 1 openings"):
+        ImageFindings(("abnormal", "effusion"), (0.5, 0.5), ("x",))
+
+
 def test_scores_stay_between_0_and_1_for_any_logit():
     scores = scores_of(np.array([-1e9, 0.0, 1e9], np.float32))
     assert scores[1] == 0.5 and 0 <= scores[0] < scores[2] <= 1
@@ -48,6 +62,29 @@ def test_a_report_says_what_the_model_saw(tiny_bundle: Path, chest_png: Path):
     assert all(0 <= score <= 1 for score in report.finding_scores.values())
     told = json.loads(report.to_json())
     assert told["image_findings"] == list(report.image_findings)
+
+
+def test_a_draft_begins_with_what_was_seen_whatever_writes_the_rest(tiny_bundle: Path, chest_png: Path):
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    told = ImageFindings(("abnormal", "cardiomegaly", "effusion", "opacity"), (0.0, 0.0, 1.0, 0.0),
+                         ("", "The heart is enlarged.", "An effusion.", "There is opacity."))  # fmt: skip
+    object.__setattr__(generator.bundle.manifest, "image_findings", told)
+    start = "FINDINGS: The heart is enlarged. There is opacity."
+    for settings in (Decoding(), Decoding(beams=2), Decoding(candidates=3, temperature=1.0)):
+        stream = generator.stream(chest_png, max_new_tokens=90, decoding=settings)
+        assert "".join(stream).strip() == stream.report.text and stream.report.text.startswith(start)
+        heart, opacity = stream.report.sentences[:2]
+        assert (heart.finding, opacity.finding) == ("cardiomegaly", "opacity")
+        assert heart.confidence == pytest.approx(stream.report.finding_scores["cardiomegaly"])
+        assert 0 < stream.report.opening_tokens < stream.report.new_tokens <= 90
+    short = generator.generate(chest_png, max_new_tokens=3)
+    assert short.new_tokens == short.opening_tokens == 3 and not short.complete
+
+
+def test_the_sentences_that_come_with_the_package_name_their_finding_and_no_other():
+    sentences = list(OPENINGS.values())
+    for name, found in zip(OPENINGS, positive_findings(sentences), strict=True):
+        assert found and found <= set(TAG_FINDINGS[name]), name
 
 
 def test_what_the_model_saw_does_not_hang_on_the_indication(tiny_bundle: Path, chest_png: Path):

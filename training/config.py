@@ -14,6 +14,19 @@ SCHEDULES = ("cosine", "linear", "constant")
 BASE_PRECISIONS = ("fp32", "bf16", "nf4")
 SOURCES = ("tags", "report")
 SELECTIONS = ("", "language", "cider", "tags")
+# Sentences that open a draft, in words of IU X-RAY's reports. A device or a fracture has none: which it is, and where,
+# the score does not say.
+OPENINGS = {
+    "cardiomegaly": "The heart is enlarged.",
+    "effusion": "There is a pleural effusion.",
+    "atelectasis": "There is atelectasis.",
+    "opacity": "There is airspace opacity.",
+    "hyperinflation": "The lungs are hyperexpanded.",
+    "low volume": "Lung volumes are low.",
+    "aorta": "The aorta is tortuous.",
+    "scar": "There is scarring.",
+    "congestion": "There is pulmonary vascular congestion.",
+}
 
 
 class ConfigError(ValueError):
@@ -58,6 +71,8 @@ class Stage:
         tell_share: share of training studies that are told anything.
         tell_from: ``tags`` (what people tagged) or ``report`` (what the report's findings name, read by
             :mod:`training.findings`: then the language model learns to write all that it is told, and nothing else).
+        openings: finding → the sentence that opens a draft where the finding is told; none where empty. It should say
+            no more than the finding's name does: nothing is known of side or size.
         splits: studies to learn from; ``extra`` has impressions only.
         validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
         select_by: ``language`` (lowest validation loss), ``cider`` (highest CIDEr of greedy drafts of validation
@@ -90,6 +105,7 @@ class Stage:
     tell_findings: tuple[str, ...] = ()
     tell_share: float = 0.9
     tell_from: str = "tags"
+    openings: dict[str, str] = field(default_factory=lambda: dict(OPENINGS))
     splits: tuple[str, ...] = ("train",)
     abnormal_weight: float = 1.0
     save_every: int = 50
@@ -174,9 +190,10 @@ def _stage(values: dict, path: Path) -> Stage:
         if getattr(stage, key) not in known:
             names = ", ".join(filter(None, known))
             raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
-    unknown = [name for name in stage.tell_findings if name not in TAGS[1:]]
-    if unknown:
-        raise ConfigError(f"{where}: tell_findings has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
+    for key in ("tell_findings", "openings"):
+        unknown = [name for name in getattr(stage, key) if name not in TAGS[1:]]
+        if unknown:
+            raise ConfigError(f"{where}: {key} has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
     if stage.tell_findings and "language" not in stage.losses:
         raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
     needed = "tags" if stage.select_by == "tags" else "language"

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from cbedge.decoding import guide
-from cbedge.prompt import ClinicalContext
+from cbedge.prompt import ClinicalContext, build_opening
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
@@ -163,9 +163,11 @@ class TorchDrafter:
             if parts.finding_head is not None:
                 seen = [*parts.finding_head.read(output)]
         guided = self.guidance != 1 and any(seen)
-        prompts = [encode_prompt(parts, r.context, told) for r, told in zip(requests, seen, strict=True)]
+        begun = [self._opening(told) for told in seen]
+        told_rows = [*zip(requests, seen, begun, strict=True)]
+        prompts = [encode_prompt(parts, r.context, told) + ids for r, told, ids in told_rows]
         if guided:  # what saw nothing is told the same twice, and guided nowhere
-            prompts += [encode_prompt(parts, r.context, told and ()) for r, told in zip(requests, seen, strict=True)]
+            prompts += [encode_prompt(parts, r.context, told and ()) + ids for r, told, ids in told_rows]
         if self.image_blind:
             prompts = [prompt[count:] for prompt in prompts]
         length = max(map(len, prompts))
@@ -183,8 +185,15 @@ class TorchDrafter:
             eos_token_id=parts.tokenizer.eos_token_id, pad_token_id=parts.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []),
         )  # fmt: skip
-        texts = parts.tokenizer.batch_decode(out[: len(requests)], skip_special_tokens=True)
+        drafts = [[*ids, *row] for ids, row in zip(begun, out.tolist(), strict=False)]
+        texts = parts.tokenizer.batch_decode(drafts, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _opening(self, told: tuple[str, ...] | None) -> list[int]:
+        if not told or self.parts.finding_head is None:
+            return []
+        sentences = self.parts.finding_head.findings.open(told).values()
+        return self.parts.tokenizer("".join(build_opening([*sentences])), add_special_tokens=False).input_ids
 
     @torch.inference_mode()
     def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:

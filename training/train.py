@@ -250,7 +250,9 @@ class StageRun:
 
     def _finding_head(self) -> FindingHead:
         """The head as it now is, with thresholds chosen on validation studies."""
-        return self.heads.finding_head(choose_findings(self.validation, self.losses, self.stage.tell_findings))
+        return self.heads.finding_head(
+            choose_findings(self.validation, self.losses, self.stage.tell_findings, self.stage.openings)
+        )
 
     def _seed_everything(self) -> None:
         random.seed(self.seed)

@@ -90,13 +90,19 @@ def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
     return first | ({"auc_mean": float(np.mean(list(areas.values())))} if areas else {})
 
 
-def choose_findings(validation: Validation, losses: StageLosses, names: tuple[str, ...]) -> ImageFindings:
+def choose_findings(
+    validation: Validation, losses: StageLosses, names: tuple[str, ...], openings: dict[str, str]
+) -> ImageFindings:
     """Thresholds of the findings to tell; see :func:`choose_thresholds`."""
-    return choose_thresholds(*validation.tag_scores(losses), names)
+    return choose_thresholds(*validation.tag_scores(losses), names, openings)
 
 
-def choose_thresholds(scores: np.ndarray, tags: np.ndarray, names: tuple[str, ...]) -> ImageFindings:
+def choose_thresholds(
+    scores: np.ndarray, tags: np.ndarray, names: tuple[str, ...], openings: dict[str, str]
+) -> ImageFindings:
     """Thresholds from scores and tags (1, 0 or -1), both float [studies, TAGS].
+
+    ``openings`` are the sentences of findings that open a draft.
 
     The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
     it: most are too rare for more to be chosen, and a language model that is told much says little of it.
@@ -105,7 +111,8 @@ def choose_thresholds(scores: np.ndarray, tags: np.ndarray, names: tuple[str, ..
     for column in [TAGS.index(name) for name in names]:
         share = (tags[:, column] == 1).sum() / max(1, (tags[:, column] >= 0).sum())
         thresholds.append(float(np.quantile(scores[:, column], 1 - min(share, 0.5))))
-    return ImageFindings((TAGS[0], *names), tuple(thresholds))
+    known = (TAGS[0], *names)
+    return ImageFindings(known, tuple(thresholds), tuple(openings.get(name, "") for name in known) if openings else ())
 
 
 def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:

@@ -19,10 +19,12 @@ class Backend(Protocol):
     Attributes:
         device: ``cpu`` or ``cuda``.
         threads: of the CPU.
+        decoder_only: whether prompt and draft are read alike, so that a prompt may be read in parts.
     """
 
     device: str
     threads: int
+    decoder_only: bool
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""

@@ -86,12 +86,15 @@ class OnnxBackend:
 
     Attributes:
         device, threads: as above.
+        decoder_only: see :class:`cbedge.backends.Backend`.
         vocabulary: tokens that the language model knows, V.
 
     Raises:
         BundleError: a graph cannot be loaded.
         DeviceError: CUDA does not come up; there is no silent fall-back to the CPU.
     """
+
+    decoder_only = True
 
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
         self.device = device
@@ -147,7 +150,7 @@ class OnnxBackend:
 
 
 class OnnxDecoder:
-    """The language model in the middle of one report.
+    """The language model in the middle of one report, or of several drafts of one.
 
     Keys and values live where the session runs, in buffers of the full capacity that the graph reads and writes in
     place (past and present are the same memory): a token costs no copy of the cache, and forgetting costs nothing.
@@ -155,24 +158,27 @@ class OnnxDecoder:
     Args:
         backend: whose sessions are used.
         capacity: embeddings and tokens to hold at most.
+        drafts: how many.
     """
 
-    def __init__(self, backend: OnnxBackend, capacity: int):
+    def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
         import onnxruntime
 
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.drafts = capacity, drafts
+        self.lengths = np.zeros(drafts, np.int64)
         self._backend, self._session = backend, backend._decoder
         self._inputs = {node.name for node in self._session.get_inputs()}
-        self._mask = np.ones((1, capacity), np.int64)
-        self._positions = np.arange(capacity, dtype=np.int64)[None]
+        self._places = np.arange(capacity, dtype=np.int64)[None]
         shapes = backend.shapes
-        shape = (1, shapes.num_key_value_heads, capacity, shapes.head_size)
+        shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
         half = any(node.type == "tensor(float16)" for node in self._session.get_inputs())
         empty = np.zeros(shape, np.float16 if half else np.float32)
+        names = [f"{i}.{kind}" for i in range(shapes.num_layers) for kind in ("key", "value")]
+        # On the CPU the session reads and writes these arrays themselves, on CUDA copies of them.
+        self._arrays = {name: empty.copy() for name in names}
         self._cache = {
-            f"{i}.{kind}": onnxruntime.OrtValue.ortvalue_from_numpy(empty.copy(), backend.device)
-            for i in range(shapes.num_layers)
-            for kind in ("key", "value")
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, backend.device)
+            for name, array in self._arrays.items()
         }
         self._binding = self._session.io_binding()
         for name, value in self._cache.items():
@@ -180,43 +186,74 @@ class OnnxDecoder:
             self._binding.bind_ortvalue_output(f"present.{name}", value)
         self._logits: dict[int, np.ndarray] = {}
 
+    @property
+    def length(self) -> int:
+        """Embeddings and tokens that the first draft has read."""
+        return int(self.lengths[0])
+
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
-        return self._run(embeds, 1)[0].copy()
+        return self._run(embeds, 1)[0, 0].copy()
 
     def read(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V], to be used before the next call."""
         ids = np.array([token_ids], np.int64)
-        return self._run(self._backend.embed_tokens(ids), len(token_ids))
+        return self._run(self._backend.embed_tokens(ids), len(token_ids))[0]
+
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the logits after it, float32 [drafts, V], to be used before the
+        next call."""
+        embeds = self._backend.embed_tokens(np.array([token_ids], np.int64))
+        return self._run(embeds.reshape(self.drafts, 1, -1), 1)[:, 0]
 
     def rewind(self, length: int) -> None:
-        """Forget all that was read after the first ``length``."""
-        self.length = min(self.length, length)
+        """Forget what the first draft read after the first ``length``, and as much in every other."""
+        self.lengths -= max(0, self.length - length)
 
-    def copy(self) -> OnnxDecoder:
-        """Another decoder that has read the same."""
-        other = OnnxDecoder(self._backend, self.capacity)
-        other.length = self.length
-        for name, value in self._cache.items():
-            other._cache[name].update_inplace(value.numpy())
+    def spread(self, rows: Sequence[int]) -> OnnxDecoder:
+        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        other = OnnxDecoder(self._backend, self.capacity, len(rows))
+        other._take(self, list(rows), slice(None))
         return other
 
+    def join(self, other: OnnxDecoder) -> OnnxDecoder:
+        """A decoder of the drafts of both, those of the other last; they need not have read as much."""
+        count, capacity = self.drafts + other.drafts, max(self.capacity, other.capacity)
+        both = OnnxDecoder(self._backend, capacity, count)
+        both._take(self, slice(None), slice(0, self.drafts))
+        both._take(other, slice(None), slice(self.drafts, count))
+        return both
+
+    def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
+        """Copy drafts of another decoder into some of this one's places."""
+        self.lengths[ours] = source.lengths[theirs]
+        used = int(source.lengths.max())
+        on_cpu = self._backend.device == "cpu"
+        for name, array in self._arrays.items():
+            held = source._arrays[name] if on_cpu else source._cache[name].numpy()
+            array[ours, :, :used] = held[theirs, :, :used]
+            if not on_cpu:
+                self._cache[name].update_inplace(array)
+
     def _run(self, embeds: np.ndarray, wanted: int) -> np.ndarray:
-        start, self.length = self.length, self.length + embeds.shape[1]
-        if self.length > self.capacity:
-            raise ValueError(f"{self.length} tokens do not fit a decoder made for {self.capacity}")
+        start = self.lengths
+        self.lengths = start + embeds.shape[1]
+        total = int(self.lengths.max())
+        if total > self.capacity:
+            raise ValueError(f"{total} tokens do not fit a decoder made for {self.capacity}")
         binding = self._binding
+        mask = (self._places[:, :total] < self.lengths[:, None]).astype(np.int64)
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
-        binding.bind_cpu_input("attention_mask", self._mask[:, : self.length])
+        binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input("num_logits", np.array([wanted], np.int64))
         if "position_ids" in self._inputs:
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(self._positions[:, start : self.length]))
+            binding.bind_cpu_input("position_ids", start[:, None] + self._places[:, : embeds.shape[1]])
         logits = self._logits.get(wanted)
         if logits is None:
-            logits = self._logits[wanted] = np.empty((1, wanted, self._backend.vocabulary), np.float32)
+            logits = self._logits[wanted] = np.empty((self.drafts, wanted, self._backend.vocabulary), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        return logits[0]
+        return logits
 
 
 def _installed(distribution: str) -> bool:

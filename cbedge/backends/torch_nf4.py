@@ -39,6 +39,7 @@ class TorchNf4Backend:
 
     Attributes:
         device, threads: as used.
+        decoder_only: see :class:`cbedge.backends.Backend`.
         vocabulary: tokens that the language model knows.
 
     Raises:
@@ -69,7 +70,7 @@ class TorchNf4Backend:
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise BundleError(f"the nf4 variant cannot be loaded ({reason}): export it again") from error
-        self._decoder_only = bool(self._model.config.use_decoder_only_language_model)
+        self.decoder_only = bool(self._model.config.use_decoder_only_language_model)
         self.vocabulary = int(self._model.config.text_config.vocab_size)
         self._attention: list[Any] = []
         for layer in self._model.qformer.encoder.layer:
@@ -121,11 +122,13 @@ class TorchNf4Backend:
 
     def new_decoder(self, capacity: int) -> TorchDecoder:
         """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
-        return TorchDecoder(self._model.language_model, self._decoder_only, self.device, capacity)
+        return TorchDecoder(self._model.language_model, self.decoder_only, self.device, capacity)
 
 
 class TorchDecoder:
-    """The language model in the middle of one report; see :class:`cbedge.decoding.Decoder`.
+    """The language model in the middle of one report, or of several drafts of one.
+
+    See :class:`cbedge.decoding.Decoder`.
 
     An encoder-decoder (Flan-T5) reads the prompt in its encoder; its cache then holds what was written alone.
     """
@@ -134,7 +137,7 @@ class TorchDecoder:
         self.capacity, self.length = capacity, 0
         self._model, self._decoder_only, self._device = model, decoder_only, device
         self._cache: Any = None
-        self._encoded: torch.Tensor | None = None
+        self._encoded: Any = None
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
@@ -165,13 +168,32 @@ class TorchDecoder:
             self._cache.crop(length - self.length)  # a negative number is taken off the end
             self.length = length
 
-    def copy(self) -> TorchDecoder:
-        """Another decoder that has read the same."""
+    def spread(self, rows: Sequence[int]) -> TorchDecoder:
+        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        import torch
+
         other = copy.copy(self)
-        other._cache = copy.deepcopy(self._cache)
+        with torch.inference_mode():
+            chosen = torch.tensor(list(rows), device=self._device)
+            other._cache = copy.deepcopy(self._cache)
+            other._cache.batch_select_indices(chosen)
+            if self._encoded is not None:
+                other._encoded = copy.copy(self._encoded)
+                other._encoded.last_hidden_state = self._encoded.last_hidden_state[chosen]
         return other
 
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
+        import torch
+
+        self.length += 1
+        with torch.inference_mode():
+            return self._run(torch.tensor(list(token_ids), device=self._device)[:, None])[:, -1]
+
     def _step(self, ids: torch.Tensor) -> np.ndarray:
+        return self._run(ids)[0]
+
+    def _run(self, ids: torch.Tensor) -> np.ndarray:
         if self._decoder_only:
             out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
         else:
@@ -179,7 +201,7 @@ class TorchDecoder:
                 encoder_outputs=self._encoded, decoder_input_ids=ids, past_key_values=self._cache, use_cache=True
             )
         self._cache = out.past_key_values
-        return out.logits[0].float().cpu().numpy()
+        return out.logits.float().cpu().numpy()
 
 
 def _choose(device: str, cuda: bool) -> str:

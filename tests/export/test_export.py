@@ -8,6 +8,7 @@ import torch
 from conftest import run_cli
 
 from cbedge import open_bundle
+from cbedge.bundle import CARD
 from export.merge import MergeError, merge
 from export.quantize import quantize_graphs
 from training.trained import checkpoint_of, load_adapted
@@ -27,6 +28,29 @@ def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path)
         assert variant["relative_errors"]["decoder_model_merged"] < 0.5
     assert json.loads((tiny_bundle / "parity.json").read_text()) == parity
     assert open_bundle(tiny_bundle).manifest.quality["parity"] == parity
+
+
+def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Path):
+    openings, quality = tmp_path / "openings.yaml", tmp_path / "quality.json"
+    openings.write_text("effusion: There is a pleural effusion.\n")
+    quality.write_text(json.dumps({"protocol": "as measured", "scores": {"ours": {"CIDEr": 0.5}}}))
+    out = tmp_path / "revised"
+    done = run_cli("export.revise", tiny_bundle, "--out", out, "--version", "9.9", "--openings", openings,
+                   "--quality", quality, "--guidance", 3)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, after = open_bundle(tiny_bundle).manifest, open_bundle(out).manifest
+    open_bundle(out).verify()
+    assert after.version == "9.9" and after.decoding["guidance"] == 3
+    assert after.image_findings.open(("effusion",)) == {"effusion": "There is a pleural effusion."}
+    assert {n: f for n, f in after.files.items() if n != CARD} == {n: f for n, f in before.files.items() if n != CARD}
+    card = (out / CARD).read_text()
+    assert "as measured" in card and "| ours | 0.500 |" in card and "begins with a fixed sentence" in card
+    assert after.quality["parity"] == before.quality["parity"]
+    openings.write_text("spleen: The spleen is large.\n")
+    done = run_cli("export.revise", tiny_bundle, "--out", tmp_path / "other", "--openings", openings)
+    assert done.returncode == 1 and "'spleen'" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "other").exists()
+    assert "--force" in run_cli("export.revise", tiny_bundle, "--out", out).stderr
 
 
 def test_int4_graphs_hold_four_and_eight_bit_weights(tiny_bundle: Path):

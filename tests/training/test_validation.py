@@ -57,8 +57,9 @@ def test_thresholds_find_what_can_be_told_apart_on_validation():
     heart = TAGS.index("cardiomegaly")
     tags[sick & (rng.random(400) < 0.3), heart] = 1
     scores = np.clip(0.3 * tags + 0.2 + 0.05 * rng.standard_normal(tags.shape), 0, 1)
-    findings = choose_thresholds(scores, tags, NAMES)
+    findings = choose_thresholds(scores, tags, NAMES, {"cardiomegaly": "The heart is enlarged."})
     assert findings.names == ("abnormal", *NAMES)
+    assert findings.open(("cardiomegaly",)) == {"cardiomegaly": "The heart is enlarged."} and not findings.open(())
     columns = [0, *(TAGS.index(n) for n in NAMES)]
     told = ["cardiomegaly" in findings.read(row[columns]) for row in scores]
     assert np.mean(np.array(told) == (tags[:, heart] == 1)) > 0.95
@@ -67,5 +68,5 @@ def test_thresholds_find_what_can_be_told_apart_on_validation():
 
 def test_unknown_tags_count_for_nothing():
     tags = np.full((20, len(TAGS)), -1.0)
-    findings = choose_thresholds(np.full(tags.shape, 0.5), tags, NAMES)
+    findings = choose_thresholds(np.full(tags.shape, 0.5), tags, NAMES, {})
     assert len(findings.thresholds) == 3 and tag_auc(np.full(tags.shape, 0.5), tags) == {}

@@ -1,0 +1,101 @@
+"""``python -m export.revise``: other decoding, openings or measured quality for a bundle; its graphs stay.
+
+What a model writes is measured on its bundle, so the figures come after the export; and how it decodes is chosen by
+such figures. Neither needs the graphs to be written again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cbedge.bundle import CARD, Manifest, check_target, open_bundle, write_bundle
+from cbedge.errors import CbedgeError
+from export.bundle import is_opened
+from export.card import model_card
+from export.parity import Parity, VariantParity
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def revise(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle; the same folder with --force.")],
+    version: Annotated[str | None, typer.Option(help="Version of the model [default: as it is].")] = None,
+    openings: Annotated[
+        Path | None, typer.Option(help="YAML of finding: sentence that opens a draft; an empty one for none.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
+    quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+) -> None:
+    """Write the revised bundle."""
+    check_target(out, force)
+    source = open_bundle(bundle)
+    source.verify()
+    manifest = source.manifest
+    if version:
+        manifest = replace(manifest, version=version)
+    if openings:
+        manifest = _open_with(manifest, openings)
+    if guidance is not None:
+        manifest = replace(manifest, decoding=manifest.decoding | {"guidance": guidance})
+    if quality:
+        measured = json.loads(quality.read_text(encoding="utf-8"))
+        parity = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
+        manifest = replace(manifest, quality=measured | parity)
+    if "parity" not in manifest.quality:
+        raise ValueError(f"{bundle} does not say how far it is from torch: export it again")
+    card = model_card(
+        manifest.name, manifest.version, manifest.license, [*manifest.base_weights], [*manifest.training_data],
+        manifest.quality, _parity(manifest.quality["parity"]), is_opened(manifest.image_findings),
+    )  # fmt: skip
+
+    def fill(folder: Path) -> Manifest:
+        for name in manifest.files:
+            shutil.copyfile(source.folder / name, folder / name)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        return manifest
+
+    write_bundle(out, fill, force)
+    typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
+
+
+def _open_with(manifest: Manifest, path: Path) -> Manifest:
+    sentences = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    told = manifest.image_findings
+    if told is None:
+        raise ValueError(f"{manifest.name} is not told what it sees: no finding can open a draft")
+    if not isinstance(sentences, dict) or not all(isinstance(text, str) for text in sentences.values()):
+        raise ValueError(f"{path} is no mapping of findings to sentences")
+    unknown = [name for name in sentences if name not in told.names]
+    if unknown:
+        raise ValueError(f"{path} has {unknown[0]!r}; {manifest.name} looks for: {', '.join(told.names)}")
+    lines = tuple(sentences.get(name, "") for name in told.names) if sentences else ()
+    return replace(manifest, image_findings=replace(told, openings=lines))
+
+
+def _parity(values: dict[str, Any]) -> Parity:
+    variants = {name: VariantParity(**variant) for name, variant in values["variants"].items()}
+    return Parity(**{**values, "variants": variants})
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line and a non-zero exit code."""
+    try:
+        app()
+    except (CbedgeError, ValueError, OSError, yaml.YAMLError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
