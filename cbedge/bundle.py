@@ -17,6 +17,7 @@ from typing import Any
 from cbedge.errors import BundleError, OutputError
 from cbedge.image_findings import ImageFindings
 from cbedge.prompt import PROMPT_VERSION
+from cbedge.topics import Topic
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -86,6 +87,7 @@ class Manifest:
         quality: measured scores, each with its control rows.
         image_findings: what the Q-Former's graph scores (its output ``finding_logits``), the prompt tells, and drafts
             are opened with; ``None`` for a model that is not told.
+        topics: what the findings of a draft speak of before they end, see :mod:`cbedge.topics`.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Manifest:
     base_weights: tuple[dict[str, str], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
     image_findings: ImageFindings | None = None
+    topics: tuple[Topic, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,7 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         told = values["image_findings"]
         openings = tuple(map(str, told.get("openings", ())))
         values["image_findings"] = ImageFindings(tuple(told["names"]), tuple(map(float, told["thresholds"])), openings)
+    values["topics"] = tuple(Topic(t["name"], tuple(t["words"]), t["start"]) for t in values.get("topics", ()))
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")

@@ -329,11 +329,12 @@ def sample(
     """
     rng = rng or np.random.default_rng(settings.seed)
     written: list[int] = [*begun]
+    most = len(begun) + max_new_tokens
     while True:
         token = _next(logits, written, stop_ids, settings, rng)
         written.append(token.id)
         yield token
-        if token.id in stop_ids or len(written) == len(begun) + max_new_tokens:
+        if token.id in stop_ids or len(written) == most:
             return
         logits = decoder.read([token.id])[-1]
 

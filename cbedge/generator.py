@@ -36,6 +36,7 @@ from cbedge.phrasebook import Phrasebook
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from cbedge.report import Report, Spoken, Timings, split_sentences
+from cbedge.topics import left_out
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
 MAX_NEW_TOKENS = 1024
@@ -83,6 +84,7 @@ class ReportGenerator:
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
         self.gate = Gate.load(bundle.folder / GATE) if GATE in bundle.manifest.files else None
         self._guess_length = GuessLength()
+        self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
 
     @classmethod
     def from_pretrained(
@@ -227,6 +229,46 @@ class ReportGenerator:
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
         return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context, seen), False)]
+
+    def write(
+        self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
+        opening: list[Spoken],
+    ) -> Iterator[Spoken]:  # fmt: skip
+        """What follows the opening, token by token, the stop token as well.
+
+        Where the findings would end and leave out one of the bundle's topics, the first words of a sentence on it are
+        given to the language model (:mod:`cbedge.topics`); beams and candidates are written without.
+
+        Args:
+            decoder: has read the opening; ``logits``, float32 [V], follow it.
+            limit: tokens at most.
+            settings: how tokens are chosen.
+            drafting: is filled in where the phrasebook guesses.
+            opening: what the draft began with.
+        """
+        written = [word.token_id for word in opening]
+        start, most = decoder.length - len(written), len(written) + limit
+        topics = list(self.bundle.manifest.topics) if settings.beams == settings.candidates == 1 else []
+        ends = {*self.bundle.manifest.stop_ids, self._impression_id}
+        while len(written) < most:
+            given: list[int] = []
+            for token in self.tokens(decoder, logits, most - len(written), settings, drafting, [*written]):
+                if topics and token.id in ends:
+                    missing = left_out(topics, self.decode(written))[:1]
+                    topics = topics[topics.index(missing[0]) + 1 :] if missing else []
+                    given = self._encode(self._tokenizer, f" {missing[0].start}", False) if missing else []
+                    if given:
+                        break
+                written.append(token.id)
+                yield Spoken("", token.probability, None, token.id)
+            if not given:
+                return
+            given = given[: most - len(written)]
+            decoder.rewind(start + len(written))
+            logits = decoder.read(given)[-1].copy()
+            written += given
+            for token_id in given:
+                yield Spoken("", None, None, token_id)
 
     def opening(self, look: Look) -> list[Spoken]:
         """What the draft begins with, token by token, for what was seen; empty where nothing opens it."""
@@ -387,11 +429,11 @@ class ReportStream(Iterator[str]):
         text_stream = generator.decode_stream()
         drafting = Drafting()
         room = limit - len(begun)
-        for token in generator.tokens(decoder, logits, room, decoding, drafting, begun) if room else ():
-            if token.id in manifest.stop_ids:
+        for word in generator.write(decoder, logits, room, decoding, drafting, opening):
+            if word.token_id in manifest.stop_ids:
                 complete = True
                 break
-            spoken.append(Spoken(generator.decode_piece(text_stream, token.id), token.probability, None, token.id))
+            spoken.append(word._replace(piece=generator.decode_piece(text_stream, word.token_id)))
             if spoken[-1].piece:
                 yield spoken[-1].piece
         end = perf_counter()

@@ -41,13 +41,13 @@ class Spoken(NamedTuple):
 
     Attributes:
         piece: text, empty where the token completes no character.
-        probability: of the token; or the score of the finding that wrote it.
+        probability: of the token; or the score of the finding that wrote it; ``None`` where it was given to the model.
         finding: the image finding whose sentence it is a part of, ``None`` for the language model's own words.
         token_id: the token.
     """
 
     piece: str
-    probability: float
+    probability: float | None
     finding: str | None = None
     token_id: int = -1
 
@@ -59,9 +59,9 @@ class Sentence:
     Attributes:
         text: without a heading.
         section: ``findings`` or ``impression``.
-        confidence: geometric mean of the probabilities of its tokens, 0 to 1. It says how usual the words are to the
-            model there; a usual sentence can be wrong. Of a sentence that an image finding opened the draft with, it is
-            that finding's score.
+        confidence: geometric mean of the probabilities of its tokens, 0 to 1, without those that were given to the
+            model. It says how usual the words are to the model there; a usual sentence can be wrong. Of a sentence that
+            an image finding opened the draft with, it is that finding's score.
         low: whether the confidence is below :data:`LOW_CONFIDENCE`.
         finding: the image finding that the sentence was written for, ``None`` for the language model's own.
     """
@@ -165,10 +165,11 @@ def split_sentences(spoken: Sequence[Spoken]) -> tuple[Sentence, ...]:
 
     for word in spoken:
         ended = text.rstrip().endswith((".", "?", "!")) and word.piece[:1].isspace()
-        if ended or (logs and word.finding != finding):
+        if ended or (text and word.finding != finding):
             close()
         text, finding = text + word.piece, word.finding
-        logs.append(math.log(max(word.probability, 1e-9)))
+        if word.probability is not None:
+            logs.append(math.log(max(word.probability, 1e-9)))
     close()
     return tuple(sentences)
 

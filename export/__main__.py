@@ -43,6 +43,9 @@ def export(
     ] = 1.0,
     no_repeat: Annotated[int, typer.Option(min=0, help="Drafts never hold a run of so many tokens twice.")] = 0,
     stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0 drafts become longer.")] = 0.0,
+    topics: Annotated[
+        Path | None, typer.Option(help="YAML of topics that drafts cover before they end, such as export/topics.yaml.")
+    ] = None,
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
@@ -57,8 +60,10 @@ def export(
     if vocabulary == "domain" and data is None:
         raise ValueError("--vocabulary domain takes its words from the train reports: give --data")
     from cbedge.bundle import check_target
+    from export.bundle import read_topics
 
     check_target(out, force)
+    chosen_topics = read_topics(topics) if topics else ()
     measured: dict[str, Any] = json.loads(quality.read_text(encoding="utf-8")) if quality else {}
     console = Console(stderr=True)
     from export.bundle import Origin, pack
@@ -93,7 +98,7 @@ def export(
         parity = pack(
             parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
             quality=measured, decoding={"guidance": guidance, "no_repeat": no_repeat, "stop_bias": stop_bias},
-            data=data, merge_error=merge_error, force=force, console=console,
+            data=data, merge_error=merge_error, topics=chosen_topics, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())
     if record:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,6 +27,7 @@ from cbedge.bundle import (
 )
 from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
+from cbedge.topics import Topic
 from export.card import model_card
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases, stop_ids
@@ -85,7 +87,7 @@ def pack(
     parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
     wanted: tuple[str, ...], out: Path, *, name: str,
     version: str, licence: str, origin: Origin, quality: dict[str, Any], decoding: dict[str, float],
-    data: Path | None, merge_error: float,
+    data: Path | None, merge_error: float, topics: tuple[Topic, ...],
     force: bool, console: Console,
 ) -> Parity:  # fmt: skip
     """Compare the graphs with torch and write the bundle; returns the comparison.
@@ -100,6 +102,7 @@ def pack(
         decoding: the manifest's, but for ``max_new_tokens``.
         data: IU X-RAY's folder, to compare on its validation studies; its train reports make the phrasebook.
         merge_error: what :func:`export.merge.merge` returned.
+        topics: what drafts cover.
         force: replace a bundle at ``out``.
     """
     manifest = Manifest(
@@ -108,7 +111,7 @@ def pack(
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
-        image_findings=parts.finding_head.findings if parts.finding_head else None,
+        image_findings=parts.finding_head.findings if parts.finding_head else None, topics=topics,
     )  # fmt: skip
     phrases = report_phrases(parts, data)
     cases, source = parity_cases(data, PARITY_CASES)
@@ -125,7 +128,7 @@ def pack(
     manifest = replace(manifest, quality=quality | {"parity": asdict(parity)})
     card = model_card(
         name, version, licence, origin.base_weights, origin.training_data, quality, parity,
-        is_opened(manifest.image_findings),
+        is_opened(manifest.image_findings), [topic.name for topic in topics],
     )  # fmt: skip
 
     def fill(folder: Path) -> Manifest:
@@ -149,6 +152,19 @@ def pack(
 def is_opened(findings: ImageFindings | None) -> bool:
     """Whether sentences of image findings open drafts."""
     return findings is not None and any(findings.openings)
+
+
+def read_topics(path: Path) -> tuple[Topic, ...]:
+    """Topics from a YAML file of ``name: {words: [...], start: ...}``.
+
+    Raises:
+        ValueError: the file is none such.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        return tuple(Topic(name, tuple(map(str, t["words"])), str(t["start"])) for name, t in values.items())
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is no mapping of topics to words and start: see export/topics.yaml") from None
 
 
 def report_phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:

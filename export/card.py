@@ -1,5 +1,6 @@
 """The model card: what the model is, where it comes from, how good it is, and what it must not be used for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from cbedge.report import DRAFT_STATEMENT
@@ -13,11 +14,11 @@ _OPENED = (
 
 def model_card(
     name: str, version: str, licence: str, base_weights: list[dict[str, str]], training_data: list[dict[str, str]],
-    quality: dict[str, Any], parity: Parity, opened: bool = False,
+    quality: dict[str, Any], parity: Parity, opened: bool = False, topics: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The text of ``MODEL_CARD.md``; it states only what was measured.
 
-    ``opened``: sentences of image findings open its drafts.
+    ``opened``: sentences of image findings open its drafts. ``topics``: what drafts cover.
     """
     lines = [
         f"# {name} {version}", "",
@@ -28,6 +29,9 @@ def model_card(
         "2024;8:e32690). "
         "It reads one frontal chest radiograph with its indication and comparison, and writes findings and impression.",
         *([_OPENED] if opened else []),
+        *([f"Before its findings end it is asked for what they left out of: {', '.join(topics)}. The sentences begin "
+           "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
+          if topics else []),
         "", "## Licence",
         f"{licence}: for research and non-commercial use. The weights were trained on data under a non-commercial "
         "licence (below); no image or report is in them as a file. The software around them is Apache-2.0.", "",

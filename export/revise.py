@@ -18,7 +18,7 @@ import yaml
 
 from cbedge.bundle import CARD, Manifest, check_target, open_bundle, write_bundle
 from cbedge.errors import CbedgeError
-from export.bundle import is_opened
+from export.bundle import is_opened, read_topics
 from export.card import model_card
 from export.parity import Parity, VariantParity
 
@@ -33,6 +33,10 @@ def revise(
     openings: Annotated[
         Path | None, typer.Option(help="YAML of finding: sentence that opens a draft; an empty one for none.")
     ] = None,
+    topics: Annotated[
+        Path | None,
+        typer.Option(help="YAML of topics that drafts cover, as export/topics.yaml; empty for none."),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
@@ -46,6 +50,8 @@ def revise(
         manifest = replace(manifest, version=version)
     if openings:
         manifest = _open_with(manifest, openings)
+    if topics:
+        manifest = replace(manifest, topics=read_topics(topics))
     if guidance is not None:
         manifest = replace(manifest, decoding=manifest.decoding | {"guidance": guidance})
     if quality:
@@ -57,6 +63,7 @@ def revise(
     card = model_card(
         manifest.name, manifest.version, manifest.license, [*manifest.base_weights], [*manifest.training_data],
         manifest.quality, _parity(manifest.quality["parity"]), is_opened(manifest.image_findings),
+        [topic.name for topic in manifest.topics],
     )  # fmt: skip
 
     def fill(folder: Path) -> Manifest:

@@ -14,6 +14,7 @@ from PIL import Image
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, ReportGenerator, load_radiograph
 from cbedge.backends import onnx as backend
 from cbedge.decoding import Decoding
+from cbedge.topics import Topic
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,30 @@ def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(generator: Repor
     assert np.allclose(decoder.read([9]), first[2:], atol=1e-4)
     with pytest.raises(ValueError, match="do not fit"):
         decoder.read([1] * 8)
+
+
+def test_a_draft_is_asked_for_what_it_left_out_and_is_the_same_whether_guessed_ahead_or_not(
+    tiny_bundle: Path, chest_png: Path
+):
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    manifest = generator.bundle.manifest
+    # A random model never writes the heading: any of its usual tokens may end the findings.
+    usual = generator.generate(chest_png, max_new_tokens=40, decoding=Decoding(speculative=False))
+    generator._impression_id = generator._encode(generator._tokenizer, usual.text[-12:], False)[-1]
+    topics = (
+        Topic("pleura", ("pleura",), "The pleura"),
+        Topic("bones", ("bone",), "Bones"),
+        Topic("said", (usual.text[:4].lower(),), "Zzz"),
+    )
+    object.__setattr__(manifest, "topics", topics)
+    plain, ahead = (
+        generator.generate(chest_png, max_new_tokens=90, decoding=Decoding(speculative=s)) for s in (False, True)
+    )
+    assert plain.text == ahead.text and plain.new_tokens == ahead.new_tokens <= 90
+    assert plain.text.count("The pleura") == 1 and plain.text.count("Bones") == 1 and "Zzz" not in plain.text
+    assert plain.text.index("The pleura") < plain.text.index("Bones")
+    beams = generator.generate(chest_png, max_new_tokens=20, decoding=Decoding(beams=2))
+    assert "The pleura" not in beams.text
 
 
 def test_two_prompts_of_unlike_length_are_read_in_one_pass(generator: ReportGenerator):

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import run_cli
+from conftest import ROOT, run_cli
 
 from cbedge import open_bundle
 from cbedge.bundle import CARD
@@ -36,7 +36,7 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     quality.write_text(json.dumps({"protocol": "as measured", "scores": {"ours": {"CIDEr": 0.5}}}))
     out = tmp_path / "revised"
     done = run_cli("export.revise", tiny_bundle, "--out", out, "--version", "9.9", "--openings", openings,
-                   "--quality", quality, "--guidance", 3)  # fmt: skip
+                   "--quality", quality, "--guidance", 3, "--topics", ROOT / "export" / "topics.yaml")  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = open_bundle(tiny_bundle).manifest, open_bundle(out).manifest
     open_bundle(out).verify()
@@ -45,6 +45,7 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     assert {n: f for n, f in after.files.items() if n != CARD} == {n: f for n, f in before.files.items() if n != CARD}
     card = (out / CARD).read_text()
     assert "as measured" in card and "| ours | 0.500 |" in card and "begins with a fixed sentence" in card
+    assert [topic.name for topic in after.topics] == ["heart", "mediastinum", "lungs", "pleura", "bones"]
     assert after.quality["parity"] == before.quality["parity"]
     openings.write_text("spleen: The spleen is large.\n")
     done = run_cli("export.revise", tiny_bundle, "--out", tmp_path / "other", "--openings", openings)
