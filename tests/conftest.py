@@ -234,6 +234,31 @@ def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def served(bundle: Path, stderr: int) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A running ``cbedge serve``: its address, and its process."""
+    import httpx
+
+    port = free_port()
+    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(bundle),
+               "--device", "cpu"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True)
+    address = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        try:
+            return httpx.get(f"{address}/readyz").is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(is_up)
+        yield address, process
+    finally:
+        process.kill()
+        process.wait()
+
+
 needs_orthanc = pytest.mark.skipif(shutil.which("Orthanc") is None, reason="Orthanc is not installed")
 
 

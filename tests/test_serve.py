@@ -4,8 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import EXAMPLES, ROOT, draw_chest, run_cli
+from conftest import EXAMPLES, draw_chest, run_cli, served
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -214,22 +212,8 @@ def test_the_api_is_described(client: TestClient):
 
 @pytest.fixture
 def server(tiny_bundle: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(tiny_bundle),
-               "--device", "cpu"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            httpx.get(f"{address}/readyz")
-            break
-        except httpx.TransportError:
-            time.sleep(0.1)
-    yield address, process
-    process.kill()
-    process.wait()
+    with served(tiny_bundle, subprocess.PIPE) as found:
+        yield found
 
 
 def test_a_real_server_drafts_survives_rude_clients_and_ends_gracefully(server: tuple[str, subprocess.Popen]):

@@ -1,16 +1,12 @@
 """The page that cbedge serve shows, in a real browser. Needs a Chromium and the package playwright."""
 
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from conftest import EXAMPLES, ROOT
+from conftest import EXAMPLES, served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -19,21 +15,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 @pytest.fixture(scope="module")
 def address(tiny_bundle: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(tiny_bundle),
-               "--device", "cpu"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/readyz")
-            break
-        except httpx.TransportError:
-            time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with served(tiny_bundle, subprocess.DEVNULL) as (address, _):
+        yield address
 
 
 @pytest.fixture
