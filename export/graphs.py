@@ -15,6 +15,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.base import ModelAndTokenizers
 
@@ -135,23 +136,31 @@ def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
         ExportError: the builder refuses the architecture; the message holds its reason.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        checkpoint, built = Path(scratch) / "checkpoint", Path(scratch) / "built"
-        model = parts.model.language_model
-        if getattr(model.config, "quantization_config", None) is not None:
-            del model.config.quantization_config  # how the base weights came (GGUF), not how they are now
-        model.save_pretrained(checkpoint)
-        parts.tokenizer.save_pretrained(checkpoint)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built),
-                   "-p", "fp32", "-e", "cpu", "-c", str(Path(scratch) / "cache"), "--extra_options",
-                   "exclude_embeds=true", "prune_lm_head=true"]  # fmt: skip
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode or not (built / "model.onnx").is_file():
-            reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
-        graph = onnx.load(str(built / "model.onnx"))
-        choose_logits(graph)
-        save_graph(graph, path)
+        save_graph(build_decoder(parts.model.language_model, parts.tokenizer, Path(scratch)), path)
     return path
+
+
+def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> onnx.ModelProto:
+    """The graph of a language model in fp32, its weights in memory; ``scratch`` is an empty folder.
+
+    Raises:
+        ExportError: as :func:`export_decoder`.
+    """
+    checkpoint, built = scratch / "checkpoint", scratch / "built"
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config  # how the base weights came (GGUF), not how they are now
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built),
+               "-p", "fp32", "-e", "cpu", "-c", str(scratch / "cache"), "--extra_options",
+               "exclude_embeds=true", "prune_lm_head=true"]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode or not (built / "model.onnx").is_file():
+        reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
+    graph = onnx.load(str(built / "model.onnx"))
+    choose_logits(graph)
+    return graph
 
 
 def choose_logits(graph: onnx.ModelProto) -> None:

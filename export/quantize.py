@@ -90,9 +90,7 @@ def write_variant(
         folder: where to write.
         settings: of ``int4`` and ``q4f16``.
     """
-    settings = settings or Int4Settings()
-    if name == "int8":
-        settings = replace(settings, eight_bits=".", eight_bits_block_size=64, vision_bits=8)
+    settings = settings_of(name, settings)
     if name == "fp16":
         return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
@@ -100,6 +98,14 @@ def write_variant(
             quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"])
             return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
     return quantize_graphs(paths, folder, settings, SUFFIX[name])
+
+
+def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings:
+    """How a variant's weights are quantized."""
+    settings = settings or Int4Settings()
+    if name == "int8":
+        return replace(settings, eight_bits=".", eight_bits_block_size=64, vision_bits=8)
+    return settings
 
 
 def _to_half(source: Path, target: Path) -> Path:
@@ -133,9 +139,9 @@ def quantize_graphs(
     return written
 
 
-def quantize_language_model(path: Path, settings: Int4Settings) -> ModelProto:
-    """The fp32 decoder at ``path`` with 4-bit weights, and 8-bit ones where the settings say so."""
-    graph = onnx.load(str(path))
+def quantize_language_model(source: Path | ModelProto, settings: Int4Settings) -> ModelProto:
+    """An fp32 decoder with 4-bit weights, and 8-bit ones where the settings say so."""
+    graph = onnx.load(str(source)) if isinstance(source, Path) else source
     few = [n.name for n in graph.graph.node if n.op_type == "MatMul" and not re.search(settings.eight_bits, n.name)]
     mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few)
     if settings.algorithm == "rtn":
