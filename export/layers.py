@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,29 +51,29 @@ class LanguageWeights:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ExportError(f"{folder} holds no .safetensors: save the checkpoint in that format")
-        self._stack = ExitStack()
-        self._open = [self._stack.enter_context(safe_open(str(file), "pt")) for file in files]
-        self._places = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
+        self._names: dict[Path, list[str]] = {}
+        for path in files:
+            with safe_open(str(path), "pt") as file:
+                self._names[path] = list(file.keys())
         # InstructBLIP's names have "language_model." somewhere before those of the language model alone.
-        self._prefix = next((n[: n.index("language_model.") + 15] for n in self._places if "language_model." in n), "")
-
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
+        names = [name for held in self._names.values() for name in held]
+        self._prefix = next((n[: n.index("language_model.") + 15] for n in names if "language_model." in n), "")
 
     def part(self, first: int, count: int, ends: bool) -> dict[str, Tensor]:
         """Weights of ``count`` layers in fp32, numbered from 0; embedding, last norm and head where ``ends``."""
         found = {}
-        for name, file in self._places.items():
-            if not name.startswith(self._prefix):
-                continue
-            own = name[len(self._prefix) :]
-            layer = re.search(r"layers\.(\d+)\.", own)
-            if layer is None:
-                if ends or own.endswith("norm.weight"):
-                    found[own] = file.get_tensor(name).float()
-            elif first <= int(layer[1]) < first + count:
-                found[_renumber(own, layer, -first)] = file.get_tensor(name).float()
+        for path, names in self._names.items():
+            with safe_open(str(path), "pt") as file:  # opened anew each time: what was read is held no longer
+                for name in names:
+                    if not name.startswith(self._prefix):
+                        continue
+                    own = name[len(self._prefix) :]
+                    layer = re.search(r"layers\.(\d+)\.", own)
+                    if layer is None:
+                        if ends or own.endswith("norm.weight"):
+                            found[own] = file.get_tensor(name).float()
+                    elif first <= int(layer[1]) < first + count:
+                        found[_renumber(own, layer, -first)] = file.get_tensor(name).float()
         return found
 
 
@@ -248,7 +247,6 @@ def export_by_layers(
             stitcher.add(graph, last)
     finally:
         stitcher.close()
-        weights.close()
     return path
 
 
