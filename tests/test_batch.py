@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import EXAMPLES, ROOT, draw_chest, run_cli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from cbedge import RadiographError, batch
+from cbedge import CbedgeError, RadiographError, batch
 
 
 @pytest.fixture
@@ -161,3 +163,17 @@ def test_ray_writes_the_same_drafts(tiny_bundle: Path, films: Path, tmp_path: Pa
         return {line["id"]: (line["status"], line.get("text"), line.get("error")) for line in batch.read_lines(path)}
 
     assert drafts(alone) == drafts(spread)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=200), st.text('image,id\n"\0 ./x.pngé', max_size=120).map(str.encode)))
+def test_no_table_breaks_it(tmp_path: Path, content: bytes):
+    table = tmp_path / "studies.csv"
+    for start in (b"", b"image,id,indication\n"):
+        table.write_bytes(start + content)
+        try:
+            items = batch.find_items(str(table))
+        except CbedgeError as error:
+            assert str(error) and "\n" not in str(error)
+        else:
+            assert len({item.id for item in items}) == len(items)

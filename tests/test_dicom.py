@@ -7,6 +7,8 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import EXAMPLES, draw_chest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -133,3 +135,20 @@ def test_a_cut_off_file_is_named_without_patient_data(capfd):
 def test_lateral_is_read_from_the_header():
     assert load_radiograph(make_dicom(ViewPosition="LL")).view == "lateral"
     assert load_radiograph(make_dicom(ViewPosition="ODD")).view is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_damaged_dicom_file_breaks_it(data: st.DataObject):
+    content = bytearray((EXAMPLES / "chest_pa.dcm").read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):  # mostly where the header is
+        most = data.draw(st.sampled_from([400, 3000, len(content) - 1]))
+        content[data.draw(st.integers(0, most))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    try:
+        radiograph = load_radiograph(bytes(content))
+    except RadiographError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert radiograph.pixels.ndim == 2
