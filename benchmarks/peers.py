@@ -101,11 +101,10 @@ def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
     from training.base import load_model
     from training.batches import encode_instructions, encode_prompt
     from training.stages import embed_inputs, encode_images, query_image
-    from training.trained import load_finding_head
 
     torch.set_num_threads(job.threads)
     parts = load_model(str(job.checkpoint), job.checkpoint, kind)
-    head = load_finding_head(job.checkpoint)
+    head = parts.finding_head
     model, dtype = parts.model.eval(), torch.float32 if kind == "fp32" else torch.bfloat16
     context = ClinicalContext(INDICATION, view="frontal")
 
@@ -288,21 +287,29 @@ def to_markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def prepare(checkpoint: str, adapters: Path, folder: Path, tell: Callable[[str], None]) -> None:
-    """Write the merged model, its language model alone, and that as GenAI's int4, into ``folder``."""
-    from export.merge import merge
-    from training.fetch import DEFAULT_CACHE
-    from training.trained import load_adapted, save_finding_head
+def prepare(
+    checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, tell: Callable[[str], None]
+) -> None:
+    """Write the merged model, its language model alone, and that for GenAI and llama.cpp, into ``folder``.
 
-    tell("merging")
-    parts = load_adapted(checkpoint, [adapters], DEFAULT_CACHE)
-    merge(parts)
+    The model is the bundle's own, restored from its fp32 graphs, where no checkpoint is given.
+    """
+    from cbedge import open_bundle
+    from export.merge import merge
+    from export.restore import restore
+    from training.fetch import DEFAULT_CACHE
+    from training.trained import load_adapted
+
+    tell("merging" if checkpoint else "restoring")
+    if checkpoint:
+        parts = load_adapted(checkpoint, [adapters] if adapters else [], DEFAULT_CACHE)
+        merge(parts)
+    else:
+        parts = restore(open_bundle(bundle), "fp32")
     language = parts.model.language_model
     if getattr(language.config, "quantization_config", None) is not None:
         del language.config.quantization_config  # how the base weights came, not how they are now
     parts.save(folder)
-    if parts.finding_head is not None:
-        save_finding_head(parts.finding_head, folder)
     language.save_pretrained(folder / "language")
     parts.tokenizer.save_pretrained(folder / "language")
     if importlib.util.find_spec("llama_cpp") is not None:
@@ -321,10 +328,12 @@ def prepare(checkpoint: str, adapters: Path, folder: Path, tell: Callable[[str],
 
 @app.command(help=__doc__)
 def main(
-    checkpoint: Annotated[str, typer.Option(help="The base of the adapters, as for python -m export.")],
-    adapters: Annotated[Path, typer.Option(help="Folder of the run.")],
-    bundle: Annotated[Path, typer.Option(help="The same run's bundle, with int4 and fp32.")],
+    bundle: Annotated[Path, typer.Option(help="A bundle with int4, int8 and fp32.")],
     output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Its checkpoint, as for python -m export [default: the bundle's fp32, restored].")
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
     image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
@@ -347,7 +356,7 @@ def main(
         typer.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(checkpoint, adapters, Path(scratch), tell)
+        prepare(checkpoint, adapters, bundle, Path(scratch), tell)
         job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads)
         found = measure(job, only or list(RUNNERS), rounds, tell)
     packages = ["onnxruntime", "onnxruntime-genai", "torch", "transformers", "bitsandbytes"]

@@ -1,7 +1,8 @@
 """``python -m benchmarks.quantization``: which 4-bit weights cost what, of one language model.
 
 Every setting quantizes the same fp32 decoder; all else stays fp32. Given are its size, how often it chooses the token
-that fp32 chooses having read the same before, and the mean Kullback-Leibler divergence of what it expects there.
+that fp32 chooses having read the same before, the mean Kullback-Leibler divergence of what it expects there, and CIDEr
+of drafts (findings, R2Gen's cleaning), whose measure of noise is the interval in a model's record.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import onnx
 import typer
 
 from cbedge import ReportGenerator
@@ -22,17 +24,27 @@ from cbedge.bundle import Bundle
 from cbedge.decoding import greedy
 from cbedge.radiograph import load_radiograph, preprocess
 from export.graphs import DECODER, save_graph
-from export.quantize import Int4Settings, quantize_language_model
-from training.datasets.iu_xray import read_studies
+from export.quantize import Int4Settings, quantize_language_model, round_for
+from export.restore import restore
+from training.base import ModelAndTokenizers
+from training.datasets.iu_xray import clean_reference, read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _NOTHING = r"(?!)"
+_HEAD = "lm_head"
 SETTINGS = {
     "8 bits, block 128": Int4Settings(eight_bits="."),
     "rtn, symmetric, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING),
     "rtn, symmetric, block 64": Int4Settings(eight_bits=_NOTHING),
     "rtn, zero points, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, symmetric=False),
     "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
+    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=_HEAD, algorithm="gptq"),
+    "GPTQ, block 64": Int4Settings(eight_bits=_HEAD, algorithm="gptq"),
+    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=_HEAD),
+    "k-quant, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=_HEAD, algorithm="k_quant"),
+    "GPTQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        block_size=32, algorithm="gptq", eight_bits=rf"{_HEAD}|down_proj|layers\.[01]/"
+    ),
     "HQQ, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="hqq"),
     "HQQ, block 64": Int4Settings(eight_bits=_NOTHING, algorithm="hqq"),
     "rtn 64; attention, down and gate projection, layers 0 and 1 in 8 bits": Int4Settings(),
@@ -62,24 +74,36 @@ def main(
     bundle: Annotated[Path, typer.Option(help="A bundle with fp32.")],
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
     output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
-    limit: Annotated[int, typer.Option(min=1, help="Validation studies.")] = 30,
+    limit: Annotated[int, typer.Option(min=1, help="Validation studies whose tokens are compared.")] = 30,
+    drafts: Annotated[int, typer.Option(min=0, help="Validation studies that are drafted, for CIDEr.")] = 100,
     only: Annotated[list[str] | None, typer.Option(help="Only these settings; may be repeated.")] = None,
 ) -> None:
     """Measure, print and record."""
     generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu")
-    cases = [_case(generator, study) for study in read_studies(data, ("val",))[:limit]]
+    studies = read_studies(data, ("val",))
+    cases = [_case(generator, study) for study in studies[:limit]]
+    parts = restore(generator.bundle, "fp32")
+    written = [s for s in studies if s.findings][:drafts]
     rows: dict[str, dict[str, Any]] = {}
     source = bundle / generator.bundle.manifest.variants["fp32"].graphs[DECODER]
+    if written:
+        rows["fp32"] = {"megabytes": _megabytes(source), "token_agreement": 1.0, "kl": 0.0, "drafts_equal": 1.0,
+                        "cider": _cider(generator, written)}  # fmt: skip
+        typer.echo(f"fp32: {rows['fp32']}", err=True)
     for name in only or SETTINGS:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / source.name
-            save_graph(quantize_language_model(source, SETTINGS[name]), path)
-            size = sum(file.stat().st_size for file in Path(scratch).iterdir())
-            rows[name] = {"megabytes": size / 1e6, **_compare(_with_decoder(generator, path), cases)}
+            save_graph(_quantized(source, SETTINGS[name], parts, data), path)
+            drafter = _with_decoder(generator, path)
+            rows[name] = {"megabytes": _megabytes(path), **_compare(drafter, cases)}
+            if written:
+                rows[name]["cider"] = _cider(drafter, written)
         typer.echo(f"{name}: {rows[name]}", err=True)
     command = "python -m benchmarks.quantization " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
-    record = {"studies": len(cases), "tokens": sum(len(c.tokens) for c in cases), "settings": rows,
-              "machine": machine(), "command": command}  # fmt: skip
+    record = {
+        "studies": len(cases), "drafts": len(written), "tokens": sum(len(c.tokens) for c in cases),
+        "settings": rows, "machine": machine(), "command": command,
+    }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
@@ -91,11 +115,29 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Quantized language model: {record['studies']} validation studies, {record['tokens']} tokens", "",
         f"{record['machine']['date']}. Command: `{record['command']}`", "",
-        "| weights | MB | fp32's token | KL divergence | drafts equal |", "| --- | ---: | ---: | ---: | ---: |",
-        *[f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} |"
-          for name, r in record["settings"].items()],
+        f"| weights | MB | fp32's token | KL divergence | equal throughout | CIDEr of {record['drafts']} drafts |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *[f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} | "
+          + (f"{r['cider']:.3f} |" if "cider" in r else "- |") for name, r in record["settings"].items()],
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _quantized(source: Path, settings: Int4Settings, parts: ModelAndTokenizers, data: Path) -> onnx.ModelProto:
+    rounded = round_for(parts, data, settings) if settings.algorithm == "gptq" else None
+    return quantize_language_model(source, settings, rounded)
+
+
+def _megabytes(graph: Path) -> float:
+    return sum(f.stat().st_size for f in (graph, graph.with_suffix(".onnx_data")) if f.is_file()) / 1e6
+
+
+def _cider(generator: ReportGenerator, studies: list[Any]) -> float:
+    """CIDEr of the drafts of studies with findings, as the bundle drafts."""
+    from training.scoring import cider
+
+    drafts = [generator.generate(s.image, accept_any_image=True, **vars(s.context)).findings for s in studies]
+    return cider([clean_reference(d) for d in drafts], [clean_reference(s.findings) for s in studies])
 
 
 def _case(generator: ReportGenerator, study: Any) -> Case:

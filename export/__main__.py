@@ -49,6 +49,9 @@ def export(
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
+    algorithm: Annotated[
+        str, typer.Option(help="Of the language model's 4-bit weights: rtn, k_quant, hqq; or gptq, which reads --data.")
+    ] = "rtn",
     record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
@@ -59,6 +62,8 @@ def export(
         raise ValueError(f"unknown vocabulary {vocabulary!r}; give full or domain")
     if vocabulary == "domain" and data is None:
         raise ValueError("--vocabulary domain takes its words from the train reports: give --data")
+    if algorithm == "gptq" and data is None:
+        raise ValueError("--algorithm gptq rounds on prompts and reports of train studies: give --data")
     from cbedge.bundle import check_target
     from export.bundle import read_topics
 
@@ -71,10 +76,13 @@ def export(
     from export.merge import merge
     from export.nf4 import write_nf4
     from export.parity import write_parity
-    from export.quantize import NF4, Int4Settings, write_variant
+    from export.quantize import ALGORITHMS, NF4, Int4Settings, round_for, write_variant
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
+    settings = Int4Settings(block_size=block_size, algorithm=algorithm)
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
@@ -86,13 +94,16 @@ def export(
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}
         extra: dict[str, list[Path]] = {}
         console.print("four fp32 graphs written")
+        rounded = None
+        if algorithm == "gptq" and data is not None and {"int4", "q4f16"} & {*wanted}:
+            rounded = round_for(parts, data, settings)
+            console.print(f"{len(rounded)} weights rounded by GPTQ")
         for one in wanted:
             if one == NF4:
                 extra[one] = write_nf4(parts, _folder(scratch, one))
                 console.print(f"{one} written")
             elif one != "fp32":
-                settings = Int4Settings(block_size=block_size)
-                graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings)
+                graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings, rounded)
                 console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(

@@ -6,6 +6,7 @@ embedding to its head (SmolLM2 does), both graphs read one and the same block of
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     WeightOnlyQuantConfig,
 )
 
+from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
+from training.base import ModelAndTokenizers
 
 # What a variant's files are called, as Transformers.js and Optimum name them, and what it is.
 SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4f16": "_q4f16"}
@@ -35,6 +38,7 @@ DESCRIPTIONS = {
 NF4 = "nf4"
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
+ALGORITHMS = ("rtn", "k_quant", "hqq", "gptq")
 # What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
 _FP32_NAMES = [
     "pixel_values",
@@ -62,7 +66,8 @@ class Int4Settings:
             was added to those.
         eight_bits_block_size: weights that share a scale there.
         algorithm: of the language model's 4-bit weights: ``rtn`` (round to nearest), ``k_quant`` (llama.cpp's search
-            for scale and offset) or ``hqq`` (half-quadratic, Badri and Shaji 2023).
+            for scale and offset), ``hqq`` (half-quadratic, Badri and Shaji 2023) or ``gptq`` (:mod:`export.gptq`,
+            which rounds on reports and is given as ``rounded`` below).
         symmetric: no zero points, with ``rtn``.
         accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
     """
@@ -80,8 +85,9 @@ class Int4Settings:
 
 
 def write_variant(
-    name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None
-) -> dict[str, Path]:
+    name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None,
+    rounded: dict[str, Rounded] | None = None,
+) -> dict[str, Path]:  # fmt: skip
     """Write one variant of four fp32 graphs into ``folder``; returns the path of each graph.
 
     Args:
@@ -89,22 +95,36 @@ def write_variant(
         paths: the fp32 graphs.
         folder: where to write.
         settings: of ``int4`` and ``q4f16``.
+        rounded: with ``gptq``, what :func:`export.gptq.round_language_model` made of the language model.
     """
     settings = settings_of(name, settings)
     if name == "fp16":
         return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"])
+            quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded)
             return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
-    return quantize_graphs(paths, folder, settings, SUFFIX[name])
+    return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
+
+
+def round_for(
+    parts: ModelAndTokenizers, data: Path, settings: Int4Settings,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Rounded]:  # fmt: skip
+    """Round a merged model's language model by GPTQ, on training studies at ``data``, where the settings ask 4 bits."""
+    inputs = calibration_inputs(parts, data)
+
+    def chosen(name: str) -> bool:
+        return not re.search(settings.eight_bits, name)
+
+    return round_language_model(parts.model.language_model, inputs, settings.block_size, chosen, tell)
 
 
 def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings:
     """How a variant's weights are quantized."""
     settings = settings or Int4Settings()
     if name == "int8":
-        return replace(settings, eight_bits=".", eight_bits_block_size=64, vision_bits=8)
+        return replace(settings, algorithm="rtn", eight_bits=".", eight_bits_block_size=64, vision_bits=8)
     return settings
 
 
@@ -121,8 +141,9 @@ def _to_half(source: Path, target: Path) -> Path:
 
 
 def quantize_graphs(
-    paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None, suffix: str = SUFFIX["int4"]
-) -> dict[str, Path]:
+    paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None, suffix: str = SUFFIX["int4"],
+    rounded: dict[str, Rounded] | None = None,
+) -> dict[str, Path]:  # fmt: skip
     """Write the quantized graphs of four fp32 graphs into ``folder``; returns the path of each."""
     settings = settings or Int4Settings()
     written = {kind: folder / f"{kind}{suffix}.onnx" for kind in paths}
@@ -130,7 +151,7 @@ def quantize_graphs(
     onnx.save(vision, str(written[VISION]))
     qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
     onnx.save(qformer, str(written[QFORMER]))
-    decoder = quantize_language_model(paths[DECODER], settings)
+    decoder = quantize_language_model(paths[DECODER], settings, rounded)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
@@ -139,11 +160,23 @@ def quantize_graphs(
     return written
 
 
-def quantize_language_model(source: Path | ModelProto, settings: Int4Settings) -> ModelProto:
-    """An fp32 decoder with 4-bit weights, and 8-bit ones where the settings say so."""
+def quantize_language_model(
+    source: Path | ModelProto, settings: Int4Settings, rounded: dict[str, Rounded] | None = None
+) -> ModelProto:
+    """An fp32 decoder with 4-bit weights, and 8-bit ones where the settings say so.
+
+    Raises:
+        ValueError: the algorithm is unknown; or it is ``gptq``, and ``rounded`` is missing or does not fit.
+    """
     graph = onnx.load(str(source)) if isinstance(source, Path) else source
     few = [n.name for n in graph.graph.node if n.op_type == "MatMul" and not re.search(settings.eight_bits, n.name)]
     mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few)
+    if settings.algorithm == "gptq":
+        if rounded is None:
+            raise ValueError("gptq rounds on reports: it needs what export.gptq.round_language_model gives")
+        graph = _quantize(mixed, settings.block_size, settings)
+        put_into_graph(graph, rounded)
+        return graph
     if settings.algorithm == "rtn":
         return _quantize(mixed, settings.block_size, settings)
     return _quantize_otherwise(mixed, settings)
@@ -156,7 +189,7 @@ def _quantize_otherwise(graph: ModelProto, settings: Int4Settings) -> ModelProto
         "hqq": HQQWeightOnlyQuantConfig(settings.block_size, 4, 1, op_types_to_quantize=("MatMul",)),
     }
     if settings.algorithm not in configs:
-        raise ValueError(f"unknown algorithm {settings.algorithm!r}; give one of: rtn, {', '.join(configs)}")
+        raise ValueError(f"unknown algorithm {settings.algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
     quantizer = MatMulNBitsQuantizer(
         graph, block_size=settings.block_size, is_symmetric=False, accuracy_level=settings.accuracy_level,
         algo_config=configs[settings.algorithm],

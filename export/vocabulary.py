@@ -5,6 +5,9 @@ its table of 49,152 tokens, and every token written reads all of them. Kept are 
 commonest of the language, and everything that byte-pair encoding needs to build them; single bytes stay, so any text at
 all can still be encoded. A text whose tokens are all kept is encoded into the same tokens, for a merge that is taken
 away makes a token that is taken away, and so had no part in it.
+
+The Q-Former reads a fixed instruction and, in training, reports; of its WordPieces those of the texts are kept, and
+every single ASCII character.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from torch import nn
 from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbedge.image_findings import OTHER
-from cbedge.prompt import ClinicalContext, build_prompt
+from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from export.graphs import ExportError
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import read_studies
 from training.datasets.studies import TAGS
 
 COMMON = 12_000
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def restrict_vocabulary(parts: ModelAndTokenizers, texts: Iterable[str], common: int = COMMON) -> tuple[int, int]:
@@ -39,26 +42,32 @@ def restrict_vocabulary(parts: ModelAndTokenizers, texts: Iterable[str], common:
         common: how many of the first merges, the language's commonest, are kept besides.
 
     Returns:
-        The number of tokens before and after.
+        The number of the language model's tokens before and after.
 
     Raises:
         ExportError: the tokenizer is of another kind.
     """
+    texts = [*texts]
     rules = json.loads(parts.tokenizer.backend_tokenizer.to_str())
     if rules["model"]["type"] != "BPE":
         raise ExportError(f"a {rules['model']['type']} tokenizer cannot be restricted, only byte-pair encoding can")
     before = len(parts.tokenizer)
-    used = {i for ids in parts.tokenizer([*texts], add_special_tokens=True).input_ids for i in ids}
+    used = {i for ids in parts.tokenizer(texts, add_special_tokens=True).input_ids for i in ids}
     kept = _kept_tokens(rules, used, common)
     renumber = {old: new for new, old in enumerate(kept)}
+    kept_tokens = rules["model"]["vocab"] = _left(rules["model"]["vocab"], renumber)
+    rules["model"]["merges"] = [
+        m for m in rules["model"]["merges"] if all(t in kept_tokens for t in (*_pair(m), "".join(_pair(m))))
+    ]
     parts.tokenizer = _renumbered(parts.tokenizer, rules, renumber)
     _restrict_weights(parts.model, kept)
     _renumber_config(parts, renumber)
+    _restrict_query_words(parts, texts)
     return before, len(kept)
 
 
 def domain_texts(data: Path) -> list[str]:
-    """What a domain's language model reads and writes: train reports, and prompts with all that can be told."""
+    """What a domain's model reads and writes: train reports, and prompts with all that can be told."""
     studies = read_studies(data, ("train",))
     told = [build_prompt(ClinicalContext(view=view), (*TAGS, OTHER)) for view in ("frontal", "lateral")]
     return [*told, *(text for s in studies for text in (s.target, build_prompt(s.context, ())))]
@@ -81,15 +90,39 @@ def _kept_tokens(rules: dict[str, Any], used: set[int], common: int) -> list[int
     return sorted({vocabulary[token] for token in wanted} | {entry["id"] for entry in rules["added_tokens"]})
 
 
+def _left(vocabulary: dict[str, int], renumber: dict[int, int]) -> dict[str, int]:
+    return {token: renumber[i] for token, i in vocabulary.items() if i in renumber}
+
+
+@torch.no_grad()
+def _restrict_query_words(parts: ModelAndTokenizers, texts: list[str]) -> None:
+    """Take out of the Q-Former, in place, the WordPieces that the texts do not need."""
+    rules = json.loads(parts.qformer_tokenizer.backend_tokenizer.to_str())
+    if rules["model"]["type"] != "WordPiece":
+        raise ExportError(f"the Q-Former's tokenizer is {rules['model']['type']}; only WordPiece is restricted")
+    prefix = rules["model"]["continuing_subword_prefix"]
+    instructions = [build_query_instruction(ClinicalContext(view=view)) for view in (None, "frontal", "lateral")]
+    encoded = parts.qformer_tokenizer([*texts, *instructions], truncation=False, padding=False).input_ids
+    used = {i for ids in encoded for i in ids} | {entry["id"] for entry in rules["added_tokens"]}
+    for token, i in rules["model"]["vocab"].items():
+        if len(token.removeprefix(prefix)) == 1 and token.isascii():
+            used.add(i)
+    kept = sorted(used)
+    renumber = {old: new for new, old in enumerate(kept)}
+    rules["model"]["vocab"] = _left(rules["model"]["vocab"], renumber)
+    parts.qformer_tokenizer = _renumbered(parts.qformer_tokenizer, rules, renumber)
+    table = parts.model.qformer.embeddings.word_embeddings
+    table.weight = nn.Parameter(table.weight[torch.tensor(kept)].clone(), requires_grad=False)
+    table.num_embeddings = len(kept)
+    table.padding_idx = None if table.padding_idx is None else renumber.get(table.padding_idx)
+    config = parts.model.config.qformer_config
+    config.vocab_size = parts.model.qformer.config.vocab_size = len(kept)
+    config.pad_token_id = parts.model.qformer.config.pad_token_id = renumber.get(config.pad_token_id)
+
+
 def _renumbered(
     tokenizer: PreTrainedTokenizerBase, rules: dict[str, Any], renumber: dict[int, int]
 ) -> PreTrainedTokenizerBase:
-    model = rules["model"]
-    model["vocab"] = {token: renumber[i] for token, i in model["vocab"].items() if i in renumber}
-    kept = model["vocab"]
-    model["merges"] = [
-        merge for merge in model["merges"] if all(t in kept for t in (*_pair(merge), "".join(_pair(merge))))
-    ]
     for entry in rules["added_tokens"]:
         entry["id"] = renumber[entry["id"]]
     for special in (rules["post_processor"] or {}).get("special_tokens", {}).values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import shutil
@@ -9,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +42,26 @@ def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.Comp
         [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600,
         env={**os.environ, **env}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
+    """``python -m MODULE ARGUMENTS`` in this process, which has torch and transformers loaded already."""
+    words = [module, *map(str, arguments)]
+    try:
+        main = importlib.import_module(f"{module}.__main__").main
+    except ModuleNotFoundError:
+        main = importlib.import_module(module).main
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", words)
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def draw_chest(seed: int, rows: int = 240, columns: int = 200) -> np.ndarray:
@@ -203,11 +226,11 @@ def tiny_run(tiny_config: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run merged and exported in every variant, through the command line."""
+    """The tiny run merged and exported in every variant, by the command."""
     from training.trained import checkpoint_of
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
+    done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
                    "--name", "tiny", "--variant", "all",
                    "--data", tiny_data, "--record", out.parent / "parity")  # fmt: skip
     assert done.returncode == 0, done.stderr

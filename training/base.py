@@ -4,12 +4,14 @@ The "mini" configuration is InstructBLIP through transformers' own classes: ViT-
 layout, LayerScale folded away) + Q-Former from MiniLM (new cross-attention) + SmolLM2-135M-Instruct.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +27,7 @@ from cbedge.image_findings import ImageFindings, scores_of
 from training.fetch import BASE_PARTS, fetch_base
 
 VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
+_FINDING_HEAD = "finding_head"
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class ModelAndTokenizers:
     finding_head: FindingHead | None = None
 
     def save(self, folder: Path) -> None:
-        """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout."""
+        """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout, and the head."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+        if self.finding_head is not None:
+            save_finding_head(self.finding_head, folder)
 
 
 def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> ModelAndTokenizers:
@@ -108,7 +113,26 @@ def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> 
         qformer_tokenizer = AutoTokenizer.from_pretrained(base, subfolder="qformer_tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id)
+    head = load_finding_head(Path(base))
+    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id, head)
+
+
+def save_finding_head(head: FindingHead, folder: Path) -> None:
+    """Write what is told of the image: ``finding_head.safetensors`` and ``finding_head.json``."""
+    save_file({"weight": head.weight, "bias": head.bias}, folder / f"{_FINDING_HEAD}.safetensors")
+    values = asdict(head.findings) | {"queries": head.queries}
+    (folder / f"{_FINDING_HEAD}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_finding_head(folder: Path) -> FindingHead | None:
+    """What :func:`save_finding_head` wrote, or ``None`` where nothing is told."""
+    path = folder / f"{_FINDING_HEAD}.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
+    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), tuple(values.get("openings", ())))
+    return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 
 
 def _precision_options(precision: str) -> dict[str, Any]:

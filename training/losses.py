@@ -46,6 +46,14 @@ class AlignmentHeads(nn.Module):
         """[B, Q, H] Q-Former output → [B, tags]; tag i is read off query i."""
         return (queries[:, : len(self.tag_bias)] * self.tag_weight).sum(-1) + self.tag_bias
 
+    @torch.no_grad()
+    def start_from(self, head: FindingHead) -> None:
+        """Take over what a trained head says of its findings; it must read each off its tag's query."""
+        rows = [TAGS.index(name) for name in head.findings.names if name in TAGS]
+        if rows != list(head.queries):
+            raise ValueError("the checkpoint's finding head reads other findings, or off other queries, than the tags'")
+        self.tag_weight[rows], self.tag_bias[rows] = head.weight, head.bias
+
     def finding_head(self, findings: ImageFindings) -> FindingHead:
         """The tag head of these findings alone, as a bundle and a drafter need it."""
         rows = [TAGS.index(name) for name in findings.names]

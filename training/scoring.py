@@ -3,7 +3,9 @@
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,14 @@ class Scores:
         return found
 
 
+@cache
+def _meteor() -> Any:
+    """One METEOR for all rows of a table: its Java process takes longer to begin than to score them."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()
+
+
 def score(drafts: list[str], references: list[str]) -> Scores:
     """BLEU-1..4 (Papineni 2002), METEOR (Denkowski and Lavie 2014, Java), ROUGE-L (Lin 2004), CIDEr (Vedantam 2015).
 
@@ -65,14 +75,13 @@ def score(drafts: list[str], references: list[str]) -> Scores:
         raise RuntimeError("METEOR runs in Java and there is no java command: install a Java runtime (11 or newer)")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
     given = {i: [draft or "."] for i, draft in enumerate(drafts)}
     wanted = {i: [reference] for i, reference in enumerate(references)}
     with redirect_stdout(StringIO()):  # Bleu prints its lengths
         bleu, _ = Bleu(4).compute_score(wanted, given)
-        meteor, each_meteor = Meteor().compute_score(wanted, given)
+        meteor, each_meteor = _meteor().compute_score(wanted, given)
         rouge, each_rouge = Rouge().compute_score(wanted, given)
         cider, each_cider = Cider().compute_score(wanted, given)
     corpus = dict(zip(METRICS, map(float, (*bleu, meteor, rouge, cider)), strict=True))

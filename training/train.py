@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from training.base import FindingHead, ModelAndTokenizers, load_model
+from training.base import FindingHead, ModelAndTokenizers, load_model, save_finding_head
 from training.batches import (
     Batch,
     ToldTags,
@@ -41,7 +41,6 @@ from training.stages import (
     start_cross_attention,
     trainable_groups,
 )
-from training.trained import save_finding_head
 from training.validation import Validation, choose_findings
 
 VAL_STUDIES = 300
@@ -93,6 +92,8 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
     autocast = choose_autocast("bf16" if bf16 else config.precision, device)
     config.output.mkdir(parents=True, exist_ok=True)
     processes.only_main(lambda: _check_same_run(config))
+    for stage in config.stages:  # a missing folder is told at once, not once the model is loaded
+        open_studies(config.data, stage.splits)
     parts = processes.main_first(lambda: _base(config, cache))
     parts.model.to(device)
     previous: Path | None = None
@@ -239,9 +240,7 @@ class StageRun:
         from training.scoring import cider
 
         studies = [s for s in self.val if s.findings]
-        parts = self.parts
-        if self.stage.tell_findings:
-            parts = replace(parts, finding_head=self._finding_head())
+        parts = replace(self.parts, finding_head=self._finding_head() if self.stage.tell_findings else None)
         drafter = TorchDrafter(parts, image_blind=self.stage.image_blind)
         with self.autocast:
             texts = drafter.draft(own(studies), lambda count: None)
@@ -266,6 +265,8 @@ class StageRun:
         heads = AlignmentHeads(self.parts.model.config.qformer_config.hidden_size, len(TAGS), ids, share)
         if previous and (previous / "heads.pt").is_file():
             heads.load_state_dict(torch.load(previous / "heads.pt", weights_only=True))
+        elif self.parts.finding_head is not None:  # of a checkpoint that was trained before
+            heads.start_from(self.parts.finding_head)
         return heads
 
     def _epoch(self, epoch: int) -> list[list[int]]:

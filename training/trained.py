@@ -1,17 +1,12 @@
 """Load what a run has trained: the checkpoint it began with, and its stages' parts and adapters."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
-from cbedge.image_findings import ImageFindings
-from training.base import FindingHead, ModelAndTokenizers, load_model
+from training.base import ModelAndTokenizers, load_finding_head, load_model
 from training.stages import load_trained
-
-_FINDING_HEAD = "finding_head"
 
 
 def stage_folders(folder: Path) -> list[Path]:
@@ -48,24 +43,6 @@ def checkpoint_of(folder: Path) -> str:
         if (place / "config.json").is_file():
             return json.loads((place / "config.json").read_text(encoding="utf-8"))["base"]
     raise FileNotFoundError(f"{folder} is neither a run nor a stage of one")
-
-
-def save_finding_head(head: FindingHead, folder: Path) -> None:
-    """Write what a stage tells of the image: ``finding_head.safetensors`` and ``finding_head.json``."""
-    save_file({"weight": head.weight, "bias": head.bias}, folder / f"{_FINDING_HEAD}.safetensors")
-    values = asdict(head.findings) | {"queries": head.queries}
-    (folder / f"{_FINDING_HEAD}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def load_finding_head(folder: Path) -> FindingHead | None:
-    """What :func:`save_finding_head` wrote, or ``None`` where the stage tells nothing."""
-    path = folder / f"{_FINDING_HEAD}.json"
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
-    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), tuple(values.get("openings", ())))
-    return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 
 
 def load_adapted(checkpoint: str, adapters: list[Path], cache: Path) -> ModelAndTokenizers:

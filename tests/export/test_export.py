@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT, call_cli
 from typer.testing import CliRunner
 
 from cbedge import OutputError, open_bundle
@@ -121,11 +121,13 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
 
 
 def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
-    done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", tiny_bundle)
+    done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", tiny_bundle)
     assert done.returncode == 1 and "--force" in done.stderr and "Traceback" not in done.stderr
-    done = run_cli("export", "--checkpoint", tmp_path / "none", "--out", tmp_path / "bundle")
+    done = call_cli("export", "--checkpoint", tmp_path / "none", "--out", tmp_path / "bundle")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    done = run_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--variant", "int3", "--out", tmp_path / "bundle")
+    done = call_cli(
+        "export", "--checkpoint", checkpoint_of(tiny_run), "--variant", "int3", "--out", tmp_path / "bundle"
+    )
     assert done.returncode == 1 and "int4" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -50,6 +50,20 @@ def test_the_model_says_the_same_of_every_token_that_is_left(models: tuple):
     )
 
 
+def test_the_query_side_reads_instruction_and_reports_as_before(models: tuple):
+    restricted = models[1]
+    texts = ["Describe the chest radiograph. View: frontal.", "FINDINGS: The heart is normal in size."]
+    for text in texts:
+        tokens, rows = [], []
+        for parts in models:
+            ids = parts.qformer_tokenizer(text).input_ids
+            tokens.append(parts.qformer_tokenizer.convert_ids_to_tokens(ids))
+            rows.append(parts.model.qformer.embeddings.word_embeddings(torch.tensor(ids)))
+        assert tokens[0] == tokens[1] and torch.equal(*rows)
+    sizes = [parts.model.qformer.embeddings.word_embeddings.weight.shape[0] for parts in models]
+    assert sizes[1] < sizes[0] and sizes[1] == restricted.model.config.qformer_config.vocab_size
+
+
 def test_the_words_of_a_collection_are_its_train_reports_and_all_that_is_told(tiny_data: Path):
     texts = domain_texts(tiny_data)
     assert any("The heart is enlarged." in text for text in texts)

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import call_cli
 
 from training.ablation import CELLS, Cell, cell_config
 from training.config import load_config
@@ -28,11 +28,11 @@ def test_the_ablation_trains_scores_and_goes_on(tiny_config: Path, tiny_data: Pa
     arguments = ("training", "ablate", "--config", tiny_config, "--data", tiny_data, "--runs", tmp_path / "runs",
                  "--output", tmp_path / "table", "--max-steps", 1, "--limit", 3, "--cell", "none-priors",
                  "--device", "cpu")  # fmt: skip
-    done = run_cli(*arguments)
+    done = call_cli(*arguments)
     assert done.returncode == 0, done.stderr
     align = tmp_path / "runs" / "none-priors" / "align"
     first = (align / "trained.safetensors").stat().st_mtime_ns
-    more = run_cli(*arguments, "--cell", "vision-priors", "--force")
+    more = call_cli(*arguments, "--cell", "vision-priors", "--force")
     assert more.returncode == 0, more.stderr
     assert (align / "trained.safetensors").stat().st_mtime_ns == first, "a cell that was scored is not run again"
     shared = tmp_path / "runs" / "vision-priors" / "align"
@@ -43,6 +43,6 @@ def test_the_ablation_trains_scores_and_goes_on(tiny_config: Path, tiny_data: Pa
 
 
 def test_an_unknown_cell_is_named(tiny_config: Path, tmp_path: Path):
-    done = run_cli("training", "ablate", "--config", tiny_config, "--runs", tmp_path / "r", "--output", tmp_path / "o",
+    done = call_cli("training", "ablate", "--config", tiny_config, "--runs", tmp_path / "r", "--output", tmp_path / "o",
                    "--cell", "all")  # fmt: skip
     assert done.returncode == 1 and "unknown cell 'all'" in done.stderr and not (tmp_path / "r").exists()

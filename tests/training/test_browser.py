@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPORTS, run_cli
+from conftest import REPORTS, call_cli
 
 from training.browser import write_browser
 
@@ -33,5 +33,7 @@ def test_the_page_shows_what_is_matched_missed_invented_and_denied(drafts: Path,
 
 
 def test_a_row_that_is_not_there_is_named(drafts: Path, tiny_data: Path, tmp_path: Path):
-    done = run_cli("training", "browse", drafts, "--data", tiny_data, "--row", "other", "--out", tmp_path / "page.html")
+    done = call_cli(
+        "training", "browse", drafts, "--data", tiny_data, "--row", "other", "--out", tmp_path / "page.html"
+    )
     assert done.returncode == 1 and "'other'" in done.stderr and not (tmp_path / "page.html").exists()

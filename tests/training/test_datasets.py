@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, draw_chest, run_cli
+from conftest import ROOT, call_cli, draw_chest
 from PIL import Image
 
 from training.datasets import Tally, open_records, open_studies
@@ -219,15 +219,15 @@ def test_labels_that_are_uncertain_or_not_told_are_not_known():
 
 def test_data_check_tells_and_plots(tiny_data: Path, tmp_path: Path):
     plot = tmp_path / "plot.png"
-    done = run_cli("training", "data", "check", tiny_data, "--plot", plot)
+    done = call_cli("training", "data", "check", tiny_data, "--plot", plot)
     assert done.returncode == 0, done.stderr
     assert "IU X-RAY" in done.stdout and "16" in done.stdout and "cardiomegaly" in done.stdout
     with Image.open(plot) as image:
         assert image.format == "PNG"
-    again = run_cli("training", "data", "check", tiny_data, "--plot", plot)
+    again = call_cli("training", "data", "check", tiny_data, "--plot", plot)
     assert again.returncode == 1 and "--force" in again.stderr
 
 
 def test_data_check_of_nothing_known_is_one_line(tmp_path: Path):
-    done = run_cli("training", "data", "check", tmp_path)
+    done = call_cli("training", "data", "check", tmp_path)
     assert done.returncode == 1 and "no known collection" in done.stderr and "Traceback" not in done.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_cli
+from conftest import call_cli
 
 from training.controls import best_constant, blank, consensus, neighbours, swapped, withheld
 from training.datasets.iu_xray import read_studies
@@ -68,7 +68,7 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run,
                  "--image-blind", tiny_run / "wording", "--output", stem,
                  "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
-    done = run_cli(*arguments)
+    done = call_cli(*arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads(stem.with_suffix(".json").read_text())
     assert list(record["scores"]) == [
@@ -79,7 +79,7 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     ]  # fmt: skip
     assert str(tmp_path) not in stem.with_suffix(".json").read_text()
     assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
-    again = run_cli(*arguments)
+    again = call_cli(*arguments)
     assert again.returncode == 1 and "--force" in again.stderr
 
 
@@ -95,10 +95,10 @@ def _write_drafts(path: Path, drafts: list[str]) -> Path:
 def test_comparing_two_models_says_which_is_better_and_whether_by_chance(tmp_path: Path):
     good = _write_drafts(tmp_path / "good.jsonl", REPORTS * 5)
     poor = _write_drafts(tmp_path / "poor.jsonl", [REPORTS[2]] * 20)
-    done = run_cli("training", "compare", good, poor, "--output", tmp_path / "result")
+    done = call_cli("training", "compare", good, poor, "--output", tmp_path / "result")
     assert done.returncode == 0, done.stderr
     measures = json.loads((tmp_path / "result.json").read_text())["measures"]
     assert measures["CIDEr"]["difference"] > 0 and measures["CIDEr"]["p"] < 0.05
     assert measures["F1 of 13 findings, micro"]["first"] == 1 and measures["F1 of 13 findings, micro"]["second"] == 0
-    wrong = run_cli("training", "compare", good, poor, "--first-row", "x", "--output", tmp_path / "other")
+    wrong = call_cli("training", "compare", good, poor, "--first-row", "x", "--output", tmp_path / "other")
     assert wrong.returncode == 1 and "no drafts of 'x'" in wrong.stderr

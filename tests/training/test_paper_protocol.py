@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REPORTS, run_cli
+from conftest import REPORTS, call_cli
 
 from training.paper_protocol import open_wordnet, score_like_paper, to_markdown
 
@@ -48,5 +48,5 @@ def test_a_drafts_file_is_scored_beside_the_constant(wordnet, tiny_data: Path, t
 def test_what_is_no_drafts_file_is_named(tiny_data: Path, tmp_path: Path):
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"a": 1}\n')
-    done = run_cli("training", "like-paper", wrong, "--data", tiny_data, "--output", tmp_path / "out")
+    done = call_cli("training", "like-paper", wrong, "--data", tiny_data, "--output", tmp_path / "out")
     assert done.returncode == 1 and "line 1" in done.stderr and "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run_cli
+from conftest import call_cli
 from safetensors.torch import load_file
 
 from training.base import load_model
@@ -164,7 +164,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tiny_config: Path, tiny_d
 def test_another_configuration_does_not_touch_a_run(tiny_config: Path, tiny_data: Path, tiny_run: Path, tmp_path: Path):
     other = tmp_path / "other.yaml"
     other.write_text(tiny_config.read_text().replace("batch_size: 4", "batch_size: 3"))
-    done = run_cli("training", "run", "--config", other, "--data", tiny_data, "--output", tiny_run)
+    done = call_cli("training", "run", "--config", other, "--data", tiny_data, "--output", tiny_run)
     assert done.returncode == 1 and "another configuration" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -179,7 +179,7 @@ def test_another_configuration_does_not_touch_a_run(tiny_config: Path, tiny_data
 def test_wrong_options_are_one_line(options: list[str], told: str, tmp_path: Path):
     if told == "CUDA" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    done = run_cli("training", "run", "--output", tmp_path / "run", *options)
+    done = call_cli("training", "run", "--output", tmp_path / "run", *options)
     assert done.returncode == 1 and told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 

@@ -1,0 +1,415 @@
+"""``python -m export.restore``: an InstructBLIP checkpoint out of a bundle, to train on or to feed other engines.
+
+A bundle holds graphs, not a checkpoint, and the run that made it may be gone. But its graphs still tell of every weight
+whose it is: those that torch traced by the module that each node came from, the decoder, which ONNX Runtime GenAI's
+builder writes, by layer. What was rounded to 4 or 8 bits comes back as what it was rounded to: the checkpoint computes
+what the bundle computes, not what was there before rounding. Language models of the LLaMA family are restored.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import torch
+import typer
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.errors import CbedgeError
+from export.graphs import DECODER, EMBED, QFORMER, VISION
+from training.base import FindingHead, ModelAndTokenizers
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_IMAGE_TOKENS = ("<image>", "<file_sep>")  # InstructBLIP's own; the mini model's
+_LAYER_PARTS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "attn.o_proj.MatMul": "self_attn.o_proj",
+    "mlp.gate_proj.MatMul": "mlp.gate_proj",
+    "mlp.up_proj.MatMul": "mlp.up_proj",
+    "mlp.down_proj.MatMul": "mlp.down_proj",
+}
+
+
+class RestoreError(ValueError):
+    """The bundle's graphs have not the form that ``python -m export`` writes."""
+
+
+@app.command(help=__doc__)
+def main_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],
+    variant: Annotated[str | None, typer.Option(help="Whose weights [default: the bundle's own default].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is already there.")] = False,
+) -> None:
+    """Restore one checkpoint."""
+    _check_target(out, force)
+    source = open_bundle(bundle)
+    source.verify()
+    parts = restore(source, variant)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        parts.save(folder)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    size = sum(parameter.numel() for parameter in parts.model.parameters())
+    typer.echo(f"checkpoint: {out}: {source.manifest.name} {source.manifest.version}, {size / 1e6:.0f} million weights")
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not force:
+        raise RestoreError(f"{out} exists already: give --force to replace it")
+    if not (out / "config.json").is_file():
+        raise RestoreError(f"{out} is there and is not a checkpoint: give another folder, nothing was written")
+
+
+def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
+    """The model of a bundle in torch, fp32, with its tokenizers and what it is told of the image.
+
+    Args:
+        bundle: with ONNX graphs.
+        variant: whose weights; the bundle's default otherwise.
+
+    Raises:
+        BundleError: there is no such variant.
+        RestoreError: the variant has no ONNX graphs, or graphs of another origin.
+    """
+    name, chosen = bundle.variant(variant)
+    if not chosen.graphs:
+        raise RestoreError(f"variant {name} has no ONNX graphs: give another with --variant")
+    graphs = {kind: Graph.load(bundle.folder / file) for kind, file in chosen.graphs.items()}
+    tokenizer = _language_tokenizer(bundle)
+    state = _traced_weights(graphs[VISION]) | _image_positions(graphs[VISION]) | _traced_weights(graphs[QFORMER])
+    state["query_tokens"] = _query_tokens(graphs[QFORMER], bundle.manifest.shapes.num_query_tokens)
+    state = {re.sub(r"^projection\.", "language_projection.", name): value for name, value in state.items()}
+    config = _config(bundle, graphs, state, tokenizer)
+    model = InstructBlipForConditionalGeneration(config)
+    state |= {f"language_model.{k}": v for k, v in _decoder_weights(graphs[DECODER], config.text_config).items()}
+    table = graphs[EMBED].table()
+    state["language_model.model.embed_tokens.weight"] = table
+    if config.text_config.tie_word_embeddings:
+        del state["language_model.lm_head.weight"]
+    _fill(model, state)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(bundle.folder / QFORMER_TOKENIZER)),
+        unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+    )  # fmt: skip
+    head = _finding_head(graphs[QFORMER], bundle)
+    return ModelAndTokenizers(model.eval(), tokenizer, words, config.image_token_id, head)
+
+
+@dataclass
+class Graph:
+    """One graph with its weights.
+
+    Attributes:
+        nodes: in order.
+        tensors: weights by name.
+        folder: where external weights lie.
+    """
+
+    nodes: list[NodeProto]
+    tensors: dict[str, TensorProto]
+    folder: Path
+
+    @classmethod
+    def load(cls, path: Path) -> Graph:
+        """Read a graph and the weights beside it."""
+        graph: GraphProto = onnx.load(str(path)).graph
+        return cls(list(graph.node), {t.name: t for t in graph.initializer}, path.parent)
+
+    def array(self, name: str) -> np.ndarray:
+        """A weight as it is stored; 16-bit floats as fp32."""
+        value = numpy_helper.to_array(self.tensors[name], str(self.folder))
+        return value.astype(np.float32) if value.dtype == np.float16 else value
+
+    def linear(self, node: NodeProto) -> np.ndarray | None:
+        """The weight of a product, float32 [out, in]; ``None`` where both factors are computed."""
+        if node.op_type == "MatMulNBits":
+            return self._blocks(node)
+        if node.op_type == "MatMul" and node.input[1] in self.tensors:
+            return self.array(node.input[1]).T
+        return None
+
+    def _blocks(self, node: NodeProto) -> np.ndarray:
+        size = attributes(node)
+        bits, rows, columns = size.get("bits", 4), size["N"], size["K"]
+        scales = self.array(node.input[2]).reshape(rows, -1, 1)
+        values = _unpacked(self.array(node.input[1]).reshape(rows, scales.shape[1], -1), bits)
+        zeros: np.ndarray | int = 2 ** (bits - 1)
+        if len(node.input) > 3 and node.input[3]:
+            zeros = _unpacked(self.array(node.input[3]).reshape(rows, -1), bits)[:, : scales.shape[1], None]
+        return ((values - zeros) * scales).reshape(rows, -1)[:, :columns].astype(np.float32)
+
+    def table(self, name: str | None = None) -> np.ndarray:
+        """The rows that a lookup reads, float32 [N, D]: of the graph's only lookup, or of the weight ``name``."""
+        for node in self.nodes:
+            if node.op_type not in ("Gather", "GatherBlockQuantized"):
+                continue
+            source = node.input[0]
+            if source not in self.tensors or (name and re.sub(r"_Q\d$", "", source) != name):
+                continue
+            if node.op_type == "Gather":
+                return self.array(source)
+            return self._table_blocks(node)
+        raise RestoreError(f"no table {name or 'of tokens'} in the graph: it was not written by this export")
+
+    def _table_blocks(self, node: NodeProto) -> np.ndarray:
+        tensor, bits = self.tensors[node.input[0]], attributes(node).get("bits", 4)
+        values = self.array(node.input[0])
+        scales = self.array(node.input[2])
+        if tensor.data_type == TensorProto.UINT8:  # packed, and counted from the middle
+            values = _unpacked(values, bits) - 2 ** (bits - 1)
+        elif len(node.input) > 3:
+            values = values.astype(np.int32) - np.repeat(self.array(node.input[3]).astype(np.int32),
+                                                         values.shape[1] // scales.shape[1], 1)  # fmt: skip
+        rows = values.astype(np.float32).reshape(len(values), scales.shape[1], -1)
+        return (rows * scales[:, :, None]).reshape(values.shape)
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes of two 4-bit numbers each, the low one first, as int16 along the last axis; 8-bit numbers as they are."""
+    values = values.astype(np.uint8)
+    if bits == 8:
+        return values.astype(np.int16)
+    return np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1).astype(np.int16)
+
+
+def _scope(node: NodeProto) -> str:
+    """The module that a traced node came from, or an empty text where that was not kept."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    names = ast.literal_eval(scopes)
+    return names[-2] if len(names) > 1 else ""
+
+
+def _traced_weights(graph: Graph) -> dict[str, np.ndarray]:
+    """The weights of a graph that torch traced, by their names in the model.
+
+    The tracer keeps equal weights once, under one of their names: so a weight is told by the node that reads it.
+    """
+    found: dict[str, np.ndarray] = {}
+    products = {o: weight for n in graph.nodes for o in n.output if (weight := graph.linear(n)) is not None}
+    for node in graph.nodes:
+        module, stored = _scope(node), [i for i in node.input if i in graph.tensors]
+        if node.op_type == "Add" and stored and (product := next((i for i in node.input if i in products), None)):
+            found[f"{module}.weight"], found[f"{module}.bias"] = products[product], graph.array(stored[0])
+        elif node.op_type in ("LayerNormalization", "Conv"):
+            weight = graph.array(stored[0])
+            bias = graph.array(stored[1]) if len(stored) > 1 else np.zeros(len(weight), np.float32)
+            found[f"{module}.weight"], found[f"{module}.bias"] = weight, bias
+        elif node.op_type in ("Gather", "GatherBlockQuantized") and stored and "embeddings" in stored[0]:
+            name = re.sub(r"_Q\d$", "", stored[0])
+            found[name] = graph.table(name)
+    return found
+
+
+def _image_positions(graph: Graph) -> dict[str, np.ndarray]:
+    """Class token and positions of the vision encoder: the one is joined to the patches, the others added to that."""
+    join = next((n for n in graph.nodes if n.op_type == "Concat" and any(i in graph.tensors for i in n.input)), None)
+    add = next((n for n in graph.nodes if join and n.op_type == "Add" and join.output[0] in n.input), None)
+    if join is None or add is None:
+        raise RestoreError("the vision encoder has no class token: it was not written by this export")
+    names = ("class_embedding", "position_embedding")
+    constants = [next(i for i in n.input if i in graph.tensors) for n in (join, add)]
+    return {f"vision_model.embeddings.{n}": graph.array(c) for n, c in zip(names, constants, strict=True)}
+
+
+def _query_tokens(graph: Graph, count: int) -> np.ndarray:
+    """The learnt queries, float32 [1, Q, H]: the only weight of the Q-Former with three dimensions."""
+    found = [n for n, t in graph.tensors.items() if [*t.dims[:2]] == [1, count] and len(t.dims) == 3]
+    if len(found) != 1:
+        raise RestoreError("the Q-Former has no query tokens: it was not written by this export")
+    return graph.array(found[0])
+
+
+def _decoder_weights(graph: Graph, config: LlamaConfig) -> dict[str, np.ndarray]:
+    """The weights of a decoder, by their names in transformers' LLaMA."""
+    width = config.head_dim
+    sizes = [config.num_attention_heads * width, *[config.num_key_value_heads * width] * 2]
+    state: dict[str, np.ndarray] = {}
+    products = [n for n in graph.nodes if n.op_type in ("MatMul", "MatMulNBits")]
+    found = {re.sub(r"^/|_Q\d$", "", n.name).replace("/", "."): n for n in products}
+    norms = [n for n in graph.tensors if n.endswith("layernorm.weight")]
+    for name, node in found.items():
+        weight = graph.linear(node)
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if weight is None:
+            continue
+        if name == "lm_head.MatMul":
+            state["lm_head.weight"] = weight
+        elif layer and layer[2] == "attn.qkv_proj.MatMul":
+            for part, rows in zip("qkv", np.split(weight, np.cumsum(sizes)[:-1]), strict=True):
+                state[f"model.layers.{layer[1]}.self_attn.{part}_proj.weight"] = rows
+        elif layer and (one := re.fullmatch(r"attn\.([qkv]_proj)\.MatMul", layer[2])):
+            state[f"model.layers.{layer[1]}.self_attn.{one[1]}.weight"] = weight
+        elif layer and layer[2] in _LAYER_PARTS:
+            state[f"model.layers.{layer[1]}.{_LAYER_PARTS[layer[2]]}.weight"] = weight
+        else:
+            raise RestoreError(f"the decoder has the product {name}, which no LLaMA has")
+    for name in norms:
+        final = name.endswith("final_norm_layernorm.weight")
+        state["model.norm.weight" if final else name] = graph.array(name)
+    return state
+
+
+def _config(
+    bundle: Bundle, graphs: dict[str, Graph], state: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerFast
+) -> InstructBlipConfig:
+    """What the weights' shapes and the nodes' attributes say of the model."""
+    shapes, patch = bundle.manifest.shapes, state["vision_model.embeddings.patch_embedding.weight"]
+    image_token = next((t for t in _IMAGE_TOKENS if t in tokenizer.get_vocab()), None)
+    if image_token is None:
+        raise RestoreError(f"the tokenizer has none of the image tokens {', '.join(_IMAGE_TOKENS)}")
+    words = state["qformer.embeddings.word_embeddings.weight"]
+    layers = _indices(state, r"qformer\.encoder\.layer\.(\d+)\.")
+    crossed = _indices(state, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
+    return InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(
+            hidden_size=patch.shape[0], patch_size=patch.shape[2], image_size=shapes.image_size,
+            intermediate_size=len(state["vision_model.encoder.layers.0.mlp.fc1.bias"]),
+            num_hidden_layers=len(_indices(state, r"vision_model\.encoder\.layers\.(\d+)\.")),
+            num_attention_heads=_heads(graphs[VISION]), hidden_act=_activation(graphs[VISION]),
+            layer_norm_eps=_epsilon(graphs[VISION], "LayerNormalization"),
+        ),
+        qformer_config=InstructBlipQFormerConfig(
+            vocab_size=len(words), hidden_size=words.shape[1],
+            max_position_embeddings=len(state["qformer.embeddings.position_embeddings.weight"]),
+            num_hidden_layers=len(layers), num_attention_heads=_heads(graphs[QFORMER]),
+            hidden_act=_activation(graphs[QFORMER]),
+            intermediate_size=len(state["qformer.encoder.layer.0.intermediate_query.dense.bias"]),
+            cross_attention_frequency=crossed[1] - crossed[0] if len(crossed) > 1 else len(layers),
+            encoder_hidden_size=patch.shape[0], layer_norm_eps=_epsilon(graphs[QFORMER], "LayerNormalization"),
+        ),
+        text_config=_text_config(bundle, graphs, tokenizer),
+        num_query_tokens=shapes.num_query_tokens, image_token_index=tokenizer.convert_tokens_to_ids(image_token),
+    )  # fmt: skip
+
+
+def _text_config(bundle: Bundle, graphs: dict[str, Graph], tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    shapes, decoder = bundle.manifest.shapes, graphs[DECODER]
+    attention = next((n for n in decoder.nodes if n.op_type == "GroupQueryAttention"), None)
+    gate = next((n for n in decoder.nodes if n.name.startswith("/model/layers.0/mlp/gate_proj/")), None)
+    if attention is None or gate is None:
+        raise RestoreError("the decoder is no LLaMA, the only family that is restored")
+    weight = decoder.linear(gate)
+    head = next(n for n in decoder.nodes if n.name.startswith("/lm_head/MatMul"))
+    table, words = graphs[EMBED].table(), decoder.linear(head)
+    if weight is None or words is None:
+        raise RestoreError("the decoder's weights are not in its graph")
+    # Position 1 turns the last pair of a head by theta^(2/d - 1); known to seven digits, as the table is fp32.
+    angle = np.arcsin(np.float64(decoder.array("sin_cache")[1, -1]))
+    theta = float(f"{angle ** (-1 / (1 - 2 / shapes.head_size)):.5g}")
+    return LlamaConfig(
+        vocab_size=len(table), hidden_size=shapes.hidden_size, intermediate_size=len(weight),
+        num_hidden_layers=shapes.num_layers, num_attention_heads=attributes(attention)["num_heads"],
+        num_key_value_heads=shapes.num_key_value_heads, head_dim=shapes.head_size,
+        max_position_embeddings=len(decoder.array("cos_cache")),
+        rms_norm_eps=_epsilon(decoder, "SimplifiedLayerNormalization"),
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        tie_word_embeddings=table.shape == words.shape and np.array_equal(table, words),
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def _indices(state: dict[str, np.ndarray], pattern: str) -> list[int]:
+    return sorted({int(m[1]) for name in state if (m := re.match(pattern, name))})
+
+
+def _epsilon(graph: Graph, kind: str) -> float:
+    """Of the graph's normalizations, which keep it in fp32: 1e-5 comes as 0.0000099999997."""
+    node = next((n for n in graph.nodes if n.op_type == kind), None)
+    if node is None:
+        raise RestoreError(f"a graph has no {kind}: it was not written by this export")
+    return float(f"{attributes(node)['epsilon']:.6g}")
+
+
+def _activation(graph: Graph) -> str:
+    return "gelu" if any(n.op_type == "Gelu" for n in graph.nodes) else "quick_gelu"
+
+
+def _heads(graph: Graph) -> int:
+    """The number of attention heads: where a reshape splits the width, it is the last but one of the shape."""
+    for node in graph.nodes:
+        if node.op_type == "Reshape" and node.input[1] in graph.tensors:
+            shape = graph.array(node.input[1])
+            if len(shape) >= 4:
+                return int(shape[-2])
+    raise RestoreError("no attention in the graph: it was not written by this export")
+
+
+def _language_tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(bundle.folder / TOKENIZER)))
+    end = tokenizer.convert_ids_to_tokens(bundle.manifest.stop_ids[0])
+    tokenizer.eos_token = tokenizer.pad_token = end
+    if bundle.manifest.prefix_ids:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(bundle.manifest.prefix_ids[0])
+    return tokenizer
+
+
+def _finding_head(graph: Graph, bundle: Bundle) -> FindingHead | None:
+    """The head that reads findings: the last product of the graph, and the lookup of its queries."""
+    told = bundle.manifest.image_findings
+    if told is None:
+        return None
+    made = {output: node for node in graph.nodes for output in node.output}
+    add = made["finding_logits"]
+    bias = next(i for i in add.input if i in graph.tensors)
+    total = made[next(i for i in add.input if i in made)]
+    product = made[total.input[0]]
+    weight = next(i for i in product.input if i in graph.tensors)
+    node = made[next(i for i in product.input if i in made)]
+    while not node.op_type.startswith("Gather"):
+        node = made[node.input[0]]
+    queries = tuple(int(i) for i in graph.array(node.input[1]).ravel())
+    return FindingHead(queries, torch.tensor(graph.array(weight)), torch.tensor(graph.array(bias)), told)
+
+
+def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarray]) -> None:
+    tensors: dict[str, Tensor] = {name: torch.tensor(value) for name, value in state.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
+    absent = [name for name in missing if name not in tied and not name.endswith("position_ids")]
+    if absent or unexpected:
+        raise RestoreError(f"the graphs do not fit InstructBLIP: missing {absent[:3]}, unexpected {unexpected[:3]}")
+    model.tie_weights()
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line and a non-zero exit code."""
+    try:
+        app()
+    except (CbedgeError, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbedge import open_bundle
+from export.gptq import round_weight
+from export.graphs import DECODER
+from export.quantize import Int4Settings, quantize_language_model, round_for
+from export.restore import Graph, restore
+
+
+def correlated(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
+    """Inputs of a layer: few directions hold most of their power, as in a language model."""
+    return rng.standard_normal((count, 8)) @ rng.standard_normal((8, width)) * 3 + rng.standard_normal((count, width))
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_outputs_of_a_rounded_weight_are_nearer_than_those_of_nearest_rounding(block: int):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((48, 192)).astype(np.float32)
+    inputs, unseen = correlated(rng, 2000, 192), None
+    inputs, unseen = inputs[:1000], inputs[1000:]
+    found = round_weight(weight, inputs.T @ inputs, block)
+    assert found.values.min() >= 0 and found.values.max() <= 15 and found.scales.shape == (48, 192 // block)
+    nearest = round_weight(weight, np.eye(192), block)  # inputs that have nothing in common: each column for itself
+    errors = [np.linalg.norm(unseen @ (r.weight - weight).T) for r in (found, nearest)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_a_weight_without_whole_blocks_is_refused():
+    with pytest.raises(ValueError, match="whole blocks"):
+        round_weight(np.ones((4, 40), np.float32), np.eye(40), 32)
+
+
+def test_the_decoder_holds_the_rounded_weights(tiny_bundle: Path, tiny_data: Path):
+    bundle = open_bundle(tiny_bundle)
+    parts = restore(bundle, "fp32")
+    before = {n: p.clone() for n, p in parts.model.language_model.named_parameters()}
+    settings = Int4Settings(block_size=32, eight_bits="lm_head|down_proj", algorithm="gptq")
+    rounded = round_for(parts, tiny_data, settings)
+    assert all((p == before[n]).all() for n, p in parts.model.language_model.named_parameters())
+    assert len(rounded) == 2 * 4
+    source = tiny_bundle / bundle.manifest.variants["fp32"].graphs[DECODER]
+    written = quantize_language_model(source, settings, rounded).graph
+    graph = Graph([*written.node], {t.name: t for t in written.initializer}, tiny_bundle)
+    bits = {}
+    for node in graph.nodes:
+        if node.op_type == "MatMulNBits":
+            name = node.name[: -len("_Q4")]
+            bits[name] = int(node.name[-1])
+            if name in rounded:
+                assert np.array_equal(graph.linear(node), rounded[name].weight)
+    assert {n for n, b in bits.items() if b == 4} == {*rounded}
+    with pytest.raises(ValueError, match="gptq"):
+        quantize_language_model(source, settings)
