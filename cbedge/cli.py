@@ -145,6 +145,7 @@ def bench_command(
     repeat: Annotated[int, typer.Option(min=1, help="Times that every radiograph is drafted.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Drafts before any is timed.")] = 2,
     indication: Annotated[str, typer.Option(help="Given with every radiograph.")] = "cough",
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Above 1, also draft so many together.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="End every draft after so many tokens.")] = None,
     no_speculative: Annotated[bool, typer.Option("--no-speculative", help="One token a pass.")] = False,
     cold: Annotated[int, typer.Option(min=0, help="Also run the whole command so often in a new process.")] = 0,
@@ -168,7 +169,7 @@ def bench_command(
     with _status() as tell:
         record = bench.bench(
             radiographs, model=model, variants=[v for v in (variants or "").split(",") if v], device=device,
-            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat,
+            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat, batch=batch,
             speculative=not no_speculative, progress=tell,
         )  # fmt: skip
         if cold:
@@ -193,6 +194,9 @@ def batch_command(
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: spread over a Ray cluster.")] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray [default: one for two CPUs].")] = None,
+    together: Annotated[
+        int, typer.Option(min=1, max=64, help="Radiographs that --engine local drafts at a time; pays on GPUs.")
+    ] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     accept_any_image: Annotated[
         bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
@@ -224,7 +228,7 @@ def batch_command(
         drafting = batch.ray_engine(bundle.folder.absolute(), name, device, max_new_tokens, accept_any_image, workers)
     else:
         generator = ReportGenerator.from_pretrained(model, variant, device)
-        drafting = batch.local_engine(generator, max_new_tokens, accept_any_image)
+        drafting = batch.local_engine(generator, max_new_tokens, accept_any_image, together)
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,7 @@ from cbedge.decoding import (
     sample,
     speculate,
 )
-from cbedge.errors import BundleError, ContextError
+from cbedge.errors import BundleError, CbedgeError, ContextError
 from cbedge.gate import Gate
 from cbedge.image_findings import scores_of
 from cbedge.phrasebook import Phrasebook
@@ -149,6 +149,28 @@ class ReportGenerator:
         for _ in stream:
             pass
         return stream.report
+
+    def generate_many(self, requests: Sequence[Mapping[str, Any]]) -> list[Report | CbedgeError]:
+        """Draft the reports of several studies together, which takes less time than one after another.
+
+        Every pass of the language model reads a token of each, by other kernels than a pass over one; so a draft can,
+        seldom, differ in a word from the one that is written alone.
+
+        Args:
+            requests: for each study the arguments of :meth:`generate`, ``image`` among them; at most 64.
+
+        Returns:
+            For each study its report, or the error that :meth:`generate` would raise.
+
+        Raises:
+            ContextError: there are too many, or one asks for beams or candidates.
+
+        Example:
+            >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
+        """
+        from cbedge.together import draft_together
+
+        return draft_together(self, requests)
 
     async def generate_async(self, image: Any, **options: Any) -> Report:
         """:meth:`generate` for an event loop: the work is done in a thread, and a draft that is cancelled ends with the
