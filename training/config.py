@@ -124,6 +124,8 @@ class RunConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of the arithmetic: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
         base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). What is trained is fp32.
+        shard: with several processes, each keeps but a part of the language model's frozen weights (FSDP), for a model
+            that no single GPU holds.
     """
 
     base: str
@@ -135,6 +137,7 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     base_precision: str = "fp32"
+    shard: bool = False
 
 
 def load_config(path: Path, **overrides: Any) -> RunConfig:
@@ -163,6 +166,8 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
         raise ConfigError(
             f"{path}: unknown base_precision {values['base_precision']!r}; give one of: {', '.join(BASE_PRECISIONS)}"
         )
+    if values.get("shard") and values.get("base_precision") == "nf4":
+        raise ConfigError(f"{path}: shard cannot part weights in nf4; give base_precision bf16, or no shard")
     if values.get("base_precision", "fp32") != "fp32" and values.get("precision") == "fp32":
         raise ConfigError(f"{path}: base_precision {values['base_precision']} needs precision bf16 or auto")
     for key in ("data", "output"):

@@ -95,6 +95,9 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
     for stage in config.stages:  # a missing folder is told at once, not once the model is loaded
         open_studies(config.data, stage.splits)
     parts = processes.main_first(lambda: _base(config, cache))
+    if config.shard:
+        whole, kept = processes.shard(parts.model.language_model)
+        console.print(f"language model: {kept / 1e6:.2f} of {whole / 1e6:.2f} MB in each process")
     parts.model.to(device)
     previous: Path | None = None
     for number, stage in enumerate(config.stages):
@@ -111,7 +114,9 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
 
 
 def _check_same_run(config: RunConfig) -> None:
-    told = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("data", "device")}, default=str))
+    told = json.loads(
+        json.dumps({k: v for k, v in asdict(config).items() if k not in ("data", "device", "shard")}, default=str)
+    )
     path = config.output / "config.json"
     if path.is_file():
         begun = json.loads(path.read_text())
@@ -205,7 +210,7 @@ class StageRun:
                 if not progress.console.is_terminal and self.step % 10 == 0:
                     self.console.print(f"{self.stage.name} {self.step}/{total} {loss_text}", highlight=False)
                 if self.step % (self.stage.validate_every or self.steps_per_epoch) == 0 or self.step == total:
-                    self.processes.only_main(self._validate)
+                    self.processes.validating(self._validate)
                     self.worse = self.processes.agree(self.worse)
                 if self.step % self.stage.save_every == 0:
                     self.processes.only_main(self._save_checkpoint)
@@ -333,7 +338,9 @@ class StageRun:
                 (loss / accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + self.processes.average(value) / accumulate
-        nn.utils.clip_grad_norm_([p for g in self.groups for p in g["params"]], 1.0)
+        trained = [p for g in self.groups for p in g["params"]]
+        self.processes.average_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -352,6 +359,8 @@ class StageRun:
         row = self.validation.measure(self.losses)
         if self.stage.select_by == "cider":
             row["cider"] = self._cider()
+        if not self.processes.is_main:
+            return
         if self.stage.select_by:
             self._select(row)
         append_row(self.folder / "validation.csv", {"step": self.step, **row})
