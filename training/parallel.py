@@ -82,7 +82,7 @@ class Processes:
         language_model.requires_grad_(False)
         for layers in [m for m in language_model.modules() if isinstance(m, nn.ModuleList)]:
             for layer in layers:
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.sharded = True
         local = [p.to_local() if isinstance(p, DTensor) else p for p in language_model.parameters()]
         return whole, sum(p.numel() * p.element_size() for p in local)
