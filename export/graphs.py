@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.base import ModelAndTokenizers
 
+LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
 VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
 
 
@@ -123,10 +124,14 @@ def _trace(
     outputs: list[str],
     dynamic: dict | None,
 ) -> None:
-    torch.onnx.export(
-        module.eval(), inputs, str(path), input_names=names, output_names=outputs, dynamic_shapes=dynamic, dynamo=True,
-        external_data=False, verbose=False,
-    )  # fmt: skip
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        traced = Path(scratch) / path.name
+        torch.onnx.export(
+            module.eval(), inputs, str(traced), input_names=names, output_names=outputs, dynamic_shapes=dynamic,
+            dynamo=True, external_data=size > LARGEST_GRAPH, verbose=False,
+        )  # fmt: skip
+        save_graph(onnx.load(str(traced)), path, within=True)
 
 
 def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
@@ -196,8 +201,17 @@ def choose_logits(graph: onnx.ModelProto) -> None:
         graph.graph.value_info.remove(info)
 
 
-def save_graph(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph with its weights in ``<name>.onnx_data`` beside it, as one new pair of files."""
+def save_graph(graph: onnx.ModelProto, path: Path, within: bool = False) -> None:
+    """Write a graph with its weights in ``<name>.onnx_data`` beside it, as one new pair of files.
+
+    Args:
+        graph: with its weights in memory.
+        path: of the graph.
+        within: keep weights in the graph's own file where it can hold them: protobuf ends at 2 GB.
+    """
     data = path.with_suffix(".onnx_data")
     data.unlink(missing_ok=True)
+    if within and sum(len(tensor.raw_data) for tensor in graph.graph.initializer) <= LARGEST_GRAPH:
+        onnx.save(graph, str(path))
+        return
     onnx.save(graph, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -133,10 +133,7 @@ def _to_half(source: Path, target: Path) -> Path:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     graph = convert_float_to_float16(onnx.load(str(source)), keep_io_types=_FP32_NAMES, disable_shape_infer=True)
-    if target.name.startswith(DECODER):
-        save_graph(graph, target)
-    else:
-        onnx.save(graph, str(target))
+    save_graph(graph, target, within=not target.name.startswith(DECODER))
     return target
 
 
@@ -148,15 +145,16 @@ def quantize_graphs(
     settings = settings or Int4Settings()
     written = {kind: folder / f"{kind}{suffix}.onnx" for kind in paths}
     vision = _quantize(paths[VISION], settings.vision_block_size, settings, bits=settings.vision_bits)
-    onnx.save(vision, str(written[VISION]))
+    save_graph(vision, written[VISION], within=True)
     qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
-    onnx.save(qformer, str(written[QFORMER]))
+    save_graph(qformer, written[QFORMER], within=True)
     decoder = quantize_language_model(paths[DECODER], settings, rounded)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
-        shared = _quantize(paths[EMBED], settings.block_size, settings)
-    onnx.save(shared, str(written[EMBED]))
+        save_graph(_quantize(paths[EMBED], settings.block_size, settings), written[EMBED], within=True)
+    else:  # its weights are the decoder's, where they lie
+        onnx.save(shared, str(written[EMBED]))
     return written
 
 

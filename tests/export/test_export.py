@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, call_cli
 from typer.testing import CliRunner
 
-from cbedge import OutputError, open_bundle
+from cbedge import OutputError, ReportGenerator, open_bundle
 from cbedge.bundle import CARD
 from export.merge import MergeError, merge
 from export.quantize import quantize_graphs
@@ -143,3 +143,25 @@ def test_the_merged_model_is_plain_again(tiny_run: Path):
     assert merge(parts) <= 1e-4
     assert not any("lora" in name for name, _ in parts.model.named_parameters())
     assert isinstance(parts.model.query_tokens, torch.Tensor)
+
+
+def test_graphs_too_large_for_one_file_keep_their_weights_beside_them(
+    tiny_run: Path, tiny_bundle: Path, chest_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from export import graphs
+
+    monkeypatch.setattr(graphs, "LARGEST_GRAPH", 20_000)
+    out = tmp_path / "large"
+    done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
+                    "--variant", "fp32", "--variant", "fp16", "--variant", "int8")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kinds = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
+    assert all((out / f"{kind}.onnx_data").is_file() for kind in kinds)
+    bundle = open_bundle(out)
+    bundle.verify()
+    for variant in ("fp32", "fp16", "int8"):
+        large, small = (
+            ReportGenerator.from_pretrained(folder, variant, "cpu").generate(chest_png, max_new_tokens=6)
+            for folder in (out, tiny_bundle)
+        )
+        assert large.text == small.text
