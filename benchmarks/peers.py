@@ -7,7 +7,6 @@ and ratios are taken round by round. llama.cpp takes part where ``pip install ll
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -17,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +29,6 @@ from cbedge.bench import machine
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 INDICATION = "cough"
-REFERENCE = "cbedge int4"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -44,6 +43,7 @@ class Job:
         image: the radiograph.
         tokens: to write, whatever the model thinks of stopping.
         threads: CPU threads.
+        device: ``cpu`` or ``cuda``.
     """
 
     checkpoint: Path
@@ -51,6 +51,7 @@ class Job:
     image: Path
     tokens: int
     threads: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def cbedge_runner(job: Job, variant: str, speculative: bool) -> Callable[[], Run
     from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import load_radiograph, preprocess
 
-    generator = ReportGenerator.from_pretrained(job.bundle, variant, "cpu", job.threads)
+    generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
     context, length = ClinicalContext(INDICATION, view="frontal"), GuessLength()
 
     def run() -> Run:
@@ -104,28 +105,31 @@ def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
 
     torch.set_num_threads(job.threads)
     parts = load_model(str(job.checkpoint), job.checkpoint, kind)
-    head = parts.finding_head
+    head, device = parts.finding_head, torch.device(job.device)
     model, dtype = parts.model.eval(), torch.float32 if kind == "fp32" else torch.bfloat16
+    if kind != "nf4":  # which bitsandbytes has put where it belongs
+        model.to(device)
     context = ClinicalContext(INDICATION, view="frontal")
 
     @torch.inference_mode()
     def run() -> Run:
         start = perf_counter()
-        pixels = torch.from_numpy(preprocess(load_radiograph(job.image).pixels)).to(dtype)
-        instruction = encode_instructions(parts, [context])
+        pixels = torch.from_numpy(preprocess(load_radiograph(job.image).pixels)).to(device, dtype)
+        instruction = {k: v.to(device) for k, v in encode_instructions(parts, [context]).items()}
         output, projected = query_image(
             model, encode_images(model, pixels), instruction["input_ids"], instruction["attention_mask"]
         )
-        ids = torch.tensor([encode_prompt(parts, context, head.read(output)[0] if head else None)])
+        ids = torch.tensor([encode_prompt(parts, context, head.read(output)[0] if head else None)], device=device)
         language = perf_counter()
         embeds = embed_inputs(model, ids, projected)
         written = model.language_model.generate(
-            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), do_sample=False,
-            max_new_tokens=job.tokens, min_new_tokens=job.tokens, pad_token_id=parts.tokenizer.pad_token_id,
-            eos_token_id=None,
+            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
+            do_sample=False, max_new_tokens=job.tokens, min_new_tokens=job.tokens,
+            pad_token_id=parts.tokenizer.pad_token_id, eos_token_id=None,
         )  # fmt: skip
+        text = parts.tokenizer.decode(written[0], skip_special_tokens=True)  # reads the tokens, so all is done
         end = perf_counter()
-        return Run(end - start, end - language, parts.tokenizer.decode(written[0], skip_special_tokens=True))
+        return Run(end - start, end - language, text)
 
     return run
 
@@ -185,7 +189,7 @@ def _stand_in_prompt(job: Job) -> list[int]:
 
 
 RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
-    REFERENCE: lambda job: cbedge_runner(job, "int4", True),
+    "cbedge int4": lambda job: cbedge_runner(job, "int4", True),
     "cbedge int4, one token a pass": lambda job: cbedge_runner(job, "int4", False),
     "cbedge fp32, one token a pass": lambda job: cbedge_runner(job, "fp32", False),
     "onnxruntime-genai int4 (language model alone)": genai_runner,
@@ -195,6 +199,18 @@ RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
     "transformers fp32": lambda job: transformers_runner(job, "fp32"),
     "transformers bf16": lambda job: transformers_runner(job, "bf16"),
     "bitsandbytes NF4": lambda job: transformers_runner(job, "nf4"),
+    "cbedge q4f16, one token a pass": lambda job: cbedge_runner(job, "q4f16", False),
+    "cbedge fp16, one token a pass": lambda job: cbedge_runner(job, "fp16", False),
+}
+# Who runs where none is named; ratios are to the first.
+USUAL = {
+    "cpu": [name for name in RUNNERS if "16, one" not in name],
+    "cuda": [
+        "cbedge q4f16, one token a pass",
+        "cbedge fp16, one token a pass",
+        "transformers bf16",
+        "bitsandbytes NF4",
+    ],
 }
 
 
@@ -238,8 +254,8 @@ def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Medians, and the ratio to cbedge's int4, round by round."""
-    ours = runs.get(REFERENCE)
+    """Medians, and the ratio to the first runner, round by round."""
+    ours = next(iter(runs.values()), None)
     rows = {}
     for name, found in runs.items():
         row: dict[str, Any] = {}
@@ -268,7 +284,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     where = record["machine"]
     lines = [
         f"# One report of {record['tokens']} tokens, {record['rounds']} rounds in turn", "",
-        f"{where['date']}, {where['processor']}, {record['threads']} threads, "
+        f"{where['date']}, {where['gpu'] or where['processor']}, {record['threads']} threads, "
         + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + f". Command: `{record['command']}`", "",
         "Seconds are medians; ratios to the first row, round by round: median (least to most).", "",
         "| | whole report, s | ratio | language model, s | ratio | characters before it differs from fp32 |",
@@ -288,9 +304,11 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 
 def prepare(
-    checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, tell: Callable[[str], None]
-) -> None:
-    """Write the merged model, its language model alone, and that for GenAI and llama.cpp, into ``folder``.
+    checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, names: list[str],
+    tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the merged model, its language model alone, and that for GenAI and llama.cpp where they are among the
+    ``names``, into ``folder``.
 
     The model is the bundle's own, restored from its fp32 graphs, where no checkpoint is given.
     """
@@ -310,9 +328,11 @@ def prepare(
     if getattr(language.config, "quantization_config", None) is not None:
         del language.config.quantization_config  # how the base weights came, not how they are now
     parts.save(folder)
+    if not any("alone" in name for name in names):
+        return
     language.save_pretrained(folder / "language")
     parts.tokenizer.save_pretrained(folder / "language")
-    if importlib.util.find_spec("llama_cpp") is not None:
+    if _installed("llama-cpp-python"):
         from benchmarks.gguf import quantize, write_gguf
 
         tell("writing GGUF for llama.cpp")
@@ -324,6 +344,14 @@ def prepare(
                str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
                "int4_accuracy_level=4"]  # fmt: skip
     subprocess.run(command, check=False, capture_output=True)
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 @app.command(help=__doc__)
@@ -338,14 +366,16 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Only these runners; may be repeated.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a record that is already there.")] = False,
 ) -> None:
     """Measure, print and record."""
-    from importlib.metadata import version
-
     if output.with_suffix(".json").exists() and not force:
         typer.echo(f"error: {output.with_suffix('.json')} exists already: give --force to replace it", err=True)
+        raise typer.Exit(1)
+    if device not in USUAL:
+        typer.echo(f"error: unknown device {device!r}; give one of: {', '.join(USUAL)}", err=True)
         raise typer.Exit(1)
     unknown = [name for name in only or () if name not in RUNNERS]
     if unknown:
@@ -356,16 +386,19 @@ def main(
         typer.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(checkpoint, adapters, bundle, Path(scratch), tell)
-        job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads)
-        found = measure(job, only or list(RUNNERS), rounds, tell)
-    packages = ["onnxruntime", "onnxruntime-genai", "torch", "transformers", "bitsandbytes"]
-    packages += ["llama-cpp-python"] * (importlib.util.find_spec("llama_cpp") is not None)
+        names = only or USUAL[device]
+        prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
+        job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads, device)
+        found = measure(job, names, rounds, tell)
+    packages = ["torch", "transformers", "bitsandbytes"]
+    for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python"):
+        packages += [package] if _installed(package) else []
     record = {
         "machine": machine(), "versions": {name: version(name) for name in packages}, "tokens": tokens,
         "rounds": rounds,
         "threads": threads, "summary": summarize(found["runs"]), "failed": found["failed"],
-        "command": f"python -m benchmarks.peers --tokens {tokens} --rounds {rounds} --threads {threads} …",
+        "command": f"python -m benchmarks.peers --device {device} --tokens {tokens} --rounds {rounds} "
+                   f"--threads {threads} …",
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

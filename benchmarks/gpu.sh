@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Latency on a GPU, beside its peers: the model that ships, then a model of InstructBLIP-Vicuna-7B's shape with random
+# weights. Run from a clone with the development set and onnxruntime-gpu instead of onnxruntime:
+#
+#   benchmarks/gpu.sh benchmarks/results/gpu
+#
+# LAYERS=8 keeps so many of the language model's 32 layers: with all of them the export takes some 110 GB of disk.
+# DEVICE=cpu SHAPE=tiny TOKENS=6 ROUNDS=1 tries the same steps on a CPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:?give a prefix for the records, such as benchmarks/results/gpu}
+device=${DEVICE:-cuda} shape=${SHAPE:-vicuna-7b} layers=${LAYERS:-} tokens=${TOKENS:-100} rounds=${ROUNDS:-5}
+work=$(mktemp -d -p "${TMPDIR:-/tmp}")
+trap 'rm -rf "$work"' EXIT
+image=examples/chest_pa.png
+
+measure() { # NAME CHECKPOINT
+  python -m export --checkpoint "$2" --out "$work/$1-bundle" --variant q4f16 --variant fp16 --name "$1"
+  cbedge bench --image "$image" --model "$work/$1-bundle" --variants q4f16,fp16 --device "$device" --tokens "$tokens" \
+    --repeat "$rounds" --batch 8 --format json --output "$results-$1-bench.json"
+  python -m benchmarks.peers --bundle "$work/$1-bundle" --checkpoint "$2" --device "$device" --tokens "$tokens" \
+    --rounds "$rounds" --output "$results-$1-peers"
+  rm -rf "$work/$1-bundle" "$2"
+}
+
+if [ "$device" = cuda ]; then
+  python - <<'PYTHON'
+import torch
+from time import perf_counter
+
+x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+torch.cuda.synchronize()
+best = 0.0
+for _ in range(10):
+    start = perf_counter()
+    x.max()
+    torch.cuda.synchronize()
+    best = max(best, len(x) / (perf_counter() - start))
+print(f"{torch.cuda.get_device_name()}: reads {best / 1e9:.0f} GB/s")
+PYTHON
+fi
+python -m export.restore cbedge/models/default --out "$work/mini"
+measure mini "$work/mini"
+python -m benchmarks.shape "$work/shape" --shape "$shape" ${layers:+--layers "$layers"}
+measure "$shape" "$work/shape"

@@ -1,0 +1,99 @@
+"""``python -m benchmarks.shape``: an InstructBLIP checkpoint of random weights: latency hangs on shapes alone.
+
+``vicuna-7b`` is as wide as Salesforce/instructblip-vicuna-7b (ViT-g/14, Q-Former, Vicuna-7B) and as deep as is asked
+for; ``tiny`` tries the same steps anywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from training.base import ModelAndTokenizers
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+SHAPES = ("vicuna-7b", "tiny")
+_SPECIAL = ("<unk>", "<s>", "</s>", "<image>")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A language model's tokenizer that knows single bytes."""
+    table = {t: i for i, t in enumerate([*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    rules = Tokenizer(models.BPE(vocab=table, merges=[], unk_token="<unk>"))
+    rules.pre_tokenizer, rules.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A Q-Former's tokenizer that knows single letters."""
+    letters = [chr(i) for i in range(33, 127)]
+    table = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)])}
+    rules = Tokenizer(models.WordPiece(vocab=table, unk_token="[UNK]"))
+    rules.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rules.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def configuration(shape: str, layers: int | None) -> InstructBlipConfig:
+    """The configuration of a shape, with so many layers of the language model (all where ``None``)."""
+    large = shape == "vicuna-7b"
+    vision = InstructBlipVisionConfig() if large else InstructBlipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=56
+    )  # fmt: skip
+    qformer = InstructBlipQFormerConfig() if large else InstructBlipQFormerConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    qformer.encoder_hidden_size = vision.hidden_size
+    text = LlamaConfig(
+        vocab_size=32_001, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=layers or 32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
+    ) if large else LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=layers or 2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 2
+    return InstructBlipConfig(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=32, image_token_index=3
+    )
+
+
+@app.command(help=__doc__)
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write; it must be new.")],
+    shape: Annotated[str, typer.Option(help="vicuna-7b or tiny.")] = "vicuna-7b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the language model [default: all].")] = None,
+) -> None:
+    """Write one checkpoint, in bf16."""
+    if shape not in SHAPES or out.exists():
+        reason = f"{out} exists already" if out.exists() else f"unknown shape {shape!r}; give {' or '.join(SHAPES)}"
+        typer.echo(f"error: {reason}", err=True)
+        raise typer.Exit(1)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = InstructBlipForConditionalGeneration(configuration(shape, layers))
+    torch.set_default_dtype(torch.float32)
+    model.query_tokens.data.normal_(std=0.02)
+    ModelAndTokenizers(model, byte_tokenizer(), letter_tokenizer(), 3).save(out)
+    typer.echo(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion random weights")
+
+
+if __name__ == "__main__":
+    app()
