@@ -24,26 +24,25 @@ from cbedge.bundle import Bundle
 from cbedge.decoding import greedy
 from cbedge.radiograph import load_radiograph, preprocess
 from export.graphs import DECODER, save_graph
-from export.quantize import Int4Settings, quantize_language_model, round_for
+from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
 from export.restore import restore
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import clean_reference, read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _NOTHING = r"(?!)"
-_HEAD = "lm_head"
 SETTINGS = {
     "8 bits, block 128": Int4Settings(eight_bits="."),
     "rtn, symmetric, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING),
     "rtn, symmetric, block 64": Int4Settings(eight_bits=_NOTHING),
     "rtn, zero points, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, symmetric=False),
     "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
-    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=_HEAD, algorithm="gptq"),
-    "GPTQ, block 64": Int4Settings(eight_bits=_HEAD, algorithm="gptq"),
-    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=_HEAD),
-    "k-quant, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=_HEAD, algorithm="k_quant"),
+    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=HEAD, algorithm="gptq"),
+    "GPTQ, block 64": Int4Settings(eight_bits=HEAD, algorithm="gptq"),
+    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD),
+    "k-quant, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD, algorithm="k_quant"),
     "GPTQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
-        block_size=32, algorithm="gptq", eight_bits=rf"{_HEAD}|down_proj|layers\.[01]/"
+        block_size=32, algorithm="gptq", eight_bits=rf"{HEAD}|down_proj|layers\.[01]/"
     ),
     "HQQ, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="hqq"),
     "HQQ, block 64": Int4Settings(eight_bits=_NOTHING, algorithm="hqq"),

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,9 @@ def export(
     vocabulary: Annotated[
         str, typer.Option(help="full; or domain, which keeps the tokens of --data's train reports and common ones.")
     ] = "full",
+    common: Annotated[
+        int, typer.Option(min=0, help="With --vocabulary domain, how many of the language's first merges are kept.")
+    ] = 12_000,
     guidance: Annotated[
         float, typer.Option(min=1, max=5, help="How much the findings seen weigh in decoding; 1 is none.")
     ] = 1.0,
@@ -76,18 +80,20 @@ def export(
     from export.merge import merge
     from export.nf4 import write_nf4
     from export.parity import write_parity
-    from export.quantize import ALGORITHMS, NF4, Int4Settings, round_for, write_variant
+    from export.quantize import ALGORITHMS, HEAD, NF4, Int4Settings, round_for, write_variant
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
     settings = Int4Settings(block_size=block_size, algorithm=algorithm)
+    if algorithm == "gptq":
+        settings = replace(settings, eight_bits=HEAD)
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if vocabulary == "domain" and data is not None:
-        before, after = restrict_vocabulary(parts, domain_texts(data))
+        before, after = restrict_vocabulary(parts, domain_texts(data), common)
         console.print(f"vocabulary: {after:,} of {before:,} tokens kept")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:

@@ -26,7 +26,7 @@ from training.batches import collate, load_pixels
 from training.datasets.iu_xray import read_studies
 from training.stages import embed_inputs, encode_images, query_image
 
-CALIBRATION_STUDIES = 128
+CALIBRATION_STUDIES = 256
 _DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 _CLIPS = np.linspace(1.0, 0.7, 13)  # shares of a block's largest weight that its scale is tried for
 _TOGETHER = 128  # columns whose errors are handed on at once

@@ -38,6 +38,7 @@ DESCRIPTIONS = {
 NF4 = "nf4"
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
+HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
 ALGORITHMS = ("rtn", "k_quant", "hqq", "gptq")
 # What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
 _FP32_NAMES = [
