@@ -238,7 +238,9 @@ def _scales(weight: np.ndarray, power: np.ndarray, block: int) -> np.ndarray:
         scale = np.where(largest == 0, 1.0, largest * clip / -8)
         error = (strength * (np.clip(np.round(blocks / scale), -8, 7) * scale - blocks) ** 2).sum(2, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    return best[..., 0].astype(np.float32)
+    wide = best[..., 0].astype(np.float32)
+    short = wide.astype(np.float16).astype(np.float32)  # as they are kept
+    return np.where(short == 0, wide, short)
 
 
 def _inverse_factor(moments: np.ndarray) -> Tensor:

@@ -1,6 +1,7 @@
 """Smaller variants of the fp32 graphs: 4- and 8-bit weights block by block, and 16-bit floats.
 
-Linear weights become ``MatMulNBits`` and embedding tables ``GatherBlockQuantized``. Where the language model ties its
+Linear weights become ``MatMulNBits`` and embedding tables ``GatherBlockQuantized``. Scales are kept in 16 bits and
+widened when a session loads: the CPU's kernels want them as wide as activations. Where the language model ties its
 embedding to its head (SmolLM2 does), both graphs read one and the same block of quantized weights on disk.
 """
 
@@ -103,7 +104,7 @@ def write_variant(
         return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded)
+            quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded, narrow=False)
             return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
     return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
 
@@ -140,16 +141,21 @@ def _to_half(source: Path, target: Path) -> Path:
 
 def quantize_graphs(
     paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None, suffix: str = SUFFIX["int4"],
-    rounded: dict[str, Rounded] | None = None,
+    rounded: dict[str, Rounded] | None = None, narrow: bool = True,
 ) -> dict[str, Path]:  # fmt: skip
-    """Write the quantized graphs of four fp32 graphs into ``folder``; returns the path of each."""
+    """Write the quantized graphs of four fp32 graphs into ``folder``; returns the path of each.
+
+    ``narrow`` keeps scales in 16 bits on disk; the rest is as of :func:`write_variant`.
+    """
     settings = settings or Int4Settings()
     written = {kind: folder / f"{kind}{suffix}.onnx" for kind in paths}
     vision = _quantize(paths[VISION], settings.vision_block_size, settings, bits=settings.vision_bits)
-    save_graph(vision, written[VISION], within=True)
     qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
-    save_graph(qformer, written[QFORMER], within=True)
     decoder = quantize_language_model(paths[DECODER], settings, rounded)
+    for graph in (vision, qformer, decoder) if narrow else ():
+        narrow_scales(graph)
+    save_graph(vision, written[VISION], within=True)
+    save_graph(qformer, written[QFORMER], within=True)
     save_graph(decoder, written[DECODER])
     shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
     if shared is None:
@@ -157,6 +163,27 @@ def quantize_graphs(
     else:  # its weights are the decoder's, where they lie
         onnx.save(shared, str(written[EMBED]))
     return written
+
+
+def narrow_scales(graph: ModelProto) -> None:
+    """Keep the scales of 4- and 8-bit products in 16 bits, in place; a cast, done once at loading, widens them.
+
+    The head's stay as they are, for the embedding's graph reads them too; so do scales that 16 bits do not hold.
+    """
+    tensors = {t.name: t for t in graph.graph.initializer}
+    for at, node in reversed([*enumerate(graph.graph.node)]):
+        if node.op_type != "MatMulNBits" or HEAD in node.name:
+            continue
+        scales = tensors[node.input[2]]
+        wide = numpy_helper.to_array(scales)
+        with np.errstate(over="ignore"):
+            short = wide.astype(np.float16)
+        if not np.allclose(short, wide, rtol=1e-3, atol=0):
+            continue
+        name = f"{scales.name}_f16"
+        graph.graph.node.insert(at, helper.make_node("Cast", [name], [scales.name], name=f"{name}/Cast",
+                                                     to=TensorProto.FLOAT))  # fmt: skip
+        scales.CopyFrom(numpy_helper.from_array(short, name))
 
 
 def quantize_language_model(

@@ -139,7 +139,9 @@ class Graph:
     def load(cls, path: Path) -> Graph:
         """Read a graph and the weights beside it."""
         graph: GraphProto = onnx.load(str(path)).graph
-        return cls(list(graph.node), {t.name: t for t in graph.initializer}, path.parent)
+        tensors = {t.name: t for t in graph.initializer}
+        widened = [n for n in graph.node if n.op_type == "Cast" and n.input[0] in tensors]
+        return cls(list(graph.node), tensors | {n.output[0]: tensors[n.input[0]] for n in widened}, path.parent)
 
     def array(self, name: str) -> np.ndarray:
         """A weight as it is stored; 16-bit floats as fp32."""

@@ -105,7 +105,7 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
     embed = save(
         "embed_tokens", helper.make_node("Gather", ["w", "input_ids"], ["inputs_embeds"]), [ids], [rows], table
     )
-    head = helper.make_node("MatMul", ["x", "w"], ["y"], name="head")
+    head = helper.make_node("MatMul", ["x", "w"], ["y"], name="/lm_head/MatMul")
     paths = {"embed_tokens": embed, **{
         kind: save(kind, head, [x], [y], np.ascontiguousarray(table.T))
         for kind in ("vision_encoder", "qformer", "decoder_model_merged")
