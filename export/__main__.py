@@ -54,8 +54,12 @@ def export(
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 64,
     algorithm: Annotated[
-        str, typer.Option(help="Of the language model's 4-bit weights: rtn, k_quant, hqq; or gptq, which reads --data.")
-    ] = "rtn",
+        str | None,
+        typer.Option(
+            help="Of the language model's 4-bit weights: gptq (on --data), rtn, k_quant or hqq "
+            "[default: gptq with --data, else rtn]."
+        ),
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
@@ -76,6 +80,7 @@ def export(
     measured: dict[str, Any] = json.loads(quality.read_text(encoding="utf-8")) if quality else {}
     console = Console(stderr=True)
     from export.bundle import Origin, pack
+    from export.gptq import can_be_rounded
     from export.graphs import export_graphs
     from export.merge import merge
     from export.nf4 import write_nf4
@@ -84,12 +89,14 @@ def export(
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
-    if algorithm not in ALGORITHMS:
+    if algorithm not in (None, *ALGORITHMS):
         raise ValueError(f"unknown algorithm {algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
+    parts = load_adapted(checkpoint, list(adapters or []), cache)
+    if algorithm is None:
+        algorithm = "gptq" if data is not None and can_be_rounded(parts.model.language_model) else "rtn"
     settings = Int4Settings(block_size=block_size, algorithm=algorithm)
     if algorithm == "gptq":
         settings = replace(settings, eight_bits=HEAD)
-    parts = load_adapted(checkpoint, list(adapters or []), cache)
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if vocabulary == "domain" and data is not None:

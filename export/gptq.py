@@ -71,6 +71,14 @@ def calibration_inputs(
     return inputs
 
 
+def can_be_rounded(model: Any) -> bool:
+    """Whether a language model has LLaMA's layers, the only ones that are rounded here."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not layers:
+        return False
+    return hasattr(layers[0], "self_attn") and hasattr(getattr(layers[0], "mlp", None), "gate_proj")
+
+
 @torch.inference_mode()
 def round_language_model(
     model: Any, inputs: Sequence[Tensor], block: int, chosen: Callable[[str], bool],
@@ -87,7 +95,14 @@ def round_language_model(
 
     Returns:
         Name in the decoder's graph → rounded weight; queries, keys and values are one product there.
+
+    Raises:
+        ValueError: the language model is of another family, or a weight has no whole blocks.
     """
+    if not can_be_rounded(model):
+        raise ValueError(
+            f"GPTQ is for language models of the LLaMA family, not {type(model).__name__}: give --algorithm rtn"
+        )
     layers = model.model.layers
     hidden, arguments = _first_layer_inputs(model, inputs)
     rounded: dict[str, Rounded] = {}

@@ -231,7 +231,7 @@ def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
-                   "--name", "tiny", "--variant", "all", "--algorithm", "gptq",
+                   "--name", "tiny", "--variant", "all",
                    "--data", tiny_data, "--record", out.parent / "parity")  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out

@@ -81,6 +81,9 @@ def evaluate_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
     model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; may be repeated.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Of the first --model [default: its own]; repeated, each gets a row.")
+    ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
     image_blind: Annotated[
         Path | None,
@@ -117,7 +120,12 @@ def evaluate_command(
     if not model and run_folder is None:
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both")
     _check_results(output, force)
-    drafters: list = [RuntimeDrafter(folder, None) for folder in model or []]
+    if variant and not model:
+        raise ValueError("--variant names one of a bundle: give --model")
+    wanted: list[tuple[Path, str | None]] = [(folder, None) for folder in model or []]
+    if variant:
+        wanted[:1] = [(wanted[0][0], name) for name in variant]
+    drafters: list = [RuntimeDrafter(folder, name) for folder, name in wanted]
     encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
     if run_folder is not None:
         if guidance is None:

@@ -65,14 +65,15 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path
 ):
     stem = tmp_path / "result"
-    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--run", tiny_run,
+    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--variant", "int4",
+                 "--variant", "fp32", "--run", tiny_run,
                  "--image-blind", tiny_run / "wording", "--output", stem,
                  "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
     done = call_cli(*arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads(stem.with_suffix(".json").read_text())
     assert list(record["scores"]) == [
-        "int4 (cbedge)", "fp32 (torch)", "image-blind model (torch)", "images swapped", "blank image",
+        "int4 (cbedge)", "fp32 (cbedge)", "fp32 (torch)", "image-blind model (torch)", "images swapped", "blank image",
         "indication withheld", "constant",
         "nearest image",
         "consensus of 25",
