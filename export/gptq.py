@@ -225,11 +225,11 @@ def _second_moments(
     layer: nn.Module, linears: dict[str, nn.Linear], hidden: list[Tensor], arguments: list[dict[str, Any]]
 ) -> dict[str, np.ndarray]:
     """For each linear the sum of its inputs' outer products, float64 [K, K]."""
-    moments = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in linears.items()}
+    moments = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}
 
     def add(name: str, module: nn.Module, positional: tuple[Tensor, ...]) -> None:
         rows = positional[0].flatten(0, -2).float()
-        moments[name] += (rows.T @ rows).double()
+        moments[name].addmm_(rows.T, rows)
 
     hooks = [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
     try:
@@ -238,7 +238,7 @@ def _second_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: value.numpy() for name, value in moments.items()}
+    return {name: value.double().numpy() for name, value in moments.items()}
 
 
 def _scales(weight: np.ndarray, power: np.ndarray, block: int) -> np.ndarray:
