@@ -37,10 +37,12 @@ SETTINGS = {
     "rtn, symmetric, block 64": Int4Settings(eight_bits=_NOTHING),
     "rtn, zero points, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, symmetric=False),
     "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
-    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=HEAD, algorithm="gptq"),
-    "GPTQ, block 64": Int4Settings(eight_bits=HEAD, algorithm="gptq"),
-    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD),
-    "k-quant, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD, algorithm="k_quant"),
+    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
+    "GPTQ, block 64": Int4Settings(eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
+    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64),
+    "k-quant, block 32; head in 8 bits": Int4Settings(
+        block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="k_quant"
+    ),
     "GPTQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
         block_size=32, algorithm="gptq", eight_bits=rf"{HEAD}|down_proj|layers\.[01]/"
     ),

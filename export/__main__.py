@@ -96,7 +96,7 @@ def export(
         algorithm = "gptq" if data is not None and can_be_rounded(parts.model.language_model) else "rtn"
     settings = Int4Settings(block_size=block_size, algorithm=algorithm)
     if algorithm == "gptq":
-        settings = replace(settings, eight_bits=HEAD)
+        settings = replace(settings, eight_bits=HEAD, eight_bits_block_size=64)  # 64 divides widths that 128 does not
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if vocabulary == "domain" and data is not None:
