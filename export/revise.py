@@ -1,4 +1,4 @@
-"""``python -m export.revise``: other decoding, openings or measured quality for a bundle; its graphs stay.
+"""``python -m export.revise``: other decoding, openings, variants or measured quality for a bundle; graphs stay.
 
 What a model writes is measured on its bundle, so the figures come after the export; and how it decodes is chosen by
 such figures. Neither needs the graphs to be written again.
@@ -38,6 +38,9 @@ def revise(
         typer.Option(help="YAML of topics that drafts cover, as export/topics.yaml; empty for none."),
     ] = None,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Only this variant; may be repeated, the first becomes the default.")
+    ] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
@@ -46,6 +49,10 @@ def revise(
     source = open_bundle(bundle)
     source.verify()
     manifest = source.manifest
+    if keep:
+        kept = [source.variant(name)[0] for name in keep]
+        variants = {name: manifest.variants[name] for name in dict.fromkeys(kept)}
+        manifest = replace(manifest, variants=variants, default_variant=kept[0])
     if version:
         manifest = replace(manifest, version=version)
     if openings:
@@ -67,7 +74,9 @@ def revise(
     )  # fmt: skip
 
     def fill(folder: Path) -> Manifest:
-        for name in manifest.files:
+        left = {file for v in manifest.variants.values() for file in (*v.graphs.values(), *v.data)}
+        gone = {f for v in source.manifest.variants.values() for f in (*v.graphs.values(), *v.data)} - left
+        for name in manifest.files.keys() - gone:
             shutil.copyfile(source.folder / name, folder / name)
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest

@@ -53,6 +53,13 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     assert "as measured" in card and "| ours | 0.500 |" in card and "begins with a fixed sentence" in card
     assert [topic.name for topic in after.topics] == ["heart", "mediastinum", "lungs", "pleura", "bones"]
     assert after.quality["parity"] == before.quality["parity"]
+    small = tmp_path / "small"
+    revise(small, "--keep", "int8")
+    kept = open_bundle(small)
+    kept.verify()
+    assert [*kept.manifest.variants] == ["int8"] == [kept.manifest.default_variant]
+    assert {f.name for f in small.glob("*.onnx*")} == {f.name for f in tiny_bundle.glob("*_int8.onnx*")}
+    assert (small / "tokenizer.json").is_file()
     openings.write_text("spleen: The spleen is large.\n")
     with pytest.raises(ValueError, match="'spleen'"):
         revise(tmp_path / "other", "--openings", openings)
