@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh benchmarks/results/gpu
 #
 # LAYERS=8 keeps so many of the language model's 32 layers: with all of them the export takes some 110 GB of disk.
-# DEVICE=cpu SHAPE=tiny TOKENS=6 ROUNDS=1 tries the same steps on a CPU.
+# SHAPE_ONLY=1 leaves the model that ships out. DEVICE=cpu SHAPE=tiny TOKENS=6 ROUNDS=1 tries the same steps on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:?give a prefix for the records, such as benchmarks/results/gpu}
@@ -39,7 +39,9 @@ for _ in range(10):
 print(f"{torch.cuda.get_device_name()}: reads {best / 1e9:.0f} GB/s")
 PYTHON
 fi
-python -m export.restore cbedge/models/default --out "$work/mini"
-measure mini "$work/mini"
+if [ -z "${SHAPE_ONLY:-}" ]; then
+  python -m export.restore cbedge/models/default --out "$work/mini"
+  measure mini "$work/mini"
+fi
 python -m benchmarks.shape "$work/shape" --shape "$shape" ${layers:+--layers "$layers"}
 measure "$shape" "$work/shape"

@@ -61,6 +61,7 @@ def configuration(shape: str, layers: int | None) -> InstructBlipConfig:
     qformer = InstructBlipQFormerConfig() if large else InstructBlipQFormerConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )  # fmt: skip
+    vision.initializer_range = 0.02  # the default, 1e-10, makes all images one
     qformer.encoder_hidden_size = vision.hidden_size
     text = LlamaConfig(
         vocab_size=32_001, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=layers or 32,

@@ -24,6 +24,9 @@ from PIL import Image
 if TYPE_CHECKING:
     import httpx
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other in circles
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEFAULT_BUNDLE = ROOT / "cbedge" / "models" / "default"
