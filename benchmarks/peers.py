@@ -303,6 +303,29 @@ def to_markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Seconds of every runner as bars, PNG: the whole report, and in front of it the language model's part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = record["summary"]
+    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.4 * len(rows)))
+    for part, colour, label in (("whole_s", "#c5d5ea", "whole report"), ("language_s", "#2f5d8a", "language model")):
+        axes.barh(list(rows), [row[part] for row in rows.values()], color=colour, label=label)
+    for at, row in enumerate(rows.values()):
+        longest = max(v for v in (row["whole_s"], row["language_s"]) if v == v)
+        axes.text(longest, at, f" {longest:.2f}", va="center", fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds, median", title=f"One report of {record['tokens']} tokens, {record['threads']} threads")
+    axes.legend(fontsize="small", loc="upper right")
+    axes.margins(x=0.1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def prepare(
     checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, names: list[str],
     tell: Callable[[str], None],
@@ -357,7 +380,7 @@ def _installed(package: str) -> bool:
 @app.command(help=__doc__)
 def main(
     bundle: Annotated[Path, typer.Option(help="A bundle with int4, int8 and fp32.")],
-    output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
+    output: Annotated[Path, typer.Option(help="Record as OUTPUT.json, .md and .png.")],
     checkpoint: Annotated[
         str | None, typer.Option(help="Its checkpoint, as for python -m export [default: the bundle's fp32, restored].")
     ] = None,
@@ -403,6 +426,7 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+    plot(record, output.with_suffix(".png"))
     typer.echo(to_markdown(record))
 
 
