@@ -20,7 +20,7 @@ from typing import IO, Any
 from cbedge.errors import CbedgeError, OutputError, RadiographError
 from cbedge.generator import ReportGenerator
 
-COLUMNS = ("image", "id", "indication", "comparison", "view")
+COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ""})
 _MAX_CSV_BYTES = 256 * 2**20
 
@@ -33,6 +33,7 @@ class Item:
         id: what it is called in the output: the table's ``id``, or its path below what was given.
         image: its file.
         indication, comparison, view: as of :meth:`ReportGenerator.generate`.
+        lateral: file of the same study's lateral radiograph.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Item:
     indication: str | None = None
     comparison: str | None = None
     view: str | None = None
+    lateral: Path | None = None
 
 
 @dataclass
@@ -56,7 +58,7 @@ def find_items(studies: str) -> list[Item]:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
     A table is a ``.csv`` with a column ``image`` (paths relative to the table's folder) and, where known, ``id``,
-    ``indication``, ``comparison`` and ``view``.
+    ``indication``, ``comparison``, ``view`` and ``lateral`` (a path too).
 
     Raises:
         RadiographError: nothing is found, two items share a name, or a table cannot be read.
@@ -229,7 +231,7 @@ def _draft_some(
 ) -> list[dict[str, Any]]:
     requests = [
         {"image": item.image, "indication": item.indication, "comparison": item.comparison, "view": item.view,
-         "max_new_tokens": max_new_tokens, "accept_any_image": accept_any_image}
+         "lateral": item.lateral, "max_new_tokens": max_new_tokens, "accept_any_image": accept_any_image}
         for item in items
     ]  # fmt: skip
     try:
@@ -327,5 +329,9 @@ def _read_table(path: Path) -> list[Item]:
         if not image:
             raise RadiographError(f"{path.name}, line {number}, names no image: fill it in, or take the line out")
         told = {name: (row.get(name) or "").strip() or None for name in ("indication", "comparison", "view")}
-        items.append(Item((row.get("id") or "").strip() or image, path.parent / image, **told))
+        lateral = (row.get("lateral") or "").strip()
+        items.append(
+            Item((row.get("id") or "").strip() or image, path.parent / image, **told,
+                 lateral=path.parent / lateral if lateral else None)
+        )  # fmt: skip
     return items

@@ -25,7 +25,7 @@ CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
-GATE = "gate.npy"
+GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 BACKENDS = ("onnx", "torch_nf4")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
@@ -88,6 +88,7 @@ class Manifest:
         image_findings: what the Q-Former's graph scores (its output ``finding_logits``), the prompt tells, and drafts
             are opened with; ``None`` for a model that is not told.
         topics: what the findings of a draft speak of before they end, see :mod:`cbedge.topics`.
+        reads_lateral: the model was trained to read a lateral radiograph beside the frontal one.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Manifest:
     quality: dict[str, Any] = field(default_factory=dict)
     image_findings: ImageFindings | None = None
     topics: tuple[Topic, ...] = ()
+    reads_lateral: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Bundle:
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
-        optional = [name for name in (PHRASEBOOK, GATE) if name in self.manifest.files]
+        optional = [name for name in (PHRASEBOOK, GATE, LATERAL_GATE) if name in self.manifest.files]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 
     def _verify_file(self, name: str) -> None:

@@ -43,6 +43,9 @@ def generate(
     indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
     view: Annotated[str | None, typer.Option(help="frontal or lateral [default: what the file says].")] = None,
+    lateral: Annotated[
+        Path | None, typer.Option(help="The same study's lateral radiograph, for a model that reads both.")
+    ] = None,
     model: Model = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -72,7 +75,7 @@ def generate(
     heatmap: Annotated[Path | None, typer.Option(help="Also write a new PNG of where the model looked.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
 ) -> None:
-    """Draft the report of one radiograph."""
+    """Draft the report of one study."""
     from cbedge.formats import check_format, render
     from cbedge.report import DRAFT_STATEMENT, format_sections
 
@@ -96,13 +99,14 @@ def generate(
                               "candidates": candidates}  # fmt: skip
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # what is wrong is told before the model is loaded
-    radiograph = load_radiograph(image)
+    radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
     from cbedge.generator import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
-        radiograph, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
-        decoding=replace(generator.decoding, **chosen), accept_any_image=accept_any_image,
+        radiograph, indication=indication, comparison=comparison, view=view, lateral=second,
+        max_new_tokens=max_new_tokens, decoding=replace(generator.decoding, **chosen),
+        accept_any_image=accept_any_image,
     )  # fmt: skip
     live = sys.stdout.isatty() and form == "text" and output is None
     for piece in stream:

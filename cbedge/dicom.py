@@ -23,7 +23,7 @@ _INDICATIONS = (
 )  # fmt: skip
 
 
-def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None, str | None]:
+def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None, str | None, str | None]:
     """Decode one single-frame CR or DX image.
 
     Modality rescale and the first VOI LUT or window are applied; MONOCHROME1 is turned round so that bone is bright.
@@ -34,8 +34,8 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
         max_pixels: refuse more than this, from the header, before decoding.
 
     Returns:
-        float32 [rows, columns] in 0..1; ``frontal``, ``lateral`` or ``None`` from View Position; and the indication
-        that the header tells, or ``None``.
+        float32 [rows, columns] in 0..1; ``frontal``, ``lateral`` or ``None`` from View Position; the indication
+        that the header tells, or ``None``; and the UID of the study, or ``None``.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
@@ -57,7 +57,8 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
             raise RadiographError(
                 f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
             ) from None
-        return _to_unit(dataset, values, name), _view(dataset), header_indication(dataset)
+        study = str(dataset.get("StudyInstanceUID") or "") or None
+        return _to_unit(dataset, values, name), _view(dataset), header_indication(dataset), study
 
 
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:

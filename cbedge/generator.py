@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, open_backend
-from cbedge.bundle import GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from cbedge.decoding import (
     Decoder,
     Decoding,
@@ -44,20 +44,22 @@ MAX_NEW_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Look:
-    """What the Q-Former made of a radiograph.
+    """What the Q-Former made of a study's radiograph, or of two.
 
     Attributes:
         image_embeds: for the language model, float32 [1, Q, D].
         seen: findings that the prompt tells, empty where none was seen; ``None`` for a model that is not told.
         scores: of every finding that is looked for, 0 to 1.
         attention: how much each patch was looked at for the findings seen (for "abnormal" where none was), float32 [P],
-            the class token first.
+            the class token first; of the frontal radiograph.
+        lateral: whether a lateral radiograph was seen as well: Q is then twice the number of queries.
     """
 
     image_embeds: np.ndarray
     seen: tuple[str, ...] | None
     scores: dict[str, float]
     attention: np.ndarray
+    lateral: bool = False
 
 
 class ReportGenerator:
@@ -82,7 +84,9 @@ class ReportGenerator:
         self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
         known = PHRASEBOOK in bundle.manifest.files
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
-        self.gate = Gate.load(bundle.folder / GATE) if GATE in bundle.manifest.files else None
+        self.gate, self.lateral_gate = (
+            Gate.load(bundle.folder / name) if name in bundle.manifest.files else None for name in (GATE, LATERAL_GATE)
+        )
         self._guess_length = GuessLength()
         self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
 
@@ -122,11 +126,12 @@ class ReportGenerator:
         indication: str | None = None,
         comparison: str | None = None,
         view: str | None = None,
+        lateral: Any = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
         accept_any_image: bool = False,
     ) -> Report:
-        """Draft the report of one frontal chest radiograph.
+        """Draft the report of one frontal chest radiograph, and of the lateral one beside it.
 
         Args:
             image: a path, the file's bytes, a PIL image, an array, or a :class:`~cbedge.radiograph.Radiograph`; see
@@ -134,17 +139,19 @@ class ReportGenerator:
             indication: why the study was requested; default is what a DICOM header says of it.
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
+            lateral: the same study's lateral radiograph, as ``image`` may be given; for a model that
+                :attr:`reads_lateral`.
             max_new_tokens: stop after so many tokens.
             decoding: how tokens are chosen; default is :attr:`decoding`.
             accept_any_image: draft even of what does not look like a chest radiograph.
 
         Raises:
-            RadiographError: the image cannot be used, or does not look like a chest radiograph.
-            ContextError: the indication, comparison, view or ``max_new_tokens`` cannot be used.
+            RadiographError: an image cannot be used, or does not look like a chest radiograph.
+            ContextError: the indication, comparison, view, lateral radiograph or ``max_new_tokens`` cannot be used.
         """
         stream = self.stream(
-            image, indication=indication, comparison=comparison, view=view, max_new_tokens=max_new_tokens,
-            decoding=decoding, accept_any_image=accept_any_image,
+            image, indication=indication, comparison=comparison, view=view, lateral=lateral,
+            max_new_tokens=max_new_tokens, decoding=decoding, accept_any_image=accept_any_image,
         )  # fmt: skip
         for _ in stream:
             pass
@@ -195,6 +202,7 @@ class ReportGenerator:
         indication: str | None = None,
         comparison: str | None = None,
         view: str | None = None,
+        lateral: Any = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
         accept_any_image: bool = False,
@@ -209,13 +217,37 @@ class ReportGenerator:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
         radiograph = load_radiograph(image)
+        second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
         context = ClinicalContext(
             context.indication or radiograph.indication,
             context.comparison,
             context.view or radiograph.view or "frontal",
         )
         source = "given" if indication else "DICOM header" if radiograph.indication else None
-        return ReportStream(self, radiograph, context, limit, decoding or self.decoding, source, accept_any_image)
+        settings = decoding or self.decoding
+        return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second)
+
+    @property
+    def reads_lateral(self) -> bool:
+        """Whether the model was trained to read a lateral radiograph beside the frontal one."""
+        return self.bundle.manifest.reads_lateral
+
+    def _load_lateral(self, lateral: Any, frontal: Radiograph, context: ClinicalContext) -> Radiograph:
+        if not self.reads_lateral:
+            raise ContextError(
+                f"{self.bundle.manifest.name} reads one radiograph a study: leave the lateral one out, or give a model "
+                "that was trained with both"
+            )
+        if "lateral" in (context.view, frontal.view):
+            raise ContextError("the first radiograph is a lateral one: give the frontal one there, and one lateral one")
+        radiograph = load_radiograph(lateral)
+        if radiograph.view == "frontal":
+            raise ContextError("the radiograph that is given as lateral is a frontal one, as its header says")
+        if radiograph.sha256 == frontal.sha256:
+            raise ContextError("the frontal and the lateral radiograph are one file: give the lateral one, or leave it")
+        if frontal.study_uid and radiograph.study_uid and frontal.study_uid != radiograph.study_uid:
+            raise ContextError("the two radiographs are of different studies, as their headers say: give one study's")
+        return radiograph
 
     @property
     def decoding(self) -> Decoding:
@@ -248,9 +280,10 @@ class ReportGenerator:
             return sample(decoder, logits, stop, limit, settings, begun=begun)
         return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting, settings, begun)
 
-    def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None) -> list[int]:
+    def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None, lateral: bool = False) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
-        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, build_prompt(context, seen), False)]
+        prompt = build_prompt(context, seen, lateral)
+        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, prompt, False)]
 
     def write(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
@@ -321,7 +354,7 @@ class ReportGenerator:
         count = look.image_embeds.shape[1] + limit
         if not look.seen or guidance == 1:
             return self._read(self.backend.new_decoder(count + len(prompt_ids)), look, prompt_ids, begun)
-        untold_ids = self.prompt_ids(context, ())
+        untold_ids = self.prompt_ids(context, (), look.lateral)
         capacity = count + max(len(prompt_ids), len(untold_ids))
         if self.backend.decoder_only:
             pairs = enumerate(zip(prompt_ids, untold_ids, strict=False))
@@ -344,18 +377,27 @@ class ReportGenerator:
         logits = decoder.prefill(np.concatenate([look.image_embeds, embeds], axis=1))
         return decoder, decoder.read(begun)[-1].copy() if begun else logits
 
-    def look(self, features: np.ndarray, context: ClinicalContext) -> Look:
-        """Ask the Q-Former about the vision encoder's features [1, P, H]."""
-        ids = self._encode(self._qformer_tokenizer, build_query_instruction(context), True)
-        embeds, attention, logits = self.backend.query_image(features, np.array([ids], np.int64))
+    def look(self, features: np.ndarray, context: ClinicalContext, lateral: np.ndarray | None = None) -> Look:
+        """Ask the Q-Former about the vision encoder's features [1, P, H], and about the lateral radiograph's."""
+        embeds, attention, logits = self._query(features, context)
+        if lateral is not None:
+            more, _, second = self._query(lateral, replace(context, view="lateral"))
+            embeds = np.concatenate([embeds, more], axis=1)
+            logits = None if logits is None or second is None else (logits + second) / 2
         findings = self.bundle.manifest.image_findings
         if findings is None or logits is None:
-            return Look(embeds, None, {}, attention.mean(0))
+            return Look(embeds, None, {}, attention.mean(0), lateral is not None)
         scores = scores_of(logits)
         seen = findings.read(scores)
         rows = [i for i, name in enumerate(findings.names) if name in seen] or [0]
         named = dict(zip(findings.names, map(float, scores), strict=True))
-        return Look(embeds, seen, named, attention[rows].mean(0))
+        return Look(embeds, seen, named, attention[rows].mean(0), lateral is not None)
+
+    def _query(
+        self, features: np.ndarray, context: ClinicalContext
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        ids = self._encode(self._qformer_tokenizer, build_query_instruction(context), True)
+        return self.backend.query_image(features, np.array([ids], np.int64))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -383,11 +425,12 @@ class ReportStream(Iterator[str]):
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
         decoding: Decoding, indication_source: str | None = None, accept_any_image: bool = False,
+        lateral: Radiograph | None = None,
     ):  # fmt: skip
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
         self._indication_source, self._accept_any_image = indication_source, accept_any_image
-        self._pieces = self._run(generator, radiograph, context, limit, decoding)
+        self._pieces = self._run(generator, radiograph, context, limit, decoding, lateral)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -426,20 +469,23 @@ class ReportStream(Iterator[str]):
 
     def _run(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
-        decoding: Decoding,
+        decoding: Decoding, lateral: Radiograph | None,
     ) -> Iterator[str]:  # fmt: skip
         manifest, backend = generator.bundle.manifest, generator.backend
-        start = perf_counter() - radiograph.read_ms / 1000
-        pixels = preprocess(radiograph.pixels)
+        images = [image for image in (radiograph, lateral) if image is not None]
+        start = perf_counter() - sum(image.read_ms for image in images) / 1000
+        pixels = [preprocess(image.pixels) for image in images]
         read = perf_counter()
-        features = backend.encode_image(pixels)
-        if generator.gate is not None and not self._accept_any_image:
-            generator.gate.check(features, radiograph.chroma)
+        features = []
+        for image, gate, planes in zip(images, (generator.gate, generator.lateral_gate), pixels, strict=False):
+            features.append(backend.encode_image(planes))
+            if gate is not None and not self._accept_any_image:
+                gate.check(features[-1], image.chroma)
         vision = perf_counter()
-        look = generator.look(features, context)
+        look = generator.look(features[0], context, *features[1:])
         self._attention = look.attention
         qformer = perf_counter()
-        prompt_ids = generator.prompt_ids(context, look.seen)
+        prompt_ids = generator.prompt_ids(context, look.seen, look.lateral)
         opening = generator.opening(look)[:limit]
         begun = [word.token_id for word in opening]
         decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit)
@@ -468,6 +514,7 @@ class ReportStream(Iterator[str]):
             model_version=manifest.version, variant=generator.variant, device=backend.device,
             view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
+            lateral_sha256=lateral.sha256 if lateral else None,
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

@@ -94,12 +94,16 @@ def build_query_instruction(context: ClinicalContext) -> str:
     return _TASK + (f" View: {context.view}." if context.view else "")
 
 
-def build_instruction(context: ClinicalContext) -> str:
+def build_instruction(context: ClinicalContext, lateral: bool = False) -> str:
     """The instruction that the language model reads, in one line, fields in a fixed order.
 
     A field that is not given is left out, which training also does at random, so a missing indication is familiar.
+
+    Args:
+        context: what is known of the study.
+        lateral: a lateral radiograph follows the frontal one.
     """
-    parts = [build_query_instruction(context)]
+    parts = [f"{_TASK} View: frontal and lateral." if lateral else build_query_instruction(context)]
     if context.indication:
         parts.append(f"Indication: {context.indication}.")
     if context.comparison:
@@ -107,16 +111,18 @@ def build_instruction(context: ClinicalContext) -> str:
     return " ".join(parts)
 
 
-def build_prompt(context: ClinicalContext, seen: Sequence[str] | None = None) -> str:
-    """The text that follows the 32 image embeddings in the language model's input; the report comes right after it.
+def build_prompt(context: ClinicalContext, seen: Sequence[str] | None = None, lateral: bool = False) -> str:
+    """The text that follows the image embeddings (32 a radiograph) in the language model's input; the report comes
+    right after it.
 
     Args:
         context: what is known of the study.
         seen: findings that the Q-Former's head sees (:mod:`cbedge.image_findings`), empty where it sees none; ``None``
             for a model that is not told.
+        lateral: a lateral radiograph's embeddings follow the frontal one's.
     """
     told = "" if seen is None else f"Seen: {', '.join(seen) or 'none'}.\n"
-    return f"\n{build_instruction(context)}\n{told}Report:\n"
+    return f"\n{build_instruction(context, lateral)}\n{told}Report:\n"
 
 
 def build_target(findings: str | None, impression: str | None) -> str:

@@ -36,6 +36,7 @@ class Radiograph:
         indication: what a DICOM header says of why the study was requested, else ``None``.
         chroma: how colourful the file is: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
         read_ms: how long reading and decoding took, in milliseconds.
+        study_uid: of the study that a DICOM header names.
     """
 
     pixels: np.ndarray
@@ -44,6 +45,7 @@ class Radiograph:
     indication: str | None = None
     chroma: float = 0.0
     read_ms: float = 0.0
+    study_uid: str | None = None
 
 
 def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
@@ -125,8 +127,8 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
     if data[128:132] == b"DICM":
         from cbedge.dicom import read_dicom
 
-        pixels, view, indication = read_dicom(data, name, max_pixels)
-        return Radiograph(_checked(pixels, name), view, digest, indication)
+        pixels, view, indication, study = read_dicom(data, name, max_pixels)
+        return Radiograph(_checked(pixels, name), view, digest, indication, study_uid=study)
     pixels, chroma = _decode_raster(data, name, max_pixels)
     return Radiograph(_checked(pixels, name), None, digest, chroma=chroma)
 

@@ -88,7 +88,7 @@ class Report:
             a model that is not told. The text can still say otherwise.
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
         sentences: the draft sentence by sentence, with confidence.
-        image_sha256: of the input file.
+        image_sha256: of the input file; ``lateral_sha256`` of the lateral radiograph's, where there was one.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
             ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
         guessed_tokens, accepted_tokens: what the phrasebook proposed, and how much of it the model agreed to.
@@ -116,6 +116,7 @@ class Report:
     guessed_tokens: int
     accepted_tokens: int
     timings: Timings
+    lateral_sha256: str | None = None
     statement: str = DRAFT_STATEMENT
 
     def to_json(self) -> str:

@@ -254,7 +254,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
 
     @app.post(
-        "/v1/reports", dependencies=[Depends(allowed)], summary="Draft the report of one radiograph",
+        "/v1/reports", dependencies=[Depends(allowed)], summary="Draft the report of one study",
         responses={
             200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
                   "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
@@ -269,6 +269,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     async def reports(
         request: Request,
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or DICOM (CR, DX).")],
+        lateral: Annotated[UploadFile | None, File(description="The same study's lateral radiograph, if any.")] = None,
         indication: Annotated[str | None, Form(examples=["cough"])] = None,
         comparison: Annotated[str | None, Form(examples=["2019"])] = None,
         view: Annotated[str | None, Form(examples=["PA"])] = None,
@@ -284,10 +285,15 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         content = await image.read()
         arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
         radiograph = await asyncio.to_thread(load_radiograph, content)
-        context = {"indication": indication or None, "comparison": comparison or None, "view": view or None}
+        second = await lateral.read() if lateral is not None else None
+        context: dict[str, Any] = {
+            "indication": indication or None,
+            "comparison": comparison or None,
+            "view": view or None,
+        }
 
         def make() -> ReportStream:
-            return generator.stream(radiograph, **context, accept_any_image=accept_any_image)  # type: ignore[arg-type]
+            return generator.stream(radiograph, lateral=second, accept_any_image=accept_any_image, **context)
 
         async def alive() -> bool:
             return not await request.is_disconnected()
@@ -337,8 +343,11 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     async def model() -> dict[str, Any]:
         manifest = generator.bundle.manifest
         card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
-        return {"name": manifest.name, "version": manifest.version, "variant": generator.variant,
-                "device": generator.backend.device, "license": manifest.license, "card": card}  # fmt: skip
+        return {
+            "name": manifest.name, "version": manifest.version, "variant": generator.variant,
+            "device": generator.backend.device, "license": manifest.license,
+            "reads_lateral": manifest.reads_lateral, "card": card,
+        }  # fmt: skip
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:

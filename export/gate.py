@@ -17,17 +17,18 @@ FALSE_ALARMS = 0.005  # of validation radiographs
 _MARGIN = 1.1
 
 
-def fit_gate(backend: Backend, data: Path) -> Gate | None:
+def fit_gate(backend: Backend, data: Path, lateral: bool = False) -> Gate | None:
     """The gate for a variant's own features; ``None`` where the collection is too small to tell what is usual.
 
     Args:
         backend: whose vision encoder the bundle's default variant runs.
         data: IU X-RAY's folder; train radiographs give the distribution, validation ones the limit.
+        lateral: of lateral radiographs, not of frontal ones.
     """
-    rows = {
-        split: _features(backend, [s.image for s in read_studies(data, (split,))][:most])
-        for split, most in (("train", MAX_TRAIN), ("val", MAX_VAL))
-    }
+    rows = {}
+    for split, most in (("train", MAX_TRAIN), ("val", MAX_VAL)):
+        images = [s.lateral if lateral else s.image for s in read_studies(data, (split,))]
+        rows[split] = _features(backend, [image for image in images if image is not None][:most])
     if len(rows["train"]) < 4 * DIRECTIONS or not len(rows["val"]):
         return None
     gate = _distribution(rows["train"])

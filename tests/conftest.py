@@ -77,6 +77,15 @@ def draw_chest(seed: int, rows: int = 240, columns: int = 200) -> np.ndarray:
     return np.clip(255 * (body + 0.03 * rng.standard_normal((rows, columns))), 0, 255).astype(np.uint8)
 
 
+def draw_lateral(seed: int) -> np.ndarray:
+    """One dark lung before a bright spine, uint8 [240, 200]."""
+    y, x = np.mgrid[0:240, 0:200] / np.array([240, 200])[:, None, None]
+    body = 0.6 + 0.3 * x - 0.5 * np.exp(-((((x - 0.45) / 0.25) ** 2 + ((y - 0.5) / 0.3) ** 2) ** 2))
+    return np.clip(255 * (body + 0.03 * np.random.default_rng(seed).standard_normal((240, 200))), 0, 255).astype(
+        np.uint8
+    )
+
+
 @pytest.fixture(scope="session")
 def chest_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chest") / "chest.png"
@@ -86,16 +95,20 @@ def chest_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen studies in the layout of ``studies.jsonl``."""
+    """Sixteen studies in the layout of ``studies.jsonl``, two of three with a lateral radiograph."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     lines = []
     for number, split in enumerate(["train"] * 8 + ["val"] * 4 + ["test"] * 4):
         findings, impression = REPORTS[number % 4]
+        images = [{"file": f"{number}.jpg", "view": "frontal", "columns": 200, "rows": 240}]
         Image.fromarray(draw_chest(number)).save(folder / "images" / f"{number}.jpg")
+        if number % 3:
+            images.append({"file": f"{number}-lateral.jpg", "view": "lateral", "columns": 200, "rows": 240})
+            Image.fromarray(draw_lateral(number)).save(folder / "images" / f"{number}-lateral.jpg")
         lines.append({
             "study_id": f"S{number}", "split": split, "r2gen_id": f"S{number}",
-            "images": [{"file": f"{number}.jpg", "view": "frontal", "columns": 200, "rows": 240}],
+            "images": images,
             "indication": "XXXX-year-old with cough." if number % 2 else None,
             "comparison": "None." if number % 3 else None,
             "exam": "Chest", "findings": findings, "impression": impression,
@@ -192,6 +205,7 @@ stages:
     train: [qformer, query_tokens, projection]
     lora: {{part: vision, r: 4, alpha: 8, targets: [qkv, projection, fc1, fc2]}}
     losses: {{language: 1.0, tags: 1.0}}
+    lateral: true
     batch_size: 2
     accumulate: 2
     epochs: 2
@@ -202,6 +216,7 @@ stages:
     losses: {{language: 1.0}}
     tell_findings: [cardiomegaly, effusion, opacity]
     tell_from: report
+    lateral: true
     cached_views: 1
     batch_size: 4
     epochs: 2

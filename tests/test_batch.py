@@ -51,11 +51,14 @@ def test_one_bad_file_stops_nothing_and_is_listed_at_the_end(tiny_bundle: Path, 
 
 def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Path, tmp_path: Path):
     table = films / "studies.csv"
-    table.write_text("id,image,indication,view\na,more/0.png,cough,PA\nb,more/1.png,,\n", encoding="utf-8")
+    rows = ("id,image,indication,view,lateral", "a,more/0.png,cough,PA,more/2.png", "b,more/1.png,,,")
+    table.write_text("\n".join(rows), encoding="utf-8")
     items = batch.find_items(str(table))
     assert [(i.id, i.indication, i.view) for i in items] == [("a", "cough", "PA"), ("b", None, None)]
     done = run_batch(tiny_bundle, table, tmp_path / "out.jsonl")
-    assert done.returncode == 0 and [line["id"] for line in batch.read_lines(tmp_path / "out.jsonl")] == ["a", "b"]
+    lines = list(batch.read_lines(tmp_path / "out.jsonl"))
+    assert done.returncode == 0 and [line["id"] for line in lines] == ["a", "b"]
+    assert [bool(line["lateral_sha256"]) for line in lines] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_a_cut_off_file_is_named_without_patient_data(capfd):
 
 
 def test_lateral_is_read_from_the_header():
-    assert load_radiograph(make_dicom(ViewPosition="LL")).view == "lateral"
+    film = load_radiograph(make_dicom(ViewPosition="LL", StudyInstanceUID="1.2.3"))
+    assert film.view == "lateral" and film.study_uid == "1.2.3"
     assert load_radiograph(make_dicom(ViewPosition="ODD")).view is None
 
 

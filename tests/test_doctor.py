@@ -32,7 +32,7 @@ def test_an_altered_model_is_a_fault_with_a_remedy(tiny_bundle: Path, tmp_path: 
 
 
 def test_two_builds_of_the_runtime_are_a_fault(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backend, "_installed", lambda name: True)
+    monkeypatch.setattr(backend, "is_installed", lambda name: True)
     checks = {check.name: check for check in doctor.examine(tiny_bundle)}
     assert checks["onnxruntime"].state == "fault" and "pip uninstall" in checks["onnxruntime"].remedy
     assert "draft on cpu" not in checks

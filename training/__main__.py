@@ -1,5 +1,6 @@
 """The model builder's commands, from base weights and data to trained and measured models."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +74,8 @@ def run_command(
 
     chosen = {"data": data, "output": output, "device": device, "precision": precision}
     folder = run(load_config(config, **chosen, base_precision=base_precision), cache, max_steps)
-    typer.echo(f"trained: {folder}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        typer.echo(f"trained: {folder}")
 
 
 @app.command("evaluate")

@@ -25,6 +25,7 @@ from transformers import (
 
 from cbedge.image_findings import ImageFindings, scores_of
 from training.fetch import BASE_PARTS, fetch_base
+from training.views import mean_by_study
 
 VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
 _FINDING_HEAD = "finding_head"
@@ -50,9 +51,18 @@ class FindingHead:
         weight, bias = self.weight.to(output.device), self.bias.to(output.device)
         return (output[:, list(self.queries)].float() * weight).sum(-1) + bias
 
-    def read(self, output: Tensor) -> list[tuple[str, ...]]:
-        """Q-Former output [B, Q, H] → for each study the findings to tell."""
-        return [self.findings.read(scores_of(row)) for row in self.logits(output).detach().cpu().numpy()]
+    def read(self, output: Tensor, count: int | None = None, laterals: Tensor | None = None) -> list[tuple[str, ...]]:
+        """Q-Former output [N, Q, H] → for each study the findings to tell.
+
+        Args:
+            output: of the frontal radiographs of ``count`` studies, and then of the lateral ones.
+            count: of studies; ``None`` where all are frontal.
+            laterals: int64 [N - count], the study of each lateral radiograph.
+        """
+        logits = self.logits(output).detach()
+        if count is not None and laterals is not None:
+            logits = mean_by_study(logits, count, laterals.to(logits.device))
+        return [self.findings.read(scores_of(row)) for row in logits.cpu().numpy()]
 
 
 @dataclass
@@ -73,6 +83,11 @@ class ModelAndTokenizers:
     image_token_id: int
     finding_head: FindingHead | None = None
 
+    @property
+    def reads_lateral(self) -> bool:
+        """Whether the model was trained to read a lateral radiograph beside the frontal one."""
+        return bool(getattr(self.model.config, "reads_lateral", False))
+
     def save(self, folder: Path) -> None:
         """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout, and the head."""
         self.model.save_pretrained(folder)
@@ -82,7 +97,9 @@ class ModelAndTokenizers:
             save_finding_head(self.finding_head, folder)
 
 
-def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> ModelAndTokenizers:
+def load_model(
+    base: str, cache: Path, precision: str = "fp32", layers: int | None = None, **mini: Any
+) -> ModelAndTokenizers:
     """Load the model that a configuration names.
 
     Args:
@@ -91,6 +108,7 @@ def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> 
         cache: where the base weights of ``"mini"`` are kept.
         precision: of the weights in memory: ``fp32``; ``bf16``; or ``nf4``, the language model's linear layers in 4-bit
             NormalFloat with double quantization (QLoRA, Dettmers et al. 2023; by bitsandbytes) and the rest in bf16.
+        layers: read only so many of a checkpoint's language model, for work on the image side of a large one.
         mini: keyword arguments of :func:`assemble_mini`.
 
     Raises:
@@ -100,7 +118,10 @@ def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> 
     """
     if base == "mini":
         return assemble_mini(cache, **mini)
-    model = InstructBlipForConditionalGeneration.from_pretrained(base, **_precision_options(precision))
+    options = _precision_options(precision)
+    if layers is not None:
+        options["config"] = _shortened(base, layers)
+    model = InstructBlipForConditionalGeneration.from_pretrained(base, **options)
     model.language_model.is_loaded_in_4bit = precision == "nf4"  # peft asks the part that it adapts
     for module in model.modules() if precision == "nf4" else ():
         # bitsandbytes packs weights anew on such CPUs when a model is evaluated; no gradient passes them after that.
@@ -115,6 +136,14 @@ def load_model(base: str, cache: Path, precision: str = "fp32", **mini: Any) -> 
         tokenizer.pad_token = tokenizer.eos_token
     head = load_finding_head(Path(base))
     return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id, head)
+
+
+def _shortened(base: str, layers: int) -> InstructBlipConfig:
+    config = InstructBlipConfig.from_pretrained(base)
+    config.text_config.num_hidden_layers = layers
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return config
 
 
 def save_finding_head(head: FindingHead, folder: Path) -> None:

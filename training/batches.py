@@ -117,8 +117,10 @@ class Batch:
     """One batch; text is right-padded.
 
     Attributes:
-        images: float [B, 3, 224, 224], or encoder features [B, 257, H] when they come from the cache.
-        qformer_ids, qformer_mask: int64 [B, I] the instruction for the Q-Former.
+        images: float [N, 3, 224, 224], or encoder features [N, 257, H] when they come from the cache: the B studies'
+            frontal radiographs, then the lateral ones of those that have one.
+        laterals: int64 [N - B], the study of each lateral radiograph, ascending.
+        qformer_ids, qformer_mask: int64 [N, I] the instruction for the Q-Former, which names the view.
         input_ids, attention_mask: int64 [B, L] placeholders, prompt and report for a decoder-only language model.
         labels: int64 [B, L] the report's tokens, -100 elsewhere.
         report_ids, report_mask: int64 [B, R] the report for the Q-Former's text side.
@@ -127,6 +129,7 @@ class Batch:
     """
 
     images: Tensor
+    laterals: Tensor
     qformer_ids: Tensor
     qformer_mask: Tensor
     input_ids: Tensor
@@ -148,10 +151,12 @@ class Batch:
         return replace(self, **{name: getattr(self, name)[:, count:] for name in names})
 
 
-def encode_prompt(parts: ModelAndTokenizers, context: ClinicalContext, seen: Sequence[str] | None = None) -> list[int]:
-    """Token ids of image placeholders and prompt, as inference feeds them."""
-    prompt = parts.tokenizer(build_prompt(context, seen), add_special_tokens=False).input_ids
-    start = [parts.image_token_id] * parts.model.config.num_query_tokens
+def encode_prompt(
+    parts: ModelAndTokenizers, context: ClinicalContext, seen: Sequence[str] | None = None, lateral: bool = False
+) -> list[int]:
+    """Token ids of image placeholders and prompt, as inference feeds them; ``lateral`` is a second radiograph."""
+    prompt = parts.tokenizer(build_prompt(context, seen, lateral), add_special_tokens=False).input_ids
+    start = [parts.image_token_id] * (parts.model.config.num_query_tokens * (1 + lateral))
     return [*start, *prefix_ids(parts), *prompt]
 
 
@@ -163,11 +168,20 @@ def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
 
 def collate(
     parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor,
-    seen: Sequence[Sequence[str] | None] | None = None,
+    seen: Sequence[Sequence[str] | None] | None = None, laterals: Sequence[int] = (),
 ) -> Batch:  # fmt: skip
-    """Encode studies, with the context that each is to be seen with and the findings that it is told, into a batch."""
+    """Encode studies into a batch.
+
+    Args:
+        studies: B of them.
+        contexts: what each is to be seen with.
+        images: see :class:`Batch`.
+        seen: the findings that each is told.
+        laterals: the studies whose lateral radiographs follow the frontal ones, ascending.
+    """
     seen = seen or [None] * len(studies)
-    prompts = [encode_prompt(parts, context, told) for context, told in zip(contexts, seen, strict=True)]
+    told_rows = enumerate(zip(contexts, seen, strict=True))
+    prompts = [encode_prompt(parts, context, told, i in laterals) for i, (context, told) in told_rows]
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
     eos = parts.tokenizer.eos_token_id
     rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]
@@ -179,14 +193,20 @@ def collate(
         input_ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
         labels[i, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
-    instruction = encode_instructions(parts, contexts)
+    instruction = encode_instructions(parts, [*contexts, *(of_lateral(contexts[i]) for i in laterals)])
     report = parts.qformer_tokenizer([s.target for s in studies], padding=True, truncation=True, max_length=128,
                                      return_tensors="pt")  # fmt: skip
     return Batch(
-        images, instruction["input_ids"], instruction["attention_mask"], input_ids, mask, labels,
+        images, torch.tensor(laterals, dtype=torch.long), instruction["input_ids"], instruction["attention_mask"],
+        input_ids, mask, labels,
         report["input_ids"], report["attention_mask"],
         torch.tensor([s.tags for s in studies], dtype=torch.float32), targets,
     )  # fmt: skip
+
+
+def of_lateral(context: ClinicalContext) -> ClinicalContext:
+    """The same study's context, for its lateral radiograph."""
+    return replace(context, view="lateral")
 
 
 def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContext]) -> dict[str, Tensor]:
@@ -229,7 +249,7 @@ def epoch_order(
 @torch.inference_mode()
 def cache_features(
     vision: torch.nn.Module,
-    studies: Sequence[Study],
+    images: Sequence[tuple[str, Path]],
     views: int,
     folder: Path,
     seed: int,
@@ -237,12 +257,12 @@ def cache_features(
     autocast: torch.autocast,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Encode every study's radiograph once a view, into a float16 memory map [views, studies, 257, H] on disk.
+    """Encode every radiograph, given as (name, file), once a view, into a float16 memory map [views, images, 257, H].
 
-    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, studies and seed is
+    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, names and seed is
     opened instead of made again.
     """
-    key = hashlib.sha256(f"{seed} {views} {[s.study_id for s in studies]}".encode())
+    key = hashlib.sha256(f"{seed} {views} {[name for name, _ in images]}".encode())
     for name, weight in sorted(vision.state_dict().items()):
         key.update(name.encode() + weight.detach().float().cpu().numpy().tobytes()[:4096])
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,20 +274,20 @@ def cache_features(
     array = None
     vision.eval()
     for view in range(views):
-        for start in range(0, len(studies), size):
-            chunk = studies[start : start + size]
+        for start in range(0, len(images), size):
+            chunk = images[start : start + size]
             pixels = [
-                load_pixels(s.image, np.random.default_rng([seed, view, start + i]) if view else None)
-                for i, s in enumerate(chunk)
+                load_pixels(file, np.random.default_rng([seed, view, start + i]) if view else None)
+                for i, (_, file) in enumerate(chunk)
             ]
             with autocast:
                 features = vision(pixel_values=torch.from_numpy(np.stack(pixels)).to(device)).last_hidden_state
             if array is None:
-                shape = (views, len(studies), *features.shape[1:])
+                shape = (views, len(images), *features.shape[1:])
                 array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
             array[view, start : start + len(chunk)] = features.float().cpu().numpy()
             if progress is not None:
-                progress(len(chunk), views * len(studies))
+                progress(len(chunk), views * len(images))
     assert array is not None
     array.flush()
     partial.rename(path)

@@ -73,6 +73,9 @@ class Stage:
             :mod:`training.findings`: then the language model learns to write all that it is told, and nothing else).
         openings: finding → the sentence that opens a draft where the finding is told; none where empty. It should say
             no more than the finding's name does: nothing is known of side or size.
+        lateral: the lateral radiograph is read beside the frontal one, where a study has it; the image embeddings of
+            both go to the language model, and the tag head's logits are averaged.
+        lateral_dropout: probability of withholding it, so that a frontal radiograph alone stays familiar.
         splits: studies to learn from; ``extra`` has impressions only.
         validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
         select_by: ``language`` (lowest validation loss), ``cider`` (highest CIDEr of greedy drafts of validation
@@ -106,6 +109,8 @@ class Stage:
     tell_share: float = 0.9
     tell_from: str = "tags"
     openings: dict[str, str] = field(default_factory=lambda: dict(OPENINGS))
+    lateral: bool = False
+    lateral_dropout: float = 0.3
     splits: tuple[str, ...] = ("train",)
     abnormal_weight: float = 1.0
     save_every: int = 50
@@ -208,9 +213,9 @@ def _stage(values: dict, path: Path) -> Stage:
         raise ConfigError(f"{where}: patience needs select_by, which says what is better")
     if stage.start_cross_attention and ("qformer" not in stage.train or not stage.cached_views):
         raise ConfigError(f"{where}: start_cross_attention needs qformer in train, and cached_views")
-    if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views):
+    if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views or stage.lateral):
         raise ConfigError(
-            f"{where}: an image-blind stage has the language loss alone, and trains and caches no image part"
+            f"{where}: an image-blind stage has the language loss alone, and trains, caches and reads no image part"
         )
     return stage
 

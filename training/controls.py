@@ -36,23 +36,23 @@ def consensus(reports: list[str]) -> str:
 
 
 def swapped(studies: list[Study], seed: int = 0) -> list[Request]:
-    """Every study with another study's image and its own indication: a random cycle, so that no image stays."""
+    """Every study with another study's images and its own indication: a random cycle, so that no image stays."""
     order = np.random.default_rng(seed).permutation(len(studies))
     donor = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}
-    return [Request(studies[donor[i]].image, s.context) for i, s in enumerate(studies)]
+    return [Request(studies[donor[i]].image, s.context, studies[donor[i]].lateral) for i, s in enumerate(studies)]
 
 
 def withheld(studies: list[Study]) -> list[Request]:
     """Every study with its own image and neither indication nor comparison."""
-    return [Request(s.image, replace(s.context, indication=None, comparison=None)) for s in studies]
+    return [Request(s.image, replace(s.context, indication=None, comparison=None), s.lateral) for s in studies]
 
 
 def blank(studies: list[Study]) -> list[Request]:
     """Every study with a uniformly grey image and its own context."""
     grey = Radiograph(np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32), "frontal", "")
-    return [Request(grey, s.context) for s in studies]
+    return [Request(grey, s.context, s.lateral and grey) for s in studies]
 
 
 def own(studies: list[Study]) -> list[Request]:
     """Every study as it is."""
-    return [Request(s.image, s.context) for s in studies]
+    return [Request(s.image, s.context, s.lateral) for s in studies]

@@ -13,7 +13,7 @@ from cbedge.decoding import guide
 from cbedge.prompt import ClinicalContext, build_opening
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from training.base import ModelAndTokenizers
-from training.batches import encode_instructions, encode_prompt
+from training.batches import encode_instructions, encode_prompt, of_lateral
 from training.stages import embed_inputs, encode_images, query_image
 
 MAX_NEW_TOKENS = 160
@@ -22,10 +22,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One draft to write: which image, with which context."""
+    """One draft to write: of which frontal radiograph, with which context; a model that reads a lateral one gets it."""
 
     image: Path | Radiograph
     context: ClinicalContext
+    lateral: Path | Radiograph | None = None
 
 
 class Drafter(Protocol):
@@ -59,6 +60,7 @@ class RuntimeDrafter:
             c = request.context
             report = self.generator.generate(
                 request.image, indication=c.indication, comparison=c.comparison, view=c.view,
+                lateral=request.lateral if self.generator.reads_lateral else None,
                 max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True,
             )  # fmt: skip
             texts.append(report.text)
@@ -156,18 +158,22 @@ class TorchDrafter:
     def _batch(self, requests: list[Request]) -> list[str]:
         parts = self.parts
         count = parts.model.config.num_query_tokens
+        reads = parts.reads_lateral
+        laterals = [i for i, r in enumerate(requests) if reads and r.lateral is not None]
         projected = None
         seen: list[tuple[str, ...] | None] = [None] * len(requests)
         if not self.image_blind:
-            output, projected = self.query(self.encode([r.image for r in requests]), [r.context for r in requests])
+            images = [r.image for r in requests] + [r.lateral for r in requests if r.lateral is not None and reads]
+            contexts = [r.context for r in requests] + [of_lateral(requests[i].context) for i in laterals]
+            output, projected = self.query(self.encode(images), contexts)
             if parts.finding_head is not None:
-                seen = [*parts.finding_head.read(output)]
+                seen = [*parts.finding_head.read(output, len(requests), torch.tensor(laterals, dtype=torch.long))]
         guided = self.guidance != 1 and any(seen)
         begun = [self._opening(told) for told in seen]
-        told_rows = [*zip(requests, seen, begun, strict=True)]
-        prompts = [encode_prompt(parts, r.context, told) + ids for r, told, ids in told_rows]
+        told_rows = [*zip(requests, seen, begun, [i in laterals for i in range(len(requests))], strict=True)]
+        prompts = [encode_prompt(parts, r.context, told, two) + ids for r, told, ids, two in told_rows]
         if guided:  # what saw nothing is told the same twice, and guided nowhere
-            prompts += [encode_prompt(parts, r.context, told and ()) + ids for r, told, ids in told_rows]
+            prompts += [encode_prompt(parts, r.context, told and (), two) + ids for r, told, ids, two in told_rows]
         if self.image_blind:
             prompts = [prompt[count:] for prompt in prompts]
         length = max(map(len, prompts))
@@ -177,8 +183,11 @@ class TorchDrafter:
         for row, prompt in enumerate(prompts):  # left-padded, so that every report begins at the same place
             ids = torch.tensor([prompt], device=self.device)
             study = row % len(requests)
-            queries = None if projected is None else projected[study : study + 1]
-            embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries)[0]
+            queries, own = None, torch.zeros(0, dtype=torch.long, device=self.device)
+            if projected is not None:
+                rows = [study, *(len(requests) + n for n, i in enumerate(laterals) if i == study)]
+                queries, own = projected[rows], own.new_zeros(len(rows) - 1)
+            embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries, own)[0]
             mask[row, length - len(prompt) :] = 1
         out = parts.model.language_model.generate(
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,

@@ -17,6 +17,7 @@ from training.config import Stage
 from training.datasets.studies import TAGS
 from training.parallel import gather_with_gradient
 from training.stages import encode_images, language_loss, query_image
+from training.views import by_study, mean_by_study
 
 
 class AlignmentHeads(nn.Module):
@@ -60,19 +61,27 @@ class AlignmentHeads(nn.Module):
         weight, bias = self.tag_weight.detach().float().cpu()[rows], self.tag_bias.detach().float().cpu()[rows]
         return FindingHead(tuple(rows), weight.clone(), bias.clone(), findings)
 
-    def tags_loss(self, queries: Tensor, tags: Tensor) -> Tensor:
-        """Binary cross-entropy over [B, tags] 0/1, without those not known (-1); as most tags are rare, positives weigh
-        thrice."""
+    @staticmethod
+    def tags_loss(logits: Tensor, tags: Tensor) -> Tensor:
+        """Binary cross-entropy of logits [B, tags] over 0/1 of the same shape, without those not known (-1); as most
+        tags are rare, positives weigh thrice."""
         weight = torch.full((tags.shape[1],), 3.0, device=tags.device)
         weight[0] = 1.0
         known = tags >= 0
         losses = functional.binary_cross_entropy_with_logits(
-            self.tag_logits(queries).float(), tags.clamp_min(0), pos_weight=weight, reduction="none"
+            logits.float(), tags.clamp_min(0), pos_weight=weight, reduction="none"
         )
         return (losses * known).sum() / known.sum().clamp_min(1)
 
-    def contrastive_loss(self, queries: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Symmetric InfoNCE in all processes' batch; an image is as similar to a text as its most similar query."""
+    def contrastive_loss(self, queries: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Symmetric InfoNCE in all processes' batch; a study is as similar to a text as its most similar query.
+
+        Args:
+            queries: [B, Q, H], and which of them are there, bool [B, Q]; the first always is.
+            text: [B, R, H], of the report.
+            text_mask: [B, R].
+        """
+        queries = torch.where(there.unsqueeze(-1), queries, queries[:, :1])  # a query twice changes no maximum
         image = functional.normalize(self.image_projection(queries).float(), dim=-1)
         mask = text_mask.unsqueeze(-1)
         pooled = (text * mask).sum(1) / mask.sum(1)
@@ -87,10 +96,11 @@ class AlignmentHeads(nn.Module):
             + cross_entropy(similarity.T, labels, label_smoothing=smoothing)
         )
 
-    def words_loss(self, projected: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
-        """[B, Q, D] projected queries, [V, D] word embeddings, [B, W] 0/1 words of the report."""
+    def words_loss(self, projected: Tensor, there: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+        """[B, Q, D] projected queries and which are there, [V, D] word embeddings, [B, W] 0/1 words of the report."""
         words = functional.normalize(embedding[self.word_ids].float(), dim=-1)
         scores = torch.einsum("bqd,wd->bqw", projected.float(), words)
+        scores = scores.masked_fill(~there.unsqueeze(-1), -torch.inf)
         logits = self.word_gain * scores.logsumexp(1) + self.word_bias
         return functional.binary_cross_entropy_with_logits(logits, targets) * 10
 
@@ -128,20 +138,33 @@ class StageLosses(nn.Module):
             batch = batch.without_placeholders(model.config.num_query_tokens)
             return {"language": (language_loss(self.parts, batch, None), words)}
         features = batch.images if encoded else encode_images(model, batch.images)
-        queries, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
-        studies = torch.tensor(float(len(queries)), device=queries.device)
+        output, projected = query_image(model, features, batch.qformer_ids, batch.qformer_mask)
+        count = len(batch.tags)
+        studies = torch.tensor(float(count), device=output.device)
         losses: dict[str, tuple[Tensor, Tensor]] = {}
         if "tags" in wanted:
-            losses["tags"] = heads.tags_loss(queries, batch.tags), (batch.tags >= 0).sum()
+            logits = mean_by_study(heads.tag_logits(output), count, batch.laterals)
+            losses["tags"] = heads.tags_loss(logits, batch.tags), (batch.tags >= 0).sum()
         if "contrastive" in wanted:
             text = model.qformer(input_ids=batch.report_ids, attention_mask=batch.report_mask).last_hidden_state
-            losses["contrastive"] = heads.contrastive_loss(queries, text, batch.report_mask), torch.ones_like(studies)
+            queries, there = self._all_queries(output, batch)
+            value = heads.contrastive_loss(queries, there, text, batch.report_mask)
+            losses["contrastive"] = value, torch.ones_like(studies)
         if "words" in wanted:
             embedding = model.get_input_embeddings().weight.detach()
-            losses["words"] = heads.words_loss(projected, embedding, self._word_targets(batch)), studies
+            queries, there = self._all_queries(projected, batch)
+            losses["words"] = heads.words_loss(queries, there, embedding, self._word_targets(batch)), studies
         if "language" in wanted:
             losses["language"] = language_loss(self.parts, batch, projected), words
         return losses
+
+    def _all_queries(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[N, Q, D] of images → every query of each study [B, V Q, D], and which of them are there [B, V Q]."""
+        stacked, there = by_study(output, len(batch.tags), batch.laterals)
+        if self.stage.lateral and stacked.shape[1] == 1:  # processes gather batches of one shape
+            stacked = torch.cat([stacked, torch.zeros_like(stacked)], 1)
+            there = torch.cat([there, torch.zeros_like(there)], 1)
+        return stacked.flatten(1, 2), there.repeat_interleave(output.shape[1], 1)
 
     def _word_targets(self, batch: Batch) -> Tensor:
         ids = self.heads.word_ids

@@ -13,14 +13,18 @@ from transformers import InstructBlipForConditionalGeneration
 from training.base import ModelAndTokenizers
 from training.batches import Batch
 from training.config import Stage
+from training.views import by_study
 
 _ADAPTED = {"vision": "vision_model", "language": "language_model"}
+_LATERAL = "lateral"
 _PARTS = {"qformer": "qformer.", "query_tokens": "query_tokens", "projection": "language_projection."}
 
 
 def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> None:
     """Freeze everything, add the stage's LoRA adapters, and unfreeze what the stage trains, which becomes fp32."""
     model.requires_grad_(False)
+    if stage.lateral:
+        model.config.reads_lateral = True
     if stage.lora:
         settings = LoraConfig(
             r=stage.lora.r, lora_alpha=stage.lora.alpha, lora_dropout=stage.lora.dropout,
@@ -89,15 +93,28 @@ def save_trained(model: InstructBlipForConditionalGeneration, stage: Stage, fold
         save_file(full, folder / "trained.safetensors")
     if stage.lora:
         getattr(model, _ADAPTED[stage.lora.part]).save_pretrained(folder / "adapters" / stage.lora.part)
+    if stage.lateral:
+        (folder / _LATERAL).write_text("lateral radiographs are read as well\n", encoding="utf-8")
 
 
-def load_trained(model: InstructBlipForConditionalGeneration, folder: Path) -> None:
-    """Put a finished stage's parts and adapters into the model (which is adapted where it is not yet)."""
+def load_trained(
+    model: InstructBlipForConditionalGeneration, folder: Path, adapted: tuple[str, ...] = tuple(_ADAPTED)
+) -> None:
+    """Put a finished stage's parts and adapters into the model (which is adapted where it is not yet).
+
+    Args:
+        model: is changed.
+        folder: of the stage.
+        adapted: parts whose adapters are wanted, of ``vision`` and ``language``.
+    """
     if (folder / "trained.safetensors").is_file():
         unexpected = model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False).unexpected_keys
         if unexpected:
             raise ValueError(f"{folder} does not fit this model: it holds {unexpected[:3]}")
-    for part_name, attribute in _ADAPTED.items():
+    if (folder / _LATERAL).is_file():
+        model.config.reads_lateral = True
+    for part_name in adapted:
+        attribute = _ADAPTED[part_name]
         adapter = folder / "adapters" / part_name
         if adapter.is_dir():
             part = getattr(model, attribute)
@@ -122,15 +139,29 @@ def query_image(
     return output, model.language_projection(output)
 
 
-def embed_inputs(model: InstructBlipForConditionalGeneration, input_ids: Tensor, projected: Tensor | None) -> Tensor:
-    """Token embeddings [B, L, D] with the projected queries in the place of the leading image placeholders.
+def embed_inputs(
+    model: InstructBlipForConditionalGeneration,
+    input_ids: Tensor,
+    projected: Tensor | None,
+    laterals: Tensor | None = None,
+) -> Tensor:
+    """Token embeddings [B, L, D] with the projected queries in the place of the image placeholders.
 
-    Without queries ``input_ids`` hold no placeholders and are embedded as they are.
+    Args:
+        model: whose embeddings are meant.
+        input_ids: int64 [B, L].
+        projected: [N, Q, D], of the studies' frontal radiographs and then of the lateral ones; ``None`` where
+            ``input_ids`` hold no placeholders and are embedded as they are.
+        laterals: int64 [N - B], the study of each lateral radiograph; a study that has one has twice the placeholders.
     """
     if projected is None:
         return model.get_input_embeddings()(input_ids)
-    text = model.get_input_embeddings()(input_ids[:, projected.shape[1] :])
-    return torch.cat([projected.to(text.dtype), text], dim=1)
+    if laterals is None:
+        laterals = torch.zeros(0, dtype=torch.long, device=projected.device)
+    stacked, there = by_study(projected, len(input_ids), laterals)
+    places = input_ids == model.config.image_token_id
+    text = model.get_input_embeddings()(input_ids.masked_fill(places, 0))
+    return text.masked_scatter(places.unsqueeze(-1), stacked[there].to(text.dtype))
 
 
 def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
@@ -138,7 +169,7 @@ def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | N
     model = parts.model
     if not model.config.use_decoder_only_language_model:
         return _sequence_to_sequence_loss(parts, batch, projected)
-    embeds = embed_inputs(model, batch.input_ids, projected)
+    embeds = embed_inputs(model, batch.input_ids, projected, batch.laterals)
     language = model.language_model
     base = language.get_base_model() if isinstance(language, PeftModel) else language
     hidden = base.get_decoder()(
@@ -156,7 +187,7 @@ def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projecte
     reports = batch.labels != -100
     prompt_length = int((batch.attention_mask.bool() & ~reports).sum(1).max())
     prompt_mask = (batch.attention_mask.bool() & ~reports)[:, :prompt_length].long()
-    embeds = embed_inputs(parts.model, batch.input_ids[:, :prompt_length], projected)
+    embeds = embed_inputs(parts.model, batch.input_ids[:, :prompt_length], projected, batch.laterals)
     width = int(reports.sum(1).max())
     labels = torch.full((len(reports), width), -100, device=embeds.device)
     for row, keep in enumerate(reports):

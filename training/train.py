@@ -181,6 +181,7 @@ class StageRun:
         else:
             parts.model.gradient_checkpointing_disable()
         self.features: np.ndarray | None = None
+        self._lateral_rows: dict[int, int] = {}  # study → row of the cache
         self.losses = StageLosses(parts, self.heads, stage)
         self.validation = Validation(parts, stage, self.val, self.device, autocast)
         self.wrapped: nn.Module = self.losses
@@ -289,8 +290,13 @@ class StageRun:
 
         arguments = (self.config.output / "cache", self.seed, self.device, self.autocast, advance)
         vision = self.parts.model.vision_model
+        images = [(s.study_id, s.image) for s in self.studies]
+        if self.stage.lateral:
+            paired = [(i, s.study_id, s.lateral) for i, s in enumerate(self.studies) if s.lateral is not None]
+            self._lateral_rows = {i: len(images) + row for row, (i, _, _) in enumerate(paired)}
+            images += [(f"{study_id} lateral", file) for _, study_id, file in paired]
         self.features = self.processes.main_first(
-            lambda: cache_features(vision, self.studies, self.stage.cached_views, *arguments)
+            lambda: cache_features(vision, images, self.stage.cached_views, *arguments)
         )
         progress.remove_task(task)
 
@@ -302,20 +308,26 @@ class StageRun:
         contexts = [
             drop_priors(s.context, self.stage.prior_dropout, rng) for s, rng in zip(studies, draws, strict=True)
         ]
+        laterals = []
+        if self.stage.lateral:
+            kept = [rng.random() >= self.stage.lateral_dropout for rng in draws]
+            laterals = [i for i, s in enumerate(studies) if s.lateral is not None and kept[i]]
         if self.features is not None:
-            views = [rng.integers(len(self.features)) for rng in draws]
-            images = torch.from_numpy(np.stack([self.features[v, i] for v, i in zip(views, rows, strict=True)])).float()
+            wanted = [*zip(rows, draws, strict=True), *((self._lateral_rows[rows[i]], draws[i]) for i in laterals)]
+            picked = [self.features[rng.integers(len(self.features)), row] for row, rng in wanted]
+            images = torch.from_numpy(np.stack(picked)).float()
         elif self.stage.image_blind:
             images = torch.zeros(len(rows), 0)
         else:
-            pixels = [load_pixels(s.image, rng) for s, rng in zip(studies, draws, strict=True)]
-            images = torch.from_numpy(np.stack(pixels))
+            files = [*((s.image, rng) for s, rng in zip(studies, draws, strict=True)),
+                     *((studies[i].lateral, draws[i]) for i in laterals)]  # fmt: skip
+            images = torch.from_numpy(np.stack([load_pixels(file, rng) for file, rng in files if file is not None]))
         seen: list[tuple[str, ...] | None] = [None] * len(studies)
         if self.stage.tell_findings:
             names, share, noise = self.stage.tell_findings, self.stage.tell_share, self.told_tags.noise
             told = zip(self.told_tags(studies), draws, strict=True)
             seen = [told_findings(tags, names, share, rng, noise) for tags, rng in told]
-        return collate(self.parts, studies, contexts, images, seen).to(self.device)
+        return collate(self.parts, studies, contexts, images, seen, laterals).to(self.device)
 
     def _train_step(self) -> dict[str, float]:
         self.parts.model.train()

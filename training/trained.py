@@ -45,22 +45,23 @@ def checkpoint_of(folder: Path) -> str:
     raise FileNotFoundError(f"{folder} is neither a run nor a stage of one")
 
 
-def load_adapted(checkpoint: str, adapters: list[Path], cache: Path) -> ModelAndTokenizers:
+def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side: bool = False) -> ModelAndTokenizers:
     """Load a checkpoint and what training put on it, adapters not yet merged.
 
     Args:
         checkpoint: an InstructBLIP folder or hub name, or ``mini``.
         adapters: folders of finished stages, in order; or the folder of a run, which stands for all of its stages.
         cache: where base weights are kept.
+        image_side: of the language model read one layer alone, without adapters: a large one may not fit in memory.
 
     Raises:
         FileNotFoundError: a folder holds no finished stage.
         ValueError: what it holds does not fit the checkpoint.
     """
     stages = [stage for folder in adapters for stage in stage_folders(folder)]
-    parts = load_model(checkpoint, cache)
+    parts = load_model(checkpoint, cache, layers=1 if image_side else None)
     for stage in stages:
-        load_trained(parts.model, stage)
+        load_trained(parts.model, stage, ("vision",) if image_side else ("vision", "language"))
         parts.finding_head = load_finding_head(stage)
     parts.model.eval()
     return parts

@@ -14,6 +14,7 @@ from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.losses import StageLosses
 from training.stages import encode_images, query_image
+from training.views import mean_by_study
 
 LEAST_POSITIVES = 3  # fewer studies with a finding say nothing of how well it is told apart
 
@@ -59,7 +60,8 @@ class Validation:
             with self.autocast:
                 features = encode_images(self.parts.model, batch.images)
                 queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
-            logits.append(losses.heads.tag_logits(queries.float()).cpu().numpy())
+            scores = mean_by_study(losses.heads.tag_logits(queries.float()), len(batch.tags), batch.laterals)
+            logits.append(scores.cpu().numpy())
             tags.append(batch.tags.cpu().numpy())
         return scores_of(np.concatenate(logits)), np.concatenate(tags)
 
@@ -70,11 +72,13 @@ class Validation:
     def _batch(self, studies: Sequence[Study]) -> Batch:
         blind = self.stage.image_blind
         images = torch.zeros(len(studies), 0)
+        laterals = [i for i, s in enumerate(studies) if self.stage.lateral and s.lateral is not None]
         if not blind:
-            images = torch.from_numpy(np.stack([load_pixels(s.image) for s in studies]))
+            files = [s.image for s in studies] + [studies[i].lateral for i in laterals]
+            images = torch.from_numpy(np.stack([load_pixels(file) for file in files if file is not None]))
         names = self.stage.tell_findings
         seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else None
-        return collate(self.parts, studies, [s.context for s in studies], images, seen).to(self.device)
+        return collate(self.parts, studies, [s.context for s in studies], images, seen, laterals).to(self.device)
 
 
 def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:

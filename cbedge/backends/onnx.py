@@ -26,7 +26,7 @@ def check_runtime() -> None:
     Raises:
         DeviceError: none is installed, or both are.
     """
-    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    present = [name for name in ("onnxruntime", "onnxruntime-gpu") if is_installed(name)]
     if not present:
         raise DeviceError('ONNX Runtime is not installed; type: pip install "cbedge[cpu]" (or "cbedge[gpu]" for CUDA)')
     if len(present) == 2:
@@ -256,7 +256,8 @@ class OnnxDecoder:
         return logits
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether pip has installed a distribution."""
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

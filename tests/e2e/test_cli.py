@@ -32,8 +32,9 @@ def test_piped_output_is_plain_text_with_the_statement(generate):
 
 
 def test_json_is_one_object_on_standard_output(generate):
-    told = json.loads(generate("--json").stdout)
+    told = json.loads(generate("--json", "--lateral", EXAMPLES / "chest_pa.png").stdout)
     assert told["model"] == "tiny" and told["new_tokens"] <= 8
+    assert told["lateral_sha256"] not in (None, told["image_sha256"])
 
 
 def test_output_is_written_once_and_replaced_only_by_force(generate, tmp_path: Path):
@@ -79,6 +80,8 @@ def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path,
         (["--indication", ""], 4, "indication is empty"),
         (["--indication", "x" * 1001], 4, "1,000"),
         (["--view", "sideways"], 4, "frontal"),
+        (["--lateral", "none.png"], 3, "no such file: none.png"),
+        (["--lateral", EXAMPLES / "chest_pa.png", "--view", "lateral"], 4, "first radiograph is a lateral one"),
         (["--variant", "int2"], 5, "unknown variant"),
         (["--device", "tpu"], 6, "unknown device"),
         (["--max-new-tokens", "0"], 4, "max_new_tokens"),

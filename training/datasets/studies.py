@@ -60,6 +60,7 @@ class Study:
         study_id: the collection's name for it.
         split: ``train``, ``val``, ``test`` or ``extra``.
         image: path of the frontal radiograph.
+        lateral: path of the lateral radiograph, where the study has one.
         context: indication, comparison and view, cleaned as at inference.
         target: ``FINDINGS: … IMPRESSION: …`` to be learnt, empty where nothing is left of the report.
         findings: the findings as written, marks included: the reference of the evaluation.
@@ -75,6 +76,7 @@ class Study:
     findings: str
     impression: str
     tags: tuple[int, ...]
+    lateral: Path | None = None
 
     @property
     def abnormal(self) -> bool:
@@ -110,7 +112,7 @@ def studies_of(records: Iterator[Record], splits: tuple[str, ...], tally: Tally 
 
 
 def make_study(record: Record, image: Path) -> Study:
-    """One record as a study whose radiograph is ``image``."""
+    """One record as a study whose frontal radiograph is ``image``; the first lateral one joins it."""
     return Study(
         study_id=record.study_id,
         split=record.split,
@@ -121,6 +123,7 @@ def make_study(record: Record, image: Path) -> Study:
         findings=record.findings or "",
         impression=record.impression or "",
         tags=record.tags,
+        lateral=next((view.file for view in record.images if view.view == "lateral"), None),
     )  # fmt: skip
 
 
