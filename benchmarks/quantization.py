@@ -39,6 +39,9 @@ SETTINGS = {
     "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
     "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
     "GPTQ, block 64": Int4Settings(eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
+    "GPTQ, block 32, scales tuned": Int4Settings(
+        block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq", tune=60
+    ),
     "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64),
     "k-quant, block 32; head in 8 bits": Int4Settings(
         block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="k_quant"
@@ -100,15 +103,19 @@ def main(
             if written:
                 rows[name]["cider"] = _cider(drafter, written)
         typer.echo(f"{name}: {rows[name]}", err=True)
+        _write(output, cases, len(written), rows)  # a run that is stopped leaves what it measured
+    typer.echo(to_markdown(json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))))
+
+
+def _write(output: Path, cases: list[Case], drafts: int, rows: dict[str, dict[str, Any]]) -> None:
     command = "python -m benchmarks.quantization " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
     record = {
-        "studies": len(cases), "drafts": len(written), "tokens": sum(len(c.tokens) for c in cases),
+        "studies": len(cases), "drafts": drafts, "tokens": sum(len(c.tokens) for c in cases),
         "settings": rows, "machine": machine(), "command": command,
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
-    typer.echo(to_markdown(record))
 
 
 def to_markdown(record: dict[str, Any]) -> str:

@@ -46,10 +46,19 @@ class Rounded:
         return (self.values.astype(np.float32) - 8) * np.repeat(self.scales, block, 1)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the language model reads of a study in use: images, prompt and report, ``embeds`` float32 [1, L, D]; the
+    report begins at ``report``."""
+
+    embeds: Tensor
+    report: int
+
+
 def calibration_inputs(
     parts: ModelAndTokenizers, data: Path, count: int = CALIBRATION_STUDIES, seed: int = 0
-) -> list[Tensor]:
-    """What the language model reads in use: image, prompt and report of training studies, each float32 [1, L, D].
+) -> list[Reading]:
+    """What the language model reads of training studies.
 
     Args:
         parts: a merged model with a decoder-only language model.
@@ -62,12 +71,18 @@ def calibration_inputs(
     inputs = []
     with torch.inference_mode():
         for study in (studies[i] for i in chosen):
-            features = encode_images(parts.model, torch.from_numpy(load_pixels(study.image)[None]))
-            batch = collate(parts, [study], [study.context], features)
+            both = parts.reads_lateral and study.lateral is not None
+            files = [study.image, *([study.lateral] if both else [])]
+            pixels = np.stack([load_pixels(file) for file in files if file is not None])
+            features = encode_images(parts.model, torch.from_numpy(pixels))
+            laterals = [0] * both
+            batch = collate(parts, [study], [study.context], features, None, laterals)
             queries, projected = query_image(parts.model, features, batch.qformer_ids, batch.qformer_mask)
             if parts.finding_head is not None:
-                batch = collate(parts, [study], [study.context], features, parts.finding_head.read(queries))
-            inputs.append(embed_inputs(parts.model, batch.input_ids, projected))
+                told = parts.finding_head.read(queries, 1, batch.laterals)
+                batch = collate(parts, [study], [study.context], features, told, laterals)
+            embeds = embed_inputs(parts.model, batch.input_ids, projected, batch.laterals)
+            inputs.append(Reading(embeds, int((batch.labels[0] != -100).nonzero()[0])))
     return inputs
 
 
@@ -81,7 +96,7 @@ def can_be_rounded(model: Any) -> bool:
 
 @torch.inference_mode()
 def round_language_model(
-    model: Any, inputs: Sequence[Tensor], block: int, chosen: Callable[[str], bool],
+    model: Any, inputs: Sequence[Reading], block: int, chosen: Callable[[str], bool],
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rounded]:  # fmt: skip
     """Round the linear weights of a LLaMA-like language model to 4 bits; the model itself is left as it was.
@@ -107,10 +122,10 @@ def round_language_model(
     hidden, arguments = _first_layer_inputs(model, inputs)
     rounded: dict[str, Rounded] = {}
     for number, layer in enumerate(layers):
-        products = {n: p for n, p in _products(layer).items() if chosen(f"/model/layers.{number}/{n}/MatMul")}
-        moments = _second_moments(layer, {n: p[0] for n, p in products.items()}, hidden, arguments)
-        before = {linear: linear.weight.data for linears in products.values() for linear in linears}
-        for name, linears in products.items():
+        wanted = {n: p for n, p in products(layer).items() if chosen(f"/model/layers.{number}/{n}/MatMul")}
+        moments = _second_moments(layer, {n: p[0] for n, p in wanted.items()}, hidden, arguments)
+        before = {linear: linear.weight.data for linears in wanted.values() for linear in linears}
+        for name, linears in wanted.items():
             weight = torch.cat([linear.weight for linear in linears])
             found = round_weight(weight.float().numpy(), moments[name], block)
             rounded[f"/model/layers.{number}/{name}/MatMul"] = found
@@ -178,8 +193,8 @@ def put_into_graph(graph: ModelProto, rounded: dict[str, Rounded]) -> None:
         scales.CopyFrom(numpy_helper.from_array(found.scales.reshape(tuple(scales.dims)), scales.name))
 
 
-def _products(layer: Any) -> dict[str, list[nn.Linear]]:
-    """The products of a layer as the decoder's graph has them: those of one input side by side where it joins them."""
+def products(layer: Any) -> dict[str, list[nn.Linear]]:
+    """A layer's products as the decoder's graph has them: those of one input side by side where it joins them."""
     attention, mlp = layer.self_attn, layer.mlp
     return {
         "attn/qkv_proj": [attention.q_proj, attention.k_proj, attention.v_proj],
@@ -194,7 +209,7 @@ class _Stop(Exception):
     """The first layer was reached."""
 
 
-def _first_layer_inputs(model: Any, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def _first_layer_inputs(model: Any, inputs: Sequence[Reading]) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """What the first layer is given for each input, and the arguments beside it, which all layers share."""
     hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
@@ -206,9 +221,9 @@ def _first_layer_inputs(model: Any, inputs: Sequence[Tensor]) -> tuple[list[Tens
 
     hook = model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
     try:
-        for embeds in inputs:
+        for reading in inputs:
             try:
-                model.model(inputs_embeds=embeds, use_cache=False)
+                model.model(inputs_embeds=reading.embeds, use_cache=False)
             except _Stop:
                 continue
     finally:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from cbedge import open_bundle
-from export.gptq import round_weight
+from export.gptq import calibration_inputs, round_language_model, round_weight
 from export.graphs import DECODER
 from export.quantize import Int4Settings, quantize_language_model, round_for
 from export.restore import Graph, restore
+from export.tune import divergence, tune_scales
 
 
 def correlated(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
@@ -54,3 +55,31 @@ def test_the_decoder_holds_the_rounded_weights(tiny_bundle: Path, tiny_data: Pat
     assert {n for n, b in bits.items() if b == 4} == {*rounded}
     with pytest.raises(ValueError, match="gptq"):
         quantize_language_model(source, settings)
+
+
+def test_tuned_scales_bring_the_rounded_model_nearer_to_the_one_in_fp32(tiny_bundle: Path, tiny_data: Path):
+    parts = restore(open_bundle(tiny_bundle), "fp32")
+    model = parts.model.language_model
+    for name, weight in model.named_parameters():  # a random model's tokens are all alike: sharpen them
+        if "norm" not in name:
+            weight.data *= 4
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    readings = calibration_inputs(parts, tiny_data)
+    rounded = round_language_model(model, readings, 32, lambda name: "lm_head" not in name)
+    told: list[float] = []
+    tuned = tune_scales(model, rounded, readings, 30, tell=lambda step, steps, nats: told.append(nats))
+    assert len(told) == 30
+    assert divergence(model, tuned, readings) < 0.7 * divergence(model, rounded, readings)
+    assert all((p == before[n]).all() for n, p in model.named_parameters())
+    for name, found in tuned.items():
+        assert np.array_equal(found.values, rounded[name].values)
+        assert np.array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_reports_begin_where_calibration_says(tiny_bundle: Path, tiny_data: Path):
+    parts = restore(open_bundle(tiny_bundle), "fp32")
+    table = parts.model.get_input_embeddings().weight
+    for reading in calibration_inputs(parts, tiny_data, 3):
+        ids = [int((table - row).abs().sum(1).argmin()) for row in reading.embeds[0, reading.report :]]
+        assert parts.tokenizer.decode(ids).startswith("FINDINGS:")
