@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from cbedge.backends.onnx import is_installed
 from cbedge.bench import machine
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
@@ -355,7 +356,7 @@ def prepare(
         return
     language.save_pretrained(folder / "language")
     parts.tokenizer.save_pretrained(folder / "language")
-    if _installed("llama-cpp-python"):
+    if is_installed("llama-cpp-python"):
         from benchmarks.gguf import quantize, write_gguf
 
         tell("writing GGUF for llama.cpp")
@@ -367,14 +368,6 @@ def prepare(
                str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
                "int4_accuracy_level=4"]  # fmt: skip
     subprocess.run(command, check=False, capture_output=True)
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 @app.command(help=__doc__)
@@ -415,7 +408,7 @@ def main(
         found = measure(job, names, rounds, tell)
     packages = ["torch", "transformers", "bitsandbytes"]
     for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python"):
-        packages += [package] if _installed(package) else []
+        packages += [package] if is_installed(package) else []
     record = {
         "machine": machine(), "versions": {name: version(name) for name in packages}, "tokens": tokens,
         "rounds": rounds,

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,9 @@ def export(
             "[default: gptq with --data, else rtn]."
         ),
     ] = None,
+    tune: Annotated[
+        int, typer.Option(min=0, help="With gptq, steps in which the scales are tuned to fp32 (8 s each on two cores).")
+    ] = 0,
     record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
@@ -94,7 +98,9 @@ def export(
     parts = load_adapted(checkpoint, list(adapters or []), cache)
     if algorithm is None:
         algorithm = "gptq" if data is not None and can_be_rounded(parts.model.language_model) else "rtn"
-    settings = Int4Settings(block_size=block_size, algorithm=algorithm)
+    if tune and algorithm != "gptq":
+        raise ValueError(f"--tune goes on from gptq, not from {algorithm}: give --data, or no --tune")
+    settings = Int4Settings(block_size=block_size, algorithm=algorithm, tune=tune)
     if algorithm == "gptq":
         settings = replace(settings, eight_bits=HEAD, eight_bits_block_size=64)  # 64 divides widths that 128 does not
     merge_error = merge(parts)
@@ -109,7 +115,7 @@ def export(
         console.print("four fp32 graphs written")
         rounded = None
         if algorithm == "gptq" and data is not None and {"int4", "q4f16"} & {*wanted}:
-            rounded = round_for(parts, data, settings)
+            rounded = round_for(parts, data, settings, _tell(console))
             console.print(f"{len(rounded)} weights rounded by GPTQ")
         for one in wanted:
             if one == NF4:
@@ -128,6 +134,14 @@ def export(
     if record:
         write_parity(parity, record)
     typer.echo(f"bundle: {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
+
+
+def _tell(console: Console) -> Callable[[int, int, float], None]:
+    def tell(step: int, steps: int, divergence: float) -> None:
+        if step % 10 == 0 or step in (1, steps):
+            console.print(f"scales tuned, step {step} of {steps}: {divergence:.4f} nats a token from fp32")
+
+    return tell
 
 
 def _variants(names: list[str]) -> tuple[str, ...]:

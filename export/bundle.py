@@ -16,6 +16,7 @@ from cbedge.bundle import (
     CARD,
     GATE,
     GRAPHS,
+    LATERAL_GATE,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
     TOKENIZER,
@@ -25,7 +26,6 @@ from cbedge.bundle import (
     Variant,
     write_bundle,
 )
-from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
 from export.card import model_card
@@ -105,19 +105,13 @@ def pack(
         topics: what drafts cover.
         force: replace a bundle at ``out``.
     """
-    manifest = Manifest(
-        name=name, version=version, license=licence, shapes=_shapes(parts), stop_ids=stop_ids(parts),
-        prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
-        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
-        training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
-        decoding={"max_new_tokens": 160, **decoding},
-        image_findings=parts.finding_head.findings if parts.finding_head else None, topics=topics,
+    manifest = describe(
+        parts, graphs, extra, wanted, name=name, version=version, licence=licence, origin=origin, quality=quality,
+        decoding=decoding, topics=topics,
     )  # fmt: skip
-    phrases = report_phrases(parts, data)
     cases, source = parity_cases(data, PARITY_CASES)
     files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
     backends = {v: partial(_backend, manifest, v, paths) for v, paths in files.items()}
-    gate = fit_gate(_backend(manifest, wanted[0], files[wanted[0]]), data) if data is not None else None
     sizes = {v: sum(path.stat().st_size for path in paths) / 1e6 for v, paths in files.items()}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing with torch", total=len(cases))
@@ -125,33 +119,77 @@ def pack(
             parts, backends, sizes, cases, source, merge_error,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
-    manifest = replace(manifest, quality=quality | {"parity": asdict(parity)})
-    card = model_card(
-        name, version, licence, origin.base_weights, origin.training_data, quality, parity,
-        is_opened(manifest.image_findings), [topic.name for topic in topics],
+    write_packed(parts, manifest, {v: files[v] for v in wanted}, out, parity, data, force)
+    return parity
+
+
+def describe(
+    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
+    wanted: tuple[str, ...], *, name: str, version: str, licence: str, origin: Origin, quality: dict[str, Any],
+    decoding: dict[str, float], topics: tuple[Topic, ...], layers: int | None = None,
+) -> Manifest:  # fmt: skip
+    """The manifest of a bundle, its files not yet listed.
+
+    Args:
+        parts: the merged model.
+        layers: of the language model, where ``parts`` hold fewer than the decoder's graph.
+        graphs, extra, wanted, name, version, licence, origin, quality, decoding, topics: as of :func:`pack`.
+    """
+    shapes = _shapes(parts)
+    return Manifest(
+        name=name, version=version, license=licence,
+        shapes=shapes if layers is None else replace(shapes, num_layers=layers), stop_ids=stop_ids(parts),
+        prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
+        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
+        training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
+        decoding={"max_new_tokens": 160, **decoding},
+        image_findings=parts.finding_head.findings if parts.finding_head else None, topics=topics,
+        reads_lateral=parts.reads_lateral,
     )  # fmt: skip
 
+
+def write_packed(
+    parts: ModelAndTokenizers, manifest: Manifest, files: dict[str, list[Path]], out: Path, parity: Parity | None,
+    data: Path | None, force: bool,
+) -> None:  # fmt: skip
+    """Write a bundle: graphs, tokenizers, and what is made of training data: phrasebook and gates.
+
+    Args:
+        parts: the model, for its tokenizers.
+        manifest: of :func:`describe`.
+        files: of each variant.
+        out: the bundle's folder.
+        parity: what was compared, or ``None``.
+        data: IU X-RAY's folder, or ``None``: then there is neither phrasebook nor gate.
+        force: replace a bundle at ``out``.
+    """
+    phrases = report_phrases(parts, data)
+    gates = {}
+    if data is not None:
+        backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
+        gates[GATE] = fit_gate(backend, data)
+        gates[LATERAL_GATE] = fit_gate(backend, data, lateral=True) if parts.reads_lateral else None
+    card = model_card(manifest, parity)
+    if parity is not None:
+        manifest = replace(manifest, quality=manifest.quality | {"parity": asdict(parity)})
+
     def fill(folder: Path) -> Manifest:
-        for variant in wanted:
-            for path in files[variant]:
+        for paths in files.values():
+            for path in paths:
                 shutil.copyfile(path, folder / path.name)
         parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
-        if gate is not None:
-            gate.save(folder / GATE)
+        for gate_name, gate in gates.items():
+            if gate is not None:
+                gate.save(folder / gate_name)
         if phrases:
             Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
-        (folder / PARITY).write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
+        if parity is not None:
+            (folder / PARITY).write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 
     write_bundle(out, fill, force)
-    return parity
-
-
-def is_opened(findings: ImageFindings | None) -> bool:
-    """Whether sentences of image findings open drafts."""
-    return findings is not None and any(findings.openings)
 
 
 def read_topics(path: Path) -> tuple[Topic, ...]:

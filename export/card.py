@@ -1,8 +1,8 @@
 """The model card: what the model is, where it comes from, how good it is, and what it must not be used for."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from cbedge.bundle import Manifest
 from cbedge.report import DRAFT_STATEMENT
 from export.parity import Parity
 
@@ -12,33 +12,42 @@ _OPENED = (
 )
 
 
-def model_card(
-    name: str, version: str, licence: str, base_weights: list[dict[str, str]], training_data: list[dict[str, str]],
-    quality: dict[str, Any], parity: Parity, opened: bool = False, topics: Sequence[str] = (),
-) -> str:  # fmt: skip
+_NOT_COMPARED = (
+    "Not compared: the graphs were written layer by layer, for a machine that does not hold the whole model in fp32. "
+    "`python -m export` compares."
+)
+_BESIDE = ", and the study's lateral one beside it where that is given,"
+
+
+def model_card(manifest: Manifest, parity: Parity | None) -> str:
     """The text of ``MODEL_CARD.md``; it states only what was measured.
 
-    ``opened``: sentences of image findings open its drafts. ``topics``: what drafts cover.
+    ``parity``: ``None`` where nothing was compared.
     """
+    quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
+    topics = [topic.name for topic in manifest.topics]
+    opened = findings is not None and any(findings.openings)
     lines = [
-        f"# {name} {version}", "",
+        f"# {manifest.name} {manifest.version}", "",
         f"**{DRAFT_STATEMENT}**", "",
         "## What it is",
         "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
         "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
         "2024;8:e32690). "
-        "It reads one frontal chest radiograph with its indication and comparison, and writes findings and impression.",
+        f"It reads one frontal chest radiograph{_BESIDE if lateral else ''} with its indication and comparison, and "
+        "writes findings and impression.",
         *([_OPENED] if opened else []),
         *([f"Before its findings end it is asked for what they left out of: {', '.join(topics)}. The sentences begin "
            "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
           if topics else []),
         "", "## Licence",
-        f"{licence}: for research and non-commercial use. The weights were trained on data under a non-commercial "
-        "licence (below); no image or report is in them as a file. The software around them is Apache-2.0.", "",
+        f"{manifest.license}: for research and non-commercial use. The weights were trained on data under a "
+        "non-commercial licence (below); no image or report is in them as a file. The software around them is "
+        "Apache-2.0.", "",
         "## Base weights",
-        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in base_weights], "",
+        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights], "",
         "## Training data",
-        *[f"- {d['name']}: {d['detail']}; licence {d['licence']}. {d['citation']}" for d in training_data], "",
+        *[f"- {d['name']}: {d['detail']}; licence {d['licence']}. {d['citation']}" for d in manifest.training_data], "",
         "## Measured quality",
     ]  # fmt: skip
     if quality.get("scores"):
@@ -53,13 +62,14 @@ def model_card(
     else:
         lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
     lines += [
-        "", "## Parity with torch", "", parity.to_markdown(), "",
+        "", "## Parity with torch", "", parity.to_markdown() if parity else _NOT_COMPARED, "",
         "## Limits",
         "- Not a medical device; not validated for any clinical use. Never act on a draft that nobody checked.",
         "- It misses findings and invents others; fluent, plausible sentences are no sign that it saw something.",
         "- N-gram scores on this collection are high for a constant normal report too: read them beside the controls.",
-        "- One frontal radiograph at 224 x 224 pixels: small nodules, fine lines and subtle fractures are lost.",
-        "- It sees no lateral view and no earlier study; what it says of a comparison comes from the given text.",
+        "- Radiographs are seen at 224 x 224 pixels: small nodules, fine lines and subtle fractures are lost.",
+        f"- It sees {'' if lateral else 'no lateral view and '}no earlier study; what it says of a comparison comes "
+        "from the given text.",
         "- Adults of one American health network, English reports from the years before 2013.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -97,6 +97,14 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     Raises:
         ExportError: the language model is none that the decoder's builder writes.
     """
+    paths = export_image_graphs(parts, folder)
+    paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")
+    return paths
+
+
+@torch.inference_mode()
+def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
+    """Write vision encoder, Q-Former and token embedding alone, as :func:`export_graphs` does."""
     if not parts.model.config.use_decoder_only_language_model:
         raise ExportError("only decoder-only language models are exported (Vicuna, SmolLM2...), not Flan-T5")
     parts.model.eval()
@@ -112,7 +120,6 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
            outputs, {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
     _trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
            {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
-    paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")
     return paths
 
 

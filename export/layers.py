@@ -1,9 +1,10 @@
-"""``python -m export.layers``: the decoder of a large checkpoint, some layers at a time.
+"""``python -m export.layers``: a bundle of a checkpoint that is too large to be held in fp32, some layers at a time.
 
 Seven billion weights in fp32 do not fit a workstation's memory. Here a few layers are read from the checkpoint, get
 their adapters, become a graph, are quantized and written, and are forgotten before the next ones are read. The parts
 are joined where one layer hands the sum of its residual on to the next, so the whole is the graph that an export at
-once writes, but for an addition of its own between parts.
+once writes, but for an addition of its own between parts. Vision encoder and Q-Former are held whole. A folder that
+holds a language model alone gives its decoder alone. Nothing is compared with torch.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbedge.errors import CbedgeError, OutputError
-from export.graphs import DECODER, ExportError, build_decoder
-from export.quantize import SUFFIX, quantize_language_model, settings_of
-from training.trained import stage_folders
+from export.graphs import DECODER, EMBED, ExportError, build_decoder, export_image_graphs
+from export.quantize import (
+    SUFFIX,
+    narrow_scales,
+    quantize_image_side,
+    quantize_language_model,
+    settings_of,
+    write_embedding,
+)
+from training.fetch import DEFAULT_CACHE
+from training.trained import load_adapted, merge_adapters, stage_folders
 
 _LAYER = re.compile(r"(?<![\w.])((?:/?model[./])?layers|past_key_values|present)\.(\d+)(?=[./])")
 _SMALL = 1024  # bytes of a weight that stays in the graph itself
@@ -244,6 +253,7 @@ def export_by_layers(
             number_layers(graph, first)
             if variant != "fp32":
                 graph = quantize_language_model(graph, settings_of(variant))
+                narrow_scales(graph)
             stitcher.add(graph, last)
     finally:
         stitcher.close()
@@ -264,29 +274,94 @@ def language_adapters(folders: list[Path]) -> list[Path]:
     return found
 
 
+def bundle_by_layers(
+    checkpoint: Path, adapters: list[Path], out: Path, variant: str, at_once: int, *, name: str, version: str,
+    licence: str, data: Path | None, decoding: dict[str, float],
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:  # fmt: skip
+    """Write a bundle of one variant.
+
+    Args:
+        checkpoint: folder of an InstructBLIP checkpoint in safetensors, its language model decoder-only.
+        adapters: folders of runs, or of finished stages, in order.
+        out: the bundle's folder, which must be new.
+        variant: ``fp32``, ``int8`` or ``int4``.
+        at_once: layers of the language model that are in memory together.
+        name, version, licence: of the model.
+        data: IU X-RAY's folder, for phrasebook and gate, or ``None``.
+        decoding: the manifest's, but for ``max_new_tokens``.
+        progress: is told what is done.
+
+    Raises:
+        ExportError: the checkpoint cannot be exported.
+    """
+    from export.bundle import Origin, describe, write_packed
+
+    progress("vision encoder and Q-Former")
+    parts = load_adapted(str(checkpoint), adapters, DEFAULT_CACHE, image_side=True)
+    merge_adapters(parts)
+    layers = AutoConfig.from_pretrained(checkpoint).text_config.num_hidden_layers
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
+        folder, exact = Path(scratch), Path(scratch) / "fp32"
+        exact.mkdir()
+        graphs = export_image_graphs(parts, exact)
+        parts.model.vision_model, parts.model.qformer = torch.nn.Identity(), torch.nn.Identity()  # done with
+        path = (exact if variant == "fp32" else folder) / f"{DECODER}{SUFFIX[variant]}.onnx"
+        export_by_layers(checkpoint, language_adapters(adapters), parts.tokenizer, path, variant, at_once, progress)
+        if variant != "fp32":
+            settings = settings_of(variant)
+            quantized = quantize_image_side(graphs, folder, settings, SUFFIX[variant])
+            decoder = onnx.load(str(path), load_external_data=False)
+            quantized[EMBED] = write_embedding(graphs[EMBED], decoder, path, settings, SUFFIX[variant])
+            graphs = quantized
+        graphs[DECODER] = path
+        progress("packing")
+        manifest = describe(
+            parts, {variant: graphs}, {}, (variant,), name=name, version=version, licence=licence,
+            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, topics=(), layers=layers,
+        )  # fmt: skip
+        files = [file for graph in graphs.values() for file in (graph, graph.with_suffix(".onnx_data"))]
+        write_packed(parts, manifest, {variant: [f for f in files if f.is_file()]}, out, None, data, force=False)
+
+
 @app.command(help=__doc__)
 def main_command(
     checkpoint: Annotated[Path, typer.Option(help="Folder of a checkpoint in safetensors.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the decoder into; it must be new.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new.")],
     adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run; may be repeated.")] = None,
     variant: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int4",
     at_once: Annotated[int, typer.Option(min=1, help="Layers in memory together.")] = 2,
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-model",
+    version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "see the checkpoint's own card",
+    data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, for phrasebook and gate.")] = None,
+    guidance: Annotated[float, typer.Option(min=1, max=5, help="How much the findings seen weigh; 1 is none.")] = 1.0,
 ) -> None:
-    """Write the decoder."""
+    """Write the bundle, or the decoder."""
     if variant not in ("fp32", "int8", "int4"):
         raise ExportError(f"unknown variant {variant[:20]!r}; give fp32, int8 or int4")
     if not (checkpoint / "config.json").is_file():
         raise ExportError(f"{checkpoint} is no folder of a checkpoint: it has no config.json")
     if out.exists():
         raise OutputError(f"{out} is there already: give another folder")
-    out.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    path = export_by_layers(
-        checkpoint, language_adapters(adapters or []), tokenizer, out / f"{DECODER}{SUFFIX[variant]}.onnx", variant,
-        at_once, lambda text: typer.echo(text, err=True),
-    )  # fmt: skip
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    whole = hasattr(AutoConfig.from_pretrained(checkpoint), "qformer_config")
+    if whole:
+        bundle_by_layers(
+            checkpoint, adapters or [], out, variant, at_once, name=name, version=version, licence=licence, data=data,
+            decoding={"guidance": guidance}, progress=tell,
+        )  # fmt: skip
+    else:
+        out.mkdir(parents=True)
+        path = out / f"{DECODER}{SUFFIX[variant]}.onnx"
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        export_by_layers(checkpoint, language_adapters(adapters or []), tokenizer, path, variant, at_once, tell)
     size = sum(file.stat().st_size for file in out.iterdir())
-    typer.echo(json.dumps({"decoder": path.name, "megabytes": round(size / 1e6, 1)}))
+    typer.echo(json.dumps({"bundle" if whole else "decoder": str(out), "megabytes": round(size / 1e6, 1)}))
 
 
 def main() -> None:

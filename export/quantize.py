@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     HQQWeightOnlyQuantConfig,
@@ -24,6 +24,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
+from export.tune import tune_scales
 from training.base import ModelAndTokenizers
 
 # What a variant's files are called, as Transformers.js and Optimum name them, and what it is.
@@ -37,6 +38,7 @@ DESCRIPTIONS = {
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }
 NF4 = "nf4"
+WIDENED_MEGABYTES = 256  # of fp32 weights of a vision encoder that a CPU widens when it loads them from 8 bits
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
 HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
@@ -70,6 +72,7 @@ class Int4Settings:
         algorithm: of the language model's 4-bit weights: ``rtn`` (round to nearest), ``k_quant`` (llama.cpp's search
             for scale and offset), ``hqq`` (half-quadratic, Badri and Shaji 2023) or ``gptq`` (:mod:`export.gptq`,
             which rounds on reports and is given as ``rounded`` below).
+        tune: with ``gptq``, steps in which the scales are then tuned (:mod:`export.tune`).
         symmetric: no zero points, with ``rtn``.
         accuracy_level: 4 lets the CPU multiply in int8, which is fastest.
     """
@@ -82,6 +85,7 @@ class Int4Settings:
     eight_bits: str = r"attn|down_proj|gate_proj|layers\.[01]/"
     eight_bits_block_size: int = 128
     algorithm: str = "rtn"
+    tune: int = 0
     symmetric: bool = True
     accuracy_level: int = 4
 
@@ -111,15 +115,20 @@ def write_variant(
 
 def round_for(
     parts: ModelAndTokenizers, data: Path, settings: Int4Settings,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[int, int, float], None] = lambda done, total, divergence: None,
 ) -> dict[str, Rounded]:  # fmt: skip
-    """Round a merged model's language model by GPTQ, on training studies at ``data``, where the settings ask 4 bits."""
+    """Round a merged model's language model by GPTQ, on training studies at ``data``, where the settings ask 4 bits.
+
+    ``tell`` is told each step in which scales are tuned, how many there are, and the divergence from fp32.
+    """
     inputs = calibration_inputs(parts, data)
 
     def chosen(name: str) -> bool:
         return not re.search(settings.eight_bits, name)
 
-    return round_language_model(parts.model.language_model, inputs, settings.block_size, chosen, tell)
+    model = parts.model.language_model
+    rounded = round_language_model(model, inputs, settings.block_size, chosen)
+    return tune_scales(model, rounded, inputs, settings.tune, tell=tell) if settings.tune else rounded
 
 
 def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings:
@@ -148,21 +157,88 @@ def quantize_graphs(
     ``narrow`` keeps scales in 16 bits on disk; the rest is as of :func:`write_variant`.
     """
     settings = settings or Int4Settings()
-    written = {kind: folder / f"{kind}{suffix}.onnx" for kind in paths}
-    vision = _quantize(paths[VISION], settings.vision_block_size, settings, bits=settings.vision_bits)
-    qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
+    written = quantize_image_side(paths, folder, settings, suffix, narrow)
+    written[DECODER] = folder / f"{DECODER}{suffix}.onnx"
     decoder = quantize_language_model(paths[DECODER], settings, rounded)
-    for graph in (vision, qformer, decoder) if narrow else ():
+    if narrow:
+        narrow_scales(decoder)
+    save_graph(decoder, written[DECODER])
+    written[EMBED] = write_embedding(paths[EMBED], decoder, written[DECODER], settings, suffix)
+    return written
+
+
+def quantize_image_side(
+    paths: dict[str, Path], folder: Path, settings: Int4Settings, suffix: str, narrow: bool = True
+) -> dict[str, Path]:
+    """Write vision encoder and Q-Former of :func:`quantize_graphs` alone; returns the path of each."""
+    written = {kind: folder / f"{kind}{suffix}.onnx" for kind in (VISION, QFORMER)}
+    vision = onnx.load(str(paths[VISION]))
+    if narrow and settings.vision_bits == 8 and _megabytes(vision) <= WIDENED_MEGABYTES:
+        store_in_bytes(vision, settings.vision_block_size)
+    else:
+        vision = _quantize(vision, settings.vision_block_size, settings, bits=settings.vision_bits)
+    qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
+    for graph in (vision, qformer) if narrow else ():
         narrow_scales(graph)
     save_graph(vision, written[VISION], within=True)
     save_graph(qformer, written[QFORMER], within=True)
-    save_graph(decoder, written[DECODER])
-    shared = _share_head(paths[EMBED], decoder, written[DECODER], settings)
-    if shared is None:
-        save_graph(_quantize(paths[EMBED], settings.block_size, settings), written[EMBED], within=True)
-    else:  # its weights are the decoder's, where they lie
-        onnx.save(shared, str(written[EMBED]))
     return written
+
+
+def write_embedding(embed: Path, decoder: ModelProto, path: Path, settings: Int4Settings, suffix: str) -> Path:
+    """Write the quantized token embedding beside the decoder; where the two are tied, it reads the decoder's weights.
+
+    Args:
+        embed: the fp32 graph.
+        decoder: the quantized one, which lies at ``path``.
+        path: of the decoder.
+        settings: of the language model.
+        suffix: of the variant's files.
+    """
+    written = path.parent / f"{EMBED}{suffix}.onnx"
+    shared = _share_head(embed, decoder, path, settings)
+    if shared is None:
+        save_graph(_quantize(embed, settings.block_size, settings), written, within=True)
+    else:  # its weights are the decoder's, where they lie
+        onnx.save(shared, str(written))
+    return written
+
+
+def store_in_bytes(graph: ModelProto, block_size: int) -> None:
+    """Keep the weights of products as 8-bit numbers and 16-bit scales, in place; a session widens them as it loads.
+
+    An encoder reads hundreds of positions in one pass: it multiplies faster in fp32 than by kernels that widen weights
+    block by block at every pass, and rounds no activation. What it costs is the memory of fp32 weights.
+
+    Args:
+        graph: in fp32.
+        block_size: weights of a column that share a scale; of the whole column where it holds no whole blocks.
+    """
+    tensors = {t.name: t for t in graph.graph.initializer}
+    products = [n.input[1] for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in tensors]
+    widen: list[NodeProto] = []
+    for name in dict.fromkeys(products):
+        weight = numpy_helper.to_array(tensors[name])
+        rows, columns = weight.shape
+        blocks = weight.reshape(-1, rows if rows % block_size else block_size, columns)
+        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)  # it becomes -128
+        scales = (largest / -128).astype(np.float16)
+        scales[scales == 0] = np.finfo(np.float16).smallest_subnormal
+        numbers = np.round(blocks / scales.astype(np.float32)).clip(-128, 127).astype(np.int8)
+        graph.graph.initializer.remove(tensors[name])
+        parts: dict[str, np.ndarray] = {"bytes": numbers, "scales": scales, "shape": np.array(weight.shape, np.int64)}
+        graph.graph.initializer.extend(numpy_helper.from_array(v, f"{name}_{part}") for part, v in parts.items())
+        wide = [f"{name}_{part}_f32" for part in ("bytes", "scales")]
+        casts = [helper.make_node("Cast", [w[:-4]], [w], name=f"{w}/Cast", to=TensorProto.FLOAT) for w in wide]
+        product = helper.make_node("Mul", wide, [f"{name}_blocks"], name=f"{name}/Mul")
+        whole = helper.make_node("Reshape", [f"{name}_blocks", f"{name}_shape"], [name], name=f"{name}/Reshape")
+        widen += [*casts, product, whole]
+    for node in reversed(widen):
+        graph.graph.node.insert(0, node)
+
+
+def _megabytes(graph: ModelProto) -> float:
+    return sum(len(tensor.raw_data) for tensor in graph.graph.initializer) / 1e6
 
 
 def narrow_scales(graph: ModelProto) -> None:

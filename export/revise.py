@@ -18,7 +18,7 @@ import yaml
 
 from cbedge.bundle import CARD, Manifest, check_target, open_bundle, write_bundle
 from cbedge.errors import CbedgeError
-from export.bundle import is_opened, read_topics
+from export.bundle import read_topics
 from export.card import model_card
 from export.parity import Parity, VariantParity
 
@@ -65,13 +65,8 @@ def revise(
         measured = json.loads(quality.read_text(encoding="utf-8"))
         parity = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
         manifest = replace(manifest, quality=measured | parity)
-    if "parity" not in manifest.quality:
-        raise ValueError(f"{bundle} does not say how far it is from torch: export it again")
-    card = model_card(
-        manifest.name, manifest.version, manifest.license, [*manifest.base_weights], [*manifest.training_data],
-        manifest.quality, _parity(manifest.quality["parity"]), is_opened(manifest.image_findings),
-        [topic.name for topic in manifest.topics],
-    )  # fmt: skip
+    compared = manifest.quality.get("parity")
+    card = model_card(manifest, _parity(compared) if compared else None)
 
     def fill(folder: Path) -> Manifest:
         left = {file for v in manifest.variants.values() for file in (*v.graphs.values(), *v.data)}

@@ -6,8 +6,10 @@ import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
+from cbedge import ReportGenerator, open_bundle
 from export.graphs import ExportError
 from export.layers import app
+from export.restore import restore
 from training.trained import checkpoint_of
 
 HEAD_SIZE = 16  # of the tiny language model
@@ -27,19 +29,40 @@ def answer(path: Path) -> np.ndarray:
     return session.run(["logits"], feed)[0]
 
 
-def test_a_decoder_written_layer_by_layer_says_what_the_whole_one_says(
+def test_a_bundle_written_layer_by_layer_says_what_the_whole_one_says(
+    tiny_run: Path, tiny_bundle: Path, tiny_data: Path, tmp_path: Path, chest_png: Path
+):
+    checkpoint, out = checkpoint_of(tiny_run), tmp_path / "out"
+    for variant in ("fp32", "int4"):
+        done = CliRunner().invoke(app, [
+            "--checkpoint", checkpoint, "--adapters", str(tiny_run), "--out", str(out / variant), "--data",
+            str(tiny_data), "--variant", variant, "--at-once", "1",
+        ])  # fmt: skip
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        assert "layers 1 to 1 of 2" in done.stderr and told["bundle"] == str(out / variant) and told["megabytes"] > 0
+    assert [file.name for file in out.iterdir() if file.name.startswith(".")] == []
+    whole, parts = (ReportGenerator.from_pretrained(folder, "fp32") for folder in (tiny_bundle, out / "fp32"))
+    assert parts.bundle.manifest.shapes == whole.bundle.manifest.shapes and parts.reads_lateral
+    assert parts.bundle.manifest.image_findings == whole.bundle.manifest.image_findings
+    reports = [generator.generate(chest_png, indication="cough", max_new_tokens=30) for generator in (whole, parts)]
+    assert reports[0].text == reports[1].text and reports[0].finding_scores == reports[1].finding_scores
+    assert ReportGenerator.from_pretrained(out / "int4").generate(chest_png, max_new_tokens=8).variant == "int4"
+    assert "Not compared" in (out / "int4" / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_the_decoder_of_a_language_model_alone_says_what_the_whole_one_says(
     tiny_run: Path, tiny_bundle: Path, tmp_path: Path
 ):
-    done = CliRunner().invoke(app, [
-        "--checkpoint", checkpoint_of(tiny_run), "--adapters", str(tiny_run), "--out", str(tmp_path / "out"),
-        "--variant", "int4", "--at-once", "1",
-    ])  # fmt: skip
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert "layers 1 to 1 of 2" in done.stderr and told["megabytes"] > 0
-    path = tmp_path / "out" / "decoder_model_merged_q4.onnx"
-    whole, parts = answer(tiny_bundle / path.name), answer(path)
-    assert np.allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
+    parts = restore(open_bundle(tiny_bundle), "fp32")
+    parts.model.language_model.save_pretrained(tmp_path / "language")
+    parts.tokenizer.save_pretrained(tmp_path / "language")
+    done = CliRunner().invoke(app, ["--checkpoint", str(tmp_path / "language"), "--out", str(tmp_path / "out"),
+                                    "--variant", "fp32", "--at-once", "1"])  # fmt: skip
+    assert done.exit_code == 0 and json.loads(done.stdout)["decoder"] == str(tmp_path / "out"), done.output
+    path = tmp_path / "out" / "decoder_model_merged.onnx"
+    whole, by_layers = answer(tiny_bundle / path.name), answer(path)
+    assert np.allclose(by_layers, whole, atol=1e-4 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize(("variant", "told"), [("int4", "no config.json"), ("int2", "unknown variant 'int2'")])
