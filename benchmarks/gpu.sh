@@ -4,7 +4,8 @@
 #
 #   benchmarks/gpu.sh benchmarks/results/gpu
 #
-# LAYERS=8 keeps so many of the language model's 32 layers: with all of them the export takes some 110 GB of disk.
+# LAYERS=8 keeps so many of the language model's 32 layers. The large one is exported some layers at a time, in q4f16
+# alone: with all 32, on paper, some 30 GB of disk and as much memory, and 16 GB of the GPU's for transformers in bf16.
 # SHAPE_ONLY=1 leaves the model that ships out. DEVICE=cpu SHAPE=tiny TOKENS=6 ROUNDS=1 tries the same steps on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,12 +15,11 @@ work=$(mktemp -d -p "${TMPDIR:-/tmp}")
 trap 'rm -rf "$work"' EXIT
 image=examples/chest_pa.png
 
-measure() { # NAME CHECKPOINT
-  python -m export --checkpoint "$2" --out "$work/$1-bundle" --variant q4f16 --variant fp16 --name "$1"
-  cbedge bench --image "$image" --model "$work/$1-bundle" --variants q4f16,fp16 --device "$device" --tokens "$tokens" \
+measure() { # NAME CHECKPOINT VARIANTS
+  cbedge bench --image "$image" --model "$work/$1-bundle" --variants "$3" --device "$device" --tokens "$tokens" \
     --repeat "$rounds" --batch 8 --format json --output "$results-$1-bench.json"
   python -m benchmarks.peers --bundle "$work/$1-bundle" --checkpoint "$2" --device "$device" --tokens "$tokens" \
-    --rounds "$rounds" --output "$results-$1-peers"
+    --rounds "$rounds" --output "$results-$1-peers" "${@:4}"
   rm -rf "$work/$1-bundle" "$2"
 }
 
@@ -41,7 +41,9 @@ PYTHON
 fi
 if [ -z "${SHAPE_ONLY:-}" ]; then
   python -m export.restore cbedge/models/default --out "$work/mini"
-  measure mini "$work/mini"
+  python -m export --checkpoint "$work/mini" --out "$work/mini-bundle" --variant q4f16 --variant fp16 --name mini
+  measure mini "$work/mini" q4f16,fp16
 fi
 python -m benchmarks.shape "$work/shape" --shape "$shape" ${layers:+--layers "$layers"}
-measure "$shape" "$work/shape"
+python -m export.layers --checkpoint "$work/shape" --out "$work/$shape-bundle" --variant q4f16 --at-once 4 --name "$shape"
+measure "$shape" "$work/shape" q4f16 --only "cbedge q4f16, one token a pass" --only "transformers bf16" --only "bitsandbytes NF4"

@@ -330,9 +330,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def prepare(
     checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, names: list[str],
     tell: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> Path:  # fmt: skip
     """Write the merged model, its language model alone, and that for GenAI and llama.cpp where they are among the
-    ``names``, into ``folder``.
+    ``names``, into ``folder``; returns where the model lies, which is the checkpoint itself where nothing is merged.
 
     The model is the bundle's own, restored from its fp32 graphs, where no checkpoint is given.
     """
@@ -342,6 +342,9 @@ def prepare(
     from training.fetch import DEFAULT_CACHE
     from training.trained import load_adapted
 
+    alone = any("alone" in name for name in names)
+    if checkpoint and adapters is None and not alone and Path(checkpoint).is_dir():
+        return Path(checkpoint)
     tell("merging" if checkpoint else "restoring")
     if checkpoint:
         parts = load_adapted(checkpoint, [adapters] if adapters else [], DEFAULT_CACHE)
@@ -352,8 +355,8 @@ def prepare(
     if getattr(language.config, "quantization_config", None) is not None:
         del language.config.quantization_config  # how the base weights came, not how they are now
     parts.save(folder)
-    if not any("alone" in name for name in names):
-        return
+    if not alone:
+        return folder
     language.save_pretrained(folder / "language")
     parts.tokenizer.save_pretrained(folder / "language")
     if is_installed("llama-cpp-python"):
@@ -368,6 +371,7 @@ def prepare(
                str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
                "int4_accuracy_level=4"]  # fmt: skip
     subprocess.run(command, check=False, capture_output=True)
+    return folder
 
 
 @app.command(help=__doc__)
@@ -403,8 +407,8 @@ def main(
 
     with tempfile.TemporaryDirectory() as scratch:
         names = only or USUAL[device]
-        prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
-        job = Job(Path(scratch), bundle.absolute(), image.absolute(), tokens, threads, device)
+        model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
+        job = Job(model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device)
         found = measure(job, names, rounds, tell)
     packages = ["torch", "transformers", "bitsandbytes"]
     for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python"):

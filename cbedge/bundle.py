@@ -89,6 +89,7 @@ class Manifest:
             are opened with; ``None`` for a model that is not told.
         topics: what the findings of a draft speak of before they end, see :mod:`cbedge.topics`.
         reads_lateral: the model was trained to read a lateral radiograph beside the frontal one.
+        never_ids: tokens that a draft never holds: pieces of characters that no training report has.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Manifest:
     image_findings: ImageFindings | None = None
     topics: tuple[Topic, ...] = ()
     reads_lateral: bool = False
+    never_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     values["shapes"] = Shapes(**values["shapes"])
     values["files"] = {_plain(name): FileRecord(**record) for name, record in values["files"].items()}
     values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
-    for key in ("stop_ids", "prefix_ids", "training_data", "base_weights"):
+    for key in ("stop_ids", "prefix_ids", "never_ids", "training_data", "base_weights"):
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
         told = values["image_findings"]

@@ -76,6 +76,7 @@ class Decoding:
             (Keskar et al. 2019); 1 is none.
         no_repeat: never write a run of so many tokens twice; 0 allows it.
         stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
+        never: tokens that are never written; a bundle's own (its ``never_ids``) are added to them.
         speculative: let the bundle's phrasebook guess ahead where that is faster. It changes no token, and is used
             where the likeliest token is taken and nothing guides the draft.
 
@@ -91,6 +92,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     no_repeat: int = 0
     stop_bias: float = 0.0
+    never: tuple[int, ...] = ()
     speculative: bool = True
 
     def __post_init__(self) -> None:
@@ -443,9 +445,10 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:
-    if settings.repetition_penalty == 1 and not settings.no_repeat and not settings.stop_bias:
+    if settings.repetition_penalty == 1 and not (settings.no_repeat or settings.stop_bias or settings.never):
         return logits
     logits = logits.copy()
+    logits[list(settings.never)] = -np.inf
     logits[list(stop_ids)] += np.float32(settings.stop_bias)
     if settings.repetition_penalty != 1 and written:
         seen = np.unique(written)

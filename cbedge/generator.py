@@ -269,6 +269,7 @@ class ReportGenerator:
             begun: tokens that the draft began with, read already.
         """
         stop = self.bundle.manifest.stop_ids
+        settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids))
         if settings.beams > 1:
             return iter(beam_search(decoder, logits, stop, limit, settings, begun))
         if settings.candidates > 1:

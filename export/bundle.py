@@ -107,7 +107,7 @@ def pack(
     """
     manifest = describe(
         parts, graphs, extra, wanted, name=name, version=version, licence=licence, origin=origin, quality=quality,
-        decoding=decoding, topics=topics,
+        decoding=decoding, topics=topics, data=data,
     )  # fmt: skip
     cases, source = parity_cases(data, PARITY_CASES)
     files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
@@ -126,12 +126,13 @@ def pack(
 def describe(
     parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
     wanted: tuple[str, ...], *, name: str, version: str, licence: str, origin: Origin, quality: dict[str, Any],
-    decoding: dict[str, float], topics: tuple[Topic, ...], layers: int | None = None,
+    decoding: dict[str, float], topics: tuple[Topic, ...], data: Path | None, layers: int | None = None,
 ) -> Manifest:  # fmt: skip
     """The manifest of a bundle, its files not yet listed.
 
     Args:
         parts: the merged model.
+        data: IU X-RAY's folder, or ``None``: then no token is withheld.
         layers: of the language model, where ``parts`` hold fewer than the decoder's graph.
         graphs, extra, wanted, name, version, licence, origin, quality, decoding, topics: as of :func:`pack`.
     """
@@ -144,7 +145,7 @@ def describe(
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
         image_findings=parts.finding_head.findings if parts.finding_head else None, topics=topics,
-        reads_lateral=parts.reads_lateral,
+        reads_lateral=parts.reads_lateral, never_ids=unseen_fragments(parts, data),
     )  # fmt: skip
 
 
@@ -212,6 +213,18 @@ def report_phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[in
     targets = [s.target for s in read_studies(data, ("train",)) if s.target]
     encoded = parts.tokenizer(targets, add_special_tokens=False).input_ids
     return [[*ids, parts.tokenizer.eos_token_id] for ids in encoded]
+
+
+def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:
+    """Tokens that are no whole characters and that no training report at ``data`` holds; none without reports.
+
+    A draft that holds one shows a broken character.
+    """
+    seen = {token for report in report_phrases(parts, data) for token in report}
+    if not seen:
+        return ()
+    every = range(parts.model.config.text_config.vocab_size)
+    return tuple(i for i in every if i not in seen and "\ufffd" in parts.tokenizer.decode([i]))
 
 
 def _base_of(folder: Path) -> str | None:

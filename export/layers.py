@@ -36,6 +36,7 @@ from export.quantize import (
     quantize_image_side,
     quantize_language_model,
     settings_of,
+    to_half,
     write_embedding,
 )
 from training.fetch import DEFAULT_CACHE
@@ -223,7 +224,7 @@ def number_layers(graph: ModelProto, by: int) -> None:
 
 def export_by_layers(
     checkpoint: Path, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, path: Path, variant: str,
-    at_once: int, progress: Callable[[str], None] = lambda text: None,
+    at_once: int, progress: Callable[[str], None] = lambda text: None, narrow: bool = True,
 ) -> Path:  # fmt: skip
     """Write one variant of a checkpoint's decoder, ``at_once`` layers at a time.
 
@@ -235,6 +236,7 @@ def export_by_layers(
         variant: ``fp32``, ``int8`` or ``int4``.
         at_once: layers that are in memory together.
         progress: is told what is done.
+        narrow: keep scales in 16 bits on disk.
 
     Raises:
         ExportError: the checkpoint cannot be exported.
@@ -253,7 +255,8 @@ def export_by_layers(
             number_layers(graph, first)
             if variant != "fp32":
                 graph = quantize_language_model(graph, settings_of(variant))
-                narrow_scales(graph)
+                if narrow:
+                    narrow_scales(graph)
             stitcher.add(graph, last)
     finally:
         stitcher.close()
@@ -285,7 +288,7 @@ def bundle_by_layers(
         checkpoint: folder of an InstructBLIP checkpoint in safetensors, its language model decoder-only.
         adapters: folders of runs, or of finished stages, in order.
         out: the bundle's folder, which must be new.
-        variant: ``fp32``, ``int8`` or ``int4``.
+        variant: ``fp32``, ``int8``, ``int4`` or ``q4f16``.
         at_once: layers of the language model that are in memory together.
         name, version, licence: of the model.
         data: IU X-RAY's folder, for phrasebook and gate, or ``None``.
@@ -307,19 +310,28 @@ def bundle_by_layers(
         exact.mkdir()
         graphs = export_image_graphs(parts, exact)
         parts.model.vision_model, parts.model.qformer = torch.nn.Identity(), torch.nn.Identity()  # done with
-        path = (exact if variant == "fp32" else folder) / f"{DECODER}{SUFFIX[variant]}.onnx"
-        export_by_layers(checkpoint, language_adapters(adapters), parts.tokenizer, path, variant, at_once, progress)
-        if variant != "fp32":
-            settings = settings_of(variant)
-            quantized = quantize_image_side(graphs, folder, settings, SUFFIX[variant])
+        half = variant == "q4f16"
+        kind = "int4" if half else variant
+        path = (exact if kind == "fp32" else folder) / f"{DECODER}{SUFFIX[kind]}.onnx"
+        adapted = language_adapters(adapters)
+        export_by_layers(checkpoint, adapted, parts.tokenizer, path, kind, at_once, progress, narrow=not half)
+        if kind != "fp32":
+            settings = settings_of(kind)
+            quantized = quantize_image_side(graphs, folder, settings, SUFFIX[kind], narrow=not half)
             decoder = onnx.load(str(path), load_external_data=False)
-            quantized[EMBED] = write_embedding(graphs[EMBED], decoder, path, settings, SUFFIX[variant])
+            quantized[EMBED] = write_embedding(graphs[EMBED], decoder, path, settings, SUFFIX[kind])
             graphs = quantized
         graphs[DECODER] = path
+        if half:
+            progress("16 bits")
+            halves = folder / "half"
+            halves.mkdir()
+            graphs = {k: to_half(p, halves / f"{k}{SUFFIX[variant]}.onnx") for k, p in graphs.items()}
         progress("packing")
         manifest = describe(
             parts, {variant: graphs}, {}, (variant,), name=name, version=version, licence=licence,
-            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, topics=(), layers=layers,
+            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, topics=(), data=data,
+            layers=layers,
         )  # fmt: skip
         files = [file for graph in graphs.values() for file in (graph, graph.with_suffix(".onnx_data"))]
         write_packed(parts, manifest, {variant: [f for f in files if f.is_file()]}, out, None, data, force=False)
@@ -330,7 +342,7 @@ def main_command(
     checkpoint: Annotated[Path, typer.Option(help="Folder of a checkpoint in safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new.")],
     adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run; may be repeated.")] = None,
-    variant: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int4",
+    variant: Annotated[str, typer.Option(help="fp32, int8, int4 or q4f16.")] = "int4",
     at_once: Annotated[int, typer.Option(min=1, help="Layers in memory together.")] = 2,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-model",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
@@ -339,8 +351,8 @@ def main_command(
     guidance: Annotated[float, typer.Option(min=1, max=5, help="How much the findings seen weigh; 1 is none.")] = 1.0,
 ) -> None:
     """Write the bundle, or the decoder."""
-    if variant not in ("fp32", "int8", "int4"):
-        raise ExportError(f"unknown variant {variant[:20]!r}; give fp32, int8 or int4")
+    if variant not in ("fp32", "int8", "int4", "q4f16"):
+        raise ExportError(f"unknown variant {variant[:20]!r}; give fp32, int8, int4 or q4f16")
     if not (checkpoint / "config.json").is_file():
         raise ExportError(f"{checkpoint} is no folder of a checkpoint: it has no config.json")
     if out.exists():
@@ -355,6 +367,8 @@ def main_command(
             checkpoint, adapters or [], out, variant, at_once, name=name, version=version, licence=licence, data=data,
             decoding={"guidance": guidance}, progress=tell,
         )  # fmt: skip
+    elif variant == "q4f16":
+        raise ExportError("q4f16 is for a whole model, and this is a language model alone: give fp32, int8 or int4")
     else:
         out.mkdir(parents=True)
         path = out / f"{DECODER}{SUFFIX[variant]}.onnx"

@@ -105,11 +105,11 @@ def write_variant(
     """
     settings = settings_of(name, settings)
     if name == "fp16":
-        return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
+        return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded, narrow=False)
-            return {kind: _to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
+            return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
     return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
 
 
@@ -139,8 +139,8 @@ def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings
     return settings
 
 
-def _to_half(source: Path, target: Path) -> Path:
-    """The same graph with 16-bit weights, activations, scales, keys and values."""
+def to_half(source: Path, target: Path) -> Path:
+    """Write the same graph with 16-bit weights, activations, scales, keys and values; returns ``target``."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     graph = convert_float_to_float16(onnx.load(str(source)), keep_io_types=_FP32_NAMES, disable_shape_infer=True)

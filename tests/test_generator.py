@@ -264,6 +264,20 @@ def test_the_consensus_of_candidates_is_the_same_again(generator: ReportGenerato
     assert first.text and first.text == second.text and first.new_tokens <= 12
 
 
+def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
+    broken = [i for i in range(generator.backend.vocabulary) if "\ufffd" in generator._tokenizer.decode([i])]
+    assert len(broken) >= 128 and {*broken} == {*generator.bundle.manifest.never_ids}
+    for seed in range(4):
+        for how in (
+            Decoding(),
+            Decoding(beams=2),
+            Decoding(temperature=3.0, seed=seed),
+            Decoding(candidates=2, temperature=1.0),
+        ):
+            text = generator.generate(draw_chest(seed), max_new_tokens=24, decoding=how).text
+            assert text and "\ufffd" not in text
+
+
 def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):
     beams = generator.generate(chest_png, max_new_tokens=8, decoding=Decoding(beams=3))
     drawn = {

@@ -116,6 +116,8 @@ def test_drafts_of_torch_and_of_the_runtime_agree_on_two_radiographs(
     requests = [Request(s.image, s.context, s.lateral) for s in studies]
     assert {r.lateral is None for r in requests} == {True, False}
     generator = ReportGenerator.from_pretrained(tiny_bundle, "fp32", "cpu")
+    manifest = replace(generator.bundle.manifest, never_ids=())  # torch writes pieces of characters too
+    generator.bundle = replace(generator.bundle, manifest=manifest)
     texts = TorchDrafter(parts, batch_size=4).draft(requests, lambda count: None)
     for request, text in zip(requests, texts, strict=True):
         c = request.context
