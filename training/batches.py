@@ -168,7 +168,7 @@ def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
 
 def collate(
     parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor,
-    seen: Sequence[Sequence[str] | None] | None = None, laterals: Sequence[int] = (),
+    seen: Sequence[Sequence[str] | None] | None = None, laterals: Sequence[int] = (), begun: Sequence[str] = (),
 ) -> Batch:  # fmt: skip
     """Encode studies into a batch.
 
@@ -178,10 +178,13 @@ def collate(
         images: see :class:`Batch`.
         seen: the findings that each is told.
         laterals: the studies whose lateral radiographs follow the frontal ones, ascending.
+        begun: what each report begins with, which is read and not learnt.
     """
     seen = seen or [None] * len(studies)
     told_rows = enumerate(zip(contexts, seen, strict=True))
     prompts = [encode_prompt(parts, context, told, i in laterals) for i, (context, told) in told_rows]
+    for prompt, text in zip(prompts, begun, strict=False):
+        prompt += parts.tokenizer(text, add_special_tokens=False).input_ids if text else []
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
     eos = parts.tokenizer.eos_token_id
     rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]

@@ -73,6 +73,8 @@ class Stage:
             :mod:`training.findings`: then the language model learns to write all that it is told, and nothing else).
         openings: finding → the sentence that opens a draft where the finding is told; none where empty. It should say
             no more than the finding's name does: nothing is known of side or size.
+        open_share: share of the studies told such a finding whose report begins with that sentence in training too, its
+            own words on the finding left out (:mod:`training.openings`).
         lateral: the lateral radiograph is read beside the frontal one, where a study has it; the image embeddings of
             both go to the language model, and the tag head's logits are averaged.
         lateral_dropout: probability of withholding it, so that a frontal radiograph alone stays familiar.
@@ -109,6 +111,7 @@ class Stage:
     tell_share: float = 0.9
     tell_from: str = "tags"
     openings: dict[str, str] = field(default_factory=lambda: dict(OPENINGS))
+    open_share: float = 0.0
     lateral: bool = False
     lateral_dropout: float = 0.3
     splits: tuple[str, ...] = ("train",)
@@ -204,6 +207,8 @@ def _stage(values: dict, path: Path) -> Stage:
         unknown = [name for name in getattr(stage, key) if name not in TAGS[1:]]
         if unknown:
             raise ConfigError(f"{where}: {key} has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
+    if stage.open_share and not stage.tell_findings:
+        raise ConfigError(f"{where}: open_share needs tell_findings: only what is told opens a report")
     if stage.tell_findings and "language" not in stage.losses:
         raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
     needed = "tags" if stage.select_by == "tags" else "language"

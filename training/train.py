@@ -33,6 +33,7 @@ from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
 from training.logs import append_row, cut_rows, plot_losses, write_atomically
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
+from training.openings import Opener
 from training.parallel import Processes
 from training.stages import (
     load_trained,
@@ -122,7 +123,10 @@ def _check_same_run(config: RunConfig) -> None:
         begun = json.loads(path.read_text())
         finished = {s["name"] for s in begun["stages"] if (config.output / s["name"]).exists()}
         same_stages = all(
-            a == b for a, b in zip(begun["stages"], told["stages"], strict=False) if a["name"] in finished
+            a[key] == b[key]  # of a setting that is newer than the run, it has the default
+            for a, b in zip(begun["stages"], told["stages"], strict=False)
+            for key in a.keys() & b.keys()
+            if a["name"] in finished
         )
         if not same_stages or begun["base"] != told["base"] or begun["base_options"] != told["base_options"]:
             raise ValueError(
@@ -166,6 +170,7 @@ class StageRun:
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
         self._order: tuple[int, list[list[int]]] = (-1, [])
         self.told_tags = ToldTags(stage.tell_from)
+        self.opener = Opener(stage.openings, stage.open_share)
         self._seed_everything()
         self.heads = self._build_heads(previous).to(self.device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
@@ -327,7 +332,13 @@ class StageRun:
             names, share, noise = self.stage.tell_findings, self.stage.tell_share, self.told_tags.noise
             told = zip(self.told_tags(studies), draws, strict=True)
             seen = [told_findings(tags, names, share, rng, noise) for tags, rng in told]
-        return collate(self.parts, studies, contexts, images, seen, laterals).to(self.device)
+        begun = []
+        if self.stage.open_share:
+            told_rows = zip(studies, seen, self.told_tags(studies), draws, strict=True)
+            opened = [self.opener(*row) for row in told_rows]
+            begun = [text for text, _ in opened]
+            studies = [replace(s, target=target) for s, (_, target) in zip(studies, opened, strict=True)]
+        return collate(self.parts, studies, contexts, images, seen, laterals, begun).to(self.device)
 
     def _train_step(self) -> dict[str, float]:
         self.parts.model.train()
