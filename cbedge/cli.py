@@ -290,6 +290,9 @@ def listen_command(
     variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     retry: Annotated[float, typer.Option(min=0.1, help="Seconds after the first failed delivery.")] = 5.0,
+    pair_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that a radiograph waits for its study's other view; 0 pairs none.")
+    ] = 10.0,
 ) -> None:
     """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
     try:
@@ -302,7 +305,8 @@ def listen_command(
     from cbedge.generator import ReportGenerator
 
     check_format("sr")
-    settings = ListenSettings(aet, host, port, tuple(known), Peer.parse(peer) if peer else None, spool, retry)
+    node = Peer.parse(peer) if peer else None
+    settings = ListenSettings(aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait)
     run_listener(ReportGenerator.from_pretrained(model, variant, device), settings)
 
 

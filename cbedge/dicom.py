@@ -58,7 +58,7 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
                 f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
             ) from None
         study = str(dataset.get("StudyInstanceUID") or "") or None
-        return _to_unit(dataset, values, name), _view(dataset), header_indication(dataset), study
+        return _to_unit(dataset, values, name), header_view(dataset), header_indication(dataset), study
 
 
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
@@ -150,7 +150,8 @@ def _to_unit(dataset, values: np.ndarray, name: str) -> np.ndarray:  # type: ign
     return 1.0 - pixels if inverted else pixels
 
 
-def _view(dataset) -> str | None:  # type: ignore[no-untyped-def]
+def header_view(dataset: Dataset) -> str | None:
+    """``frontal``, ``lateral`` or ``None`` from a header's View Position."""
     try:
         return normalize_view(str(dataset.get("ViewPosition") or "") or None)
     except ContextError:

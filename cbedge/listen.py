@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from pynetdicom import AE, evt
@@ -30,8 +30,8 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from cbedge.dicom import read_header
-from cbedge.errors import CbedgeError, ContextError, OutputError
+from cbedge.dicom import header_view, read_header
+from cbedge.errors import CbedgeError, ContextError, OutputError, RadiographError
 from cbedge.formats import to_sr
 from cbedge.generator import ReportGenerator
 
@@ -83,6 +83,8 @@ class ListenSettings:
         peer: where drafts go; ``None`` leaves them in the spool's folder ``outgoing``.
         spool: folder of the queue.
         first_retry_s, last_retry_s: seconds after a failed delivery, doubled up to the last.
+        pair_wait_s: how long a frontal or lateral radiograph waits for its study's other one, to be drafted with it; 0
+            drafts each by itself, as a model that reads no lateral one always does.
     """
 
     aet: str
@@ -93,6 +95,7 @@ class ListenSettings:
     spool: Path
     first_retry_s: float = 5.0
     last_retry_s: float = 600.0
+    pair_wait_s: float = 10.0
 
 
 class Spool:
@@ -152,6 +155,8 @@ class Listener:
     def __init__(self, generator: ReportGenerator, settings: ListenSettings):
         self.generator, self.settings, self.spool = generator, settings, Spool(settings.spool)
         self._stop, self._arrived, self._ready = threading.Event(), threading.Event(), threading.Event()
+        self._pair_wait = settings.pair_wait_s if generator.reads_lateral else 0.0
+        self._held: float | None = None  # seconds until a radiograph has waited long enough for another
         self._threads: list[threading.Thread] = []
         self._server: Any = None
 
@@ -221,17 +226,47 @@ class Listener:
                 self._ready.set()
 
     def _draft_all(self) -> None:
-        self._arrived.wait()
+        self._arrived.wait(self._held)
         self._arrived.clear()
-        for path in self.spool.waiting(self.spool.incoming):
+        for path, lateral in self._studies(self.spool.waiting(self.spool.incoming)):
             if self._stop.is_set():
                 return
-            self._draft(path)
+            self._draft(path, lateral)
 
-    def _draft(self, path: Path) -> None:
+    def _studies(self, waiting: list[Path]) -> list[tuple[Path, Path | None]]:
+        """What is to be drafted now: a radiograph, and the lateral one of its study beside it."""
+        self._held = None
+        if not self._pair_wait:
+            return [(path, None) for path in waiting]
+        places = {path: _study_and_view(path) for path in waiting}
+        found: list[tuple[Path, Path | None]] = []
+        used: set[Path] = set()
+        for path, (study, view) in places.items():
+            if path in used:
+                continue
+            wanted = (study, "lateral" if view == "frontal" else "frontal")
+            other = next(
+                (p for p, place in places.items() if study and view and place == wanted and p not in used), None
+            )
+            left = self._pair_wait - (time() - path.stat().st_mtime)
+            if other is not None:
+                found.append((path, other) if view == "frontal" else (other, path))
+                used |= {path, other}
+            elif study and view and left > 0:
+                self._held = left if self._held is None else min(self._held, left)
+            else:
+                found.append((path, None))
+        return found
+
+    def _draft(self, path: Path, lateral: Path | None = None) -> None:
         start = monotonic()
         try:
-            report = self.generator.generate(path)
+            try:
+                report = self.generator.generate(path, lateral=lateral)
+            except RadiographError:
+                if lateral is None:
+                    raise
+                report, lateral = self.generator.generate(path), None  # the lateral one is tried by itself, later
             document = to_sr(report, read_header(path), same_again=True)
         except CbedgeError as error:
             self.spool.put(self.spool.failed, f"{path.stem}.txt", f"{error}\n".encode())
@@ -240,6 +275,8 @@ class Listener:
             return
         self.spool.put(self.spool.outgoing, path.name, document)
         path.unlink()
+        if lateral is not None:
+            lateral.unlink()
         _tell(f"drafted in {monotonic() - start:.2f} s")
         self._ready.set()
 
@@ -292,6 +329,17 @@ class Listener:
         if taken:
             _tell(f"{taken} drafts dealt with by the PACS")
         return taken > 0
+
+
+def _study_and_view(path: Path) -> tuple[str | None, str | None]:
+    """What a radiograph's header says of both; nothing where it cannot be read, which drafting it will tell."""
+    try:
+        header = read_header(path)
+    except CbedgeError:
+        header = None
+    if header is None:
+        return None, None
+    return str(header.get("StudyInstanceUID") or "") or None, header_view(header)
 
 
 def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:

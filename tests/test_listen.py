@@ -63,11 +63,11 @@ def send(port: int, dataset: pydicom.Dataset, aet: str = "MODALITY") -> int | No
 def listen(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, subprocess.Popen]]]:
     running = []
 
-    def start(pacs: int, spool: Path = tmp_path / "spool") -> tuple[int, subprocess.Popen]:
+    def start(pacs: int, spool: Path = tmp_path / "spool", wait: float = 0) -> tuple[int, subprocess.Popen]:
         port = free_port()
         command = [sys.executable, "-m", "cbedge.cli", "listen", "--known", "MODALITY", "--spool", spool, "--peer",
                    f"PACS@127.0.0.1:{pacs}", "--port", port, "--model", tiny_bundle, "--device", "cpu", "--retry",
-                   "0.3"]  # fmt: skip
+                   "0.3", "--pair-wait", wait]  # fmt: skip
         log = open(tmp_path / "log", "a")  # noqa: SIM115
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=log)
         running.append(process)
@@ -104,6 +104,25 @@ def test_a_radiograph_sent_comes_back_as_a_structured_report(listen: Callable, f
     assert process.wait(30) == 0
     log = (tmp_path / "log").read_text()
     assert "drafted" in log and "CompressedSamples" not in log and "Traceback" not in log
+    pacs.server.shutdown()
+
+
+def test_two_views_of_a_study_make_one_draft_and_the_rest_one_each(listen: Callable, film: Path, tmp_path: Path):
+    pacs_port = free_port()
+    pacs = Pacs(pacs_port)
+    port, _ = listen(pacs_port, wait=4)
+    sent = [another(film) for _ in range(4)]
+    views = ("LL", "PA", "PA", None)
+    studies = ("1.2.3", "1.2.3", "1.2.4", "1.2.3")  # a pair, a frontal one alone, and one of an unknown view
+    for dataset, view, study in zip(sent, views, studies, strict=True):
+        dataset.ViewPosition, dataset.StudyInstanceUID = view, study
+        dataset.PixelData = dataset.PixelData[1:] + dataset.PixelData[:1] if view == "LL" else dataset.PixelData
+        assert send(port, dataset) == 0
+    wait_for(lambda: len(pacs.taken) == 3)
+    time.sleep(1)
+    # What is complete, or says of no view, does not wait.
+    assert [d.StudyInstanceUID for d in pacs.taken] == ["1.2.3", "1.2.3", "1.2.4"]
+    assert not [*(tmp_path / "spool").rglob("*.dcm")]
     pacs.server.shutdown()
 
 
