@@ -478,7 +478,10 @@ class ReportStream(Iterator[str]):
         pixels = [preprocess(image.pixels) for image in images]
         read = perf_counter()
         features = []
-        for image, gate, planes in zip(images, (generator.gate, generator.lateral_gate), pixels, strict=False):
+        gates = [generator.gate, generator.lateral_gate]
+        if context.view == "lateral" and generator.lateral_gate is not None:
+            gates = [generator.lateral_gate]
+        for image, gate, planes in zip(images, gates, pixels, strict=False):
             features.append(backend.encode_image(planes))
             if gate is not None and not self._accept_any_image:
                 gate.check(features[-1], image.chroma)
