@@ -49,8 +49,9 @@ def withheld(studies: list[Study]) -> list[Request]:
 
 def blank(studies: list[Study]) -> list[Request]:
     """Every study with a uniformly grey image and its own context."""
-    grey = Radiograph(np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32), "frontal", "")
-    return [Request(grey, s.context, s.lateral and grey) for s in studies]
+    grey = np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32)
+    frontal, lateral = (Radiograph(grey, view, f"blank {view}") for view in ("frontal", "lateral"))
+    return [Request(frontal, s.context, lateral if s.lateral else None) for s in studies]
 
 
 def own(studies: list[Study]) -> list[Request]:

@@ -103,7 +103,8 @@ class OnnxBackend:
         with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
             sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in GRAPHS]))
         self._vision, self._qformer, self._embed, self._decoder = sessions
-        self.vocabulary = int(self._decoder.get_outputs()[0].shape[-1])
+        outputs = {output.name: output for output in self._decoder.get_outputs()}
+        self.vocabulary = int(outputs["logits"].shape[-1])
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""

@@ -187,14 +187,19 @@ def test_the_merged_model_is_plain_again(tiny_run: Path):
 
 
 def test_graphs_too_large_for_one_file_keep_their_weights_beside_them(
-    tiny_run: Path, tiny_bundle: Path, chest_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path,
+    tiny_bundle: Path,
+    tiny_data: Path,
+    chest_png: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     from export import graphs
 
     monkeypatch.setattr(graphs, "LARGEST_GRAPH", 20_000)
     out = tmp_path / "large"
     done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
-                    "--variant", "fp32", "--variant", "fp16", "--variant", "int8")  # fmt: skip
+                    "--data", tiny_data, "--variant", "fp32", "--variant", "fp16", "--variant", "int8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     kinds = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
     assert all((out / f"{kind}.onnx_data").is_file() for kind in kinds)
