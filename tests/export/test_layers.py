@@ -33,7 +33,7 @@ def test_a_bundle_written_layer_by_layer_says_what_the_whole_one_says(
     tiny_run: Path, tiny_bundle: Path, tiny_data: Path, tmp_path: Path, chest_png: Path
 ):
     checkpoint, out = checkpoint_of(tiny_run), tmp_path / "out"
-    for variant in ("fp32", "int4", "q4f16"):
+    for variant in ("fp32", "q4f16"):  # the latter through int4
         done = CliRunner().invoke(app, [
             "--checkpoint", checkpoint, "--adapters", str(tiny_run), "--out", str(out / variant), "--data",
             str(tiny_data), "--variant", variant, "--at-once", "1",
@@ -47,11 +47,10 @@ def test_a_bundle_written_layer_by_layer_says_what_the_whole_one_says(
     assert parts.bundle.manifest.image_findings == whole.bundle.manifest.image_findings
     reports = [generator.generate(chest_png, indication="cough", max_new_tokens=30) for generator in (whole, parts)]
     assert reports[0].text == reports[1].text and reports[0].finding_scores == reports[1].finding_scores
-    for variant in ("int4", "q4f16"):
-        few, same = (ReportGenerator.from_pretrained(folder, variant) for folder in (out / variant, tiny_bundle))
-        scores = [list(g.generate(chest_png, max_new_tokens=4).finding_scores.values()) for g in (few, same)]
-        assert few.variant == variant and scores[0] == pytest.approx(scores[1], abs=1e-3)
-    assert "Not compared" in (out / "int4" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    few, same = (ReportGenerator.from_pretrained(folder, "q4f16") for folder in (out / "q4f16", tiny_bundle))
+    scores = [list(g.generate(chest_png, max_new_tokens=4).finding_scores.values()) for g in (few, same)]
+    assert few.variant == "q4f16" and scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert "Not compared" in (out / "q4f16" / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
 def test_the_decoder_of_a_language_model_alone_says_what_the_whole_one_says(
