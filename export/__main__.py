@@ -1,7 +1,6 @@
 """``python -m export``: merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle."""
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cbedge.errors import CbedgeError
 from export.bundle import DEFAULT_LICENCE
+from export.command import run
 from training.fetch import DEFAULT_CACHE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -161,12 +160,8 @@ def _folder(scratch: str, name: str) -> Path:
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line and a non-zero exit code."""
-    try:
-        app()
-    except (CbedgeError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line."""
+    run(app)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cbedge.errors import CbedgeError, OutputError
+from cbedge.errors import OutputError
+from export.command import run
 from export.graphs import DECODER, EMBED, ExportError, build_decoder, export_image_graphs
 from export.quantize import (
     SUFFIX,
@@ -379,12 +379,8 @@ def main_command(
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line and a non-zero exit code."""
-    try:
-        app()
-    except (CbedgeError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line."""
+    run(app)
 
 
 if __name__ == "__main__":

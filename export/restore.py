@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from cbedge.errors import CbedgeError
+from export.command import run
 from export.graphs import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers
 
@@ -416,12 +415,8 @@ def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarr
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line and a non-zero exit code."""
-    try:
-        app()
-    except (CbedgeError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line."""
+    run(app)
 
 
 if __name__ == "__main__":

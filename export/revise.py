@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +16,9 @@ import typer
 import yaml
 
 from cbedge.bundle import CARD, Manifest, check_target, open_bundle, write_bundle
-from cbedge.errors import CbedgeError
 from export.bundle import read_topics
 from export.card import model_card
+from export.command import run
 from export.parity import Parity, VariantParity
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -100,12 +99,8 @@ def _parity(values: dict[str, Any]) -> Parity:
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line and a non-zero exit code."""
-    try:
-        app()
-    except (CbedgeError, ValueError, OSError, yaml.YAMLError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line."""
+    run(app)
 
 
 if __name__ == "__main__":
