@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     HQQWeightOnlyQuantConfig,
@@ -38,7 +38,6 @@ DESCRIPTIONS = {
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }
 NF4 = "nf4"
-WIDENED_MEGABYTES = 256  # of fp32 weights of a vision encoder that a CPU widens when it loads them from 8 bits
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
 HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
@@ -63,8 +62,9 @@ class Int4Settings:
         block_size: weights that share one scale, in the language model.
         qformer_block_size, qformer_bits: the same in the Q-Former, which is smaller and more sensitive. 4 bits move the
             findings' logits by 11% (and all up, abnormal by .3), 8 bits by 0.3%, for 9 MB (mini, 24 studies).
-        vision_block_size, vision_bits: in the vision encoder. 4 bits move its features by 16%, 8 bits by 2% (ViT-S/14,
-            8 layers, relative Euclidean error on radiographs), for 6 MB.
+        vision_block_size, vision_bits: in the vision encoder. 4 bits move its features by 16% (ViT-S/14, 8 layers,
+            relative Euclidean error on radiographs); 8 bits by 2.4% where activations are rounded to 8 bits too (0.3.0),
+            by 1.3% where they are not (the two-view run), at the same speed, for 6 MB.
         eight_bits: regular expression of the language model's nodes that keep 8 bits. With everything in 4 bits the
             merged mini model, short and freshly adapted, chose another token than fp32 at 21% of positions (KL 0.38);
             with attention, down projection and the first two layers in 8 bits at 7% (KL 0.13), and the gate projection
@@ -176,12 +176,8 @@ def quantize_image_side(
 ) -> dict[str, Path]:
     """Write vision encoder and Q-Former of :func:`quantize_graphs` alone; returns the path of each."""
     written = {kind: folder / f"{kind}{suffix}.onnx" for kind in (VISION, QFORMER)}
-    vision = onnx.load(str(paths[VISION]))
-    if narrow and settings.vision_bits == 8 and _megabytes(vision) <= WIDENED_MEGABYTES:
-        store_in_bytes(vision, settings.vision_block_size)
-    else:
-        exact = replace(settings, accuracy_level=0)  # as fast over so many positions, and rounds no activation
-        vision = _quantize(vision, settings.vision_block_size, exact, bits=settings.vision_bits)
+    exact = replace(settings, accuracy_level=0)  # as fast over so many positions, and rounds no activation
+    vision = _quantize(paths[VISION], settings.vision_block_size, exact, bits=settings.vision_bits)
     qformer = _quantize(paths[QFORMER], settings.qformer_block_size, settings, bits=settings.qformer_bits)
     for graph in (vision, qformer) if narrow else ():
         narrow_scales(graph)
@@ -207,43 +203,6 @@ def write_embedding(embed: Path, decoder: ModelProto, path: Path, settings: Int4
     else:  # its weights are the decoder's, where they lie
         onnx.save(shared, str(written))
     return written
-
-
-def store_in_bytes(graph: ModelProto, block_size: int) -> None:
-    """Keep the weights of products as 8-bit numbers and 16-bit scales, in place; a session widens them as it loads.
-
-    An encoder reads hundreds of positions in one pass: it multiplies faster in fp32 than by kernels that widen weights
-    block by block at every pass, and rounds no activation. What it costs is the memory of fp32 weights.
-
-    Args:
-        graph: in fp32.
-        block_size: weights of a column that share a scale; of the whole column where it holds no whole blocks.
-    """
-    tensors = {t.name: t for t in graph.graph.initializer}
-    products = [n.input[1] for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in tensors]
-    widen: list[NodeProto] = []
-    for name in dict.fromkeys(products):
-        weight = numpy_helper.to_array(tensors[name])
-        rows, columns = weight.shape
-        blocks = weight.reshape(-1, rows if rows % block_size else block_size, columns)
-        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)  # it becomes -128
-        scales = (largest / -128).astype(np.float16)
-        scales[scales == 0] = np.finfo(np.float16).smallest_subnormal
-        numbers = np.round(blocks / scales.astype(np.float32)).clip(-128, 127).astype(np.int8)
-        graph.graph.initializer.remove(tensors[name])
-        parts: dict[str, np.ndarray] = {"bytes": numbers, "scales": scales, "shape": np.array(weight.shape, np.int64)}
-        graph.graph.initializer.extend(numpy_helper.from_array(v, f"{name}_{part}") for part, v in parts.items())
-        wide = [f"{name}_{part}_f32" for part in ("bytes", "scales")]
-        casts = [helper.make_node("Cast", [w[:-4]], [w], name=f"{w}/Cast", to=TensorProto.FLOAT) for w in wide]
-        product = helper.make_node("Mul", wide, [f"{name}_blocks"], name=f"{name}/Mul")
-        whole = helper.make_node("Reshape", [f"{name}_blocks", f"{name}_shape"], [name], name=f"{name}/Reshape")
-        widen += [*casts, product, whole]
-    for node in reversed(widen):
-        graph.graph.node.insert(0, node)
-
-
-def _megabytes(graph: ModelProto) -> float:
-    return sum(len(tensor.raw_data) for tensor in graph.graph.initializer) / 1e6
 
 
 def narrow_scales(graph: ModelProto) -> None:

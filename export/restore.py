@@ -151,19 +151,9 @@ class Graph:
         """The weight of a product, float32 [out, in]; ``None`` where both factors are computed."""
         if node.op_type == "MatMulNBits":
             return self._blocks(node)
-        if node.op_type != "MatMul":
-            return None
-        return self.array(node.input[1]).T if node.input[1] in self.tensors else self._widened(node.input[1])
-
-    def _widened(self, name: str) -> np.ndarray | None:
-        """A weight that a session widens from numbers and scales as it loads, float32 [out, in]."""
-        made = {output: node for node in self.nodes for output in node.output}
-        reshape = made.get(name)
-        product = made.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
-        if product is None or product.op_type != "Mul" or not all(i in self.tensors for i in product.input):
-            return None
-        numbers, scales = map(self.array, product.input)
-        return (numbers.astype(np.float32) * scales).reshape(-1, numbers.shape[-1]).T
+        if node.op_type == "MatMul" and node.input[1] in self.tensors:
+            return self.array(node.input[1]).T
+        return None
 
     def _blocks(self, node: NodeProto) -> np.ndarray:
         size = attributes(node)
