@@ -63,8 +63,8 @@ class Int4Settings:
         qformer_block_size, qformer_bits: the same in the Q-Former, which is smaller and more sensitive. 4 bits move the
             findings' logits by 11% (and all up, abnormal by .3), 8 bits by 0.3%, for 9 MB (mini, 24 studies).
         vision_block_size, vision_bits: in the vision encoder. 4 bits move its features by 16% (ViT-S/14, 8 layers,
-            relative Euclidean error on radiographs); 8 bits by 2.4% where activations are rounded to 8 bits too (0.3.0),
-            by 1.3% where they are not (the two-view run), at the same speed, for 6 MB.
+            relative Euclidean error on radiographs); 8 bits by 2.4% where activations are rounded to 8 bits too (the
+            model 0.3.0), by 1.3% where they are not (the two-view run), at the same speed, for 6 MB.
         eight_bits: regular expression of the language model's nodes that keep 8 bits. With everything in 4 bits the
             merged mini model, short and freshly adapted, chose another token than fp32 at 21% of positions (KL 0.38);
             with attention, down projection and the first two layers in 8 bits at 7% (KL 0.13), and the gate projection
