@@ -14,6 +14,7 @@ device=${DEVICE:-cuda} shape=${SHAPE:-vicuna-7b} layers=${LAYERS:-} tokens=${TOK
 work=$(mktemp -d -p "${TMPDIR:-/tmp}")
 trap 'rm -rf "$work"' EXIT
 image=examples/chest_pa.png
+mkdir -p "$(dirname "$results")"
 
 measure() { # NAME CHECKPOINT VARIANTS
   cbedge bench --image "$image" --model "$work/$1-bundle" --variants "$3" --device "$device" --tokens "$tokens" \
