@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from training.base import ModelAndTokenizers
 from training.batches import collate, load_pixels
+from training.controls import own
 from training.datasets.iu_xray import read_studies
+from training.drafting import TorchDrafter
 from training.stages import embed_inputs, encode_images, query_image
 
 CALIBRATION_STUDIES = 256
@@ -58,7 +60,7 @@ class Reading:
 def calibration_inputs(
     parts: ModelAndTokenizers, data: Path, count: int = CALIBRATION_STUDIES, seed: int = 0
 ) -> list[Reading]:
-    """What the language model reads of training studies.
+    """What the language model reads of training studies: in the report's place its own draft, as in use.
 
     Args:
         parts: a merged model with a decoder-only language model.
@@ -68,9 +70,11 @@ def calibration_inputs(
     """
     studies = [s for s in read_studies(data, ("train",)) if s.findings]
     chosen = np.random.default_rng(seed).permutation(len(studies))[:count]
+    drawn = [studies[i] for i in chosen]
+    drafts = TorchDrafter(parts).draft(own(drawn), lambda done: None)
     inputs = []
     with torch.inference_mode():
-        for study in (studies[i] for i in chosen):
+        for study in (replace(s, target=draft or s.target) for s, draft in zip(drawn, drafts, strict=True)):
             both = parts.reads_lateral and study.lateral is not None
             files = [study.image, *([study.lateral] if both else [])]
             pixels = np.stack([load_pixels(file) for file in files if file is not None])

@@ -207,6 +207,11 @@ def collate(
     )  # fmt: skip
 
 
+def retarget(studies: Sequence[Study], reports: Sequence[tuple[str, str]]) -> tuple[list[str], list[Study]]:
+    """What reports begin with, and the studies with what goes on after it as their target."""
+    return [text for text, _ in reports], [replace(s, target=t) for s, (_, t) in zip(studies, reports, strict=True)]
+
+
 def of_lateral(context: ClinicalContext) -> ClinicalContext:
     """The same study's context, for its lateral radiograph."""
     return replace(context, view="lateral")

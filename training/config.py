@@ -13,6 +13,7 @@ LOSSES = ("contrastive", "tags", "words", "language")
 SCHEDULES = ("cosine", "linear", "constant")
 BASE_PRECISIONS = ("fp32", "bf16", "nf4")
 SOURCES = ("tags", "report")
+REPORTS = ("own", "consensus")
 SELECTIONS = ("", "language", "cider", "tags")
 # Sentences that open a draft, in words of IU X-RAY's reports. A device or a fracture has none: which it is, and where,
 # the score does not say.
@@ -75,6 +76,8 @@ class Stage:
             no more than the finding's name does: nothing is known of side or size.
         open_share: share of the studies told such a finding whose report begins with that sentence in training too, its
             own words on the finding left out (:mod:`training.openings`).
+        learn: ``own``, the study's own report, or ``consensus``, the one that agrees most with the reports of studies
+            whose indication reads alike, behind the sentences of what is told (:mod:`training.consensus`).
         lateral: the lateral radiograph is read beside the frontal one, where a study has it; the image embeddings of
             both go to the language model, and the tag head's logits are averaged.
         lateral_dropout: probability of withholding it, so that a frontal radiograph alone stays familiar.
@@ -112,6 +115,7 @@ class Stage:
     tell_from: str = "tags"
     openings: dict[str, str] = field(default_factory=lambda: dict(OPENINGS))
     open_share: float = 0.0
+    learn: str = "own"
     lateral: bool = False
     lateral_dropout: float = 0.3
     splits: tuple[str, ...] = ("train",)
@@ -199,7 +203,8 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
-    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES)):
+    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES),
+                       ("learn", REPORTS)):  # fmt: skip
         if getattr(stage, key) not in known:
             names = ", ".join(filter(None, known))
             raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
@@ -211,6 +216,13 @@ def _stage(values: dict, path: Path) -> Stage:
         raise ConfigError(f"{where}: open_share needs tell_findings: only what is told opens a report")
     if stage.tell_findings and "language" not in stage.losses:
         raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
+    if stage.learn == "consensus" and (
+        not stage.tell_findings or stage.open_share or set(stage.losses) != {"language"}
+    ):
+        raise ConfigError(
+            f"{where}: learn consensus needs tell_findings and the language loss alone; its reports are opened without "
+            "open_share"
+        )
     needed = "tags" if stage.select_by == "tags" else "language"
     if stage.select_by and needed not in stage.losses:
         raise ConfigError(f"{where}: select_by {stage.select_by} needs the {needed} loss")

@@ -24,9 +24,11 @@ from training.batches import (
     epoch_order,
     lengths_and_flags,
     load_pixels,
+    retarget,
     told_findings,
 )
 from training.config import RunConfig, Stage
+from training.consensus import ConsensusReports
 from training.controls import own
 from training.datasets import open_studies
 from training.datasets.studies import TAGS
@@ -171,6 +173,9 @@ class StageRun:
         self._order: tuple[int, list[list[int]]] = (-1, [])
         self.told_tags = ToldTags(stage.tell_from)
         self.opener = Opener(stage.openings, stage.open_share)
+        self.consensus = None
+        if stage.learn == "consensus":
+            self.consensus = ConsensusReports(self.studies, stage.tell_findings, stage.openings, self.seed)
         self._seed_everything()
         self.heads = self._build_heads(previous).to(self.device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
@@ -188,7 +193,7 @@ class StageRun:
         self.features: np.ndarray | None = None
         self._lateral_rows: dict[int, int] = {}  # study → row of the cache
         self.losses = StageLosses(parts, self.heads, stage)
-        self.validation = Validation(parts, stage, self.val, self.device, autocast)
+        self.validation = Validation(parts, stage, self.val, self.device, autocast, consensus=self.consensus)
         self.wrapped: nn.Module = self.losses
         if processes.rank:
             torch.manual_seed(self.seed + 7919 * processes.rank)  # dropout differs between processes
@@ -332,12 +337,13 @@ class StageRun:
             names, share, noise = self.stage.tell_findings, self.stage.tell_share, self.told_tags.noise
             told = zip(self.told_tags(studies), draws, strict=True)
             seen = [told_findings(tags, names, share, rng, noise) for tags, rng in told]
-        begun = []
+        begun: list[str] = []
         if self.stage.open_share:
             told_rows = zip(studies, seen, self.told_tags(studies), draws, strict=True)
-            opened = [self.opener(*row) for row in told_rows]
-            begun = [text for text, _ in opened]
-            studies = [replace(s, target=target) for s, (_, target) in zip(studies, opened, strict=True)]
+            begun, studies = retarget(studies, [self.opener(*row) for row in told_rows])
+        elif self.consensus is not None:
+            rows_of = zip(studies, contexts, seen, strict=True)
+            begun, studies = retarget(studies, [self.consensus(*row) for row in rows_of])
         return collate(self.parts, studies, contexts, images, seen, laterals, begun).to(self.device)
 
     def _train_step(self) -> dict[str, float]:

@@ -8,8 +8,9 @@ import torch
 
 from cbedge.image_findings import ImageFindings, scores_of
 from training.base import ModelAndTokenizers
-from training.batches import Batch, ToldTags, collate, load_pixels, told_findings
+from training.batches import Batch, ToldTags, collate, load_pixels, retarget, told_findings
 from training.config import Stage
+from training.consensus import ConsensusReports
 from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.losses import StageLosses
@@ -28,15 +29,17 @@ class Validation:
         studies: of the validation split.
         device: of the model.
         autocast: the stage's arithmetic.
+        consensus: what the stage learns instead of the studies' own reports; ``None`` where it learns those.
     """
 
     def __init__(
         self, parts: ModelAndTokenizers, stage: Stage, studies: Sequence[Study], device: torch.device,
-        autocast: torch.autocast, batch_size: int = 16,
+        autocast: torch.autocast, batch_size: int = 16, consensus: ConsensusReports | None = None,
     ):  # fmt: skip
         self.parts, self.stage, self.studies = parts, stage, studies
         self.device, self.autocast, self.batch_size = device, autocast, batch_size
         self.told_tags = ToldTags(stage.tell_from)
+        self.consensus = consensus
 
     @torch.inference_mode()
     def measure(self, losses: StageLosses) -> dict[str, float]:
@@ -77,8 +80,13 @@ class Validation:
             files = [s.image for s in studies] + [studies[i].lateral for i in laterals]
             images = torch.from_numpy(np.stack([load_pixels(file) for file in files if file is not None]))
         names = self.stage.tell_findings
-        seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else None
-        return collate(self.parts, studies, [s.context for s in studies], images, seen, laterals).to(self.device)
+        seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else [None] * len(studies)
+        begun: list[str] = []
+        if self.consensus is not None:
+            told = zip(studies, seen, strict=True)
+            begun, studies = retarget(studies, [self.consensus(s, s.context, names) for s, names in told])
+        contexts = [s.context for s in studies]
+        return collate(self.parts, studies, contexts, images, seen, laterals, begun).to(self.device)
 
 
 def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
