@@ -95,6 +95,8 @@ def export(
     if algorithm not in (None, *ALGORITHMS):
         raise ValueError(f"unknown algorithm {algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
     parts = load_adapted(checkpoint, list(adapters or []), cache)
+    merge_error = merge(parts)
+    console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if algorithm is None:
         algorithm = "gptq" if data is not None and can_be_rounded(parts.model.language_model) else "rtn"
     if tune and algorithm != "gptq":
@@ -102,8 +104,6 @@ def export(
     settings = Int4Settings(block_size=block_size, algorithm=algorithm, tune=tune)
     if algorithm == "gptq":
         settings = replace(settings, eight_bits=HEAD, eight_bits_block_size=64)  # 64 divides widths that 128 does not
-    merge_error = merge(parts)
-    console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if vocabulary == "domain" and data is not None:
         before, after = restrict_vocabulary(parts, domain_texts(data), common)
         console.print(f"vocabulary: {after:,} of {before:,} tokens kept")
