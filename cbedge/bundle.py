@@ -266,8 +266,9 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
         told = values["image_findings"]
-        openings = tuple(map(str, told.get("openings", ())))
-        values["image_findings"] = ImageFindings(tuple(told["names"]), tuple(map(float, told["thresholds"])), openings)
+        openings, denials = (tuple(map(str, told.get(key, ()))) for key in ("openings", "denials"))
+        thresholds = tuple(map(float, told["thresholds"]))
+        values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials)
     values["topics"] = tuple(Topic(t["name"], tuple(t["words"]), t["start"]) for t in values.get("topics", ()))
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:

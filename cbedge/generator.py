@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, open_backend
 from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.consistency import Watch
 from cbedge.decoding import (
     Decoder,
     Decoding,
@@ -400,6 +402,11 @@ class ReportGenerator:
         ids = self._encode(self._qformer_tokenizer, build_query_instruction(context), True)
         return self.backend.query_image(features, np.array([ids], np.int64))
 
+    def contradicting(self, seen: Sequence[str] | None) -> re.Pattern[str] | None:
+        """What is found in sentences that contradict what was seen, and that a draft leaves out; ``None`` for none."""
+        findings = self.bundle.manifest.image_findings
+        return findings.contradicting(seen) if findings and seen else None
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -501,13 +508,18 @@ class ReportStream(Iterator[str]):
         text_stream = generator.decode_stream()
         drafting = Drafting()
         room = limit - len(begun)
+        watch = Watch(generator.contradicting(look.seen))
         for word in generator.write(decoder, logits, room, decoding, drafting, opening):
             if word.token_id in manifest.stop_ids:
                 complete = True
                 break
-            spoken.append(word._replace(piece=generator.decode_piece(text_stream, word.token_id)))
-            if spoken[-1].piece:
-                yield spoken[-1].piece
+            for said in watch.add(word._replace(piece=generator.decode_piece(text_stream, word.token_id))):
+                spoken.append(said)
+                if said.piece:
+                    yield said.piece
+        for said in watch.end():
+            spoken.append(said)
+            yield said.piece
         end = perf_counter()
         text = "".join(word.piece for word in spoken).strip()
         findings, impression = split_sections(text)

@@ -6,9 +6,11 @@ the language model writes of the image can be traced to a score.
 
 A small language model passes over much of what it is told, and falls back on the usual normal report. So the draft can
 be opened with a sentence for each finding that is told, and the language model goes on from there (a prefix constraint,
-the simplest of the lexical constraints of Hokamp and Liu, ACL 2017).
+the simplest of the lexical constraints of Hokamp and Liu, ACL 2017). What goes on after it and contradicts it is left
+out (:mod:`cbedge.consistency`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,20 +28,26 @@ class ImageFindings:
         thresholds: for each name the least score that counts, 0 to 1. Chosen on validation studies.
         openings: for each name the sentence that opens a draft where the finding is told, or an empty text; or nothing
             at all, and no draft is opened.
+        denials: for each name a regular expression, case ignored, of sentences that contradict the finding, or an empty
+            text; or nothing at all.
 
     Raises:
-        ValueError: they have not the same length, or are empty.
+        ValueError: they have not the same length, or are empty; a denial is no regular expression.
     """
 
     names: tuple[str, ...]
     thresholds: tuple[float, ...]
     openings: tuple[str, ...] = ()
+    denials: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.thresholds):
             raise ValueError(f"{len(self.names)} findings with {len(self.thresholds)} thresholds")
         if self.openings and len(self.openings) != len(self.names):
             raise ValueError(f"{len(self.names)} findings with {len(self.openings)} openings")
+        if self.denials and len(self.denials) != len(self.names):
+            raise ValueError(f"{len(self.names)} findings with {len(self.denials)} denials")
+        self.contradicting(self.names)
 
     def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
         """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, or
@@ -52,6 +60,18 @@ class ImageFindings:
     def open(self, told: Sequence[str]) -> dict[str, str]:
         """The sentences that open the draft: finding → sentence, for those told that have one."""
         return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in told}
+
+    def contradicting(self, told: Sequence[str]) -> re.Pattern[str] | None:
+        """What is found in a sentence that contradicts a finding told; ``None`` where nothing is known to.
+
+        Raises:
+            ValueError: a denial is no regular expression.
+        """
+        parts = [text for name, text in zip(self.names, self.denials, strict=False) if text and name in told]
+        try:
+            return re.compile("|".join(f"(?:{part})" for part in parts), re.IGNORECASE) if parts else None
+        except re.error as error:
+            raise ValueError(f"a denial is no regular expression: {error}") from None
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:

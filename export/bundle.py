@@ -36,6 +36,7 @@ from training.base import ModelAndTokenizers
 from training.batches import prefix_ids
 from training.datasets.iu_xray import read_studies
 from training.fetch import BASE_PARTS
+from training.openings import with_denials
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
@@ -144,7 +145,7 @@ def describe(
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
-        image_findings=parts.finding_head.findings if parts.finding_head else None, topics=topics,
+        image_findings=with_denials(parts.finding_head.findings) if parts.finding_head else None, topics=topics,
         reads_lateral=parts.reads_lateral, never_ids=unseen_fragments(parts, data),
     )  # fmt: skip
 

@@ -10,7 +10,10 @@ _OPENED = (
     "Where its image scores reach their thresholds, the draft begins with a fixed sentence for each such finding, and "
     "the language model goes on from there; which sentences those are is said with every draft."
 )
-
+_CONSISTENT = (
+    "A sentence that goes on to contradict one of them (that the lungs are clear, behind an opacity) is left out, "
+    "where it is known by its words."
+)
 
 _NOT_COMPARED = (
     "Not compared: the graphs were written layer by layer, for a machine that does not hold the whole model in fp32. "
@@ -37,6 +40,7 @@ def model_card(manifest: Manifest, parity: Parity | None) -> str:
         f"It reads one frontal chest radiograph{_BESIDE if lateral else ''} with its indication and comparison, and "
         "writes findings and impression.",
         *([_OPENED] if opened else []),
+        *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([f"Before its findings end it is asked for what they left out of: {', '.join(topics)}. The sentences begin "
            "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
           if topics else []),

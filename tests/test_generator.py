@@ -338,3 +338,20 @@ def test_guessing_ahead_changes_no_draft_of_200_real_studies():
         assert plain.text == ahead.text
         accepted += ahead.accepted_tokens
     assert accepted > 200
+
+
+def test_a_draft_never_goes_on_with_what_contradicts_its_opening(generator: ReportGenerator):
+    findings = generator.bundle.manifest.image_findings
+    assert findings is not None and len(findings.denials) == len(findings.names)
+    count = len(findings.names)
+
+    def draft(denial: str, opening: str = "There it is.") -> Report:
+        changed = replace(findings, thresholds=(0.0,) * count, openings=(opening,) * count, denials=(denial,) * count)
+        copied = copy(generator)
+        copied.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, image_findings=changed))
+        return copied.generate(draw_chest(0), indication="cough", max_new_tokens=60)
+
+    whole, opened = draft("(?!)"), draft(".")
+    assert whole.text.startswith(opened.text) and len(whole.text) > len(opened.text)
+    assert opened.text == " ".join(["FINDINGS: There it is.", *["There it is."] * (count - 2)])
+    assert whole.text == draft("").text

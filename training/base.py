@@ -160,7 +160,8 @@ def load_finding_head(folder: Path) -> FindingHead | None:
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
     tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
-    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), tuple(values.get("openings", ())))
+    lines = (tuple(values.get(key, ())) for key in ("openings", "denials"))
+    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), *lines)
     return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 
 

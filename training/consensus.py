@@ -27,6 +27,7 @@ from training.batches import told_findings
 from training.clinical import TAG_FINDINGS
 from training.datasets import Study
 from training.findings import find_mentions
+from training.openings import DENIALS
 
 # Chosen on validation studies (training/RUNS.md).
 SHARPNESS = 10.0
@@ -36,22 +37,6 @@ TOLD_DISTANCE = 1.0
 # Told of these, an impression does not go on that nothing is acute.
 ACUTE = frozenset({"effusion", "opacity", "congestion", "fracture", "pneumothorax"})
 _SENTENCE = re.compile(r"(?<=[.?!])\s+")
-# Sentences that call normal what a finding told makes abnormal, where the reader of findings sees no finding in them.
-_HEART, _BONES = r"\b(heart|cardi\w+)\b", r"\b(bon\w+|osseous|skelet\w+|ribs?|thora\w+ cage)\b"
-_CLEAR = r"\bclear\b|\blungs?\b.*\b(normal|unremarkable)\b"
-_INFLATED = r"\b(inflat|expan|aerat)\w+|\bvolumes?\b"
-_NORMAL = {
-    "cardiomegaly": _HEART,
-    "effusion": r"pleura|costophrenic",
-    "atelectasis": _CLEAR,
-    "opacity": _CLEAR,
-    "hyperinflation": _INFLATED,
-    "low volume": _INFLATED,
-    "aorta": r"\baort\w+",
-    "scar": _CLEAR,
-    "congestion": rf"{_CLEAR}|vascul",
-    "fracture": _BONES,
-}
 # Words that say more of a finding than that it is there: nothing tells them.
 _UNKNOWN = re.compile(
     r"\b(left|right|bilateral|bibasilar|basilar|upper|middle|lower|small|tiny|large|mild(ly)?|minimal(ly)?|moderate(ly)?"
@@ -145,7 +130,7 @@ class ConsensusReports:
         chosen = pool.best(nearer if whole else weights)
         if chosen is None:
             return "", study.target
-        denied = re.compile("|".join(_NORMAL[name] for name in told if name in _NORMAL) or r"(?!)", re.IGNORECASE)
+        denied = re.compile("|".join(f"(?:{DENIALS[n]})" for n in told if n in DENIALS) or "(?!)", re.IGNORECASE)
         rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & told_of or denied.search(s.text))]
         seen = [s.text for s in rest if s.affirmed] if whole else [self.sentences[name] for name in opened]
         closing = None if ACUTE.intersection(told) else self._impression.best(weights)

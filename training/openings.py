@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import yaml
 
+from cbedge.image_findings import ImageFindings
 from cbedge.prompt import build_opening, build_target, split_sections
 from training.clinical import TAG_FINDINGS
 from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.findings import find_mentions
 
+# Finding → what is found in a sentence that contradicts it.
+DENIALS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
 _SENTENCE = re.compile(r"(?<=[.?!])\s+")
+
+
+def with_denials(findings: ImageFindings) -> ImageFindings:
+    """The same findings, with the denials of :data:`DENIALS` for those that have an opening sentence."""
+    opened = zip(findings.names, findings.openings, strict=False)
+    return replace(findings, denials=tuple(DENIALS.get(name, "") if text else "" for name, text in opened))
 
 
 class Opener:

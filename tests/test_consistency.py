@@ -1,0 +1,70 @@
+import re
+
+import pytest
+
+from cbedge.consistency import Watch
+from cbedge.image_findings import ImageFindings
+from cbedge.report import Spoken
+from training.config import OPENINGS
+from training.openings import DENIALS, with_denials
+
+
+def written(text: str, denied: re.Pattern[str] | None) -> tuple[str, Watch]:
+    watch = Watch(denied)
+    words = [Spoken(piece, 0.9, None, i) for i, piece in enumerate(re.findall(r"\s*\S+", text))]
+    said = [said for word in words for said in watch.add(word)] + watch.end()
+    return "".join(word.piece for word in said), watch
+
+
+def told(*names: str) -> re.Pattern[str] | None:
+    return with_denials(ImageFindings((*OPENINGS,), (0.5,) * len(OPENINGS), (*OPENINGS.values(),))).contradicting(names)
+
+
+DRAFT = (
+    " Heart size is normal. The lungs are clear. No pleural effusion or pneumothorax. Ribs intact."
+    " IMPRESSION: No acute disease."
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        ((), DRAFT),
+        (("cardiomegaly",), DRAFT.replace(" Heart size is normal.", "")),
+        (("opacity",), " Heart size is normal. No pleural effusion or pneumothorax. Ribs intact."),
+        (("effusion",), " Heart size is normal. The lungs are clear. Ribs intact."),
+        (("scar", "cardiomegaly"), " No pleural effusion or pneumothorax. Ribs intact. IMPRESSION: No acute disease."),
+        (("fracture",), DRAFT),  # nothing opens a draft with one
+    ],
+)
+def test_what_contradicts_a_finding_told_is_left_out(names: tuple[str, ...], kept: str):
+    text, watch = written(DRAFT, told(*names))
+    assert text == kept
+    assert watch.left_out == DRAFT.count(".") - kept.count(".")
+
+
+def test_what_affirms_a_finding_stays():
+    for name, sentence in OPENINGS.items():
+        assert not re.search(DENIALS[name], sentence, re.IGNORECASE), name
+    for sentence in ("The heart is mildly enlarged.", "Small left pleural effusion.", "Left lower lobe opacity.",
+                     "Right lung volumes are low.", "Bibasilar atelectasis."):  # fmt: skip
+        pattern = told(*OPENINGS)
+        assert pattern and not pattern.search(sentence), sentence
+
+
+def test_without_anything_to_contradict_every_token_is_said_at_once():
+    watch = Watch(None)
+    assert watch.add(Spoken(" No", 0.9, None, 1)) == [Spoken(" No", 0.9, None, 1)]
+    assert watch.end() == []
+
+
+def test_a_draft_that_ends_within_a_sentence_is_judged_by_what_there_is():
+    assert written(" The heart is large. No acute", told("opacity"))[0] == " The heart is large. No acute"
+    assert written(" The lungs are clear and", told("opacity"))[0] == ""
+
+
+def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():
+    with pytest.raises(ValueError, match="no regular expression"):
+        ImageFindings(("abnormal",), (0.5,), (), ("(",))
+    with pytest.raises(ValueError, match="1 findings with 2 denials"):
+        ImageFindings(("abnormal",), (0.5,), (), ("", ""))
