@@ -9,6 +9,7 @@ from export.graphs import DECODER
 from export.quantize import Int4Settings, quantize_language_model, round_for
 from export.restore import Graph, restore
 from export.tune import divergence, tune_scales
+from training.drafting import TorchDrafter
 
 
 def correlated(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
@@ -77,9 +78,13 @@ def test_tuned_scales_bring_the_rounded_model_nearer_to_the_one_in_fp32(tiny_bun
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_reports_begin_where_calibration_says(tiny_bundle: Path, tiny_data: Path):
+def test_calibration_reads_the_models_own_drafts(
+    tiny_bundle: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
     parts = restore(open_bundle(tiny_bundle), "fp32")
     table = parts.model.get_input_embeddings().weight
-    for reading in calibration_inputs(parts, tiny_data, 3):
+    drafts = [f"FINDINGS: Draft {i}." for i in range(3)]  # a random model's own are no text
+    monkeypatch.setattr(TorchDrafter, "draft", lambda self, requests, progress: drafts[: len(requests)])
+    for reading, draft in zip(calibration_inputs(parts, tiny_data, 3), drafts, strict=True):
         ids = [int((table - row).abs().sum(1).argmin()) for row in reading.embeds[0, reading.report :]]
-        assert parts.tokenizer.decode(ids).startswith("FINDINGS:")
+        assert parts.tokenizer.decode(ids, skip_special_tokens=True).strip() == draft
