@@ -60,12 +60,9 @@ class _Pool:
         self.rows = [*unique.values()]
         self.agreement = Agreement([*unique], others).matrix if unique else np.zeros((0, len(others)), np.float32)
 
-    def best(self, weights: np.ndarray, allowed: np.ndarray | None = None) -> int | None:
-        """The text with the highest expected agreement, among those ``allowed`` (bool [texts])."""
-        if not self.rows or (allowed is not None and not allowed.any()):
-            return None
-        expected = self.agreement @ weights
-        return int((expected if allowed is None else np.where(allowed, expected, -np.inf)).argmax())
+    def best(self, weights: np.ndarray) -> int | None:
+        """The text with the highest expected agreement, for the weights of the known studies; ``None`` of no text."""
+        return int((self.agreement @ weights).argmax()) if self.rows else None
 
 
 class ConsensusReports:
