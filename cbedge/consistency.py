@@ -17,13 +17,10 @@ class Watch:
 
     Args:
         denied: what is found in sentences to leave out; ``None`` lets every token through at once.
-
-    Attributes:
-        left_out: sentences so far that were left out.
     """
 
     def __init__(self, denied: re.Pattern[str] | None):
-        self.denied, self.left_out = denied, 0
+        self.denied = denied
         self._held: list[Spoken] = []
         self._heading: list[Spoken] = []
 
@@ -45,7 +42,6 @@ class Watch:
             self._heading = held
             return []
         if self.denied.search(text):
-            self.left_out += 1
             return []
         heading, self._heading = self._heading, []
         return [*heading, *held]

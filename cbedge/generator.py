@@ -519,7 +519,8 @@ class ReportStream(Iterator[str]):
                     yield said.piece
         for said in watch.end():
             spoken.append(said)
-            yield said.piece
+            if said.piece:
+                yield said.piece
         end = perf_counter()
         text = "".join(word.piece for word in spoken).strip()
         findings, impression = split_sections(text)

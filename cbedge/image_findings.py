@@ -67,11 +67,20 @@ class ImageFindings:
         Raises:
             ValueError: a denial is no regular expression.
         """
-        parts = [text for name, text in zip(self.names, self.denials, strict=False) if text and name in told]
-        try:
-            return re.compile("|".join(f"(?:{part})" for part in parts), re.IGNORECASE) if parts else None
-        except re.error as error:
-            raise ValueError(f"a denial is no regular expression: {error}") from None
+        return any_of([text for name, text in zip(self.names, self.denials, strict=False) if name in told])
+
+
+def any_of(denials: Sequence[str]) -> re.Pattern[str] | None:
+    """One regular expression, case ignored, for all of some denials but the empty ones; ``None`` for none.
+
+    Raises:
+        ValueError: one is no regular expression.
+    """
+    parts = [f"(?:{text})" for text in denials if text]
+    try:
+        return re.compile("|".join(parts), re.IGNORECASE) if parts else None
+    except re.error as error:
+        raise ValueError(f"a denial is no regular expression: {error}") from None
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:

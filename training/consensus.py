@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 
+from cbedge.image_findings import any_of
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
 from training.batches import told_findings
 from training.clinical import TAG_FINDINGS
 from training.datasets import Study
-from training.findings import find_mentions
-from training.openings import DENIALS
+from training.openings import DENIALS, Sentence, read_sentences
 
 # Chosen on validation studies (training/RUNS.md).
 SHARPNESS = 10.0
@@ -36,7 +35,6 @@ RECALL_WEIGHT = 0.85  # METEOR's
 TOLD_DISTANCE = 1.0
 # Told of these, an impression does not go on that nothing is acute.
 ACUTE = frozenset({"effusion", "opacity", "congestion", "fracture", "pneumothorax"})
-_SENTENCE = re.compile(r"(?<=[.?!])\s+")
 # Words that say more of a finding than that it is there: nothing tells them.
 _UNKNOWN = re.compile(
     r"\b(left|right|bilateral|bibasilar|basilar|upper|middle|lower|small|tiny|large|mild(ly)?|minimal(ly)?|moderate(ly)?"
@@ -45,17 +43,10 @@ _UNKNOWN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class _Sentence:
-    text: str
-    spoken: frozenset[str]
-    affirmed: frozenset[str]
-
-
 class _Pool:
     """Texts to choose from, and how well each agrees with what is written of the known studies."""
 
-    def __init__(self, rows: Sequence[list[_Sentence]], others: Sequence[str]):
+    def __init__(self, rows: Sequence[list[Sentence]], others: Sequence[str]):
         unique = {_join(row): row for row in rows if row}
         self.rows = [*unique.values()]
         self.agreement = Agreement([*unique], others).matrix if unique else np.zeros((0, len(others)), np.float32)
@@ -86,7 +77,7 @@ class ConsensusReports:
         self._rows = {study.study_id: i for i, study in enumerate(kept)}
         self._told = [frozenset(told_findings(s.tags, names) or ()) for s in kept]
         sections = [split_sections(s.target) for s in kept]
-        written, impressions = (_read([pair[i] for pair in sections]) for i in (0, 1))
+        written, impressions = (read_sentences([pair[i] for pair in sections]) for i in (0, 1))
         self._reader = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), lowercase=False, sublinear_tf=True)
         self._contexts = self._reader.fit_transform([_text_of(s.context) for s in kept]) if kept else None
         findings = [pair[0] for pair in sections]
@@ -127,8 +118,8 @@ class ConsensusReports:
         chosen = pool.best(nearer if whole else weights)
         if chosen is None:
             return "", study.target
-        denied = re.compile("|".join(f"(?:{DENIALS[n]})" for n in told if n in DENIALS) or "(?!)", re.IGNORECASE)
-        rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & told_of or denied.search(s.text))]
+        denied = any_of([DENIALS.get(name, "") for name in told])
+        rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & told_of or (denied and denied.search(s.text)))]
         seen = [s.text for s in rest if s.affirmed] if whole else [self.sentences[name] for name in opened]
         closing = None if ACUTE.intersection(told) else self._impression.best(weights)
         words = " ".join([*seen, *([] if closing is None else [_join(self._impression.rows[closing])])]) or None
@@ -141,25 +132,15 @@ def _text_of(context: ClinicalContext) -> str:
     return f"{context.indication or ''} | {context.comparison or ''}"
 
 
-def _read(texts: Sequence[str]) -> list[list[_Sentence]]:
-    parted = [[s for s in _SENTENCE.split(text) if s] for text in texts]
-    unique = sorted({s for row in parted for s in row})
-    known = {
-        text: _Sentence(text, frozenset(m.finding for m in found), frozenset(m.finding for m in found if not m.denied))
-        for text, found in zip(unique, find_mentions(unique), strict=True)
-    }
-    return [[known[s] for s in row] for row in parted]
-
-
-def _join(row: Sequence[_Sentence]) -> str:
+def _join(row: Sequence[Sentence]) -> str:
     return " ".join(s.text for s in row)
 
 
-def _affirmed(row: Sequence[_Sentence]) -> frozenset[str]:
+def _affirmed(row: Sequence[Sentence]) -> frozenset[str]:
     return frozenset().union(*(s.affirmed for s in row))
 
 
-def _knows_more(row: Sequence[_Sentence]) -> bool:
+def _knows_more(row: Sequence[Sentence]) -> bool:
     return any(s.affirmed and _UNKNOWN.search(s.text) for s in row)
 
 
@@ -179,9 +160,9 @@ class Agreement:
         counts = CountVectorizer(token_pattern=r"[^\s.,;:]+", binary=True).fit(others)
         rarity = TfidfTransformer(norm=None).fit(counts.transform(others)).idf_ - 0.9
         left, right = counts.transform(texts).astype(np.float32), counts.transform(others).astype(np.float32)
-        shared = left.multiply(rarity[None]).tocsr().astype(np.float32) @ right.T
-        precision = shared.toarray() / np.maximum(left @ rarity, 1e-6)[:, None]
-        recall = shared.toarray() / np.maximum(right @ rarity, 1e-6)[None]
+        shared = (left.multiply(rarity[None]).tocsr().astype(np.float32) @ right.T).toarray()
+        precision = shared / np.maximum(left @ rarity, 1e-6)[:, None]
+        recall = shared / np.maximum(right @ rarity, 1e-6)[None]
         words = precision * recall / np.maximum(RECALL_WEIGHT * precision + (1 - RECALL_WEIGHT) * recall, 1e-6)
         letters: dict[str, str] = {}
         a, b = (["".join(letters.setdefault(w, chr(0x4E00 + len(letters))) for w in re.findall(r"[^\s.,;:]+|\.", t))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,26 @@ from training.findings import find_mentions
 # Finding → what is found in a sentence that contradicts it.
 DENIALS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
 _SENTENCE = re.compile(r"(?<=[.?!])\s+")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a report: the findings that it speaks of, and those of them that it does not deny."""
+
+    text: str
+    spoken: frozenset[str]
+    affirmed: frozenset[str]
+
+
+def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
+    """The sentences of each report."""
+    parted = [[text for text in _SENTENCE.split(report) if text] for report in reports]
+    unique = sorted({text for row in parted for text in row})
+    known = {
+        text: Sentence(text, frozenset(m.finding for m in found), frozenset(m.finding for m in found if not m.denied))
+        for text, found in zip(unique, find_mentions(unique), strict=True)
+    }
+    return [[known[text] for text in row] for row in parted]
 
 
 def with_denials(findings: ImageFindings) -> ImageFindings:
@@ -43,7 +63,7 @@ class Opener:
 
     def __init__(self, sentences: dict[str, str], share: float):
         self.sentences, self.share = sentences, share
-        self._read: dict[str, list[tuple[str, frozenset[str], frozenset[str]]]] = {}
+        self._read: dict[str, list[Sentence]] = {}
 
     def __call__(
         self, study: Study, told: Sequence[str] | None, tags: Sequence[int], rng: np.random.Generator
@@ -65,18 +85,12 @@ class Opener:
         if not names or not findings or "FINDINGS:" not in study.target or rng.random() >= self.share:
             return "", study.target
         said = frozenset(finding for name in names for finding in TAG_FINDINGS[name])
-        kept = [text for text, spoken, found in self._sentences(study, findings) if not spoken & said or found - said]
+        kept = [s.text for s in self._sentences(study, findings) if not s.spoken & said or s.affirmed - said]
         begun = "".join(build_opening([self.sentences[name] for name in names]))
         rest = build_target(" ".join(kept), impression).removeprefix("FINDINGS: ")
         return begun, f" {rest}"
 
-    def _sentences(self, study: Study, findings: str) -> list[tuple[str, frozenset[str], frozenset[str]]]:
-        """Each sentence with the findings that it speaks of, and those of them that it does not deny."""
+    def _sentences(self, study: Study, findings: str) -> list[Sentence]:
         if study.study_id not in self._read:
-            texts = _SENTENCE.split(findings)
-            mentions = find_mentions(texts)
-            self._read[study.study_id] = [
-                (text, frozenset(m.finding for m in found), frozenset(m.finding for m in found if not m.denied))
-                for text, found in zip(texts, mentions, strict=True)
-            ]
+            (self._read[study.study_id],) = read_sentences([findings])
         return self._read[study.study_id]
