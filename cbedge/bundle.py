@@ -25,6 +25,7 @@ CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
+TEMPLATES = "templates.npz"
 GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 BACKENDS = ("onnx", "torch_nf4")
@@ -144,7 +145,7 @@ class Bundle:
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
-        optional = [name for name in (PHRASEBOOK, GATE, LATERAL_GATE) if name in self.manifest.files]
+        optional = [name for name in (PHRASEBOOK, TEMPLATES, GATE, LATERAL_GATE) if name in self.manifest.files]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 
     def _verify_file(self, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cbedge import __version__
-from cbedge.errors import CbedgeError, OutputError
+from cbedge.errors import CbedgeError, ContextError, OutputError
 
 app = typer.Typer(
     help="Draft chest radiograph reports on one workstation, offline. Research use; not a medical device.",
@@ -43,6 +43,13 @@ def generate(
     indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
     view: Annotated[str | None, typer.Option(help="frontal or lateral [default: what the file says].")] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(help="Text file: a normal report in your words, to keep to [default: the usual one]."),
+    ] = None,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Keep to no template: the language model chooses every word.")
+    ] = False,
     lateral: Annotated[
         Path | None, typer.Option(help="The same study's lateral radiograph, for a model that reads both.")
     ] = None,
@@ -91,12 +98,16 @@ def generate(
     from cbedge.decoding import Decoding
     from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import load_radiograph
+    from cbedge.templates import read_template
 
     ClinicalContext(indication, comparison, view)
+    if template and no_template:
+        raise ContextError("--template and --no-template exclude each other: give one of them")
+    wording = read_template(_read_text(template)) if template else None
     if temperature is None:
         temperature = 0.7 if candidates > 1 else 0.0
     chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
-                              "candidates": candidates}  # fmt: skip
+                              "candidates": candidates, "keep_to_template": not no_template}  # fmt: skip
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # what is wrong is told before the model is loaded
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
@@ -104,7 +115,7 @@ def generate(
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
-        radiograph, indication=indication, comparison=comparison, view=view, lateral=second,
+        radiograph, indication=indication, comparison=comparison, view=view, template=wording, lateral=second,
         max_new_tokens=max_new_tokens, decoding=replace(generator.decoding, **chosen),
         accept_any_image=accept_any_image,
     )  # fmt: skip
@@ -402,6 +413,16 @@ def _status() -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status("") as status:
         yield status.update
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(1 << 20)
+    except FileNotFoundError:
+        raise ContextError(f"no such file: {path}; give a text file with a normal report") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContextError(f"{path} is no text in UTF-8 ({type(error).__name__}): give a normal report") from None
 
 
 def _check_output(output: Path, force: bool) -> None:

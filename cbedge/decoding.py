@@ -1,5 +1,5 @@
 """Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search, the
-consensus of many samples, and lossless speculative decoding with a phrasebook."""
+consensus of many samples, and lossless speculative decoding with a phrasebook or a template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cbedge.errors import ContextError
-from cbedge.phrasebook import Phrasebook
+from cbedge.phrasebook import GuessSource
 
 MAX_BEAMS = 8
 MAX_CANDIDATES = 32
@@ -54,8 +54,16 @@ class Decoder(Protocol):
         ...
 
 
+class Favour(Protocol):
+    """Favours some tokens, by what is written."""
+
+    def favoured(self, written: Sequence[int]) -> dict[int, float]:
+        """What is to be added to the logits of which tokens."""
+        ...
+
+
 class Token(NamedTuple):
-    """A token that was written, and the probability that the model gave it there (before any control of repetition)."""
+    """A token that was written, and the probability that it had there (before any control of repetition)."""
 
     id: int
     probability: float
@@ -77,8 +85,11 @@ class Decoding:
         no_repeat: never write a run of so many tokens twice; 0 allows it.
         stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
         never: tokens that are never written; a bundle's own (its ``never_ids``) are added to them.
-        speculative: let the bundle's phrasebook guess ahead where that is faster. It changes no token, and is used
-            where the likeliest token is taken and nothing guides the draft.
+        keep_to_template: favour the wording of the template that is given, or that the bundle has
+            (:mod:`cbedge.templates`); where there is none it does nothing.
+        favour: favours tokens; the generator sets it, for a template.
+        speculative: let the template and the bundle's phrasebook guess ahead where that is faster. It changes no token,
+            and is used where the likeliest token is taken and nothing guides the draft.
 
     Raises:
         ContextError: a value is out of its range, or two exclude each other.
@@ -94,6 +105,8 @@ class Decoding:
     stop_bias: float = 0.0
     never: tuple[int, ...] = ()
     speculative: bool = True
+    keep_to_template: bool = True
+    favour: Favour | None = None
 
     def __post_init__(self) -> None:
         ranges = (
@@ -129,7 +142,7 @@ class Drafting:
 
     Attributes:
         steps: passes of the language model after the prefill.
-        guessed, accepted: tokens that the phrasebook proposed, and those that the model would have written too.
+        guessed, accepted: tokens that were guessed ahead, and those that the model would have written too.
     """
 
     steps: int = 0
@@ -273,13 +286,13 @@ class GuessLength:
 
 
 def speculate(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, phrasebook: Phrasebook,
+    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, guesser: GuessSource,
     length: GuessLength, drafting: Drafting, settings: Decoding = PLAIN, begun: Sequence[int] = (),
 ) -> Iterator[Token]:  # fmt: skip
     """The tokens of :func:`sample` at temperature 0, in fewer passes.
 
-    The phrasebook guesses, the model checks all guesses in one pass, and the longest run that it would have written
-    itself is kept (Leviathan et al. 2023, with a draft model of n-grams).
+    The guesser guesses, the model checks all guesses in one pass, and the longest run that it would have written
+    itself is kept (Leviathan et al. 2023, with n-grams, or a template, as the draft model).
 
     Args:
         length: learns how many guesses pay; keep one for each generator.
@@ -293,7 +306,7 @@ def speculate(
     yield token
     while written[-1] not in stop_ids and len(written) < most:
         room = min(most - len(written) - 1, decoder.capacity - decoder.length - 1)
-        guesses = phrasebook.guess(written, min(length.choose(), max(0, room)))
+        guesses = guesser.guess(written, min(length.choose(), max(0, room)))
         before = decoder.length
         start = perf_counter()
         rows = decoder.read([written[-1], *guesses])
@@ -352,16 +365,18 @@ def beam_search(
     rows = logits[None]
     finished: list[tuple[float, list[Token]]] = []
     for count in range(1, max_new_tokens + 1):
-        options = []
+        options: list[tuple[float, int, int]] = []
+        favoured: list[np.ndarray] = []
         for row, (total, written) in enumerate(alive):
             so_far = [*begun, *(token.id for token in written)]
-            log_probabilities = _log_softmax(_control(rows[row], so_far, stop_ids, settings))
+            favoured.append(_favour(rows[row], so_far, settings))
+            log_probabilities = _log_softmax(_control(favoured[row], so_far, stop_ids, settings))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
                 options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
         options.sort(key=lambda option: (-option[0], option[1:]))
         going_on, from_rows = [], []
         for total, row, token_id in options:
-            written = [*alive[row][1], Token(token_id, _probability(rows[row], token_id))]
+            written = [*alive[row][1], Token(token_id, _probability(favoured[row], token_id))]
             if token_id in stop_ids or count == max_new_tokens:
                 finished.append((total / len(written), written))
             else:
@@ -463,16 +478,27 @@ def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], se
     return logits
 
 
+def _favour(logits: np.ndarray, written: list[int], settings: Decoding) -> np.ndarray:
+    added = settings.favour.favoured(written) if settings.favour else {}
+    if not added:
+        return logits
+    logits = logits.copy()
+    logits[[*added]] += np.array([*added.values()], np.float32)
+    return logits
+
+
 def _next(
     logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding, rng: np.random.Generator
 ) -> Token:
     if settings.temperature == 0:
         return _likeliest(logits, written, stop_ids, settings)
+    logits = _favour(logits, written, settings)
     token_id = _draw(_control(logits, written, stop_ids, settings), settings, rng)
     return Token(token_id, _probability(logits, token_id))
 
 
 def _likeliest(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> Token:
+    logits = _favour(logits, written, settings)
     token_id = int(_control(logits, written, stop_ids, settings).argmax())
     return Token(token_id, _probability(logits, token_id))
 

@@ -14,7 +14,7 @@ class RadiographError(CbedgeError):
 
 
 class ContextError(CbedgeError):
-    """The indication, comparison or view cannot be used."""
+    """The indication, comparison, view or template cannot be used."""
 
     exit_code = 4
 

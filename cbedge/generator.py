@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, open_backend
-from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TEMPLATES, TOKENIZER, Bundle, open_bundle
 from cbedge.consistency import Watch
 from cbedge.decoding import (
     Decoder,
@@ -34,10 +35,11 @@ from cbedge.decoding import (
 from cbedge.errors import BundleError, CbedgeError, ContextError
 from cbedge.gate import Gate
 from cbedge.image_findings import scores_of
-from cbedge.phrasebook import Phrasebook
+from cbedge.phrasebook import GuessSource, Phrasebook
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
 from cbedge.report import Report, Spoken, Timings, split_sentences
+from cbedge.templates import SENTENCE_END, Keeping, Templates, read_template, without
 from cbedge.topics import left_out
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
@@ -86,6 +88,8 @@ class ReportGenerator:
         self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
         known = PHRASEBOOK in bundle.manifest.files
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
+        known = TEMPLATES in bundle.manifest.files
+        self.templates = Templates.load(bundle.folder / TEMPLATES) if known else None
         self.gate, self.lateral_gate = (
             Gate.load(bundle.folder / name) if name in bundle.manifest.files else None for name in (GATE, LATERAL_GATE)
         )
@@ -128,6 +132,7 @@ class ReportGenerator:
         indication: str | None = None,
         comparison: str | None = None,
         view: str | None = None,
+        template: str | None = None,
         lateral: Any = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
@@ -141,6 +146,8 @@ class ReportGenerator:
             indication: why the study was requested; default is what a DICOM header says of it.
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
+            template: a normal report in the wording that the draft is to keep to; default is the one of the bundle's
+                that is usual for the indication (:mod:`cbedge.templates`).
             lateral: the same study's lateral radiograph, as ``image`` may be given; for a model that
                 :attr:`reads_lateral`.
             max_new_tokens: stop after so many tokens.
@@ -149,10 +156,11 @@ class ReportGenerator:
 
         Raises:
             RadiographError: an image cannot be used, or does not look like a chest radiograph.
-            ContextError: the indication, comparison, view, lateral radiograph or ``max_new_tokens`` cannot be used.
+            ContextError: the indication, comparison, view, template, lateral radiograph or ``max_new_tokens`` cannot be
+                used.
         """
         stream = self.stream(
-            image, indication=indication, comparison=comparison, view=view, lateral=lateral,
+            image, indication=indication, comparison=comparison, view=view, template=template, lateral=lateral,
             max_new_tokens=max_new_tokens, decoding=decoding, accept_any_image=accept_any_image,
         )  # fmt: skip
         for _ in stream:
@@ -204,6 +212,7 @@ class ReportGenerator:
         indication: str | None = None,
         comparison: str | None = None,
         view: str | None = None,
+        template: str | None = None,
         lateral: Any = None,
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
@@ -218,6 +227,12 @@ class ReportGenerator:
         if not 1 <= limit <= MAX_NEW_TOKENS:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
+        wording = None if template is None else read_template(template)
+        if wording and self.bundle.manifest.image_findings is None:
+            raise ContextError(
+                f"{self.bundle.manifest.name} has no image scores that say what a template must not hide: leave the "
+                "template out"
+            )
         radiograph = load_radiograph(image)
         second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
         context = ClinicalContext(
@@ -227,7 +242,7 @@ class ReportGenerator:
         )
         source = "given" if indication else "DICOM header" if radiograph.indication else None
         settings = decoding or self.decoding
-        return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second)
+        return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second, wording)
 
     @property
     def reads_lateral(self) -> bool:
@@ -253,13 +268,13 @@ class ReportGenerator:
 
     @property
     def decoding(self) -> Decoding:
-        """How the bundle's maker chose that tokens be chosen: greedy, its phrasebook guessing ahead."""
+        """How the bundle's maker chose that tokens be chosen: greedy, its template and phrasebook guessing ahead."""
         chosen = self.bundle.manifest.decoding
         return Decoding(no_repeat=chosen.get("no_repeat", 0), stop_bias=chosen.get("stop_bias", 0.0))
 
     def tokens(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
-        begun: Sequence[int] = (),
+        begun: Sequence[int] = (), keeping: Keeping | None = None,
     ) -> Iterator[Token]:  # fmt: skip
         """The tokens of a report, as the settings choose them.
 
@@ -267,11 +282,12 @@ class ReportGenerator:
             decoder: has read image embeddings and prompt; ``logits``, float32 [V], follow them.
             limit: tokens at most.
             settings: how tokens are chosen.
-            drafting: is filled in where the phrasebook guesses.
+            drafting: is filled in where tokens are guessed ahead.
             begun: tokens that the draft began with, read already.
+            keeping: of :meth:`keeping`.
         """
         stop = self.bundle.manifest.stop_ids
-        settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids))
+        settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids), favour=keeping)
         if settings.beams > 1:
             return iter(beam_search(decoder, logits, stop, limit, settings, begun))
         if settings.candidates > 1:
@@ -279,9 +295,42 @@ class ReportGenerator:
         # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
         # over one: a guided draft is written one token at a time.
         plain = not (settings.is_greedy and settings.speculative) or isinstance(decoder, GuidedDecoder)
-        if plain or self.phrasebook is None:
+        guesser: GuessSource | None = keeping or self.phrasebook
+        if plain or guesser is None:
             return sample(decoder, logits, stop, limit, settings, begun=begun)
-        return speculate(decoder, logits, stop, limit, self.phrasebook, self._guess_length, drafting, settings, begun)
+        return speculate(decoder, logits, stop, limit, guesser, self._guess_length, drafting, settings, begun)
+
+    def template_for(self, context: ClinicalContext) -> str | None:
+        """The bundle's template that is usual for a context; ``None`` where the bundle has none."""
+        return self.templates.choose(context) if self.templates else None
+
+    def keeping(self, template: str | None, seen: Sequence[str] | None) -> Keeping | None:
+        """Keeps a draft to a template, but for what was seen.
+
+        Sentences of the template that contradict what was seen are left out of it, and where something was seen the
+        impression is left to the language model.
+
+        Args:
+            template: of :func:`cbedge.templates.read_template`, or of a bundle; ``None`` keeps to none.
+            seen: findings that the prompt tells.
+        """
+        if not template:
+            return None
+        findings, impression = split_sections(template)
+        findings = without(findings, self.contradicting(seen))
+        told = self.bundle.manifest.image_findings
+        opened = told.open(seen) if told and seen else {}
+        parts = (f" {findings}" if findings else "", f" {impression}" if impression and not seen else "")
+        texts = (*parts, "FINDINGS:", " IMPRESSION:")
+        tokens = [self._encode(self._tokenizer, text, False) if text else [] for text in texts]
+        return Keeping(
+            tokens[0], tokens[1], (tokens[2], tokens[3]), self.bundle.manifest.stop_ids, self._sentence_ends,
+            hold=bool(seen) and not opened, other=self.phrasebook,
+        )  # fmt: skip
+
+    @cached_property
+    def _sentence_ends(self) -> frozenset[int]:
+        return frozenset(i for text, i in self._tokenizer.get_vocab().items() if text.endswith(SENTENCE_END))
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None, lateral: bool = False) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
@@ -290,7 +339,7 @@ class ReportGenerator:
 
     def write(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
-        opening: list[Spoken],
+        opening: list[Spoken], keeping: Keeping | None = None,
     ) -> Iterator[Spoken]:  # fmt: skip
         """What follows the opening, token by token, the stop token as well.
 
@@ -301,16 +350,18 @@ class ReportGenerator:
             decoder: has read the opening; ``logits``, float32 [V], follow it.
             limit: tokens at most.
             settings: how tokens are chosen.
-            drafting: is filled in where the phrasebook guesses.
+            drafting: is filled in where tokens are guessed ahead.
             opening: what the draft began with.
+            keeping: of :meth:`keeping`.
         """
         written = [word.token_id for word in opening]
         start, most = decoder.length - len(written), len(written) + limit
-        topics = list(self.bundle.manifest.topics) if settings.beams == settings.candidates == 1 else []
+        alone = settings.beams == settings.candidates == 1 and keeping is None  # a template speaks of them all
+        topics = list(self.bundle.manifest.topics) if alone else []
         ends = {*self.bundle.manifest.stop_ids, self._impression_id}
         while len(written) < most:
             given: list[int] = []
-            for token in self.tokens(decoder, logits, most - len(written), settings, drafting, [*written]):
+            for token in self.tokens(decoder, logits, most - len(written), settings, drafting, [*written], keeping):
                 if topics and token.id in ends:
                     missing = left_out(topics, self.decode(written))[:1]
                     topics = topics[topics.index(missing[0]) + 1 :] if missing else []
@@ -340,8 +391,9 @@ class ReportGenerator:
         return spoken
 
     def prefill(
-        self, look: Look, context: ClinicalContext, prompt_ids: list[int], begun: list[int], limit: int
-    ) -> tuple[Decoder, np.ndarray]:
+        self, look: Look, context: ClinicalContext, prompt_ids: list[int], begun: list[int], limit: int,
+        guided: bool = True,
+    ) -> tuple[Decoder, np.ndarray]:  # fmt: skip
         """A decoder that has read image, prompt and what the draft begins with, and the logits after it, float32 [V].
 
         Where the draft is guided, the two prompts are the same up to what was seen, and that much is read once.
@@ -352,10 +404,11 @@ class ReportGenerator:
             prompt_ids: of :meth:`prompt_ids`.
             begun: tokens of the draft.
             limit: tokens of the draft at most, ``begun`` among them.
+            guided: ``False`` leaves guidance out.
         """
         guidance = self.bundle.manifest.decoding.get("guidance", 1)
         count = look.image_embeds.shape[1] + limit
-        if not look.seen or guidance == 1:
+        if not look.seen or guidance == 1 or not guided:
             return self._read(self.backend.new_decoder(count + len(prompt_ids)), look, prompt_ids, begun)
         untold_ids = self.prompt_ids(context, (), look.lateral)
         capacity = count + max(len(prompt_ids), len(untold_ids))
@@ -433,11 +486,17 @@ class ReportStream(Iterator[str]):
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
         decoding: Decoding, indication_source: str | None = None, accept_any_image: bool = False,
-        lateral: Radiograph | None = None,
+        lateral: Radiograph | None = None, template: str | None = None,
     ):  # fmt: skip
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
         self._indication_source, self._accept_any_image = indication_source, accept_any_image
+        self._template_source = "given" if template else "model" if generator.templates else None
+        if not decoding.keep_to_template:
+            template = self._template_source = None
+        elif template is None:
+            template = generator.template_for(context)
+        self._template = template
         self._pieces = self._run(generator, radiograph, context, limit, decoding, lateral)
 
     def __next__(self) -> str:
@@ -499,7 +558,7 @@ class ReportStream(Iterator[str]):
         prompt_ids = generator.prompt_ids(context, look.seen, look.lateral)
         opening = generator.opening(look)[:limit]
         begun = [word.token_id for word in opening]
-        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit)
+        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, guided=not self._template)
         prefill = perf_counter()
         for word in opening:
             if word.piece:
@@ -509,7 +568,8 @@ class ReportStream(Iterator[str]):
         drafting = Drafting()
         room = limit - len(begun)
         watch = Watch(generator.contradicting(look.seen))
-        for word in generator.write(decoder, logits, room, decoding, drafting, opening):
+        keeping = generator.keeping(self._template, look.seen)
+        for word in generator.write(decoder, logits, room, decoding, drafting, opening, keeping):
             if word.token_id in manifest.stop_ids:
                 complete = True
                 break
@@ -532,6 +592,7 @@ class ReportStream(Iterator[str]):
             view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
+            template=self._template, template_source=self._template_source,
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,6 +24,14 @@ ORDER = 6
 MAX_BYTES = 1_000_000
 START = 0xFFFFFFFF  # stands before the first token of a report
 _ENTRY = np.dtype([("key", "<u4"), ("token", "<u4")])
+
+
+class GuessSource(Protocol):
+    """Guesses how a draft goes on; a wrong guess costs time alone."""
+
+    def guess(self, written: Sequence[int], count: int) -> list[int]:
+        """At most ``count`` tokens that may follow what is written."""
+        ...
 
 
 class Phrasebook:

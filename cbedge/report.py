@@ -84,6 +84,8 @@ class Report:
         model, model_version, variant, device: what wrote it.
         view: ``frontal`` or ``lateral``, as told to the model.
         indication_source: ``given``, ``DICOM header``, or ``None`` where the model was told none.
+        template: the normal report whose wording the draft keeps to, ``None`` for a model that keeps to none;
+            ``template_source``: ``given``, or ``model`` where it is the usual one for the indication.
         image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
             a model that is not told. The text can still say otherwise.
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
@@ -91,7 +93,7 @@ class Report:
         image_sha256: of the input file; ``lateral_sha256`` of the lateral radiograph's, where there was one.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
             ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
-        guessed_tokens, accepted_tokens: what the phrasebook proposed, and how much of it the model agreed to.
+        guessed_tokens, accepted_tokens: what was guessed ahead, and how much of it the model agreed to.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
     """
@@ -117,6 +119,8 @@ class Report:
     accepted_tokens: int
     timings: Timings
     lateral_sha256: str | None = None
+    template: str | None = None
+    template_source: str | None = None
     statement: str = DRAFT_STATEMENT
 
     def to_json(self) -> str:

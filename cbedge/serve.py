@@ -273,6 +273,9 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         indication: Annotated[str | None, Form(examples=["cough"])] = None,
         comparison: Annotated[str | None, Form(examples=["2019"])] = None,
         view: Annotated[str | None, Form(examples=["PA"])] = None,
+        template: Annotated[
+            str | None, Form(description="A normal report in your wording, which the draft is to keep to.")
+        ] = None,
         form: Annotated[Form_, Form(alias="format")] = "json",
         stream: Annotated[bool, Form(description="Send server-sent events.")] = False,
         heatmap: Annotated[bool, Form(description="Add a PNG of where the model looked, with `stream`.")] = False,
@@ -290,6 +293,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
             "indication": indication or None,
             "comparison": comparison or None,
             "view": view or None,
+            "template": template or None,
         }
 
         def make() -> ReportStream:

@@ -19,6 +19,7 @@ from cbedge.bundle import (
     LATERAL_GATE,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
+    TEMPLATES,
     TOKENIZER,
     Bundle,
     Manifest,
@@ -37,6 +38,7 @@ from training.batches import prefix_ids
 from training.datasets.iu_xray import read_studies
 from training.fetch import BASE_PARTS
 from training.openings import with_denials
+from training.templates import templates_of
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
@@ -154,7 +156,7 @@ def write_packed(
     parts: ModelAndTokenizers, manifest: Manifest, files: dict[str, list[Path]], out: Path, parity: Parity | None,
     data: Path | None, force: bool,
 ) -> None:  # fmt: skip
-    """Write a bundle: graphs, tokenizers, and what is made of training data: phrasebook and gates.
+    """Write a bundle: graphs, tokenizers, and what is made of training data: phrasebook, templates and gates.
 
     Args:
         parts: the model, for its tokenizers.
@@ -162,16 +164,18 @@ def write_packed(
         files: of each variant.
         out: the bundle's folder.
         parity: what was compared, or ``None``.
-        data: IU X-RAY's folder, or ``None``: then there is neither phrasebook nor gate.
+        data: IU X-RAY's folder, or ``None``: then there is neither phrasebook nor template nor gate.
         force: replace a bundle at ``out``.
     """
+    told = manifest.image_findings  # without scores of what is seen, a template would hide it
+    templates = templates_of(told, data) if told is not None and data is not None else None
     phrases = report_phrases(parts, data)
     gates = {}
     if data is not None:
         backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
         gates[GATE] = fit_gate(backend, data)
         gates[LATERAL_GATE] = fit_gate(backend, data, lateral=True) if parts.reads_lateral else None
-    card = model_card(manifest, parity)
+    card = model_card(manifest, parity, templates is not None)
     if parity is not None:
         manifest = replace(manifest, quality=manifest.quality | {"parity": asdict(parity)})
 
@@ -184,6 +188,8 @@ def write_packed(
         for gate_name, gate in gates.items():
             if gate is not None:
                 gate.save(folder / gate_name)
+        if templates is not None:
+            templates.save(folder / TEMPLATES)
         if phrases:
             Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
         if parity is not None:

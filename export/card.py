@@ -19,13 +19,22 @@ _NOT_COMPARED = (
     "Not compared: the graphs were written layer by layer, for a machine that does not hold the whole model in fp32. "
     "`python -m export` compares."
 )
+_TEMPLATES = (
+    "The draft keeps to a template: a normal report chosen by indication and comparison, or given by the user. What in "
+    "it contradicts the image scores is left out; where they see nothing, the draft is the template, unless the "
+    "language model finds other words very much likelier. So a normal draft says what normal reports usually say, not "
+    "what was looked at."
+)
 _BESIDE = ", and the study's lateral one beside it where that is given,"
 
 
-def model_card(manifest: Manifest, parity: Parity | None) -> str:
+def model_card(manifest: Manifest, parity: Parity | None, templates: bool = False) -> str:
     """The text of ``MODEL_CARD.md``; it states only what was measured.
 
-    ``parity``: ``None`` where nothing was compared.
+    Args:
+        manifest: of the bundle.
+        parity: ``None`` where nothing was compared.
+        templates: drafts keep to the bundle's templates.
     """
     quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
     topics = [topic.name for topic in manifest.topics]
@@ -41,6 +50,7 @@ def model_card(manifest: Manifest, parity: Parity | None) -> str:
         "writes findings and impression.",
         *([_OPENED] if opened else []),
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
+        *([_TEMPLATES] if templates else []),
         *([f"Before its findings end it is asked for what they left out of: {', '.join(topics)}. The sentences begin "
            "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
           if topics else []),

@@ -1,7 +1,7 @@
-"""``python -m export.revise``: other decoding, openings, variants or measured quality for a bundle; graphs stay.
+"""``python -m export.revise``: other decoding, openings, templates, variants or measured quality for a bundle.
 
 What a model writes is measured on its bundle, so the figures come after the export; and how it decodes is chosen by
-such figures. Neither needs the graphs to be written again.
+such figures. Neither needs the graphs to be written again: they stay as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from cbedge.bundle import CARD, Manifest, check_target, open_bundle, write_bundle
+from cbedge.bundle import CARD, TEMPLATES, Manifest, check_target, open_bundle, write_bundle
 from export.bundle import read_topics
 from export.card import model_card
 from export.command import run
 from export.parity import Parity, VariantParity
+from training.templates import templates_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,6 +37,10 @@ def revise(
         Path | None,
         typer.Option(help="YAML of topics that drafts cover, as export/topics.yaml; empty for none."),
     ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="IU X-RAY folder: make the templates anew of its train reports.")
+    ] = None,
+    no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Only this variant; may be repeated, the first becomes the default.")
@@ -48,6 +53,8 @@ def revise(
     source = open_bundle(bundle)
     source.verify()
     manifest = source.manifest
+    if (templates or no_templates) and manifest.image_findings is None:
+        raise ValueError(f"{manifest.name} has no image scores that say what a template must not hide")
     if keep:
         kept = [source.variant(name)[0] for name in keep]
         variants = {name: manifest.variants[name] for name in dict.fromkeys(kept)}
@@ -64,14 +71,20 @@ def revise(
         measured = json.loads(quality.read_text(encoding="utf-8"))
         parity = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
         manifest = replace(manifest, quality=measured | parity)
+    made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
     compared = manifest.quality.get("parity")
-    card = model_card(manifest, _parity(compared) if compared else None)
+    keeps = made is not None or (TEMPLATES in manifest.files and not no_templates)
+    card = model_card(manifest, _parity(compared) if compared else None, keeps)
 
     def fill(folder: Path) -> Manifest:
         left = {file for v in manifest.variants.values() for file in (*v.graphs.values(), *v.data)}
         gone = {f for v in source.manifest.variants.values() for f in (*v.graphs.values(), *v.data)} - left
+        if made is not None or no_templates:
+            gone.add(TEMPLATES)
         for name in manifest.files.keys() - gone:
             shutil.copyfile(source.folder / name, folder / name)
+        if made is not None:
+            made.save(folder / TEMPLATES)
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 

@@ -95,11 +95,11 @@ def chest_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen studies in the layout of ``studies.jsonl``, two of three with a lateral radiograph."""
+    """Twenty studies in the layout of ``studies.jsonl``, two of three with a lateral radiograph."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     lines = []
-    for number, split in enumerate(["train"] * 8 + ["val"] * 4 + ["test"] * 4):
+    for number, split in enumerate(["train"] * 12 + ["val"] * 4 + ["test"] * 4):
         findings, impression = REPORTS[number % 4]
         images = [{"file": f"{number}.jpg", "view": "frontal", "columns": 200, "rows": 240}]
         Image.fromarray(draw_chest(number)).save(folder / "images" / f"{number}.jpg")

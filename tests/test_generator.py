@@ -15,6 +15,7 @@ from PIL import Image
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, Report, ReportGenerator, load_radiograph
 from cbedge.backends import onnx as backend
 from cbedge.decoding import Decoding
+from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
 
@@ -108,6 +109,54 @@ def test_a_lateral_radiograph_joins_the_frontal_one(generator: ReportGenerator):
     request = {"image": films[0], "indication": "cough", "max_new_tokens": 12}
     together = generator.generate_many([request, request | {"lateral": films[1]}])
     assert [report.prompt_tokens for report in together] == [alone.prompt_tokens, both.prompt_tokens]
+
+
+def test_a_draft_keeps_to_the_template_that_is_given_or_usual(generator: ReportGenerator, chest_png: Path):
+    own = "The spleen is tiny. The lungs are clear. IMPRESSION: Tiny spleen."
+    given = generator.generate(chest_png, template=own, max_new_tokens=160)
+    assert given.template == f"FINDINGS: {own}" and given.template_source == "given"
+    assert "The spleen is tiny." in given.findings
+    plain = replace(generator.decoding, speculative=False)
+    assert generator.generate(chest_png, template=own, max_new_tokens=160, decoding=plain).text == given.text
+    usual = generator.generate(chest_png, max_new_tokens=40)
+    assert generator.templates is not None and usual.template in generator.templates.texts
+    assert usual.template_source == "model" and json.loads(usual.to_json())["template"] == usual.template
+    free = replace(generator.decoding, keep_to_template=False)
+    freely = generator.generate(chest_png, max_new_tokens=40, decoding=free)
+    assert freely.template is freely.template_source is None and freely.text != usual.text
+    together = generator.generate_many([{"image": chest_png, "template": own, "max_new_tokens": 160}] * 2)
+    assert all(isinstance(report, Report) and "The spleen is tiny." in report.findings for report in together)
+
+
+def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportGenerator):
+    template = "FINDINGS: The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
+    denials = tuple("heart.*normal" if n == "cardiomegaly" else "" for n in findings_of(generator).names)
+    told = copy(generator)
+    told.bundle = replace(generator.bundle, manifest=replace(
+        generator.bundle.manifest, image_findings=replace(findings_of(generator), denials=denials)))  # fmt: skip
+
+    def favoured(seen: tuple[str, ...], text: str) -> str:
+        keeping = told.keeping(template, seen)
+        assert keeping is not None
+        written = told._encode(told._tokenizer, text, False)
+        return told.decode(keeping.guess(written, 40))
+
+    assert favoured((), "FINDINGS:") == " The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
+    assert favoured(("cardiomegaly",), "FINDINGS: The heart is enlarged.") == " Ribs are intact. IMPRESSION:"
+
+
+def findings_of(generator: ReportGenerator) -> ImageFindings:
+    assert generator.bundle.manifest.image_findings is not None
+    return generator.bundle.manifest.image_findings
+
+
+def test_a_template_is_refused_where_nothing_says_what_it_must_not_hide(generator: ReportGenerator, chest_png: Path):
+    blind = copy(generator)
+    blind.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, image_findings=None))
+    with pytest.raises(ContextError, match="template"):
+        blind.generate(chest_png, template="Lungs are clear.")
+    with pytest.raises(ContextError, match="no findings"):
+        generator.generate(chest_png, template="IMPRESSION: Normal.")
 
 
 def test_two_radiographs_that_are_no_frontal_and_lateral_one_of_a_study_are_refused(generator: ReportGenerator):

@@ -14,6 +14,7 @@ finding, or that speaks of one which was told.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ _UNKNOWN = re.compile(
 )
 
 
-class _Pool:
+class Pool:
     """Texts to choose from, and how well each agrees with what is written of the known studies."""
 
     def __init__(self, rows: Sequence[list[Sentence]], others: Sequence[str]):
@@ -59,6 +60,11 @@ class _Pool:
 class ConsensusReports:
     """What a model learns to write of a training study, instead of the study's own report.
 
+    Attributes:
+        studies: those that have a say.
+        rest, impression: findings and impressions to choose from, which affirm nothing.
+        reports_with: in how many of their sections each sentence is found.
+
     Args:
         studies: training studies; of more than ``most`` a part is drawn, which the same ``seed`` draws again.
         names: findings that may be told.
@@ -73,7 +79,7 @@ class ConsensusReports:
             rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
         drawn = [studies[int(i)] for i in rows]
         kept = [s for s in drawn if s.tags[0] >= 0 and split_sections(s.target)[0]]
-        self.sentences = sentences
+        self.sentences, self.studies = sentences, kept
         self._rows = {study.study_id: i for i, study in enumerate(kept)}
         self._told = [frozenset(told_findings(s.tags, names) or ()) for s in kept]
         sections = [split_sections(s.target) for s in kept]
@@ -82,11 +88,12 @@ class ConsensusReports:
         self._contexts = self._reader.fit_transform([_text_of(s.context) for s in kept]) if kept else None
         findings = [pair[0] for pair in sections]
         rest = [[s for s in row if not s.affirmed] for row in written]
-        self._rest = _Pool(rest, [_join(row) for row in rest])
-        self._impression = _Pool([r for r in impressions if not _affirmed(r)], [pair[1] for pair in sections])
+        self.rest = Pool(rest, [_join(row) for row in rest])
+        self.impression = Pool([r for r in impressions if not _affirmed(r)], [pair[1] for pair in sections])
+        self.reports_with = Counter(text for row in (*written, *impressions) for text in {s.text for s in row})
         unopened = [i for i, told in enumerate(self._told) if told and not self._opened(told)]
         whole = [row for row in (written[i] for i in unopened) if _affirmed(row) and not _knows_more(row)]
-        self._whole = _Pool(whole, findings)
+        self._whole = Pool(whole, findings)
 
     def _opened(self, told: Iterable[str]) -> list[str]:
         return [name for name in told if self.sentences.get(name)]
@@ -104,28 +111,37 @@ class ConsensusReports:
         """
         if told is None or self._contexts is None or len(self._told) < 2:
             return "", study.target
-        alike = (self._reader.transform([_text_of(context)]) @ self._contexts.T).toarray()[0]
-        weights = np.exp(SHARPNESS * alike)
-        if study.study_id in self._rows:
-            weights[self._rows[study.study_id]] = 0.0
+        weights = self.weights(study, context)
         wanted = frozenset(told)
         nearer = weights * np.exp([-TOLD_DISTANCE * len(wanted ^ other) for other in self._told])
         weights, nearer = (w.astype(np.float32) / w.sum() for w in (weights, nearer))
         opened = self._opened(told)
         told_of = frozenset(finding for name in told for finding in TAG_FINDINGS.get(name, ()))
         whole = bool(told and not opened and self._whole.rows)
-        pool = self._whole if whole else self._rest
+        pool = self._whole if whole else self.rest
         chosen = pool.best(nearer if whole else weights)
         if chosen is None:
             return "", study.target
         denied = any_of([DENIALS.get(name, "") for name in told])
         rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & told_of or (denied and denied.search(s.text)))]
         seen = [s.text for s in rest if s.affirmed] if whole else [self.sentences[name] for name in opened]
-        closing = None if ACUTE.intersection(told) else self._impression.best(weights)
-        words = " ".join([*seen, *([] if closing is None else [_join(self._impression.rows[closing])])]) or None
+        closing = None if ACUTE.intersection(told) else self.impression.best(weights)
+        words = " ".join([*seen, *([] if closing is None else [_join(self.impression.rows[closing])])]) or None
         begun = "".join(build_opening([self.sentences[name] for name in opened]))
         target = build_target(_join(rest), words)
         return begun, f" {target.removeprefix('FINDINGS: ')}" if begun else target
+
+    def weights(self, study: Study, context: ClinicalContext) -> np.ndarray:
+        """How much each of :attr:`studies` has to say of what is written under a context, but the study itself.
+
+        float32 [studies], not scaled.
+        """
+        assert self._contexts is not None
+        alike = (self._reader.transform([_text_of(context)]) @ self._contexts.T).toarray()[0]
+        weights = np.exp(SHARPNESS * alike)
+        if study.study_id in self._rows:
+            weights[self._rows[study.study_id]] = 0.0
+        return weights.astype(np.float32)
 
 
 def _text_of(context: ClinicalContext) -> str:

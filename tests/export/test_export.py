@@ -74,11 +74,15 @@ def test_int4_graphs_hold_four_and_eight_bit_weights(tiny_bundle: Path):
     assert "MatMulNBits" in kinds and "MatMul" not in kinds
     fp32, int4 = ((tiny_bundle / f"decoder_model_merged{s}.onnx_data").stat().st_size for s in ("", "_q4"))
     assert int4 < fp32 / 2  # in a model as small as this, scales weigh
-    told = {"decoder_model_merged": {4, 8}, "qformer": {8}, "vision_encoder": {8}}
+    told = {"decoder_model_merged": {4, 8}, "qformer": {4, 8}, "vision_encoder": {8}}
     for kind, bits in told.items():
         graph = onnx.load(str(tiny_bundle / f"{kind}_q4.onnx"), load_external_data=False).graph
         found = {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
         assert found == bits
+    words = onnx.load(str(tiny_bundle / "qformer_q4.onnx")).graph.node
+    narrow = {n.output[0] for n in words if n.op_type == "MatMulNBits" and n.name.endswith("_Q4")}
+    layers = [name for n in words if narrow & {*n.input} for name in n.input if name.endswith(".bias")]
+    assert layers and all("query" not in name and "attention" not in name for name in layers)
     names = [node.name for node in decoder.graph.node if node.op_type == "MatMulNBits" and "/attn/" in node.name]
     assert names and all(name.endswith("_Q4") for name in names)  # GPTQ, with adapters too: the head alone keeps 8 bits
 
