@@ -1,8 +1,9 @@
 """Write drafts for many studies: with an exported bundle through the runtime, or with a run in torch."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,7 +55,20 @@ class RuntimeDrafter:
         self.generator = ReportGenerator.from_pretrained(model, variant, device)
         backend: Any = self.generator.backend
         backend.encode_image = remember(backend.encode_image)
+        self.decoding = self.generator.decoding
         self.name = f"{self.generator.variant} (cbedge)"
+
+    def freely(self) -> "RuntimeDrafter":
+        """The same bundle, its drafts kept to no template."""
+        other = copy.copy(self)
+        other.decoding = replace(self.decoding, keep_to_template=False)
+        return other
+
+    def templates(self, requests: list[Request]) -> list[str] | None:
+        """What the drafts keep to, before any image is seen; ``None`` where they keep to nothing."""
+        if self.generator.templates is None:
+            return None
+        return [self.generator.templates.choose(request.context) for request in requests]
 
     def draft(self, requests: list[Request], progress: Progress) -> list[str]:
         """The text of each draft."""
@@ -64,7 +78,7 @@ class RuntimeDrafter:
             report = self.generator.generate(
                 request.image, indication=c.indication, comparison=c.comparison, view=c.view,
                 lateral=request.lateral if self.generator.reads_lateral else None,
-                max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True,
+                max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True, decoding=self.decoding,
             )  # fmt: skip
             texts.append(report.text)
             progress(1)

@@ -17,7 +17,7 @@ from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import TAGS, Study
-from training.drafting import Drafter, Encoder, Request, TorchDrafter
+from training.drafting import Drafter, Encoder, Request, RuntimeDrafter, TorchDrafter
 from training.labelers import Chexbert, outside_scores
 from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
@@ -67,6 +67,9 @@ def evaluate(
         texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
         texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
         texts["indication withheld"] = _draft(main, withheld(studies), f"{main.name}, indication withheld", progress)
+        if isinstance(main, RuntimeDrafter) and (templates := main.templates(own(studies))) is not None:
+            texts["without template"] = _draft(main.freely(), own(studies), f"{main.name}, without template", progress)
+            texts["template alone"] = templates
         if drafts_file:
             _write_drafts(drafts_file, studies, texts)
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
