@@ -34,7 +34,7 @@ from cbedge.decoding import (
 )
 from cbedge.errors import BundleError, CbedgeError, ContextError
 from cbedge.gate import Gate
-from cbedge.image_findings import scores_of
+from cbedge.image_findings import OTHER, scores_of
 from cbedge.phrasebook import GuessSource, Phrasebook
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph, preprocess
@@ -146,8 +146,8 @@ class ReportGenerator:
             indication: why the study was requested; default is what a DICOM header says of it.
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
-            template: a normal report in the wording that the draft is to keep to; default is the one of the bundle's
-                that is usual for the indication (:mod:`cbedge.templates`).
+            template: a normal report in the wording that the draft is to keep to; default is, where nothing abnormal is
+                seen, the one of the bundle's that is usual for the indication (:mod:`cbedge.templates`).
             lateral: the same study's lateral radiograph, as ``image`` may be given; for a model that
                 :attr:`reads_lateral`.
             max_new_tokens: stop after so many tokens.
@@ -307,8 +307,8 @@ class ReportGenerator:
     def keeping(self, template: str | None, seen: Sequence[str] | None) -> Keeping | None:
         """Keeps a draft to a template, but for what was seen.
 
-        Sentences of the template that contradict what was seen are left out of it, and where something was seen the
-        impression is left to the language model.
+        Sentences of the template that contradict what was seen are left out of it, and its impression says what opened
+        the findings. Where something was seen that no sentence opens them with, the template concludes nothing.
 
         Args:
             template: of :func:`cbedge.templates.read_template`, or of a bundle; ``None`` keeps to none.
@@ -317,15 +317,16 @@ class ReportGenerator:
         if not template:
             return None
         findings, impression = split_sections(template)
-        findings = without(findings, self.contradicting(seen))
+        findings, impression = (without(part, self.contradicting(seen)) for part in (findings, impression))
         told = self.bundle.manifest.image_findings
         opened = told.open(seen) if told and seen else {}
-        parts = (f" {findings}" if findings else "", f" {impression}" if impression and not seen else "")
-        texts = (*parts, "FINDINGS:", " IMPRESSION:")
+        silent = {*(seen or ())} - {*opened, OTHER}
+        impression = " ".join([*opened.values(), *([impression] if impression and not silent else [])])
+        texts = (*(f" {part}" if part else "" for part in (findings, impression)), "FINDINGS:", " IMPRESSION:")
         tokens = [self._encode(self._tokenizer, text, False) if text else [] for text in texts]
         return Keeping(
             tokens[0], tokens[1], (tokens[2], tokens[3]), self.bundle.manifest.stop_ids, self._sentence_ends,
-            hold=bool(seen) and not opened, other=self.phrasebook,
+            open_end=bool(seen) and not opened, other=self.phrasebook,
         )  # fmt: skip
 
     @cached_property
@@ -491,12 +492,7 @@ class ReportStream(Iterator[str]):
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
         self._indication_source, self._accept_any_image = indication_source, accept_any_image
-        self._template_source = "given" if template else "model" if generator.templates else None
-        if not decoding.keep_to_template:
-            template = self._template_source = None
-        elif template is None:
-            template = generator.template_for(context)
-        self._template = template
+        self._template = template if decoding.keep_to_template else None
         self._pieces = self._run(generator, radiograph, context, limit, decoding, lateral)
 
     def __next__(self) -> str:
@@ -555,10 +551,14 @@ class ReportStream(Iterator[str]):
         look = generator.look(features[0], context, *features[1:])
         self._attention = look.attention
         qformer = perf_counter()
+        template, template_source = self._template, "given" if self._template else None
+        if template is None and decoding.keep_to_template and not look.seen:
+            template = generator.template_for(context)
+            template_source = "model" if template else None
         prompt_ids = generator.prompt_ids(context, look.seen, look.lateral)
         opening = generator.opening(look)[:limit]
         begun = [word.token_id for word in opening]
-        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, guided=not self._template)
+        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, guided=not template)
         prefill = perf_counter()
         for word in opening:
             if word.piece:
@@ -568,7 +568,7 @@ class ReportStream(Iterator[str]):
         drafting = Drafting()
         room = limit - len(begun)
         watch = Watch(generator.contradicting(look.seen))
-        keeping = generator.keeping(self._template, look.seen)
+        keeping = generator.keeping(template, look.seen)
         for word in generator.write(decoder, logits, room, decoding, drafting, opening, keeping):
             if word.token_id in manifest.stop_ids:
                 complete = True
@@ -592,7 +592,7 @@ class ReportStream(Iterator[str]):
             view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
-            template=self._template, template_source=self._template_source,
+            template=template, template_source=template_source,
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

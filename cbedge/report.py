@@ -84,7 +84,7 @@ class Report:
         model, model_version, variant, device: what wrote it.
         view: ``frontal`` or ``lateral``, as told to the model.
         indication_source: ``given``, ``DICOM header``, or ``None`` where the model was told none.
-        template: the normal report whose wording the draft keeps to, ``None`` for a model that keeps to none;
+        template: the normal report whose wording the draft keeps to, ``None`` where it keeps to none;
             ``template_source``: ``given``, or ``model`` where it is the usual one for the indication.
         image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
             a model that is not told. The text can still say otherwise.

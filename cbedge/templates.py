@@ -2,10 +2,11 @@
 
 Radiologists write most of a report by template: the usual sentences on a normal chest, of which they change what the
 image shows otherwise. Which template is usual depends on who asks and why, more than on the image. So a bundle holds
-some templates and a small linear classifier that chooses one by the words of indication and comparison; or a user gives
-one of their own. While the draft is written, the tokens with which the template goes on are favoured: the language
-model leaves the template where something else is much likelier to it (a lexical constraint, after Hokamp and Liu, ACL
-2017, but a soft one). Sentences that contradict what was seen are no part of the template then.
+some templates and a small linear classifier that chooses one by the words of indication and comparison, for studies in
+which nothing abnormal is seen; or a user gives one of their own, for all. While the draft is written, the tokens with
+which the template goes on are favoured: the language model leaves it where something else is much likelier (a lexical
+constraint, after Hokamp and Liu, ACL 2017, but a soft one). Sentences that contradict what was seen are no part of the
+template then.
 
 A bundle's template is made of sentences that several training reports share, and says of no finding that it is there.
 """
@@ -31,7 +32,6 @@ LENGTHS = (2, 5)  # of the runs of characters that are counted, of a word with a
 # Added to logits; chosen on validation studies (training/RUNS.md).
 FAVOUR = 8.0  # for the next token of the template's next sentence
 LATER = 3.0  # less, for each sentence that is skipped so
-HELD = 3.0  # less, for the end of findings in which nothing yet says what was seen
 SENTENCE_END = (".", "?", "!", ":")
 _SENTENCE = re.compile(r"(?<=[.?!])\s+")
 
@@ -129,16 +129,16 @@ class Keeping:
         headings: tokens of the two headings.
         stop_ids: tokens that end a report.
         ends: tokens that end a sentence.
-        hold: something was seen that no sentence says yet: the findings are not to end before one of the language
-            model's own.
+        open_end: something was seen that no sentence says yet: the end of the findings is not favoured before one of
+            the language model's own.
         other: guesses where the template does not.
     """
 
     def __init__(
         self, findings: Sequence[int], impression: Sequence[int], headings: tuple[Sequence[int], Sequence[int]],
-        stop_ids: Sequence[int], ends: Collection[int], hold: bool = False, other: GuessSource | None = None,
+        stop_ids: Sequence[int], ends: Collection[int], open_end: bool = False, other: GuessSource | None = None,
     ):  # fmt: skip
-        self._ends, self._stop, self._hold, self._other = ends, tuple(stop_ids), hold, other
+        self._ends, self._stop, self._open_end, self._other = ends, tuple(stop_ids), open_end, other
         self._first, self._second = (tuple(heading) for heading in headings)
         self._findings, self._impression = (self._part(tokens) for tokens in (findings, impression))
 
@@ -157,8 +157,8 @@ class Keeping:
         last = max((template.index(sentence) for sentence in said if sentence in template), default=-1)
         left = template[last + 1 :]
         after = self._stop[:1] if concluding else self._second
-        if not left and not now and self._hold and not concluding and {*said} <= {self._first, *template}:
-            return {token: -HELD for token in (after[0], *self._stop)}
+        if not left and not now and self._open_end and not concluding and {*said} <= {self._first, *template}:
+            return {}
         added: dict[int, float] = {}
         for skipped, sentence in enumerate([*left, after] if now else left or [after]):
             if sentence[: len(now)] == now and len(sentence) > len(now):

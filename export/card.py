@@ -20,10 +20,10 @@ _NOT_COMPARED = (
     "`python -m export` compares."
 )
 _TEMPLATES = (
-    "The draft keeps to a template: a normal report chosen by indication and comparison, or given by the user. What in "
-    "it contradicts the image scores is left out; where they see nothing, the draft is the template, unless the "
-    "language model finds other words very much likelier. So a normal draft says what normal reports usually say, not "
-    "what was looked at."
+    "Where the image scores see nothing abnormal, the draft keeps to a template: a normal report chosen by indication "
+    "and comparison, unless the language model finds other words very much likelier. So a normal draft says what "
+    "normal reports usually say, not what was looked at. A template that the user gives is kept to in every draft, "
+    "without what in it contradicts the image scores."
 )
 _BESIDE = ", and the study's lateral one beside it where that is given,"
 

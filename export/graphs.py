@@ -138,7 +138,43 @@ def _trace(
             module.eval(), inputs, str(traced), input_names=names, output_names=outputs, dynamic_shapes=dynamic,
             dynamo=True, external_data=size > LARGEST_GRAPH, verbose=False,
         )  # fmt: skip
-        save_graph(onnx.load(str(traced)), path, within=True)
+        graph = onnx.load(str(traced))
+        skip_unread(graph)
+        save_graph(graph, path, within=True)
+
+
+def skip_unread(graph: onnx.ModelProto) -> None:
+    """Take out of a graph, in place, what only goes into a part that is sliced away again.
+
+    The Q-Former's last layer works on the words of the instruction too, joins them to the queries, and the queries
+    alone are read: ``Slice(Concat(queries, words), 0, Q)`` is ``queries``.
+    """
+    nodes = graph.graph.node
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer if t.data_type == TensorProto.INT64}
+    producers = {output: node for node in nodes for output in node.output}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.graph.value_info}
+    renamed = {}
+    for node in nodes:
+        joined = producers.get(node.input[0]) if node.op_type == "Slice" else None
+        if joined is None or joined.op_type != "Concat" or any(name not in constants for name in node.input[1:4]):
+            continue
+        start, end, axis = (constants[name].tolist() for name in node.input[1:4])
+        rows = shapes.get(joined.input[0], [])
+        if start == [0] and axis == [joined.attribute[0].i] and rows[axis[0] : axis[0] + 1] == end:
+            renamed[node.output[0]] = joined.input[0]
+    for node in nodes:
+        for at, name in enumerate(node.input):
+            node.input[at] = renamed.get(name, name)
+    wanted = {output.name for output in graph.graph.output}
+    read = []
+    for node in reversed(nodes):
+        if wanted & {*node.output}:
+            read.append(node)
+            wanted |= {*node.input}
+    kept = [t for t in graph.graph.initializer if t.name in wanted]
+    for field, left in ((nodes, read[::-1]), (graph.graph.initializer, kept)):
+        del field[:]
+        field.extend(left)
 
 
 def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:

@@ -398,7 +398,12 @@ def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarr
     tensors: dict[str, Tensor] = {name: torch.tensor(value) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
-    absent = [name for name in missing if name not in tied and not name.endswith("position_ids")]
+    last = model.config.qformer_config.num_hidden_layers - 1
+    unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")  # of the instruction's words
+    for name in missing:
+        if unread.match(name):
+            model.get_parameter(name).data.zero_()
+    absent = [n for n in missing if n not in tied and not n.endswith("position_ids") and not unread.match(n)]
     if absent or unexpected:
         raise RestoreError(f"the graphs do not fit InstructBLIP: missing {absent[:3]}, unexpected {unexpected[:3]}")
     model.tie_weights()

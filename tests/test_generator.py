@@ -118,14 +118,29 @@ def test_a_draft_keeps_to_the_template_that_is_given_or_usual(generator: ReportG
     assert "The spleen is tiny." in given.findings
     plain = replace(generator.decoding, speculative=False)
     assert generator.generate(chest_png, template=own, max_new_tokens=160, decoding=plain).text == given.text
-    usual = generator.generate(chest_png, max_new_tokens=40)
-    assert generator.templates is not None and usual.template in generator.templates.texts
-    assert usual.template_source == "model" and json.loads(usual.to_json())["template"] == usual.template
-    free = replace(generator.decoding, keep_to_template=False)
-    freely = generator.generate(chest_png, max_new_tokens=40, decoding=free)
-    assert freely.template is freely.template_source is None and freely.text != usual.text
     together = generator.generate_many([{"image": chest_png, "template": own, "max_new_tokens": 160}] * 2)
     assert all(isinstance(report, Report) and "The spleen is tiny." in report.findings for report in together)
+
+
+@pytest.mark.parametrize("abnormal", [False, True])
+def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
+    generator: ReportGenerator, chest_png: Path, abnormal: bool
+):
+    findings = findings_of(generator)
+    least = (0.0 if abnormal else 1.0, *findings.thresholds[1:])
+    told = copy(generator)
+    told.bundle = replace(generator.bundle, manifest=replace(
+        generator.bundle.manifest, image_findings=replace(findings, thresholds=least)))  # fmt: skip
+    usual = told.generate(chest_png, max_new_tokens=40)
+    free = replace(told.decoding, keep_to_template=False)
+    freely = told.generate(chest_png, max_new_tokens=40, decoding=free)
+    assert freely.template is freely.template_source is None
+    assert json.loads(usual.to_json())["template"] == usual.template
+    if abnormal:
+        assert usual.template is usual.template_source is None and usual.text == freely.text
+        return
+    assert told.templates is not None and usual.template in told.templates.texts
+    assert usual.template_source == "model" and usual.text != freely.text
 
 
 def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportGenerator):
@@ -142,7 +157,9 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
         return told.decode(keeping.guess(written, 40))
 
     assert favoured((), "FINDINGS:") == " The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
-    assert favoured(("cardiomegaly",), "FINDINGS: The heart is enlarged.") == " Ribs are intact. IMPRESSION:"
+    large = "The heart is enlarged."
+    assert favoured(("cardiomegaly",), f"FINDINGS: {large}") == f" Ribs are intact. IMPRESSION: {large} Normal chest."
+    assert favoured(("cardiomegaly", "fracture"), f"FINDINGS: {large}").endswith(f"IMPRESSION: {large}")
 
 
 def findings_of(generator: ReportGenerator) -> ImageFindings:
@@ -328,12 +345,12 @@ def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
 
 
 def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):
-    beams = generator.generate(chest_png, max_new_tokens=8, decoding=Decoding(beams=3))
+    beams = generator.generate(chest_png, max_new_tokens=24, decoding=Decoding(beams=3))
     drawn = {
-        generator.generate(chest_png, max_new_tokens=8, decoding=Decoding(temperature=2.0, seed=seed)).text
+        generator.generate(chest_png, max_new_tokens=24, decoding=Decoding(temperature=2.0, seed=seed)).text
         for seed in range(4)
     }
-    assert beams.new_tokens <= 8 and len(drawn) > 1
+    assert beams.new_tokens <= 24 and len(drawn) > 1
 
 
 def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
