@@ -304,7 +304,7 @@ class ReportGenerator:
         """The bundle's template that is usual for a context; ``None`` where the bundle has none."""
         return self.templates.choose(context) if self.templates else None
 
-    def keeping(self, template: str | None, seen: Sequence[str] | None) -> Keeping | None:
+    def keeping(self, template: str | None, seen: Sequence[str] | None, conclusion: bool = False) -> Keeping | None:
         """Keeps a draft to a template, but for what was seen.
 
         Sentences of the template that contradict what was seen are left out of it, and its impression says what opened
@@ -313,6 +313,7 @@ class ReportGenerator:
         Args:
             template: of :func:`cbedge.templates.read_template`, or of a bundle; ``None`` keeps to none.
             seen: findings that the prompt tells.
+            conclusion: keep the impression alone to it, and leave the findings to the language model.
         """
         if not template:
             return None
@@ -322,6 +323,7 @@ class ReportGenerator:
         opened = told.open(seen) if told and seen else {}
         silent = {*(seen or ())} - {*opened, OTHER}
         impression = " ".join([*opened.values(), *([impression] if impression and not silent else [])])
+        findings = "" if conclusion else findings
         texts = (*(f" {part}" if part else "" for part in (findings, impression)), "FINDINGS:", " IMPRESSION:")
         tokens = [self._encode(self._tokenizer, text, False) if text else [] for text in texts]
         return Keeping(
@@ -357,7 +359,8 @@ class ReportGenerator:
         """
         written = [word.token_id for word in opening]
         start, most = decoder.length - len(written), len(written) + limit
-        alone = settings.beams == settings.candidates == 1 and keeping is None  # a template speaks of them all
+        templated = keeping is not None and keeping.words_findings  # and a template speaks of them all
+        alone = settings.beams == settings.candidates == 1 and not templated
         topics = list(self.bundle.manifest.topics) if alone else []
         ends = {*self.bundle.manifest.stop_ids, self._impression_id}
         while len(written) < most:
@@ -552,9 +555,9 @@ class ReportStream(Iterator[str]):
         self._attention = look.attention
         qformer = perf_counter()
         template, template_source = self._template, "given" if self._template else None
-        if template is None and decoding.keep_to_template and not look.seen:
-            template = generator.template_for(context)
-            template_source = "model" if template else None
+        usual = generator.template_for(context) if template is None and decoding.keep_to_template else None
+        if usual and not look.seen:
+            template, template_source = usual, "model"
         prompt_ids = generator.prompt_ids(context, look.seen, look.lateral)
         opening = generator.opening(look)[:limit]
         begun = [word.token_id for word in opening]
@@ -568,7 +571,7 @@ class ReportStream(Iterator[str]):
         drafting = Drafting()
         room = limit - len(begun)
         watch = Watch(generator.contradicting(look.seen))
-        keeping = generator.keeping(template, look.seen)
+        keeping = generator.keeping(template or usual, look.seen, conclusion=not template)
         for word in generator.write(decoder, logits, room, decoding, drafting, opening, keeping):
             if word.token_id in manifest.stop_ids:
                 complete = True

@@ -142,6 +142,11 @@ class Keeping:
         self._first, self._second = (tuple(heading) for heading in headings)
         self._findings, self._impression = (self._part(tokens) for tokens in (findings, impression))
 
+    @property
+    def words_findings(self) -> bool:
+        """Whether the findings keep to the template, and not the impression alone."""
+        return bool(self._findings)
+
     def favoured(self, written: Sequence[int]) -> dict[int, float]:
         """What is to be added to the logits of which tokens, after what is written of the draft."""
         if len(written) < len(self._first):

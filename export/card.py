@@ -23,7 +23,8 @@ _TEMPLATES = (
     "Where the image scores see nothing abnormal, the draft keeps to a template: a normal report chosen by indication "
     "and comparison, unless the language model finds other words very much likelier. So a normal draft says what "
     "normal reports usually say, not what was looked at. A template that the user gives is kept to in every draft, "
-    "without what in it contradicts the image scores."
+    "without what in it contradicts the image scores. The impression says again what the draft began with, and what "
+    "the template concludes unless that contradicts it."
 )
 _BESIDE = ", and the study's lateral one beside it where that is given,"
 

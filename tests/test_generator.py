@@ -98,7 +98,17 @@ def test_bad_input_is_refused_before_the_model_runs(generator: ReportGenerator, 
         generator.stream(chest_png, max_new_tokens=0)
 
 
+def seeing(generator: ReportGenerator, least: float) -> ReportGenerator:
+    """The same, calling abnormal what reaches a score: 0 is everything, 1 nothing."""
+    findings = findings_of(generator)
+    findings = replace(findings, thresholds=(least, *findings.thresholds[1:]))
+    other = copy(generator)
+    other.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, image_findings=findings))
+    return other
+
+
 def test_a_lateral_radiograph_joins_the_frontal_one(generator: ReportGenerator):
+    generator = seeing(generator, 1.0)
     films = [draw_chest(0), draw_lateral(0)]
     alone = generator.generate(films[0], indication="cough", max_new_tokens=12)
     both = generator.generate(films[0], indication="cough", lateral=films[1], max_new_tokens=12)
@@ -126,18 +136,14 @@ def test_a_draft_keeps_to_the_template_that_is_given_or_usual(generator: ReportG
 def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
     generator: ReportGenerator, chest_png: Path, abnormal: bool
 ):
-    findings = findings_of(generator)
-    least = (0.0 if abnormal else 1.0, *findings.thresholds[1:])
-    told = copy(generator)
-    told.bundle = replace(generator.bundle, manifest=replace(
-        generator.bundle.manifest, image_findings=replace(findings, thresholds=least)))  # fmt: skip
+    told = seeing(generator, 0.0 if abnormal else 1.0)
     usual = told.generate(chest_png, max_new_tokens=40)
     free = replace(told.decoding, keep_to_template=False)
     freely = told.generate(chest_png, max_new_tokens=40, decoding=free)
     assert freely.template is freely.template_source is None
     assert json.loads(usual.to_json())["template"] == usual.template
     if abnormal:
-        assert usual.template is usual.template_source is None and usual.text == freely.text
+        assert usual.template is usual.template_source is None and usual.findings == freely.findings
         return
     assert told.templates is not None and usual.template in told.templates.texts
     assert usual.template_source == "model" and usual.text != freely.text
@@ -159,6 +165,11 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     assert favoured((), "FINDINGS:") == " The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
     large = "The heart is enlarged."
     assert favoured(("cardiomegaly",), f"FINDINGS: {large}") == f" Ribs are intact. IMPRESSION: {large} Normal chest."
+    concluding = told.keeping(template, ("cardiomegaly",), conclusion=True)
+    assert concluding is not None
+    findings, both = (told._encode(told._tokenizer, f"FINDINGS: {large}{h}", False) for h in ("", " IMPRESSION:"))
+    assert concluding.favoured(findings) == {}
+    assert told.decode(concluding.guess(both, 40)) == f" {large} Normal chest."
     assert favoured(("cardiomegaly", "fracture"), f"FINDINGS: {large}").endswith(f"IMPRESSION: {large}")
 
 
@@ -299,8 +310,9 @@ def test_a_draft_is_asked_for_what_it_left_out_and_is_the_same_whether_guessed_a
         Topic("said", ("pleura",), "Zzz"),
     )
     object.__setattr__(manifest, "topics", topics)
+    freely = Decoding(keep_to_template=False)
     plain, ahead = (
-        generator.generate(chest_png, max_new_tokens=90, decoding=Decoding(speculative=s)) for s in (False, True)
+        generator.generate(chest_png, max_new_tokens=90, decoding=replace(freely, speculative=s)) for s in (False, True)
     )
     assert plain.text == ahead.text and plain.new_tokens == ahead.new_tokens <= 90
     assert plain.text.count("The pleura") == 1 and plain.text.count("Bones") == 1 and "Zzz" not in plain.text
@@ -345,9 +357,12 @@ def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
 
 
 def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):
+    generator = seeing(generator, 1.0)
     beams = generator.generate(chest_png, max_new_tokens=24, decoding=Decoding(beams=3))
     drawn = {
-        generator.generate(chest_png, max_new_tokens=24, decoding=Decoding(temperature=2.0, seed=seed)).text
+        generator.generate(
+            chest_png, max_new_tokens=24, decoding=Decoding(temperature=2.0, seed=seed, keep_to_template=False)
+        ).text
         for seed in range(4)
     }
     assert beams.new_tokens <= 24 and len(drawn) > 1
