@@ -47,7 +47,7 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="Drafts to ask for.")] = 2000,
     clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
     radiographs: Annotated[int, typer.Option(min=1, help="Different ones, taken in turn.")] = 20,
-    model: Annotated[Path | None, typer.Option(help="Folder of a bundle [default: embedded].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")] = None,
 ) -> None:
     """Measure, print and record."""
     images = [s.image.read_bytes() for s in read_studies(data, ("val",))[:radiographs]]

@@ -379,7 +379,8 @@ def main(
     bundle: Annotated[Path, typer.Option(help="A bundle with int4, int8 and fp32.")],
     output: Annotated[Path, typer.Option(help="Record as OUTPUT.json, .md and .png.")],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Its checkpoint, as for python -m export [default: the bundle's fp32, restored].")
+        str | None,
+        typer.Option(help="Its checkpoint, as for python -m export.", show_default="the bundle's fp32, restored"),
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
     image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,

@@ -80,7 +80,7 @@ def configuration(shape: str, layers: int | None) -> InstructBlipConfig:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write; it must be new.")],
     shape: Annotated[str, typer.Option(help="vicuna-7b or tiny.")] = "vicuna-7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the language model [default: all].")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the language model.", show_default="all")] = None,
 ) -> None:
     """Write one checkpoint, in bf16."""
     if shape not in SHAPES or out.exists():

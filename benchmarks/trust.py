@@ -26,7 +26,7 @@ from training.scoring import rouge_matrix
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Data = Annotated[Path, typer.Option(help="Folder of IU X-RAY.")]
-Model = Annotated[Path | None, typer.Option(help="Folder of a bundle [default: embedded].")]
+Model = Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")]
 Output = Annotated[Path, typer.Option(help="JSON to write.")]
 _SKIMAGE = (
     "astronaut", "brick", "camera", "cat", "cell", "checkerboard", "clock", "coffee", "coins", "colorwheel", "grass",

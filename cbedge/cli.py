@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from cbedge import __version__
 from cbedge.errors import CbedgeError, ContextError, OutputError
+
+if TYPE_CHECKING:
+    from cbedge.generator import ReportGenerator
 
 app = typer.Typer(
     help="Draft chest radiograph reports on one workstation, offline. Research use; not a medical device.",
@@ -19,7 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a model bundle [default: embedded].")]
+Model = Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a model bundle.", show_default="embedded")]
+
+Template = Annotated[
+    Path | None,
+    typer.Option(help="Text file: a normal report in your words, which drafts keep to.", show_default="the usual one"),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -42,11 +50,8 @@ def generate(
     image: Annotated[Path, typer.Argument(help="Frontal chest radiograph: PNG, JPEG, TIFF or DICOM (CR, DX).")],
     indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
-    view: Annotated[str | None, typer.Option(help="frontal or lateral [default: what the file says].")] = None,
-    template: Annotated[
-        Path | None,
-        typer.Option(help="Text file: a normal report in your words, to keep to [default: the usual one]."),
-    ] = None,
+    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="what the file says")] = None,
+    template: Template = None,
     no_template: Annotated[
         bool, typer.Option("--no-template", help="Keep to no template: the language model chooses every word.")
     ] = False,
@@ -54,12 +59,14 @@ def generate(
         Path | None, typer.Option(help="The same study's lateral radiograph, for a model that reads both.")
     ] = None,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the likeliest token; above it tokens are drawn [default: 0; 0.7 for --candidates]."),
+        typer.Option(
+            help="0 takes the likeliest token; above it tokens are drawn.", show_default="0; 0.7 for --candidates"
+        ),
     ] = None,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -68,12 +75,13 @@ def generate(
         int, typer.Option(help="Above 1: write so many drafts and keep the one that the others support most; slower.")
     ] = 1,
     no_repeat: Annotated[
-        int | None, typer.Option(help="Never write a run of so many tokens twice; 0 allows it [default: the model's].")
+        int | None,
+        typer.Option(help="Never write a run of so many tokens twice; 0 allows it.", show_default="the model's"),
     ] = None,
     stop_bias: Annotated[
-        float | None, typer.Option(help="Below 0 longer drafts, above 0 shorter ones [default: the model's].")
+        float | None, typer.Option(help="Below 0 longer drafts, above 0 shorter ones.", show_default="the model's")
     ] = None,
-    form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir [default: text].")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir.", show_default="text")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     accept_any_image: Annotated[
         bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
@@ -154,9 +162,9 @@ def bench_command(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Radiographs to take at most.")] = 20,
     model: Model = None,
-    variants: Annotated[str | None, typer.Option(help="Comma between names [default: the model's own].")] = None,
+    variants: Annotated[str | None, typer.Option(help="Comma between names.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: one a core].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one a core")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Times that every radiograph is drafted.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Drafts before any is timed.")] = 2,
     indication: Annotated[str, typer.Option(help="Given with every radiograph.")] = "cough",
@@ -204,11 +212,13 @@ def batch_command(
     studies: Annotated[str, typer.Argument(help="Folder, pattern, file, or .csv with image, id, indication...")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines; a file that was begun is gone on with.")],
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: spread over a Ray cluster.")] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="Of --engine ray [default: one for two CPUs].")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --engine ray.", show_default="one for two CPUs")
+    ] = None,
     together: Annotated[
         int, typer.Option(min=1, max=64, help="Radiographs that --engine local drafts at a time; pays on GPUs.")
     ] = 1,
@@ -266,7 +276,7 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on; off this machine only with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8642,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     token: Annotated[
         str | None, typer.Option(envvar="CBEDGE_TOKEN", help="What clients must send; better set as CBEDGE_TOKEN.")
@@ -274,6 +284,7 @@ def serve_command(
     queue: Annotated[int, typer.Option(min=0, help="Drafts that may wait; one more is answered 429.")] = 8,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
     max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
+    template: Template = None,
 ) -> None:
     """Serve drafts over HTTP, with a page to try it: http://127.0.0.1:8642."""
     try:
@@ -283,7 +294,7 @@ def serve_command(
     check_exposure(host, token)
     from cbedge.generator import ReportGenerator
 
-    generator = ReportGenerator.from_pretrained(model, variant, device)
+    generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
     run_server(generator, host, port, ServeSettings(token, max_mb * 2**20, queue, deadline))
 
 
@@ -292,18 +303,19 @@ def listen_command(
     known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send; may be repeated.")],
     spool: Annotated[Path, typer.Option(help="Folder of the queue; it holds radiographs until they are drafted.")],
     peer: Annotated[
-        str | None, typer.Option(help="PACS for the drafts, as AET@host:port [default: they stay in the spool].")
+        str | None, typer.Option(help="PACS for the drafts, as AET@host:port.", show_default="they stay in the spool")
     ] = None,
     aet: Annotated[str, typer.Option(help="This node's AE title.")] = "CBEDGE",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model [default: the model's own].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     retry: Annotated[float, typer.Option(min=0.1, help="Seconds after the first failed delivery.")] = 5.0,
     pair_wait: Annotated[
         float, typer.Option(min=0, help="Seconds that a radiograph waits for its study's other view; 0 pairs none.")
     ] = 10.0,
+    template: Template = None,
 ) -> None:
     """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
     try:
@@ -318,7 +330,7 @@ def listen_command(
     check_format("sr")
     node = Peer.parse(peer) if peer else None
     settings = ListenSettings(aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait)
-    run_listener(ReportGenerator.from_pretrained(model, variant, device), settings)
+    run_listener(_keeping(ReportGenerator.from_pretrained(model, variant, device), template), settings)
 
 
 @app.command("doctor")
@@ -423,6 +435,12 @@ def _read_text(path: Path) -> str:
         raise ContextError(f"no such file: {path}; give a text file with a normal report") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ContextError(f"{path} is no text in UTF-8 ({type(error).__name__}): give a normal report") from None
+
+
+def _keeping(generator: "ReportGenerator", template: Path | None) -> "ReportGenerator":
+    if template is not None:
+        generator.keep_to(_read_text(template))
+    return generator
 
 
 def _check_output(output: Path, force: bool) -> None:

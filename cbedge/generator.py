@@ -93,6 +93,7 @@ class ReportGenerator:
         self.gate, self.lateral_gate = (
             Gate.load(bundle.folder / name) if name in bundle.manifest.files else None for name in (GATE, LATERAL_GATE)
         )
+        self._house_template: str | None = None
         self._guess_length = GuessLength()
         self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
 
@@ -147,7 +148,8 @@ class ReportGenerator:
             comparison: what earlier study it is compared with.
             view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
             template: a normal report in the wording that the draft is to keep to; default is, where nothing abnormal is
-                seen, the one of the bundle's that is usual for the indication (:mod:`cbedge.templates`).
+                seen, the one of the bundle's that is usual for the indication (:mod:`cbedge.templates`); or, always,
+                that of :meth:`keep_to`.
             lateral: the same study's lateral radiograph, as ``image`` may be given; for a model that
                 :attr:`reads_lateral`.
             max_new_tokens: stop after so many tokens.
@@ -227,12 +229,7 @@ class ReportGenerator:
         if not 1 <= limit <= MAX_NEW_TOKENS:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
-        wording = None if template is None else read_template(template)
-        if wording and self.bundle.manifest.image_findings is None:
-            raise ContextError(
-                f"{self.bundle.manifest.name} has no image scores that say what a template must not hide: leave the "
-                "template out"
-            )
+        wording = self._house_template if template is None else self._read_template(template)
         radiograph = load_radiograph(image)
         second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
         context = ClinicalContext(
@@ -243,6 +240,23 @@ class ReportGenerator:
         source = "given" if indication else "DICOM header" if radiograph.indication else None
         settings = decoding or self.decoding
         return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second, wording)
+
+    def keep_to(self, template: str) -> None:
+        """Keep every draft to a template from now on, a department's own, unless one is given with the radiograph.
+
+        Raises:
+            ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
+        """
+        self._house_template = self._read_template(template)
+
+    def _read_template(self, text: str) -> str:
+        template = read_template(text)
+        if self.bundle.manifest.image_findings is None:
+            raise ContextError(
+                f"{self.bundle.manifest.name} has no image scores that say what a template must not hide: leave the "
+                "template out"
+            )
+        return template
 
     @property
     def reads_lateral(self) -> bool:

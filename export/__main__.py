@@ -32,7 +32,7 @@ def export(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
     origin: Annotated[
-        Path | None, typer.Option(help="JSON of base_weights and training_data [default: what the run says].")
+        Path | None, typer.Option(help="JSON of base_weights and training_data.", show_default="what the run says")
     ] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
@@ -56,8 +56,8 @@ def export(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Of the language model's 4-bit weights: gptq (on --data), rtn, k_quant or hqq "
-            "[default: gptq with --data, else rtn]."
+            help="Of the language model's 4-bit weights: gptq (on --data), rtn, k_quant or hqq.",
+            show_default="gptq with --data, else rtn",
         ),
     ] = None,
     tune: Annotated[

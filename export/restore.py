@@ -57,7 +57,7 @@ class RestoreError(ValueError):
 def main_command(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],
-    variant: Annotated[str | None, typer.Option(help="Whose weights [default: the bundle's own default].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Whose weights.", show_default="the bundle's own default")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that is already there.")] = False,
 ) -> None:
     """Restore one checkpoint."""

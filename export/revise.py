@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def revise(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     out: Annotated[Path, typer.Option(help="Folder of the new bundle; the same folder with --force.")],
-    version: Annotated[str | None, typer.Option(help="Version of the model [default: as it is].")] = None,
+    version: Annotated[str | None, typer.Option(help="Version of the model.", show_default="as it is")] = None,
     openings: Annotated[
         Path | None, typer.Option(help="YAML of finding: sentence that opens a draft; an empty one for none.")
     ] = None,

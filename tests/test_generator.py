@@ -128,6 +128,10 @@ def test_a_draft_keeps_to_the_template_that_is_given_or_usual(generator: ReportG
     assert "The spleen is tiny." in given.findings
     plain = replace(generator.decoding, speculative=False)
     assert generator.generate(chest_png, template=own, max_new_tokens=160, decoding=plain).text == given.text
+    house = copy(generator)
+    house.keep_to(own)
+    assert house.generate(chest_png, max_new_tokens=160).text == given.text
+    assert "spleen" not in house.generate(chest_png, template="Lungs are clear.", max_new_tokens=160).text
     together = generator.generate_many([{"image": chest_png, "template": own, "max_new_tokens": 160}] * 2)
     assert all(isinstance(report, Report) and "The spleen is tiny." in report.findings for report in together)
 

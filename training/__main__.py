@@ -63,7 +63,7 @@ def run_command(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
     base_precision: Annotated[
-        str | None, typer.Option(help="Of frozen weights: fp32, bf16 or nf4 [default: the file's].")
+        str | None, typer.Option(help="Of frozen weights: fp32, bf16 or nf4.", show_default="the file's")
     ] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
@@ -84,7 +84,7 @@ def evaluate_command(
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
     model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; may be repeated.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Of the first --model [default: its own]; repeated, each gets a row.")
+        list[str] | None, typer.Option(help="Of the first --model; repeated, each gets a row.", show_default="its own")
     ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
     image_blind: Annotated[
@@ -99,7 +99,7 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
     guidance: Annotated[
-        float | None, typer.Option(min=1, help="Of --run's drafts [default: the first --model's; else 1, none].")
+        float | None, typer.Option(min=1, help="Of --run's drafts.", show_default="the first --model's; else 1, none")
     ] = None,
     chexbert: Annotated[Path | None, typer.Option(help="Your chexbert.pth, for CheXbert's scores.")] = None,
     radgraph: Annotated[
@@ -195,7 +195,9 @@ def browse_command(
     drafts: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the radiographs.")],
     out: Annotated[Path, typer.Option(help="HTML page to write; it holds patient data, so keep it with the data.")],
-    row: Annotated[str | None, typer.Option(help="Whose drafts, such as 'int4 (cbedge)' [default: the first].")] = None,
+    row: Annotated[
+        str | None, typer.Option(help="Whose drafts, such as 'int4 (cbedge)'.", show_default="the first")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many studies.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page that is already there.")] = False,
 ) -> None:
@@ -213,7 +215,7 @@ def like_paper_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the constant report.")],
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
     wordnet: Annotated[
-        Path | None, typer.Option(help="Folder of WordNet 3.0's files [default: nltk's own data].")
+        Path | None, typer.Option(help="Folder of WordNet 3.0's files.", show_default="nltk's own data")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
 ) -> None:
@@ -233,8 +235,10 @@ def compare_command(
     first: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
     second: Annotated[Path, typer.Argument(help="The same of another model; or the same file, with other rows.")],
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
-    first_row: Annotated[str | None, typer.Option(help="Whose drafts [default: the first file's first].")] = None,
-    second_row: Annotated[str | None, typer.Option(help="Whose drafts [default: the second file's first].")] = None,
+    first_row: Annotated[str | None, typer.Option(help="Whose drafts.", show_default="the first file's first")] = None,
+    second_row: Annotated[
+        str | None, typer.Option(help="Whose drafts.", show_default="the second file's first")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
 ) -> None:
     """Compare two models study by study, with intervals and p-values by bootstrap."""
