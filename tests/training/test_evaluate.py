@@ -74,7 +74,7 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     record = json.loads(stem.with_suffix(".json").read_text())
     assert list(record["scores"]) == [
         "int4 (cbedge)", "fp32 (cbedge)", "fp32 (torch)", "image-blind model (torch)", "images swapped", "blank image",
-        "indication withheld", "constant",
+        "indication withheld", "without template", "template alone", "constant",
         "nearest image",
         "consensus of 25",
     ]  # fmt: skip

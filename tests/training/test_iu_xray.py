@@ -8,7 +8,7 @@ from training.datasets.studies import TAGS, clean_report
 
 def test_studies_are_read_with_context_and_target(tiny_data: Path):
     studies = read_studies(tiny_data, ("train",))
-    assert len(studies) == 8
+    assert len(studies) == 12
     assert studies[0].context.indication is None
     assert "XXX" not in (studies[1].context.indication or "") and "cough" in studies[1].context.indication
     assert studies[1].target == (

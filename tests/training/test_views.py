@@ -123,6 +123,6 @@ def test_drafts_of_torch_and_of_the_runtime_agree_on_two_radiographs(
         c = request.context
         report = generator.generate(
             request.image, indication=c.indication, comparison=c.comparison, lateral=request.lateral,
-            accept_any_image=True,
+            accept_any_image=True, decoding=replace(generator.decoding, keep_to_template=False),
         )  # fmt: skip
         assert report.text[:100] == text[:100], "the ends may differ by bytes that complete no character"
