@@ -156,12 +156,16 @@ def skip_unread(graph: onnx.ModelProto) -> None:
     renamed = {}
     for node in nodes:
         joined = producers.get(node.input[0]) if node.op_type == "Slice" else None
-        if joined is None or joined.op_type != "Concat" or any(name not in constants for name in node.input[1:4]):
+        if joined is None or joined.op_type != "Concat" or len(node.input) < 4:
+            continue
+        if any(name not in constants for name in node.input[1:4]):
             continue
         start, end, axis = (constants[name].tolist() for name in node.input[1:4])
         rows = shapes.get(joined.input[0], [])
         if start == [0] and axis == [joined.attribute[0].i] and rows[axis[0] : axis[0] + 1] == end:
             renamed[node.output[0]] = joined.input[0]
+    if not renamed:
+        return
     for node in nodes:
         for at, name in enumerate(node.input):
             node.input[at] = renamed.get(name, name)

@@ -51,6 +51,10 @@ def test_a_radiograph_comes_back_as_the_draft_that_the_library_writes(
     told = client.post("/v1/reports", files=both, data={"indication": "cough"}).json()
     wanted = generator.generate(chest_png, indication="cough", lateral=EXAMPLES / "chest_pa.png")
     assert told["text"] == wanted.text and told["lateral_sha256"] == wanted.lateral_sha256
+    own = "The spleen is tiny. IMPRESSION: Normal."
+    kept = post(client, chest_png.read_bytes(), template=own).json()
+    assert (kept["template"], kept["template_source"]) == (f"FINDINGS: {own}", "given")
+    assert post(client, chest_png.read_bytes(), template="IMPRESSION: Normal.").status_code == 422
 
 
 @pytest.mark.parametrize(("form", "kind"), [("fhir", "application/fhir+json"), ("sr", "application/dicom")])
