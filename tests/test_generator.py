@@ -283,7 +283,14 @@ def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGen
     assert sum(r.guessed_tokens for r in ahead) > 0 and sum(r.guessed_tokens for r in alone) == 0
 
 
-def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(generator: ReportGenerator):
+@pytest.fixture(scope="module")
+def exact_generator(tiny_bundle: Path) -> ReportGenerator:
+    """In fp32: with activations rounded to 8 bits, logits hang on how many rows a processor's kernel takes at once."""
+    return ReportGenerator.from_pretrained(tiny_bundle, "fp32", device="cpu")
+
+
+def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(exact_generator: ReportGenerator):
+    generator = exact_generator
     embeds = np.random.default_rng(0).standard_normal((1, 5, generator.bundle.manifest.shapes.hidden_size))
     decoder = generator.backend.new_decoder(12)
     decoder.prefill(embeds)
@@ -325,7 +332,8 @@ def test_a_draft_is_asked_for_what_it_left_out_and_is_the_same_whether_guessed_a
     assert "The pleura" not in beams.text
 
 
-def test_two_prompts_of_unlike_length_are_read_in_one_pass(generator: ReportGenerator):
+def test_two_prompts_of_unlike_length_are_read_in_one_pass(exact_generator: ReportGenerator):
+    generator = exact_generator
     rng = np.random.default_rng(1)
     size = generator.bundle.manifest.shapes.hidden_size
     apart, together = [], []
@@ -336,7 +344,7 @@ def test_two_prompts_of_unlike_length_are_read_in_one_pass(generator: ReportGene
     joined = together[0].join(together[1])
     for token in rng.integers(4, 200, 5):
         wanted = np.stack([decoder.read([int(token)])[-1].copy() for decoder in apart])
-        assert np.allclose(joined.read_each([int(token)] * 2), wanted, atol=1e-3)
+        assert np.allclose(joined.read_each([int(token)] * 2), wanted, atol=1e-4)
     assert joined.length == 14
 
 

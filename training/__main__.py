@@ -89,7 +89,9 @@ def evaluate_command(
     run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
     image_blind: Annotated[
         Path | None,
-        typer.Option(help="A run, or one finished stage of --run, that was trained without images: one more row."),
+        typer.Option(
+            help="A run, or one finished stage of --run, trained without images: one more row, or the only one."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
@@ -119,8 +121,8 @@ def evaluate_command(
 
     if split not in ("test", "val"):
         raise ValueError(f"unknown split {split!r}; give test or val")
-    if not model and run_folder is None:
-        raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both")
+    if not model and run_folder is None and image_blind is None:
+        raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both, or --image-blind RUN")
     _check_results(output, force)
     if variant and not model:
         raise ValueError("--variant names one of a bundle: give --model")
@@ -188,6 +190,39 @@ def ablate_command(
     record["command"] = _command()
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))
+
+
+@app.command("curve")
+def curve_command(
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
+    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json, OUTPUT.md and OUTPUT.png.")],
+    base: Annotated[str, typer.Option(help="mini, a checkpoint folder or a hub name: the frozen image side.")] = "mini",
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    repeats: Annotated[int, typer.Option(min=1, help="Draws of each part of the train split.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=8, help="Only so many studies of a split, for a trial.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Radiographs at once.")] = 16,
+    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+) -> None:
+    """Whether more studies would help: linear probes of a frozen image side, learnt on parts of the train split."""
+    from training import learning_curve as curve
+    from training.base import load_model
+    from training.drafting import TorchDrafter
+    from training.evaluate import write_record
+    from training.train import choose_device
+
+    if split not in ("test", "val"):
+        raise ValueError(f"unknown split {split!r}; give test or val")
+    _check_results(output, force)
+    # The image side alone is asked.
+    parts = load_model(base, cache, language_layers=3) if base == "mini" else load_model(base, cache, layers=1)
+    parts.model.to(choose_device(device))
+    record = curve.measure(TorchDrafter(parts, batch_size), data, split, repeats, limit)
+    record |= {"base": base, "command": _command()}
+    write_record(record, curve.to_markdown(record), output)
+    curve.plot(record, output.with_suffix(".png"))
+    typer.echo(curve.to_markdown(record))
 
 
 @app.command("browse")

@@ -39,6 +39,7 @@ def evaluate(
     Args:
         data: IU X-RAY's folder.
         drafters: each gets a row; the first also gets the swapped-image, blank-image and withheld-indication controls.
+            None at all leaves the image-blind model's row.
         encoder: a run or a bundle, for the retrieval controls and the linear probe; ``None`` leaves those out.
         split: ``test`` or ``val``.
         image_blind: a model that was trained without images, for its row.
@@ -49,7 +50,8 @@ def evaluate(
         chexbert, radgraph: labelers whose weights the user has, see :mod:`training.labelers`.
 
     Returns:
-        A JSON-ready record: ``scores``, ``looks``, ``clinical``, ``outside``, ``probe``, ``protocol`` and provenance.
+        A JSON-ready record: ``scores``, ``looks`` (empty without drafters), ``clinical``, ``outside``, ``probe``,
+        ``protocol`` and provenance.
     """
     console = console or Console(stderr=True)
     studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
@@ -59,17 +61,19 @@ def evaluate(
     texts: dict[str, list[str]] = {}
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        main = drafters[0]
         for drafter in drafters:
             texts[drafter.name] = _draft(drafter, own(studies), drafter.name, progress)
         if image_blind is not None:
             texts[image_blind.name] = _draft(image_blind, own(studies), image_blind.name, progress)
-        texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
-        texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
-        texts["indication withheld"] = _draft(main, withheld(studies), f"{main.name}, indication withheld", progress)
-        if isinstance(main, RuntimeDrafter) and (templates := main.templates(own(studies))) is not None:
-            texts["without template"] = _draft(main.freely(), own(studies), f"{main.name}, without template", progress)
-            texts["template alone"] = templates
+        for main in drafters[:1]:
+            texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
+            texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
+            bare = withheld(studies)
+            texts["indication withheld"] = _draft(main, bare, f"{main.name}, indication withheld", progress)
+            if isinstance(main, RuntimeDrafter) and (templates := main.templates(own(studies))) is not None:
+                free = main.freely()
+                texts["without template"] = _draft(free, own(studies), f"{main.name}, without template", progress)
+                texts["template alone"] = templates
         if drafts_file:
             _write_drafts(drafts_file, studies, texts)
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
@@ -83,16 +87,18 @@ def evaluate(
             findings["consensus of 25"] = [consensus([train_reports[i] for i in row]) for row in near]
     scores = {row: score(drafts, references) for row, drafts in findings.items()}
     clinical = _clinical(studies, findings | drafted)
+    looks = {}
+    for main in drafters[:1]:
+        pair = (main.name, "images swapped")
+        looks = {
+            "cider_lost_on_swap": _lost(*(scores[row].corpus["CIDEr"] for row in pair)),
+            "finding_f1_lost_on_swap": _lost(*(clinical["scores"][row]["finding_f1"][0] for row in pair)),
+        }
     return {
         "split": split, "studies": len(studies), "limited": limit is not None, "protocol": PROTOCOL, "seed": seed,
         "scores": {row: s.corpus for row, s in scores.items()},
         "intervals": {row: s.intervals() for row, s in scores.items()},
-        "looks": {
-            "cider_lost_on_swap": _lost(*(scores[row].corpus["CIDEr"] for row in (main.name, "images swapped"))),
-            "finding_f1_lost_on_swap": _lost(
-                *(clinical["scores"][row]["finding_f1"][0] for row in (main.name, "images swapped"))
-            ),
-        },
+        "looks": looks,
         "clinical": clinical,
         "outside": outside_scores(findings | drafted, [s.findings for s in studies], chexbert, radgraph),
         "probe": probed,
@@ -118,8 +124,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
         *[f"| {row} | " + " | ".join(_with_interval(s[m], record["intervals"][row].get(m)) for m in METRICS) + " |"
           for row, s in record["scores"].items()],
-        "", f"Lost when images are swapped: {record['looks']['cider_lost_on_swap']:.1%} of CIDEr, "
-        f"{record['looks']['finding_f1_lost_on_swap']:.1%} of the micro-F1 of findings.", "",
+        "", *_looks(record["looks"]),
         "## Findings that drafts name", "",
         "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
         f"{record['clinical']['abnormal_studies']} of {record['clinical']['studies']}). 95% bootstrap intervals.",
@@ -160,6 +165,13 @@ def to_markdown(record: dict[str, Any]) -> str:
             areas = " | ".join(f"{values[kind]:.3f}" for kind in KINDS)
             lines.append(f"| {tag} | {areas} | {values['positives']} |")
     return "\n".join(lines) + "\n"
+
+
+def _looks(looks: dict[str, float]) -> list[str]:
+    if not looks:
+        return []
+    cider, f1 = looks["cider_lost_on_swap"], looks["finding_f1_lost_on_swap"]
+    return [f"Lost when images are swapped: {cider:.1%} of CIDEr, {f1:.1%} of the micro-F1 of findings.", ""]
 
 
 def _interval(values: list[float]) -> str:

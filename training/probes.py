@@ -22,41 +22,49 @@ Representation = dict[str, np.ndarray]
 
 
 def represent(
-    encoder: Encoder, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None
-) -> Representation:
-    """Three views of every study's image, each float32 [studies, D].
+    encoder: Encoder, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None,
+    kinds: Sequence[str] = tuple(KINDS),
+) -> Representation:  # fmt: skip
+    """Views of every study's image, each float32 [studies, D]: those of ``kinds``.
 
     ``pixels``: the radiograph scaled down; ``vision``: class token and mean of patches; ``qformer``: the output of all
     queries, which no indication has touched.
     """
-    rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    rows: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     for start in range(0, len(studies), encoder.batch_size):
         images = [load_radiograph(s.image) for s in studies[start : start + encoder.batch_size]]
         features = encoder.encode(images)
-        queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
         patches = features[:, 1:].mean(1)
-        rows["pixels"].append(np.stack([_small(image.pixels) for image in images]))
-        rows["vision"].append(np.concatenate([features[:, 0].cpu().numpy(), patches.cpu().numpy()], axis=1))
-        rows["qformer"].append(queries.flatten(1).cpu().numpy())
+        found = {
+            "pixels": np.stack([_small(image.pixels) for image in images]),
+            "vision": np.concatenate([features[:, 0].cpu().numpy(), patches.cpu().numpy()], axis=1),
+        }
+        if "qformer" in rows:
+            queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
+            found["qformer"] = queries.flatten(1).cpu().numpy()
+        for kind, parts in rows.items():
+            parts.append(found[kind])
         advance(len(images))
     return {kind: np.concatenate(parts).astype(np.float32) for kind, parts in rows.items()}
 
 
 def probe(
-    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], least_positives: int = 5
-) -> dict[str, dict[str, float]]:
+    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], least_positives: int = 5,
+    kinds: Sequence[str] = tuple(KINDS),
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """AUC of each tag: logistic regression on the 256 main directions, learnt on train, strength chosen on validation.
 
     Args:
         seen: :func:`represent` of the splits ``train``, ``val`` and ``studied``.
         studies: the same splits' studies.
         least_positives: a tag with fewer in any split is left out.
+        kinds: of :data:`KINDS`, those to probe.
 
     Returns:
-        tag → AUC for each of :data:`KINDS` on ``studied``, and ``positives`` there.
+        tag → AUC for each kind on ``studied``, and ``positives`` there.
     """
     labels = {name: np.array([s.tags for s in group]) for name, group in studies.items()}
-    reduced = {kind: _reduce({name: seen[name][kind] for name in seen}) for kind in KINDS}
+    reduced = {kind: _reduce({name: seen[name][kind] for name in seen}) for kind in kinds}
     found: dict[str, dict[str, float]] = {}
     for column, tag in enumerate(TAGS):
         known = {name: values[:, column] >= 0 for name, values in labels.items()}

@@ -82,6 +82,12 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
     again = call_cli(*arguments)
     assert again.returncode == 1 and "--force" in again.stderr
+    blind = call_cli("training", "evaluate", "--data", tiny_data, "--image-blind", tiny_run / "wording", "--output",
+                    tmp_path / "blind", "--device", "cpu")  # fmt: skip
+    assert blind.returncode == 0, blind.stderr
+    alone = json.loads((tmp_path / "blind.json").read_text())
+    assert list(alone["scores"]) == ["image-blind model (torch)", "constant"] and not alone["looks"]
+    assert "images are swapped" not in (tmp_path / "blind.md").read_text()
 
 
 def _write_drafts(path: Path, drafts: list[str]) -> Path:

@@ -1,0 +1,148 @@
+"""Whether more studies would help: what a linear probe reads off a frozen image side, learnt on parts of train.
+
+The frozen base's features are the same for every part, so the curve shows the studies' share alone. The features of a
+model that was trained on all of them would not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from training.datasets import Study
+from training.datasets.iu_xray import read_studies
+from training.drafting import Encoder
+from training.probes import KINDS, Representation, probe, represent
+
+FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+_SHOWN = ("abnormal", "cardiomegaly", "effusion", "mean")
+
+
+def learning_curve(
+    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], kinds: Sequence[str] = ("vision",),
+    repeats: int = 5, seed: int = 0, advance: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """AUC of :func:`training.probes.probe` by how many train studies it learns from.
+
+    Args:
+        seen, studies: as :func:`training.probes.probe` takes them: splits ``train``, ``val`` and ``studied``.
+        kinds: of :data:`training.probes.KINDS`.
+        repeats: draws of each part of the train split; the whole is one.
+        seed: of the draws.
+        advance: told of each draw that is done.
+
+    Returns:
+        For each of :data:`FRACTIONS`: ``studies``; and by kind and tag (and ``mean``, over the tags that every draw
+        could learn) the mean AUC of the draws and its standard deviation.
+
+    Raises:
+        ValueError: no tag has enough positives in every draw.
+    """
+    rng = np.random.default_rng(seed)
+    whole = len(studies["train"])
+    drawn: list[tuple[int, list[dict[str, dict[str, float]]]]] = []
+    for fraction in FRACTIONS:
+        count, found = round(whole * fraction), []
+        for _ in range(repeats if fraction < 1 else 1):
+            rows = np.sort(rng.permutation(whole)[:count])
+            part = {kind: values[rows] for kind, values in seen["train"].items()}
+            few = [studies["train"][i] for i in rows]
+            found.append(probe({**seen, "train": part}, {**studies, "train": few}, kinds=kinds))
+            advance(1)
+        drawn.append((count, found))
+    known = set.intersection(*(set(tags) for _, found in drawn for tags in found))
+    if not known:
+        raise ValueError(f"{whole} train studies are too few: no tag has enough positives in every part of them")
+    points = []
+    for count, found in drawn:
+        point: dict[str, Any] = {"studies": count}
+        for kind in kinds:
+            areas = {tag: np.array([tags[tag][kind] for tags in found]) for tag in sorted(known)}
+            areas["mean"] = np.mean([*areas.values()], axis=0)
+            point[kind] = {tag: [float(a.mean()), float(a.std())] for tag, a in areas.items()}
+        points.append(point)
+    return points
+
+
+def measure(
+    encoder: Encoder, data: Path, split: str = "test", repeats: int = 5, limit: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The learning curve of an image side on IU X-RAY, pixels beside it: a JSON-ready record.
+
+    Args:
+        encoder: a model that has not learnt from these studies.
+        data: IU X-RAY's folder.
+        split: that is probed, ``test`` or ``val``; strengths are chosen on ``val``.
+        repeats: see :func:`learning_curve`.
+        limit: only the first so many studies of each split (for a trial; the record says so).
+        console: where progress is shown.
+
+    Raises:
+        ValueError: no tag has enough positives in every part of the train split.
+    """
+    splits = {"train": "train", "val": "val", "studied": split}
+    groups = {name: [s for s in read_studies(data, (of,)) if s.findings][:limit] for name, of in splits.items()}
+    kinds = ("vision", "pixels")
+    seen = {}
+    with Progress(console=console or Console(stderr=True)) as progress:
+        for name, group in groups.items():
+            task = progress.add_task(f"encoding {name} radiographs", total=len(group))
+            seen[name] = represent(encoder, group, partial(progress.advance, task), kinds)
+        task = progress.add_task("probing", total=repeats * (len(FRACTIONS) - 1) + 1)
+        points = learning_curve(seen, groups, kinds, repeats, advance=partial(progress.advance, task))
+    return {
+        "split": split, "studies": len(groups["studied"]), "limited": limit is not None, "repeats": repeats,
+        "kinds": [*kinds], "points": points, "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The curve as a table, mean AUC of the draws with their standard deviation."""
+    points = record["points"]
+    limited = " (limited: a trial, not the whole splits)" if record["limited"] else ""
+    lines = [
+        f"# Would more studies help?{limited}", "",
+        f"{record['date']}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, learnt on parts "
+        f"of the train split ({record['repeats']} draws of each), AUC on {record['studies']} {record['split']} studies "
+        f"± standard deviation of the draws. Command: `{record.get('command', 'unknown')}`", "",
+    ]  # fmt: skip
+    for kind in record["kinds"]:
+        tags = list(points[-1][kind])
+        lines += [f"## {KINDS[kind]}", "", "| train studies | " + " | ".join(tags) + " |",
+                  "| --- |" + " --- |" * len(tags)]  # fmt: skip
+        for point in points:
+            values = (f"{mean:.3f}" + (f" ± {spread:.3f}" if spread else "") for mean, spread in point[kind].values())
+            lines.append(f"| {point['studies']} | " + " | ".join(values) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw the curve of the first kind: AUC against train studies, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kind, points = record["kinds"][0], record["points"]
+    counts = [point["studies"] for point in points]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for tag in [tag for tag in _SHOWN if tag in points[-1][kind]]:
+        means, spreads = (np.array([point[kind][tag][i] for point in points]) for i in (0, 1))
+        axes.errorbar(counts, means, spreads, marker="o", capsize=3, label=f"{tag} of all" if tag == "mean" else tag)
+    axes.set(xscale="log", xlabel="train studies", ylabel="AUC", title=f"linear probe of the {KINDS[kind]}")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
