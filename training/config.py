@@ -136,6 +136,7 @@ class RunConfig:
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of the arithmetic: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
         base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). What is trained is fp32.
+        validation_studies: so many, at most, of the validation split are looked at in each validation, the first ones.
         shard: with several processes, each keeps but a part of the language model's frozen weights (FSDP), for a model
             that no single GPU holds.
     """
@@ -149,6 +150,7 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"
     base_precision: str = "fp32"
+    validation_studies: int = 300
     shard: bool = False
 
 
@@ -182,6 +184,9 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
         raise ConfigError(f"{path}: shard cannot part weights in nf4; give base_precision bf16, or no shard")
     if values.get("base_precision", "fp32") != "fp32" and values.get("precision") == "fp32":
         raise ConfigError(f"{path}: base_precision {values['base_precision']} needs precision bf16 or auto")
+    count = values.get("validation_studies", 300)
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{path}: validation_studies is {count!r}; give a whole number from 1 up")
     for key in ("data", "output"):
         if not values.get(key):
             raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")

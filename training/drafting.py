@@ -196,7 +196,7 @@ class TorchDrafter:
     def _batch(self, requests: list[Request]) -> list[str]:
         parts = self.parts
         count = parts.model.config.num_query_tokens
-        reads = parts.reads_lateral
+        reads = parts.reads_lateral and not self.image_blind
         laterals = [i for i, r in enumerate(requests) if reads and r.lateral is not None]
         projected = None
         seen: list[tuple[str, ...] | None] = [None] * len(requests)

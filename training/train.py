@@ -46,7 +46,6 @@ from training.stages import (
 )
 from training.validation import Validation, choose_findings
 
-VAL_STUDIES = 300
 _SELECTED = {"cider": "cider", "tags": "auc_mean"}  # the column of validation.csv in which more is better
 VOCABULARY_STUDIES = 20_000  # enough to tell common words from rare ones
 
@@ -163,7 +162,7 @@ class StageRun:
         self.seed = config.seed * 1000 + number
         folder.mkdir(parents=True, exist_ok=True)
         self.studies = processes.main_first(lambda: open_studies(config.data, stage.splits))
-        self.val = open_studies(config.data, ("val",), VAL_STUDIES)
+        self.val = open_studies(config.data, ("val",), config.validation_studies)
         if not self.studies or not self.val:
             raise ValueError(
                 f"no {'validation' if self.studies else 'training'} study with a frontal radiograph and a report in "

@@ -34,6 +34,7 @@ def test_every_configuration_that_ships_is_valid(path: Path):
         ("stages: [{name: a, losses: {language: 1}, tell_from: rumour}]", "tags, report"),
         ("base_precision: int2", "fp32, bf16, nf4"),
         ("base_precision: nf4\nprecision: fp32", "needs precision bf16"),
+        ("validation_studies: 0", "validation_studies is 0"),
         ("stages: [{name: a, losses: {tags: 1}, image_blind: true}]", "image-blind stage has the language loss alone"),
         (
             "stages: [{name: a, losses: {language: 1}, lora: {part: vision, targets: [fc1]}}, "

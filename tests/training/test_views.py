@@ -84,6 +84,14 @@ def four_losses(folder: Path) -> Stage:
     return replace(stage, losses={"contrastive": 1.0, "tags": 1.0, "words": 1.0, "language": 1.0})
 
 
+def test_an_image_blind_drafter_has_no_place_for_a_lateral_radiograph(parts: ModelAndTokenizers, tiny_data: Path):
+    study = next(s for s in open_studies(tiny_data, ("test",)) if s.lateral is not None)
+    blind = TorchDrafter(parts, image_blind=True)
+    both, one = (blind.draft([Request(study.image, study.context, lateral)], lambda count: None)
+                 for lateral in (study.lateral, None))  # fmt: skip
+    assert both == one != TorchDrafter(parts).draft([Request(study.image, study.context)], lambda count: None)
+
+
 def test_an_image_blind_stage_reads_no_lateral_radiograph(tmp_path: Path):
     path = tmp_path / "blind.yaml"
     path.write_text(TINY_RUN.format(base="mini").replace("image_blind: true", "image_blind: true\n    lateral: true"))
