@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -123,8 +124,12 @@ class ReportGenerator:
             from cbedge.backends.onnx import choose_device
 
             choose_device(device)
-        bundle.verify(bundle.variant_files(chosen))
-        return cls(bundle, name, open_backend(bundle, chosen, device, threads))
+        files = bundle.variant_files(chosen)
+        bundle.verify(files, sizes_alone=True)
+        with ThreadPoolExecutor(1) as pool:  # hashes are computed while graphs load: a user waits for a cold start
+            loading = pool.submit(open_backend, bundle, chosen, device, threads)
+            bundle.verify(files)
+            return cls(bundle, name, loading.result())
 
     def generate(
         self,
