@@ -100,7 +100,7 @@ def local_engine(
 
 def ray_engine(
     model: Path | None, variant: str | None, device: str, max_new_tokens: int | None, accept_any_image: bool,
-    workers: int | None = None,
+    workers: int | None = None, template: str | None = None,
 ) -> Engine:  # fmt: skip
     """Draft on a Ray cluster (the one that ``RAY_ADDRESS`` names, else one started here), a generator in every worker.
 
@@ -110,6 +110,7 @@ def ray_engine(
         model, variant, device: as of :meth:`ReportGenerator.from_pretrained`.
         max_new_tokens, accept_any_image: as of :meth:`ReportGenerator.generate`.
         workers: how many; default is one for every two of the cluster's CPUs.
+        template: that every draft keeps to, see :meth:`ReportGenerator.keep_to`.
 
     Raises:
         OutputError: Ray is not installed.
@@ -126,6 +127,8 @@ def ray_engine(
     class Worker:
         def __init__(self) -> None:
             self.generator = ReportGenerator.from_pretrained(model, variant, device, threads=2 if count > 1 else None)
+            if template is not None:
+                self.generator.keep_to(template)
 
         def draft(self, item: Item) -> tuple[Item, dict[str, Any]]:
             return item, _draft_some([item], self.generator, max_new_tokens, accept_any_image)[0]
@@ -147,7 +150,7 @@ def run_batch(
     Args:
         items: see :func:`find_items`.
         out: JSON lines; a file that an earlier run began is gone on with.
-        model: name, version and variant of the model; one file holds drafts of one model.
+        model: name, version and variant of the model (and what else drafts hang on); one file holds drafts of one.
         engine: writes the drafts.
         retry_failed: try again what failed before; its old lines are taken out.
         progress: is told after every item.

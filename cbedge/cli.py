@@ -222,6 +222,7 @@ def batch_command(
     together: Annotated[
         int, typer.Option(min=1, max=64, help="Radiographs that --engine local drafts at a time; pays on GPUs.")
     ] = 1,
+    template: Template = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     accept_any_image: Annotated[
         bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
@@ -230,6 +231,7 @@ def batch_command(
     force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
 ) -> None:
     """Draft the reports of many radiographs; run it again to go on after an interruption."""
+    import hashlib
     from dataclasses import replace
 
     from rich.console import Console
@@ -242,19 +244,24 @@ def batch_command(
         _check_output(parquet, force)
     items = [replace(item, image=item.image.absolute()) for item in batch.find_items(studies)]
     from cbedge.bundle import open_bundle
-    from cbedge.generator import ReportGenerator
+    from cbedge.generator import ReportGenerator, check_template
 
     if engine not in ("local", "ray"):
         raise OutputError(f"unknown engine {engine[:20]!r}; give local or ray")
     bundle = open_bundle(model)
     name = bundle.variant(variant)[0]
+    wording = None if template is None else check_template(bundle, _read_text(template))
     if engine == "ray":
         bundle.verify()
-        drafting = batch.ray_engine(bundle.folder.absolute(), name, device, max_new_tokens, accept_any_image, workers)
+        drafting = batch.ray_engine(
+            bundle.folder.absolute(), name, device, max_new_tokens, accept_any_image, workers, wording
+        )
     else:
-        generator = ReportGenerator.from_pretrained(model, variant, device)
+        generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
         drafting = batch.local_engine(generator, max_new_tokens, accept_any_image, together)
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
+    if wording is not None:
+        drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
     columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(items))

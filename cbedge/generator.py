@@ -234,7 +234,7 @@ class ReportGenerator:
         if not 1 <= limit <= MAX_NEW_TOKENS:
             raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
         context = ClinicalContext(indication, comparison, view)
-        wording = self._house_template if template is None else self._read_template(template)
+        wording = self._house_template if template is None else check_template(self.bundle, template)
         radiograph = load_radiograph(image)
         second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
         context = ClinicalContext(
@@ -252,16 +252,7 @@ class ReportGenerator:
         Raises:
             ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
         """
-        self._house_template = self._read_template(template)
-
-    def _read_template(self, text: str) -> str:
-        template = read_template(text)
-        if self.bundle.manifest.image_findings is None:
-            raise ContextError(
-                f"{self.bundle.manifest.name} has no image scores that say what a template must not hide: leave the "
-                "template out"
-            )
-        return template
+        self._house_template = check_template(self.bundle, template)
 
     @property
     def reads_lateral(self) -> bool:
@@ -498,6 +489,20 @@ class ReportGenerator:
     @staticmethod
     def _encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=special).ids
+
+
+def check_template(bundle: Bundle, text: str) -> str:
+    """A user's template, read for a bundle; see :func:`cbedge.templates.read_template`.
+
+    Raises:
+        ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
+    """
+    template = read_template(text)
+    if bundle.manifest.image_findings is None:
+        raise ContextError(
+            f"{bundle.manifest.name} has no image scores that say what a template must not hide: leave the template out"
+        )
+    return template
 
 
 class ReportStream(Iterator[str]):

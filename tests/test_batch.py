@@ -86,6 +86,18 @@ def test_what_is_there_and_is_no_batch_is_left_alone(tiny_bundle: Path, films: P
     assert run_batch(tiny_bundle, films, tmp_path / "no" / "out.jsonl").returncode == 7
 
 
+def test_drafts_keep_to_a_template_and_do_not_mix_with_others(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out, own = tmp_path / "reports.jsonl", tmp_path / "normal.txt"
+    own.write_text("The lungs are clear. The heart is normal.", encoding="utf-8")
+    done = run_batch(tiny_bundle, films / "more", out, "--template", own)
+    assert done.returncode == 0, done.stderr
+    assert {line["template_source"] for line in batch.read_lines(out)} == {"given"}
+    before = out.read_bytes()
+    for options in ((), ("--template", EXAMPLES / "README.md")):
+        other = run_batch(tiny_bundle, films / "more", out, *options)
+        assert other.returncode in (4, 7) and out.read_bytes() == before and "Traceback" not in other.stderr
+
+
 def test_another_model_does_not_mix_its_drafts_in(tiny_bundle: Path, films: Path, tmp_path: Path):
     out = tmp_path / "reports.jsonl"
     run_batch(tiny_bundle, films / "more", out)
