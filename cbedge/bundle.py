@@ -29,6 +29,7 @@ PHRASEBOOK = "phrasebook.npy"
 TEMPLATES = "templates.npz"
 GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
+ENCODER = "encoder_model"  # a fifth graph, of a language model that has an encoder (Flan-T5)
 BACKENDS = ("onnx", "torch_nf4")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
 
@@ -47,7 +48,7 @@ class Variant:
 
     Attributes:
         description: one line for people.
-        graphs: the ONNX file of each of :data:`GRAPHS`.
+        graphs: the ONNX file of each of :data:`GRAPHS`, and of :data:`ENCODER` where the language model has one.
         data: files of external weights that those graphs refer to, or that another backend reads.
         backend: ``onnx``, or ``torch_nf4``, which reads no graph.
     """
@@ -80,6 +81,7 @@ class Manifest:
         shapes: see :class:`Shapes`.
         prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
         stop_ids: token ids that end a report.
+        start_ids: token ids that a decoder with an encoder before it begins with.
         decoding: defaults: ``max_new_tokens``; ``guidance``, how much what is seen weighs (see
             :class:`cbedge.decoding.GuidedDecoder`; 1 is none); ``no_repeat`` and ``stop_bias`` of
             :class:`cbedge.decoding.Decoding`.
@@ -103,6 +105,7 @@ class Manifest:
     variants: dict[str, Variant]
     files: dict[str, FileRecord]
     prefix_ids: tuple[int, ...] = ()
+    start_ids: tuple[int, ...] = ()
     prompt_version: int = PROMPT_VERSION
     format_version: int = FORMAT_VERSION
     decoding: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 160, "guidance": 1.0})
@@ -264,7 +267,7 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     values["shapes"] = Shapes(**values["shapes"])
     values["files"] = {_plain(name): FileRecord(**record) for name, record in values["files"].items()}
     values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
-    for key in ("stop_ids", "prefix_ids", "never_ids", "training_data", "base_weights"):
+    for key in ("stop_ids", "prefix_ids", "start_ids", "never_ids", "training_data", "base_weights"):
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
         told = values["image_findings"]
@@ -282,7 +285,8 @@ def _variant(values: dict[str, Any]) -> Variant:
     backend = values.get("backend", "onnx")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {str(backend)[:20]!r}")
-    graphs = {kind: _plain(values["graphs"][kind]) for kind in (GRAPHS if backend == "onnx" else ())}
+    kinds = (*GRAPHS, *([ENCODER] if ENCODER in values["graphs"] else [])) if backend == "onnx" else ()
+    graphs = {kind: _plain(values["graphs"][kind]) for kind in kinds}
     return Variant(values["description"], graphs, tuple(_plain(name) for name in values.get("data", ())), backend)
 
 

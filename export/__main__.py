@@ -88,13 +88,15 @@ def export(
     from export.merge import merge
     from export.nf4 import write_nf4
     from export.parity import write_parity
-    from export.quantize import ALGORITHMS, HEAD, NF4, Int4Settings, round_for, write_variant
+    from export.quantize import ALGORITHMS, HALF, HEAD, NF4, Int4Settings, round_for, write_variant
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 
     if algorithm not in (None, *ALGORITHMS):
         raise ValueError(f"unknown algorithm {algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
     parts = load_adapted(checkpoint, list(adapters or []), cache)
+    if not parts.model.config.use_decoder_only_language_model and "all" in (variant or ()):
+        wanted = tuple(one for one in wanted if one not in HALF)  # which do not hold what Flan-T5 computes
     merge_error = merge(parts)
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if algorithm is None:
@@ -111,7 +113,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.graphs.") as scratch:
         graphs = {"fp32": export_graphs(parts, _folder(scratch, "fp32"))}
         extra: dict[str, list[Path]] = {}
-        console.print("four fp32 graphs written")
+        console.print(f"{len(graphs['fp32'])} fp32 graphs written")
         rounded = None
         if algorithm == "gptq" and data is not None and {"int4", "q4f16"} & {*wanted}:
             rounded = round_for(parts, data, settings, _tell(console))

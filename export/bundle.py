@@ -14,6 +14,7 @@ from rich.progress import Progress
 from cbedge.backends import Backend, open_backend
 from cbedge.bundle import (
     CARD,
+    ENCODER,
     GATE,
     GRAPHS,
     LATERAL_GATE,
@@ -31,7 +32,7 @@ from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
 from export.card import model_card
 from export.gate import fit_gate
-from export.parity import Parity, compare, parity_cases, stop_ids
+from export.parity import Parity, compare, parity_cases, start_ids, stop_ids
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
 from training.batches import prefix_ids
@@ -143,7 +144,7 @@ def describe(
     return Manifest(
         name=name, version=version, license=licence,
         shapes=shapes if layers is None else replace(shapes, num_layers=layers), stop_ids=stop_ids(parts),
-        prefix_ids=prefix_ids(parts), default_variant=wanted[0], files={},
+        prefix_ids=prefix_ids(parts), start_ids=start_ids(parts), default_variant=wanted[0], files={},
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
@@ -250,7 +251,8 @@ def _backend(manifest: Manifest, name: str, files: list[Path]) -> Backend:
 
 
 def _graphs(files: list[Path]) -> dict[str, Path]:
-    return {next(kind for kind in GRAPHS if f.name.startswith(kind)): f for f in files if f.suffix == ".onnx"}
+    kinds = (*GRAPHS, ENCODER)
+    return {next(kind for kind in kinds if f.name.startswith(kind)): f for f in files if f.suffix == ".onnx"}
 
 
 def _variant(name: str, graphs: dict[str, Path], extra: list[Path]) -> Variant:
@@ -267,11 +269,13 @@ def _files(graphs: dict[str, Path]) -> list[Path]:
 def _shapes(parts: ModelAndTokenizers) -> Shapes:
     config = parts.model.config
     text = config.text_config
+    decoder_layers = getattr(text, "num_decoder_layers", None)  # of an encoder-decoder
+    width = getattr(text, "d_kv", None) or getattr(text, "head_dim", None)
     return Shapes(
         image_size=config.vision_config.image_size,
         num_query_tokens=config.num_query_tokens,
         hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
+        num_layers=decoder_layers or text.num_hidden_layers,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_size=width or text.hidden_size // text.num_attention_heads,
     )

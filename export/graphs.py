@@ -21,6 +21,7 @@ from training.base import ModelAndTokenizers
 
 LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
 VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
+ENCODER = "encoder_model"  # of a language model that has one
 
 
 class ExportError(ValueError):
@@ -92,12 +93,17 @@ class EmbedGraph(nn.Module):
 
 @torch.inference_mode()
 def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
-    """Write the four graphs of a merged fp32 model into ``folder``; returns the path of each.
+    """Write the four graphs of a merged fp32 model into ``folder``, or five where the language model has an encoder;
+    returns the path of each.
 
     Raises:
-        ExportError: the language model is none that the decoder's builder writes.
+        ExportError: the language model is none that the decoder's builder writes, nor Flan-T5.
     """
+    from export.encoder_decoder import export_encoder_decoder
+
     paths = export_image_graphs(parts, folder)
+    if not parts.model.config.use_decoder_only_language_model:
+        return paths | export_encoder_decoder(parts.model.language_model, folder)
     paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")
     return paths
 
@@ -105,8 +111,6 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
 @torch.inference_mode()
 def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     """Write vision encoder, Q-Former and token embedding alone, as :func:`export_graphs` does."""
-    if not parts.model.config.use_decoder_only_language_model:
-        raise ExportError("only decoder-only language models are exported (Vicuna, SmolLM2...), not Flan-T5")
     parts.model.eval()
     vision = parts.model.config.vision_config
     paths = {kind: folder / f"{kind}.onnx" for kind in (VISION, QFORMER, EMBED)}
@@ -115,22 +119,33 @@ def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Pa
     instruction = parts.qformer_tokenizer("Describe the chest radiograph.", return_tensors="pt").input_ids
     length = torch.export.Dim("length", min=2, max=512)
     outputs = ["image_embeds", "attention", *(["finding_logits"] if parts.finding_head else [])]
-    _trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
-    _trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
+    trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
+    trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
            outputs, {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
-    _trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
+    trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
            {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
     return paths
 
 
-def _trace(
+def trace(
     module: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor | list[Tensor], ...],
     path: Path,
     names: list[str],
     outputs: list[str],
     dynamic: dict | None,
+    within: bool = True,
 ) -> None:
+    """Write a module as a graph.
+
+    Args:
+        module: what is traced.
+        inputs: examples.
+        path: of the graph.
+        names, outputs: of the graph's inputs and outputs.
+        dynamic: sizes that may differ, by the arguments of the module's ``forward``.
+        within: as of :func:`save_graph`.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         traced = Path(scratch) / path.name
@@ -140,7 +155,7 @@ def _trace(
         )  # fmt: skip
         graph = onnx.load(str(traced))
         skip_unread(graph)
-        save_graph(graph, path, within=True)
+        save_graph(graph, path, within)
 
 
 def skip_unread(graph: onnx.ModelProto) -> None:

@@ -302,6 +302,8 @@ def bundle_by_layers(
 
     progress("vision encoder and Q-Former")
     parts = load_adapted(str(checkpoint), adapters, DEFAULT_CACHE, image_side=True)
+    if not parts.model.config.use_decoder_only_language_model:
+        raise ExportError("an encoder-decoder (Flan-T5) is not exported layer by layer: use python -m export")
     merge_adapters(parts)
     layers = AutoConfig.from_pretrained(checkpoint).text_config.num_hidden_layers
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,5 +48,7 @@ def _probe_logits(parts: ModelAndTokenizers) -> Tensor:
     ids = torch.tensor([prompt, prompt])
     instruction = parts.qformer_tokenizer(["Describe the chest radiograph."] * 2, return_tensors="pt")
     _, projected = query_image(model, encode_images(model, pixels), instruction.input_ids, instruction.attention_mask)
-    logits = model.language_model(inputs_embeds=embed_inputs(model, ids, projected)).logits.float()
-    return logits[:, model.config.num_query_tokens :]
+    embeds, words = embed_inputs(model, ids, projected), ids[:, model.config.num_query_tokens :]
+    if not model.config.use_decoder_only_language_model:  # its decoder is given the prompt's words to read
+        return model.language_model(inputs_embeds=embeds, decoder_input_ids=words).logits.float()
+    return model.language_model(inputs_embeds=embeds).logits.float()[:, -words.shape[1] :]

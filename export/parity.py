@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from cbedge.backends import Backend
 from cbedge.decoding import greedy
@@ -191,19 +193,39 @@ class TorchReference:
 
     def greedy(self, case: Case) -> list[int]:
         """Up to 64 greedy tokens, the stop token included."""
-        model = self.parts.model.language_model
-        out = model(inputs_embeds=self.embeds(case), use_cache=True, logits_to_keep=1)
+        out = self.begin(self.embeds(case))
         tokens: list[int] = []
         while True:
             tokens.append(int(out.logits[0, -1].argmax()))
             if tokens[-1] in self.stop_ids or len(tokens) == GREEDY_TOKENS:
                 return tokens
-            out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            out = self._go_on(tokens[-1], out)
+
+    def begin(self, embeds: torch.Tensor) -> ModelOutput:
+        """What the language model answers to its input, float32 [1, L, D]: logits, and its cache."""
+        model, start = self.parts.model.language_model, start_ids(self.parts)
+        if not start:
+            return model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+        return model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([start]), use_cache=True)
+
+    def _go_on(self, token: int, out: ModelOutput) -> ModelOutput:
+        model, ids, past = self.parts.model.language_model, torch.tensor([[token]]), out.past_key_values
+        if not start_ids(self.parts):
+            return model(input_ids=ids, past_key_values=past, use_cache=True)
+        encoded = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
+        return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
 
 
 def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
     """Token ids that end a report."""
     return (parts.tokenizer.eos_token_id,)
+
+
+def start_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
+    """Token ids that the decoder of an encoder-decoder begins with; none where there is no encoder."""
+    if parts.model.config.use_decoder_only_language_model:
+        return ()
+    return (parts.model.language_model.config.decoder_start_token_id,)
 
 
 def _onnx_embeds(backend: Backend, reference: TorchReference, case: Case) -> np.ndarray:
@@ -239,7 +261,7 @@ def _graph_errors(reference: TorchReference, backend: Backend, case: Case) -> tu
     prompt = np.array([look.prompt[look.projected.shape[1] :]], np.int64)
     tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
     embeds = embed_inputs(model, torch.tensor([look.prompt]), look.projected)
-    logits = model.language_model(inputs_embeds=embeds, logits_to_keep=1).logits[0, -1]
+    logits = reference.begin(embeds).logits[0, -1]
     image_embeds, _, finding_logits = backend.query_image(look.features.numpy(), ids.numpy())
     pairs = {
         "vision_encoder": (backend.encode_image(case.pixels), look.features),

@@ -23,7 +23,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
-from export.graphs import DECODER, EMBED, QFORMER, VISION, save_graph
+from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
 from export.tune import tune_scales
 from training.base import ModelAndTokenizers
 
@@ -38,6 +38,7 @@ DESCRIPTIONS = {
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }
 NF4 = "nf4"
+HALF = ("fp16", "q4f16")
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
 HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
@@ -99,7 +100,7 @@ def write_variant(
     name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None,
     rounded: dict[str, Rounded] | None = None,
 ) -> dict[str, Path]:  # fmt: skip
-    """Write one variant of four fp32 graphs into ``folder``; returns the path of each graph.
+    """Write one variant of the fp32 graphs into ``folder``; returns the path of each graph.
 
     Args:
         name: of :data:`VARIANTS`, but ``fp32`` and ``nf4``.
@@ -107,8 +108,13 @@ def write_variant(
         folder: where to write.
         settings: of ``int4`` and ``q4f16``.
         rounded: with ``gptq``, what :func:`export.gptq.round_language_model` made of the language model.
+
+    Raises:
+        ExportError: 16-bit floats are asked for, and do not hold what the language model computes.
     """
     settings = settings_of(name, settings)
+    if name in HALF and ENCODER in paths:
+        raise ExportError(f"{name}: what Flan-T5 computes does not fit 16-bit floats; give fp32, int8, int4 or nf4")
     if name == "fp16":
         return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
@@ -164,6 +170,12 @@ def quantize_graphs(
     """
     settings = settings or Int4Settings()
     written = quantize_image_side(paths, folder, settings, suffix, narrow)
+    if ENCODER in paths:
+        written[ENCODER] = folder / f"{ENCODER}{suffix}.onnx"
+        encoder = quantize_language_model(paths[ENCODER], settings, rounded)
+        if narrow:
+            narrow_scales(encoder)
+        save_graph(encoder, written[ENCODER])
     written[DECODER] = folder / f"{DECODER}{suffix}.onnx"
     decoder = quantize_language_model(paths[DECODER], settings, rounded)
     if narrow:
@@ -253,15 +265,16 @@ def quantize_language_model(
     """
     graph = onnx.load(str(source)) if isinstance(source, Path) else source
     few = [n.name for n in graph.graph.node if n.op_type == "MatMul" and not re.search(settings.eight_bits, n.name)]
-    mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few)
+    tables = [n.name for n in graph.graph.node if n.op_type == "Gather"]  # T5's position biases: small, and not words
+    mixed = _quantize(graph, settings.eight_bits_block_size, settings, bits=8, apart=few + tables)
     if settings.algorithm == "gptq":
         if rounded is None:
             raise ValueError("gptq rounds on reports: it needs what export.gptq.round_language_model gives")
-        graph = _quantize(mixed, settings.block_size, settings)
+        graph = _quantize(mixed, settings.block_size, settings, apart=tables)
         put_into_graph(graph, rounded)
         return graph
     if settings.algorithm == "rtn":
-        return _quantize(mixed, settings.block_size, settings)
+        return _quantize(mixed, settings.block_size, settings, apart=tables)
     return _quantize_otherwise(mixed, settings)
 
 
@@ -316,6 +329,8 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
         return None
     stored = {t.name: t for t in onnx.load(str(decoder_path), load_external_data=False).graph.initializer}
     loaded = {t.name: t for t in decoder.graph.initializer}
+    if node.input[2] not in loaded:  # its scales were narrowed: no head that is known to be tied
+        return None
     base = str(decoder_path.parent)
     scales = numpy_helper.to_array(loaded[node.input[2]], base).reshape(words, -1)
     # Tied means that the rows of the table are the columns of the head: each block's largest weight gives its scale.

@@ -118,9 +118,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random InstructBLIP saved in the layout of ``Salesforce/instructblip-vicuna-7b``."""
+def save_tiny(folder: Path, flan_t5: bool = False) -> Path:
+    """A random InstructBLIP, saved in the layout of ``Salesforce/instructblip-vicuna-7b``, or of ``-flan-t5-xl``."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (
@@ -130,20 +129,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         InstructBlipVisionConfig,
         LlamaConfig,
         PreTrainedTokenizerFast,
+        T5Config,
     )
 
     from training.base import ModelAndTokenizers
 
     corpus = [f"FINDINGS: {f} IMPRESSION: {i}" for f, i in REPORTS]
     corpus += ["Describe the chest radiograph. View: frontal. Indication: cough. Comparison: None.\nReport:\n"]
-    language = Tokenizer(models.BPE(unk_token="<unk>"))
-    language.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    language.decoder = decoders.ByteLevel()
-    specials = ["<unk>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    language.train_from_iterator(
-        corpus, trainers.BpeTrainer(special_tokens=specials, vocab_size=384, initial_alphabet=alphabet)
-    )
+    specials, alphabet = ["<unk>", "<s>", "</s>", "<image>"], pre_tokenizers.ByteLevel.alphabet()
+    language = Tokenizer(models.Unigram() if flan_t5 else models.BPE(unk_token="<unk>"))
+    if flan_t5:
+        language.pre_tokenizer, language.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(special_tokens=specials, vocab_size=200, unk_token="<unk>")
+    else:
+        language.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        language.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(special_tokens=specials, vocab_size=384, initial_alphabet=alphabet)
+    language.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=language, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -159,6 +161,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     )
     torch.manual_seed(0)
+    size = language.get_vocab_size()
+    llama = LlamaConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=size, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, eos_token_id=2,
+        pad_token_id=2,
+    )  # fmt: skip
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
@@ -168,17 +181,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=64, cross_attention_frequency=2, encoder_hidden_size=32,
         ),
-        text_config=LlamaConfig(
-            vocab_size=language.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
-            pad_token_id=2, tie_word_embeddings=False,
-        ),
-        num_query_tokens=20, image_token_index=3,
+        text_config=t5 if flan_t5 else llama, num_query_tokens=20, image_token_index=3,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("checkpoint")
     model = InstructBlipForConditionalGeneration(config)
     ModelAndTokenizers(model, tokenizer, qformer_tokenizer, 3).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random InstructBLIP saved in the layout of ``Salesforce/instructblip-vicuna-7b``."""
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
 
 
 TINY_RUN = """

@@ -178,14 +178,18 @@ def collate(
         images: see :class:`Batch`.
         seen: the findings that each is told.
         laterals: the studies whose lateral radiographs follow the frontal ones, ascending.
-        begun: what each report begins with, which is read and not learnt.
+        begun: what each report begins with, which is read and not learnt (an encoder-decoder learns it as well).
     """
     seen = seen or [None] * len(studies)
     told_rows = enumerate(zip(contexts, seen, strict=True))
     prompts = [encode_prompt(parts, context, told, i in laterals) for i, (context, told) in told_rows]
-    for prompt, text in zip(prompts, begun, strict=False):
-        prompt += parts.tokenizer(text, add_special_tokens=False).input_ids if text else []
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
+    for prompt, target, text in zip(prompts, targets, begun, strict=False):
+        ids = parts.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if parts.model.config.use_decoder_only_language_model:
+            prompt += ids
+        else:  # the decoder reads it, not the encoder
+            target[:0] = ids
     eos = parts.tokenizer.eos_token_id
     rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]
     length = max(map(len, rows))

@@ -208,7 +208,8 @@ class TorchDrafter:
                 seen = [*parts.finding_head.read(output, len(requests), torch.tensor(laterals, dtype=torch.long))]
         guided = self.guidance != 1 and any(seen)
         begun = [self._opening(told) for told in seen]
-        told_rows = [*zip(requests, seen, begun, [i in laterals for i in range(len(requests))], strict=True)]
+        read = begun if parts.model.config.use_decoder_only_language_model else [[] for _ in begun]
+        told_rows = [*zip(requests, seen, read, [i in laterals for i in range(len(requests))], strict=True)]
         prompts = [encode_prompt(parts, r.context, told, two) + ids for r, told, ids, two in told_rows]
         if guided:  # what saw nothing is told the same twice, and guided nowhere
             prompts += [encode_prompt(parts, r.context, told and (), two) + ids for r, told, ids, two in told_rows]
@@ -227,14 +228,27 @@ class TorchDrafter:
                 queries, own = projected[rows], own.new_zeros(len(rows) - 1)
             embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries, own)[0]
             mask[row, length - len(prompt) :] = 1
-        out = parts.model.language_model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            eos_token_id=parts.tokenizer.eos_token_id, pad_token_id=parts.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []),
-        )  # fmt: skip
-        drafts = [[*ids, *row] for ids, row in zip(begun, out.tolist(), strict=False)]
+        if parts.model.config.use_decoder_only_language_model:
+            written = self._generate(embeds, mask, guided).tolist()
+            drafts = [[*ids, *row] for ids, row in zip(begun, written, strict=False)]
+        else:  # what a draft begins with is its decoder's, of another length in each: one study at a time
+            drafts = []
+            for at, opening in enumerate(begun):
+                both = [at, at + len(requests)] if guided else [at]
+                start = [parts.model.language_model.config.decoder_start_token_id, *opening]
+                first = torch.tensor([start] * len(both), device=self.device)
+                whole = self._generate(embeds[both], mask[both], guided, decoder_input_ids=first)[0, 1:]
+                drafts.append(whole.tolist())
         texts = parts.tokenizer.batch_decode(drafts, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _generate(self, embeds: torch.Tensor, mask: torch.Tensor, guided: bool, **more: torch.Tensor) -> torch.Tensor:
+        """int64 [rows, tokens], greedy; an encoder-decoder's hold what its decoder began with."""
+        return self.parts.model.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
+            eos_token_id=self.parts.tokenizer.eos_token_id, pad_token_id=self.parts.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []), **more,
+        )  # fmt: skip
 
     def _opening(self, told: tuple[str, ...] | None) -> list[int]:
         if not told or self.parts.finding_head is None:

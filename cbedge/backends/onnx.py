@@ -1,4 +1,4 @@
-"""Run a bundle's four graphs with ONNX Runtime, on the CPU or on CUDA."""
+"""Run a bundle's graphs with ONNX Runtime, on the CPU or on CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cbedge.bundle import GRAPHS, Bundle, Shapes, Variant
+from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
+from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError
 
 if TYPE_CHECKING:
@@ -94,15 +95,17 @@ class OnnxBackend:
         DeviceError: CUDA does not come up; there is no silent fall-back to the CPU.
     """
 
-    decoder_only = True
-
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
         self.device = device
         self.shapes: Shapes = bundle.manifest.shapes
         self.threads = threads or _cores()
+        self.decoder_only = ENCODER not in variant.graphs
+        kinds = GRAPHS if self.decoder_only else (*GRAPHS, ENCODER)
         with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
-            sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in GRAPHS]))
-        self._vision, self._qformer, self._embed, self._decoder = sessions
+            sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in kinds]))
+        self._vision, self._qformer, self._embed, self._decoder, *encoder = sessions
+        self._encoder = encoder[0] if encoder else None
+        self._start_ids = bundle.manifest.start_ids
         outputs = {output.name: output for output in self._decoder.get_outputs()}
         self.vocabulary = int(outputs["logits"].shape[-1])
 
@@ -125,9 +128,9 @@ class OnnxBackend:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
         return self._embed.run(["inputs_embeds"], {"input_ids": ids})[0]
 
-    def new_decoder(self, capacity: int) -> OnnxDecoder:
+    def new_decoder(self, capacity: int) -> Decoder:
         """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
-        return OnnxDecoder(self, capacity)
+        return OnnxDecoder(self, capacity) if self.decoder_only else OnnxEncoderDecoder(self, capacity)
 
     def _session(self, path: Path) -> onnxruntime.InferenceSession:
         import onnxruntime
@@ -255,6 +258,93 @@ class OnnxDecoder:
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
         return logits
+
+
+class OnnxEncoderDecoder:
+    """An encoder-decoder (Flan-T5) in the middle of one report, or of several drafts of one.
+
+    Image embeddings and prompt are read by the encoder, once; the cache holds what was written alone. Keys and values
+    stay where the sessions run. A pass copies the cache, which is small beside the weights that it reads.
+
+    Args:
+        backend: whose sessions are used.
+        capacity: embeddings and tokens to hold at most.
+    """
+
+    def __init__(self, backend: OnnxBackend, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._backend = backend
+        names = [f"{i}.{kind}" for i in range(backend.shapes.num_layers) for kind in ("key", "value")]
+        self._past, self._crossed = ([f"{part}.{name}" for name in names] for part in ("past_key_values", "cross"))
+        self._cache: dict[str, onnxruntime.OrtValue] = {}
+        self._cross: dict[str, onnxruntime.OrtValue] = {}
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        """Read input embeddings, float32 [1, L, D]; return the logits of the draft's first token, float32 [V]."""
+        backend = self._backend
+        assert backend._encoder is not None
+        self.length = embeds.shape[1]
+        given = {"inputs_embeds": self._held(np.ascontiguousarray(embeds, np.float32))}
+        self._cross = self._bound(backend._encoder, given, self._crossed)
+        shapes = backend.shapes
+        empty = np.zeros((1, shapes.num_key_value_heads, 0, shapes.head_size), np.float32)
+        self._cache = {name: self._held(empty) for name in self._past}
+        return self._run(backend.embed_tokens(np.array([backend._start_ids], np.int64)))[0, -1].copy()
+
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read more tokens; return the logits after each, float32 [tokens, V]."""
+        self.length += len(token_ids)
+        if self.length > self.capacity:
+            raise ValueError(f"{self.length} tokens do not fit a decoder made for {self.capacity}")
+        return self._run(self._backend.embed_tokens(np.array([token_ids], np.int64)))[0]
+
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
+        self.length += 1
+        embeds = self._backend.embed_tokens(np.array([token_ids], np.int64))
+        return self._run(embeds.reshape(len(token_ids), 1, -1))[:, 0]
+
+    def rewind(self, length: int) -> None:
+        """Forget all that was read after the first ``length``."""
+        gone = self.length - length
+        if gone > 0:
+            self._cache = {
+                name: self._held(np.ascontiguousarray(v.numpy()[:, :, :-gone])) for name, v in self._cache.items()
+            }
+            self.length = length
+
+    def spread(self, rows: Sequence[int]) -> OnnxEncoderDecoder:
+        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        other = OnnxEncoderDecoder(self._backend, self.capacity)
+        other.length, chosen = self.length, list(rows)
+        for ours, theirs in ((other._cache, self._cache), (other._cross, self._cross)):
+            ours |= {name: self._held(value.numpy()[chosen]) for name, value in theirs.items()}
+        return other
+
+    def _run(self, embeds: np.ndarray) -> np.ndarray:
+        session = self._backend._decoder
+        given = {"inputs_embeds": self._held(np.ascontiguousarray(embeds, np.float32)), **self._cache, **self._cross}
+        present = [name.replace("past_key_values", "present") for name in self._past]
+        found = self._bound(session, given, ["logits", *present])
+        self._cache = {name: found[new] for name, new in zip(self._past, present, strict=True)}
+        return found["logits"].numpy()
+
+    def _held(self, array: np.ndarray) -> onnxruntime.OrtValue:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._backend.device)
+
+    def _bound(
+        self, session: onnxruntime.InferenceSession, given: dict[str, onnxruntime.OrtValue], wanted: Sequence[str]
+    ) -> dict[str, onnxruntime.OrtValue]:
+        """Run a session on what lies where it runs, and leave what comes out there."""
+        binding = session.io_binding()
+        for name, value in given.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in wanted:
+            binding.bind_output(name, "cpu" if name == "logits" else self._backend.device)
+        session.run_with_iobinding(binding)
+        return dict(zip(wanted, binding.get_outputs(), strict=True))
 
 
 def is_installed(distribution: str) -> bool:
