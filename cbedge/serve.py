@@ -350,7 +350,8 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         return {
             "name": manifest.name, "version": manifest.version, "variant": generator.variant,
             "device": generator.backend.device, "license": manifest.license,
-            "reads_lateral": manifest.reads_lateral, "card": card,
+            "reads_lateral": manifest.reads_lateral, "takes_template": manifest.image_findings is not None,
+            "card": card,
         }  # fmt: skip
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

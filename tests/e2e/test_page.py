@@ -63,6 +63,19 @@ def test_a_lateral_radiograph_joins_and_does_not_stay_for_the_next_study(page, c
     assert page.eval_on_selector("#lateral", "e => e.files.length") == 0
 
 
+def test_a_normal_report_in_the_users_wording_is_kept_to_and_told(page):
+    page.set_input_files("#file", str(EXAMPLES / "chest_pa.png"))
+    page.click("#wording summary")
+    page.fill("#template", "FINDINGS: The heart is normal. IMPRESSION: Nothing acute.")
+    page.click("#go")
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
+    assert page.text_content("#kept").startswith("Worded as your normal report: FINDINGS: The heart is normal.")
+    page.fill("#template", "IMPRESSION: Nothing acute.")
+    page.click("#go")
+    page.wait_for_selector("#state.bad")
+    assert "no findings" in page.text_content("#state")
+
+
 def test_dicom_is_drafted_and_the_model_card_is_there(page):
     page.set_input_files("#file", str(EXAMPLES / "chest_pa.dcm"))
     page.click("#go")
