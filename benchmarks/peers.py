@@ -2,13 +2,15 @@
 
 Same merged weights, prompt, radiograph and number of tokens, greedy. Every runner lives in a process of its own and
 waits while another works; rounds go through all of them in turn, so that a slow minute of the machine meets them all,
-and ratios are taken round by round. llama.cpp takes part where ``pip install llama-cpp-python`` was done.
+and ratios are taken round by round. llama.cpp takes part where ``pip install llama-cpp-python`` was done, Optimum where
+``--optimum-python`` names an interpreter that has optimum-onnx.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +48,7 @@ class Job:
         tokens: to write, whatever the model thinks of stopping.
         threads: CPU threads.
         device: ``cpu`` or ``cuda``.
+        optimum_python: an interpreter with optimum-onnx, for the language model in ``optimum``.
     """
 
     checkpoint: Path
@@ -54,6 +57,7 @@ class Job:
     tokens: int
     threads: int
     device: str = "cpu"
+    optimum_python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,29 @@ def llama_cpp_runner(job: Job, kind: str) -> Callable[[], Run]:
     return run
 
 
+def optimum_runner(job: Job) -> Callable[[], Run]:
+    """Optimum's ONNX model of the language model alone, in fp32, fed a prompt of the same length, by its own python."""
+    if job.optimum_python is None:
+        raise ValueError("name an interpreter that has optimum-onnx: --optimum-python")
+    told = {"folder": str(job.checkpoint / "optimum"), "ids": _stand_in_prompt(job), "tokens": job.tokens,
+            "threads": job.threads}  # fmt: skip
+    script = Path(__file__).with_name("optimum_peer.py")
+    process = subprocess.Popen(
+        [job.optimum_python, str(script), json.dumps(told)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    asked, answers = process.stdin, process.stdout
+    assert asked is not None and answers is not None
+    if answers.readline().strip() != "ready":
+        raise RuntimeError(f"{job.optimum_python} did not export the model with optimum-onnx")
+
+    def run() -> Run:
+        print("run", file=asked, flush=True)
+        return Run(float("nan"), float(answers.readline()), "")
+
+    return run
+
+
 def _stand_in_prompt(job: Job) -> list[int]:
     """A prompt of the usual length for what reads no embeddings: a token for each of the image's."""
     from cbedge.generator import ReportGenerator
@@ -207,6 +234,7 @@ RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
     "onnxruntime-genai int4 (language model alone)": genai_runner,
     "llama.cpp Q4_0 (language model alone)": lambda job: llama_cpp_runner(job, "Q4_0"),
     "llama.cpp Q8_0 (language model alone)": lambda job: llama_cpp_runner(job, "Q8_0"),
+    "Optimum ONNX fp32 (language model alone)": optimum_runner,
     "cbedge int8, one token a pass": lambda job: cbedge_runner(job, "int8"),
     "transformers fp32": lambda job: transformers_runner(job, "fp32"),
     "transformers bf16": lambda job: transformers_runner(job, "bf16"),
@@ -377,12 +405,21 @@ def prepare(
         write_gguf(folder / "language", folder / "language.gguf")
         for kind in ("Q4_0", "Q8_0"):
             quantize(folder / "language.gguf", folder / f"language-{kind}.gguf", kind)
+    _copy_for_optimum(folder / "language", folder / "optimum")
     tell("building onnxruntime-genai's int4")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder / "language"), "-o",
                str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
                "int4_accuracy_level=4"]  # fmt: skip
     subprocess.run(command, check=False, capture_output=True)
     return folder
+
+
+def _copy_for_optimum(language: Path, folder: Path) -> None:
+    """The language model as transformers below 5 read it: they look for the positions' base elsewhere."""
+    shutil.copytree(language, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = (config.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @app.command(help=__doc__)
@@ -399,6 +436,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    optimum_python: Annotated[str | None, typer.Option(help="Interpreter that has optimum-onnx.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these runners; may be repeated.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a record that is already there.")] = False,
 ) -> None:
@@ -418,9 +456,9 @@ def main(
         typer.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        names = only or USUAL[device]
+        names = only or [n for n in USUAL[device] if optimum_python or not n.startswith("Optimum")]
         model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
-        job = Job(model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device)
+        job = Job(model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device, optimum_python)
         found = measure(job, names, rounds, tell)
     packages = ["torch", "transformers", "bitsandbytes"]
     for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python"):

@@ -1,0 +1,38 @@
+"""Optimum's ONNX model of a language model, for :mod:`benchmarks.peers`; run by an interpreter that has optimum-onnx.
+
+optimum-onnx 0.1 wants a transformers below 4.58, which this project is past: so it lives in an environment of its own,
+imports nothing of this project, and is told by lines on standard input when to write.
+"""
+
+import json
+import os
+import sys
+from time import perf_counter
+
+import onnxruntime
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+
+def main() -> None:
+    """Load the model in the folder that is given, export it, and write so many tokens for each line that comes."""
+    job = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    torch.set_num_threads(job["threads"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job["threads"]
+    model = ORTModelForCausalLM.from_pretrained(job["folder"], export=True, session_options=options)
+    ids = torch.tensor([job["ids"]])
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
+        start = perf_counter()
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["tokens"],
+            min_new_tokens=job["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        print(perf_counter() - start, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
