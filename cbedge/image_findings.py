@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OTHER = "other abnormality"
+CONTRARY = (("hyperinflation", "low volume"),)  # never both
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class ImageFindings:
         self.contradicting(self.names)
 
     def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
-        """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, or
-        :data:`OTHER` where none does."""
+        """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, of
+        two that are :data:`CONTRARY` the one farther above its own; or :data:`OTHER` where none does."""
         if scores[0] < self.thresholds[0]:
             return ()
-        told = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
-        return tuple(name for name, score, least in told if score >= least) or (OTHER,)
+        rows = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
+        above = {name: float(score) - least for name, score, least in rows if score >= least}
+        for pair in CONTRARY:
+            if above.keys() >= {*pair}:
+                del above[min(pair, key=lambda name: above[name])]
+        return tuple(above) or (OTHER,)
 
     def open(self, told: Sequence[str]) -> dict[str, str]:
         """The sentences that open the draft: finding → sentence, for those told that have one."""

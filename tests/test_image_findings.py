@@ -28,6 +28,20 @@ def test_the_gate_comes_first_and_thresholds_decide_behind_it(scores: tuple[floa
     assert FINDINGS.read(scores) == told
 
 
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ((0.9, 0.5, 0.9), ("low volume",)),
+        ((0.9, 0.8, 0.7), ("hyperinflation",)),
+        ((0.9, 0.5, 0.5), ("hyperinflation",)),
+        ((0.9, 0.1, 0.1), (OTHER,)),
+    ],
+)
+def test_lungs_are_not_both_too_large_and_too_small(scores: tuple[float, ...], told: tuple[str, ...]):
+    findings = ImageFindings(("abnormal", "hyperinflation", "low volume"), (0.5, 0.3, 0.6))
+    assert findings.read(scores) == told
+
+
 def test_names_without_thresholds_are_refused():
     with pytest.raises(ValueError, match="2 findings with 1 thresholds"):
         ImageFindings(("abnormal", "effusion"), (0.5,))
