@@ -276,8 +276,14 @@ def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]
     for name in names:
         ours, theirs = context.Pipe()
         tell(f"loading {name}")
-        context.Process(target=_serve, args=(name, job, theirs), daemon=True).start()
-        answer = ours.recv()
+        process = context.Process(target=_serve, args=(name, job, theirs), daemon=True)
+        process.start()
+        theirs.close()  # or one that dies without a word would be waited for
+        try:
+            answer = ours.recv()
+        except EOFError:
+            process.join()
+            answer = f"its process ended with {process.exitcode}"
         if answer == "ready":
             lines[name] = ours
         else:
