@@ -43,6 +43,7 @@ class Cell:
         return f"{self.parts}-{'priors' if self.priors else 'no-priors'}"
 
 
+LEAST_CIDER = 0.01
 CELLS = tuple(Cell(parts, priors) for parts in PARTS for priors in (False, True))
 
 
@@ -104,7 +105,8 @@ def to_markdown(record: dict[str, Any]) -> str:
     for cell in (c for c in CELLS if c.name in record["cells"]):
         row = record["cells"][cell.name]
         values = [f"{row['scores'][m]:.3f}" for m in METRICS[3:]]
-        values.append(f"{row['cider_lost_on_swap']:.1%}")
+        # A share of next to nothing says nothing.
+        values.append(f"{row['cider_lost_on_swap']:.1%}" if row["scores"]["CIDEr"] >= LEAST_CIDER else "-")
         values += [f"{row['clinical'][name][0]:.3f}" for name in ("balanced_accuracy", "finding_f1")]
         lines.append(f"| {cell.parts} | {'on' if cell.priors else 'off'} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
