@@ -101,6 +101,8 @@ def export(
     console.print(f"merged: logits within {merge_error:.1e} of the unmerged model's, as a share of the largest")
     if algorithm is None:
         algorithm = "gptq" if data is not None and can_be_rounded(parts.model.language_model) else "rtn"
+    if algorithm == "gptq" and not can_be_rounded(parts.model.language_model):
+        raise ValueError("GPTQ is for language models of the LLaMA family: give --algorithm rtn")
     if tune and algorithm != "gptq":
         raise ValueError(f"--tune goes on from gptq, not from {algorithm}: give --data, or no --tune")
     settings = Int4Settings(block_size=block_size, algorithm=algorithm, tune=tune)

@@ -170,18 +170,13 @@ def quantize_graphs(
     """
     settings = settings or Int4Settings()
     written = quantize_image_side(paths, folder, settings, suffix, narrow)
-    if ENCODER in paths:
-        written[ENCODER] = folder / f"{ENCODER}{suffix}.onnx"
-        encoder = quantize_language_model(paths[ENCODER], settings, rounded)
+    for kind in [kind for kind in (ENCODER, DECODER) if kind in paths]:
+        written[kind] = folder / f"{kind}{suffix}.onnx"
+        graph = quantize_language_model(paths[kind], settings, rounded)
         if narrow:
-            narrow_scales(encoder)
-        save_graph(encoder, written[ENCODER])
-    written[DECODER] = folder / f"{DECODER}{suffix}.onnx"
-    decoder = quantize_language_model(paths[DECODER], settings, rounded)
-    if narrow:
-        narrow_scales(decoder)
-    save_graph(decoder, written[DECODER])
-    written[EMBED] = write_embedding(paths[EMBED], decoder, written[DECODER], settings, suffix)
+            narrow_scales(graph)
+        save_graph(graph, written[kind])
+    written[EMBED] = write_embedding(paths[EMBED], graph, written[DECODER], settings, suffix)
     return written
 
 

@@ -283,7 +283,7 @@ class OnnxEncoderDecoder:
         """Read input embeddings, float32 [1, L, D]; return the logits of the draft's first token, float32 [V]."""
         backend = self._backend
         assert backend._encoder is not None
-        self.length = embeds.shape[1]
+        self.length = embeds.shape[1] - len(backend._start_ids)  # what the decoder begins with is not counted
         given = {"inputs_embeds": self._held(np.ascontiguousarray(embeds, np.float32))}
         self._cross = self._bound(backend._encoder, given, self._crossed)
         shapes = backend.shapes
@@ -293,14 +293,10 @@ class OnnxEncoderDecoder:
 
     def read(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V]."""
-        self.length += len(token_ids)
-        if self.length > self.capacity:
-            raise ValueError(f"{self.length} tokens do not fit a decoder made for {self.capacity}")
         return self._run(self._backend.embed_tokens(np.array([token_ids], np.int64)))[0]
 
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
-        self.length += 1
         embeds = self._backend.embed_tokens(np.array([token_ids], np.int64))
         return self._run(embeds.reshape(len(token_ids), 1, -1))[:, 0]
 
@@ -322,6 +318,9 @@ class OnnxEncoderDecoder:
         return other
 
     def _run(self, embeds: np.ndarray) -> np.ndarray:
+        self.length += embeds.shape[1]
+        if self.length > self.capacity:
+            raise ValueError(f"{self.length} tokens do not fit a decoder made for {self.capacity}")
         session = self._backend._decoder
         given = {"inputs_embeds": self._held(np.ascontiguousarray(embeds, np.float32)), **self._cache, **self._cross}
         present = [name.replace("past_key_values", "present") for name in self._past]
