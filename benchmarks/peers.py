@@ -466,11 +466,11 @@ def main(
         model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
         job = Job(model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device, optimum_python)
         found = measure(job, names, rounds, tell)
-    packages = ["torch", "transformers", "bitsandbytes"]
-    for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "llama-cpp-python"):
-        packages += [package] if is_installed(package) else []
+    packages = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+                "llama-cpp-python")  # fmt: skip
     record = {
-        "machine": machine(), "versions": {name: version(name) for name in packages}, "tokens": tokens,
+        "machine": machine(), "versions": {name: version(name) for name in packages if is_installed(name)},
+        "tokens": tokens,
         "rounds": rounds,
         "threads": threads, "summary": summarize(found["runs"]), "failed": found["failed"],
         "command": f"python -m benchmarks.peers --device {device} --tokens {tokens} --rounds {rounds} "

@@ -89,7 +89,8 @@ def main(
         raise typer.Exit(1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = InstructBlipForConditionalGeneration(configuration(shape, layers))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # seven billion draws take the CPU minutes
+        model = InstructBlipForConditionalGeneration(configuration(shape, layers))
     torch.set_default_dtype(torch.float32)
     model.query_tokens.data.normal_(std=0.02)
     ModelAndTokenizers(model, byte_tokenizer(), letter_tokenizer(), 3).save(out)

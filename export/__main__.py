@@ -52,7 +52,7 @@ def export(
     ] = None,
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
-    ] = 64,
+    ] = 32,
     algorithm: Annotated[
         str | None,
         typer.Option(

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbedge.backends.onnx import LOGITS_START
 from training.base import ModelAndTokenizers
 
 LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
@@ -231,10 +232,12 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
 
 
 def choose_logits(graph: onnx.ModelProto) -> None:
-    """Let the head read the last ``num_logits`` positions, a new input int64 [1], where the builder let it read one.
+    """Let the head read the positions from ``logits_start`` on, a new input int64 [1], where the builder let it read
+    one; -1 is the last alone.
 
     Speculative decoding needs the logits of every guess, a prefill those of its last position alone: over the whole
-    prompt the head would cost more than some layers.
+    prompt the head would cost more than some layers. Nothing is computed from the input, which so stays where the CPU
+    reads it: CUDA graphs allow no copy from the GPU.
 
     Raises:
         ExportError: the graph has not the form that the builder writes with ``prune_lm_head``.
@@ -243,19 +246,16 @@ def choose_logits(graph: onnx.ModelProto) -> None:
     gather, unsqueeze = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")
     if gather is None or unsqueeze is None:
         raise ExportError("the decoder's builder wrote another graph than expected: use the pinned onnxruntime-genai")
-    start, end, axis = (f"/lm_head/last/{name}" for name in ("start", "end", "axis"))
-    added = [
-        helper.make_node("Neg", ["num_logits"], [start], name=start),
-        helper.make_node("Slice", [gather.input[0], start, end, axis], list(unsqueeze.output), name="/lm_head/last"),
-    ]
+    end, axis = (f"/lm_head/last/{name}" for name in ("end", "axis"))
+    inputs = [gather.input[0], LOGITS_START, end, axis]
+    last = helper.make_node("Slice", inputs, list(unsqueeze.output), name="/lm_head/last")
     at = list(graph.graph.node).index(gather)
     for node in (gather, unsqueeze):
         graph.graph.node.remove(node)
-    for node in reversed(added):
-        graph.graph.node.insert(at, node)
+    graph.graph.node.insert(at, last)
     for name, value in ((end, np.iinfo(np.int64).max), (axis, 1)):
         graph.graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
-    graph.graph.input.append(helper.make_tensor_value_info("num_logits", TensorProto.INT64, [1]))
+    graph.graph.input.append(helper.make_tensor_value_info(LOGITS_START, TensorProto.INT64, [1]))
     logits = next(output for output in graph.graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].ClearField("dim_value")
     logits.type.tensor_type.shape.dim[1].dim_param = "num_logits"

@@ -3,7 +3,7 @@
 Seven billion weights in fp32 do not fit a workstation's memory. Here a few layers are read from the checkpoint, get
 their adapters, become a graph, are quantized and written, and are forgotten before the next ones are read. The parts
 are joined where one layer hands the sum of its residual on to the next, so the whole is the graph that an export at
-once writes, but for an addition of its own between parts. Vision encoder and Q-Former are held whole. A folder that
+once writes. Vision encoder and Q-Former are held whole. A folder that
 holds a language model alone gives its decoder alone. Nothing is compared with torch.
 """
 
@@ -14,6 +14,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,9 @@ from cbedge.errors import OutputError
 from export.command import run
 from export.graphs import DECODER, EMBED, ExportError, build_decoder, export_image_graphs
 from export.quantize import (
+    HEAD,
     SUFFIX,
+    Int4Settings,
     narrow_scales,
     quantize_image_side,
     quantize_language_model,
@@ -43,7 +46,10 @@ from training.fetch import DEFAULT_CACHE
 from training.trained import load_adapted, merge_adapters, stage_folders
 
 _LAYER = re.compile(r"(?<![\w.])((?:/?model[./])?layers|past_key_values|present)\.(\d+)(?=[./])")
+_OTHER_GRAPH = "the decoder's builder wrote another graph than expected: use the pinned onnxruntime-genai"
 _SMALL = 1024  # bytes of a weight that stays in the graph itself
+# Wide models lose little with all but the head in 4 bits; what the mini model needs was measured on that alone.
+WIDE = Int4Settings(eight_bits=HEAD)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -147,6 +153,7 @@ class Stitcher:
         self._whole: ModelProto | None = None
         self._known: set[str] = set()
         self._input = "inputs_embeds"
+        self._open: list[str] = []  # what the last part hands on, not yet added up
 
     def add(self, part: ModelProto, last: bool) -> None:
         """Join the next part, whose layers have their own numbers already."""
@@ -157,7 +164,9 @@ class Stitcher:
                 self._whole.graph.ClearField(field)
         graph, whole = part.graph, self._whole.graph
         handed_on = f"/model/parts/{len(self._known)}/hidden"
-        nodes = [*graph.node] if last else self._open_end([*graph.node], handed_on)
+        nodes = self._close_end([*graph.node])
+        if not last:
+            nodes = self._open_end(nodes)
         used = {name for node in nodes for name in node.input}
         for node in nodes:
             if node.name not in self._known:
@@ -183,15 +192,28 @@ class Stitcher:
         if self._whole is not None:
             onnx.save(self._whole, str(self._path))
 
-    def _open_end(self, nodes: list[NodeProto], handed_on: str) -> list[NodeProto]:
+    def _open_end(self, nodes: list[NodeProto]) -> list[NodeProto]:
         """Take off last norm and head; what the norm adds up is handed on."""
         end = next((i for i, node in enumerate(nodes) if "final_norm_layernorm" in node.name), None)
         if end is None:
-            raise ExportError(
-                "the decoder's builder wrote another graph than expected: use the pinned onnxruntime-genai"
-            )
-        join = helper.make_node("Add", list(nodes[end].input[:2]), [handed_on], name=handed_on)
-        return [*nodes[:end], join]
+            raise ExportError(_OTHER_GRAPH)
+        self._open = list(nodes[end].input[:2])
+        return nodes[:end]
+
+    def _close_end(self, nodes: list[NodeProto]) -> list[NodeProto]:
+        """Let a part's first norm, which read the embeddings, add up what the part before hands on."""
+        if not self._open:
+            return nodes
+        first = next((i for i, node in enumerate(nodes) if node.op_type == "SimplifiedLayerNormalization"), None)
+        if first is None or nodes[first].input[0] != "inputs_embeds":
+            raise ExportError(_OTHER_GRAPH)
+        norm = nodes[first]
+        epsilon = next(a.f for a in norm.attribute if a.name == "epsilon")
+        nodes[first] = helper.make_node(
+            "SkipSimplifiedLayerNormalization", [*self._open, norm.input[1]], [norm.output[0], "", "", self._input],
+            name=norm.name, domain="com.microsoft", epsilon=epsilon,
+        )  # fmt: skip
+        return nodes
 
     def _store(self, tensor: TensorProto) -> None:
         raw = tensor.raw_data
@@ -225,6 +247,7 @@ def number_layers(graph: ModelProto, by: int) -> None:
 def export_by_layers(
     checkpoint: Path, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, path: Path, variant: str,
     at_once: int, progress: Callable[[str], None] = lambda text: None, narrow: bool = True,
+    settings: Int4Settings = WIDE,
 ) -> Path:  # fmt: skip
     """Write one variant of a checkpoint's decoder, ``at_once`` layers at a time.
 
@@ -237,6 +260,7 @@ def export_by_layers(
         at_once: layers that are in memory together.
         progress: is told what is done.
         narrow: keep scales in 16 bits on disk.
+        settings: of ``int4``.
 
     Raises:
         ExportError: the checkpoint cannot be exported.
@@ -254,7 +278,7 @@ def export_by_layers(
             del model
             number_layers(graph, first)
             if variant != "fp32":
-                graph = quantize_language_model(graph, settings_of(variant))
+                graph = quantize_language_model(graph, settings_of(variant, settings))
                 if narrow:
                     narrow_scales(graph)
             stitcher.add(graph, last)
@@ -280,7 +304,7 @@ def language_adapters(folders: list[Path]) -> list[Path]:
 def bundle_by_layers(
     checkpoint: Path, adapters: list[Path], out: Path, variant: str, at_once: int, *, name: str, version: str,
     licence: str, data: Path | None, decoding: dict[str, float],
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None, settings: Int4Settings = WIDE,
 ) -> None:  # fmt: skip
     """Write a bundle of one variant.
 
@@ -294,6 +318,7 @@ def bundle_by_layers(
         data: IU X-RAY's folder, for phrasebook and gate, or ``None``.
         decoding: the manifest's, but for ``max_new_tokens``.
         progress: is told what is done.
+        settings: of ``int4`` and ``q4f16``.
 
     Raises:
         ExportError: the checkpoint cannot be exported.
@@ -316,9 +341,9 @@ def bundle_by_layers(
         kind = "int4" if half else variant
         path = (exact if kind == "fp32" else folder) / f"{DECODER}{SUFFIX[kind]}.onnx"
         adapted = language_adapters(adapters)
-        export_by_layers(checkpoint, adapted, parts.tokenizer, path, kind, at_once, progress, narrow=not half)
+        export_by_layers(checkpoint, adapted, parts.tokenizer, path, kind, at_once, progress, not half, settings)
         if kind != "fp32":
-            settings = settings_of(kind)
+            settings = settings_of(kind, settings)
             quantized = quantize_image_side(graphs, folder, settings, SUFFIX[kind], narrow=not half)
             decoder = onnx.load(str(path), load_external_data=False)
             quantized[EMBED] = write_embedding(graphs[EMBED], decoder, path, settings, SUFFIX[kind])
@@ -346,6 +371,10 @@ def main_command(
     adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run; may be repeated.")] = None,
     variant: Annotated[str, typer.Option(help="fp32, int8, int4 or q4f16.")] = "int4",
     at_once: Annotated[int, typer.Option(min=1, help="Layers in memory together.")] = 2,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 32,
+    eight_bits: Annotated[
+        str, typer.Option(help="Regular expression of the language model's linear layers that keep 8 bits.")
+    ] = HEAD,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-model",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "see the checkpoint's own card",
@@ -359,6 +388,9 @@ def main_command(
         raise ExportError(f"{checkpoint} is no folder of a checkpoint: it has no config.json")
     if out.exists():
         raise OutputError(f"{out} is there already: give another folder")
+    if block_size not in (32, 64, 128):
+        raise ExportError(f"unknown block size {block_size}; give 32, 64 or 128")
+    settings = replace(WIDE, block_size=block_size, eight_bits=eight_bits or "$^")
 
     def tell(text: str) -> None:
         typer.echo(text, err=True)
@@ -367,7 +399,7 @@ def main_command(
     if whole:
         bundle_by_layers(
             checkpoint, adapters or [], out, variant, at_once, name=name, version=version, licence=licence, data=data,
-            decoding={"guidance": guidance}, progress=tell,
+            decoding={"guidance": guidance}, progress=tell, settings=settings,
         )  # fmt: skip
     elif variant == "q4f16":
         raise ExportError("q4f16 is for a whole model, and this is a language model alone: give fp32, int8 or int4")
@@ -375,7 +407,8 @@ def main_command(
         out.mkdir(parents=True)
         path = out / f"{DECODER}{SUFFIX[variant]}.onnx"
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        export_by_layers(checkpoint, language_adapters(adapters or []), tokenizer, path, variant, at_once, tell)
+        adapted = language_adapters(adapters or [])
+        export_by_layers(checkpoint, adapted, tokenizer, path, variant, at_once, tell, settings=settings)
     size = sum(file.stat().st_size for file in out.iterdir())
     typer.echo(json.dumps({"bundle" if whole else "decoder": str(out), "megabytes": round(size / 1e6, 1)}))
 

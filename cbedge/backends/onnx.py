@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
+import itertools
 import os
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 DEVICES = ("auto", "cpu", "cuda")
+LOGITS_START = "logits_start"  # the decoder's input: from which position on logits are wanted, -1 the last alone
+_PLACES = 256  # the GPU's caches are as long as a multiple of it, so that they serve one report after another
 
 
 def check_runtime() -> None:
@@ -61,6 +68,15 @@ def choose_device(name: str) -> str:
     return "cuda"
 
 
+def _load_cuda_libraries() -> None:
+    """Load CUDA and cuDNN where pip put them, which the system's loader does not search."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # what it does not find, a session misses and we say
+            onnxruntime.preload_dlls()
+
+
 class Queried(NamedTuple):
     """What the Q-Former answers.
 
@@ -100,12 +116,16 @@ class OnnxBackend:
         self.shapes: Shapes = bundle.manifest.shapes
         self.threads = threads or _cores()
         self.decoder_only = ENCODER not in variant.graphs
+        if device == "cuda":
+            _load_cuda_libraries()
         kinds = GRAPHS if self.decoder_only else (*GRAPHS, ENCODER)
         with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
-            sessions = list(pool.map(self._session, [bundle.folder / variant.graphs[kind] for kind in kinds]))
+            sessions = list(pool.map(self._session, kinds, [bundle.folder / variant.graphs[kind] for kind in kinds]))
         self._vision, self._qformer, self._embed, self._decoder, *encoder = sessions
         self._encoder = encoder[0] if encoder else None
         self._start_ids = bundle.manifest.start_ids
+        self._memory: defaultdict[tuple[int, int], list[CudaMemory]] = defaultdict(list)
+        self._decoder_inputs = {node.name for node in self._decoder.get_inputs()}
         outputs = {output.name: output for output in self._decoder.get_outputs()}
         self.vocabulary = int(outputs["logits"].shape[-1])
 
@@ -130,17 +150,41 @@ class OnnxBackend:
 
     def new_decoder(self, capacity: int) -> Decoder:
         """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
-        return OnnxDecoder(self, capacity) if self.decoder_only else OnnxEncoderDecoder(self, capacity)
+        if not self.decoder_only:
+            return OnnxEncoderDecoder(self, capacity)
+        return CudaDecoder(self, capacity) if self.device == "cuda" else OnnxDecoder(self, capacity)
 
-    def _session(self, path: Path) -> onnxruntime.InferenceSession:
+    def wanted(self, count: int) -> tuple[str, np.ndarray]:
+        """The decoder's input that asks for the logits of the last ``count`` positions."""
+        if LOGITS_START in self._decoder_inputs:
+            return LOGITS_START, np.array([-count], np.int64)
+        return "num_logits", np.array([count], np.int64)  # in bundles of earlier exports
+
+    @property
+    def told_positions(self) -> bool:
+        """Whether the decoder is told each token's place."""
+        return "position_ids" in self._decoder_inputs
+
+    def _session(self, kind: str, path: Path) -> onnxruntime.InferenceSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
+        # Multiply 4-bit weights as they are, with kernels chosen at loading, where they fit (blocks of 32).
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
         provider = "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
+
+        def load(**how: str) -> onnxruntime.InferenceSession:
+            # Without fall-back, which would print and go on with the CPU.
+            return onnxruntime.InferenceSession(str(path), options, providers=[(provider, how)], enable_fallback=0)
+
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            session = None
+            if kind == GRAPHS[-1] and self.device == "cuda" and self.decoder_only:
+                with contextlib.suppress(Exception):  # a graph that cannot be captured runs kernel by kernel
+                    session = load(enable_cuda_graph="1")
+            session = session or load()
         except Exception as error:
             if self.device == "cuda":
                 raise DeviceError(_cuda_failure()) from error
@@ -171,7 +215,6 @@ class OnnxDecoder:
         self.capacity, self.drafts = capacity, drafts
         self.lengths = np.zeros(drafts, np.int64)
         self._backend, self._session = backend, backend._decoder
-        self._inputs = {node.name for node in self._session.get_inputs()}
         self._places = np.arange(capacity, dtype=np.int64)[None]
         shapes = backend.shapes
         shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
@@ -189,6 +232,7 @@ class OnnxDecoder:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._binding.bind_ortvalue_output(f"present.{name}", value)
         self._logits: dict[int, np.ndarray] = {}
+        self._options: onnxruntime.RunOptions | None = None
 
     @property
     def length(self) -> int:
@@ -239,25 +283,172 @@ class OnnxDecoder:
             if not on_cpu:
                 self._cache[name].update_inplace(array)
 
-    def _run(self, embeds: np.ndarray, wanted: int) -> np.ndarray:
-        start = self.lengths
-        self.lengths = start + embeds.shape[1]
+    def _go_on(self, count: int) -> int:
+        """Count what is read now; returns what the longest draft has read then."""
+        self.lengths = self.lengths + count
         total = int(self.lengths.max())
         if total > self.capacity:
             raise ValueError(f"{total} tokens do not fit a decoder made for {self.capacity}")
+        return total
+
+    def _run(self, embeds: np.ndarray, wanted: int) -> np.ndarray:
+        start = self.lengths
+        total = self._go_on(embeds.shape[1])
         binding = self._binding
         mask = (self._places[:, :total] < self.lengths[:, None]).astype(np.int64)
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
         binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_cpu_input("num_logits", np.array([wanted], np.int64))
-        if "position_ids" in self._inputs:
+        binding.bind_cpu_input(*self._backend.wanted(wanted))
+        if self._backend.told_positions:
             binding.bind_cpu_input("position_ids", start[:, None] + self._places[:, : embeds.shape[1]])
         logits = self._logits.get(wanted)
         if logits is None:
             logits = self._logits[wanted] = np.empty((self.drafts, wanted, self._backend.vocabulary), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._options)
         return logits
+
+
+class CudaMemory:
+    """What the decoder reads and writes on the GPU, at places that never change: a CUDA graph holds addresses.
+
+    Args:
+        backend: whose sessions are used.
+        capacity: embeddings and tokens to hold.
+        drafts: how many.
+    """
+
+    def __init__(self, backend: OnnxBackend, capacity: int, drafts: int):
+        self.drafts, self.capacity = drafts, capacity
+        self._backend = backend
+        shapes = backend.shapes
+        self.names = [f"{i}.{kind}" for i in range(shapes.num_layers) for kind in ("key", "value")]
+        half = any(node.type == "tensor(float16)" for node in backend._decoder.get_inputs())
+        shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
+        empty = np.zeros(shape, np.float16 if half else np.float32)
+        self.cache = {name: held(empty.copy(), backend.device) for name in self.names}
+        self.mask = held(np.zeros((drafts, capacity), np.int64), backend.device)
+        self._steps: dict[int, CudaStep] = {}
+
+    def step(self, count: int) -> CudaStep:
+        """What reads ``count`` more tokens in each draft."""
+        if count not in self._steps:
+            self._steps[count] = CudaStep(self._backend, self, count)
+        return self._steps[count]
+
+    def bind(self, binding: onnxruntime.IOBinding) -> None:
+        """Give a binding the cache, to be read and written in place."""
+        for name, value in self.cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+
+
+class CudaStep:
+    """One more pass over the same number of tokens: the first time its kernels are recorded, then they are replayed as
+    one CUDA graph, or each of the 7 billion weights' hundreds of kernels would wait for Python and ONNX Runtime.
+
+    Args:
+        backend: whose sessions are used.
+        memory: what the decoder reads and writes.
+        count: tokens that each draft reads.
+    """
+
+    _next = itertools.count(1)
+
+    def __init__(self, backend: OnnxBackend, memory: CudaMemory, count: int):
+        import onnxruntime
+
+        self._backend, self._memory = backend, memory
+        drafts, width = memory.drafts, backend.shapes.hidden_size
+        self.ids = held(np.zeros((1, drafts * count), np.int64), backend.device)
+        self.embeds = held(np.zeros((drafts, count, width), np.float32), backend.device)
+        self.logits = held(np.zeros((drafts, count, backend.vocabulary), np.float32), backend.device)
+        self._look_up = backend._embed.io_binding()
+        self._look_up.bind_ortvalue_input("input_ids", self.ids)
+        flat = (1, drafts * count, width)
+        self._look_up.bind_output("inputs_embeds", backend.device, 0, np.float32, flat, self.embeds.data_ptr())
+        self._pass = backend._decoder.io_binding()
+        memory.bind(self._pass)
+        self._pass.bind_ortvalue_input("inputs_embeds", self.embeds)
+        self._pass.bind_ortvalue_input("attention_mask", memory.mask)
+        self._pass.bind_ortvalue_output("logits", self.logits)
+        self._pass.bind_cpu_input(*backend.wanted(count))
+        self._positions = held(np.zeros((drafts, count), np.int64), backend.device) if backend.told_positions else None
+        if self._positions is not None:
+            self._pass.bind_ortvalue_input("position_ids", self._positions)
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(next(CudaStep._next)))
+
+    def run(self, token_ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Token ids, int64 [1, drafts * tokens], the attention mask, int64 [drafts, capacity], and the tokens' places,
+        int64 [drafts, tokens] → logits, float32 [drafts, tokens, V]."""
+        self.ids.update_inplace(token_ids)
+        self._memory.mask.update_inplace(mask)
+        if self._positions is not None:
+            self._positions.update_inplace(positions)
+        self._backend._embed.run_with_iobinding(self._look_up)
+        self._backend._decoder.run_with_iobinding(self._pass, self._options)
+        return self.logits.numpy()
+
+
+class CudaDecoder(OnnxDecoder):
+    """The language model on the GPU: tokens are looked up there, and each pass after the prefill is a CUDA graph.
+
+    Its memory is the backend's, and is given back to it for the next report.
+    """
+
+    def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
+        import onnxruntime
+
+        self.capacity, self.drafts = capacity, drafts
+        self.lengths = np.zeros(drafts, np.int64)
+        self._backend, self._session = backend, backend._decoder
+        room = -(-capacity // _PLACES) * _PLACES
+        self._places = np.arange(room, dtype=np.int64)[None]
+        free = backend._memory[drafts, room]
+        self._memory = free.pop() if free else CudaMemory(backend, room, drafts)
+        weakref.finalize(self, free.append, self._memory)
+        self._binding = self._session.io_binding()
+        self._memory.bind(self._binding)
+        self._logits: dict[int, np.ndarray] = {}
+        self._options = onnxruntime.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", "-1")  # a prompt is read once: nothing is recorded
+
+    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read more tokens; return the logits after each, float32 [tokens, V]."""
+        return self._step(np.array([token_ids], np.int64), len(token_ids))[0]
+
+    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
+        return self._step(np.array([token_ids], np.int64), 1)[:, 0]
+
+    def spread(self, rows: Sequence[int]) -> CudaDecoder:
+        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        other = CudaDecoder(self._backend, self.capacity, len(rows))
+        other._take(self, list(rows), slice(None))
+        return other
+
+    def join(self, other: OnnxDecoder) -> CudaDecoder:
+        """A decoder of the drafts of both, those of the other last; they need not have read as much."""
+        both = CudaDecoder(self._backend, max(self.capacity, other.capacity), self.drafts + other.drafts)
+        both._take(self, slice(None), slice(0, self.drafts))
+        both._take(other, slice(None), slice(self.drafts, both.drafts))
+        return both
+
+    def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
+        assert isinstance(source, CudaDecoder)
+        self.lengths[ours] = source.lengths[theirs]
+        used = int(source.lengths.max())
+        for name, value in self._memory.cache.items():
+            array = value.numpy()
+            array[ours, :, :used] = source._memory.cache[name].numpy()[theirs, :, :used]
+            value.update_inplace(array)
+
+    def _step(self, token_ids: np.ndarray, count: int) -> np.ndarray:
+        positions = self.lengths[:, None] + self._places[:, :count]
+        self._go_on(count)
+        mask = (self._places < self.lengths[:, None]).astype(np.int64)
+        return self._memory.step(count).run(token_ids, mask, positions)
 
 
 class OnnxEncoderDecoder:
@@ -329,9 +520,7 @@ class OnnxEncoderDecoder:
         return found["logits"].numpy()
 
     def _held(self, array: np.ndarray) -> onnxruntime.OrtValue:
-        import onnxruntime
-
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._backend.device)
+        return held(array, self._backend.device)
 
     def _bound(
         self, session: onnxruntime.InferenceSession, given: dict[str, onnxruntime.OrtValue], wanted: Sequence[str]
@@ -344,6 +533,13 @@ class OnnxEncoderDecoder:
             binding.bind_output(name, "cpu" if name == "logits" else self._backend.device)
         session.run_with_iobinding(binding)
         return dict(zip(wanted, binding.get_outputs(), strict=True))
+
+
+def held(array: np.ndarray, device: str) -> onnxruntime.OrtValue:
+    """An array where a session of ``device``, ``cpu`` or ``cuda``, reads it; on the CPU it stays itself."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)
 
 
 def is_installed(distribution: str) -> bool:

@@ -25,7 +25,7 @@ def answer(path: Path) -> np.ndarray:
             feed[node.name] = np.zeros((1, node.shape[1], 0, HEAD_SIZE), np.float32)
     hidden = next(node.shape[2] for node in session.get_inputs() if node.name == "inputs_embeds")
     feed |= {"inputs_embeds": rng.standard_normal((1, 6, hidden)).astype(np.float32),
-             "attention_mask": np.ones((1, 6), np.int64), "num_logits": np.array([6], np.int64)}  # fmt: skip
+             "attention_mask": np.ones((1, 6), np.int64), "logits_start": np.array([-6], np.int64)}  # fmt: skip
     return session.run(["logits"], feed)[0]
 
 
