@@ -4,8 +4,11 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -194,6 +197,9 @@ class StageRun:
         self.losses = StageLosses(parts, self.heads, stage)
         self.validation = Validation(parts, stage, self.val, self.device, autocast, consensus=self.consensus)
         self.wrapped: nn.Module = self.losses
+        self._readers = ThreadPoolExecutor()  # images of a batch are read together,
+        self._ahead = ThreadPoolExecutor(1)  # and the next batch while this one is learnt from
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
         if processes.rank:
             torch.manual_seed(self.seed + 7919 * processes.rank)  # dropout differs between processes
 
@@ -211,8 +217,11 @@ class StageRun:
                 start_cross_attention(self.parts.model, sample, self.seed)
             self.wrapped = self.processes.wrap(self.losses)
             task = progress.add_task(f"stage {self.stage.name}", total=total, completed=self.step)
+            seconds = []
             while self.step < total:
+                start = perf_counter()
                 losses = self._train_step()
+                seconds.append(perf_counter() - start)
                 if self.processes.is_main:
                     self._log(losses)
                 loss_text = " ".join(f"{k} {v:.3f}" for k, v in losses.items() if k != "step")
@@ -227,9 +236,20 @@ class StageRun:
                 if self._is_stale():
                     self.console.print(f"stage {self.stage.name}: stopped early, best at step {self.best_step}")
                     break
+        for pool in (self._ahead, self._readers):
+            pool.shutdown(cancel_futures=True)
+        self._tell_cost(seconds)
         self.processes.only_main(self._finish)
         if self.processes.rank:
             load_trained(self.parts.model, self.folder)
+
+    def _tell_cost(self, seconds: list[float]) -> None:
+        """Say what a step took, and the most memory of the GPU."""
+        if seconds and self.processes.is_main:
+            told = f"stage {self.stage.name}: {np.median(seconds):.2f} s a step"
+            if self.device.type == "cuda":
+                told += f", at most {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB of the GPU's memory"
+            self.console.print(told, highlight=False)
 
     def _is_stale(self) -> bool:
         return bool(self.stage.patience) and self.worse >= self.stage.patience
@@ -328,9 +348,10 @@ class StageRun:
         elif self.stage.image_blind:
             images = torch.zeros(len(rows), 0)
         else:
-            files = [*((s.image, rng) for s, rng in zip(studies, draws, strict=True)),
-                     *((studies[i].lateral, draws[i]) for i in laterals)]  # fmt: skip
-            images = torch.from_numpy(np.stack([load_pixels(file, rng) for file, rng in files if file is not None]))
+            # A study's draws are shared by its two views: the frontal one comes first, whoever reads it.
+            frontals = [(s.image, rng) for s, rng in zip(studies, draws, strict=True)]
+            views = self._read(frontals) + self._read([(studies[i].lateral, draws[i]) for i in laterals])
+            images = torch.from_numpy(np.stack(views))
         seen: list[tuple[str, ...] | None] = [None] * len(studies)
         if self.stage.tell_findings:
             names, share, noise = self.stage.tell_findings, self.stage.tell_share, self.told_tags.noise
@@ -343,7 +364,23 @@ class StageRun:
         elif self.consensus is not None:
             rows_of = zip(studies, contexts, seen, strict=True)
             begun, studies = retarget(studies, [self.consensus(*row) for row in rows_of])
-        return collate(self.parts, studies, contexts, images, seen, laterals, begun).to(self.device)
+        return collate(self.parts, studies, contexts, images, seen, laterals, begun)
+
+    def _read(self, files: Sequence[tuple[Path | None, np.random.Generator]]) -> list[np.ndarray]:
+        there = [(file, rng) for file, rng in files if file is not None]
+        return [*self._readers.map(load_pixels, *zip(*there, strict=True))] if there else []
+
+    def _take_batch(self, epoch: int, index: int, batches: list[list[int]]) -> Batch:
+        """A batch, and the start of the next of its epoch."""
+        ready, self._next = self._next, None
+        if ready is not None and ready[0] == (epoch, index):
+            batch = ready[1].result()
+        else:
+            batch = self._batch(epoch, index, batches[index % len(batches)])
+        if index + 1 < len(batches):
+            later = self._ahead.submit(self._batch, epoch, index + 1, batches[index + 1])
+            self._next = ((epoch, index + 1), later)
+        return batch.to(self.device)
 
     def _train_step(self) -> dict[str, float]:
         self.parts.model.train()
@@ -357,7 +394,7 @@ class StageRun:
         batches = self._epoch(epoch)
         for i in range(accumulate):
             index = first * accumulate + i
-            batch = self._batch(epoch, index, batches[index % len(batches)])
+            batch = self._take_batch(epoch, index, batches)
             with self.processes.without_sync(self.wrapped, i < accumulate - 1):
                 with self.autocast:
                     found = self.wrapped(batch, self.features is not None)
@@ -384,6 +421,8 @@ class StageRun:
         return 0.1 + 0.9 * left
 
     def _validate(self) -> None:
+        if self._next is not None:
+            self._next[1].exception()  # waits: tokenizers serve one thread at a time
         row = self.validation.measure(self.losses)
         if self.stage.select_by == "cider":
             row["cider"] = self._cider()
