@@ -273,7 +273,8 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         told = values["image_findings"]
         openings, denials = (tuple(map(str, told.get(key, ()))) for key in ("openings", "denials"))
         thresholds = tuple(map(float, told["thresholds"]))
-        values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials)
+        shares = tuple(map(float, told.get("lateral_shares", ())))
+        values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials, shares)
     values["topics"] = tuple(Topic(t["name"], tuple(t["words"]), t["start"]) for t in values.get("topics", ()))
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:

@@ -449,12 +449,12 @@ class ReportGenerator:
 
     def look(self, features: np.ndarray, context: ClinicalContext, lateral: np.ndarray | None = None) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H], and about the lateral radiograph's."""
+        findings = self.bundle.manifest.image_findings
         embeds, attention, logits = self._query(features, context)
         if lateral is not None:
             more, _, second = self._query(lateral, replace(context, view="lateral"))
             embeds = np.concatenate([embeds, more], axis=1)
-            logits = None if logits is None or second is None else (logits + second) / 2
-        findings = self.bundle.manifest.image_findings
+            logits = findings.join(logits, second) if findings and logits is not None and second is not None else None
         if findings is None or logits is None:
             return Look(embeds, None, {}, attention.mean(0), lateral is not None)
         scores = scores_of(logits)

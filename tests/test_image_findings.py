@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def test_told_findings_open_the_draft_in_order_with_the_sentence_that_they_have(
     assert build_opening(["A.", "B."]) == ["FINDINGS: A.", " B."]
     with pytest.raises(ValueError, match="2 findings with 1 openings"):
         ImageFindings(("abnormal", "effusion"), (0.5, 0.5), ("x",))
+
+
+def test_each_finding_weighs_the_lateral_view_its_own_way():
+    frontal, lateral = np.array([1.0, 2.0, 4.0]), np.array([3.0, 0.0, 0.0])
+    assert FINDINGS.join(frontal, lateral).tolist() == [2, 1, 2]
+    weighed = replace(FINDINGS, lateral_shares=(0.5, 0.25, 0.0))
+    assert weighed.join(frontal, lateral).tolist() == [2, 1.5, 4]
+    with pytest.raises(ValueError, match="3 findings with 1 shares"):
+        replace(FINDINGS, lateral_shares=(0.5,))
+    with pytest.raises(ValueError, match="give 0 to 1"):
+        replace(FINDINGS, lateral_shares=(0.5, 2.0, 0.0))
 
 
 def test_scores_stay_between_0_and_1_for_any_logit():

@@ -25,7 +25,7 @@ from transformers import (
 
 from cbedge.image_findings import ImageFindings, scores_of
 from training.fetch import BASE_PARTS, fetch_base
-from training.views import mean_by_study
+from training.views import by_study
 
 VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
 _FINDING_HEAD = "finding_head"
@@ -59,10 +59,12 @@ class FindingHead:
             count: of studies; ``None`` where all are frontal.
             laterals: int64 [N - count], the study of each lateral radiograph.
         """
-        logits = self.logits(output).detach()
-        if count is not None and laterals is not None:
-            logits = mean_by_study(logits, count, laterals.to(logits.device))
-        return [self.findings.read(scores_of(row)) for row in logits.cpu().numpy()]
+        logits = self.logits(output).detach().cpu()
+        if count is None or laterals is None or not len(laterals):
+            return [self.findings.read(scores_of(row)) for row in logits.numpy()]
+        views, there = (t.numpy() for t in by_study(logits, count, laterals.cpu()))
+        joined = np.where(there[:, 1:], self.findings.join(views[:, 0], views[:, 1]), views[:, 0])
+        return [self.findings.read(scores_of(row)) for row in joined]
 
 
 @dataclass
@@ -160,7 +162,7 @@ def load_finding_head(folder: Path) -> FindingHead | None:
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
     tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
-    lines = (tuple(values.get(key, ())) for key in ("openings", "denials"))
+    lines = (tuple(values.get(key, ())) for key in ("openings", "denials", "lateral_shares"))
     findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), *lines)
     return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 

@@ -15,8 +15,8 @@ from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.losses import StageLosses
 from training.stages import encode_images, query_image
-from training.views import mean_by_study
 
+LATERAL_SHARES = (0.5, 0.25, 0.75)
 LEAST_POSITIVES = 3  # fewer studies with a finding say nothing of how well it is told apart
 
 
@@ -54,19 +54,28 @@ class Validation:
         row = {name: float(np.mean(values)) for name, values in totals.items()}
         return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses))
 
-    @torch.inference_mode()
     def tag_scores(self, losses: StageLosses) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the tag head and tags (1, 0 or -1), both [studies, tags]."""
+        """Scores of the tag head, both views alike, and tags (1, 0 or -1), both [studies, tags]."""
+        views, tags = self.tag_logits(losses)
+        return scores_of(np.nanmean(views, 1)), tags
+
+    @torch.inference_mode()
+    def tag_logits(self, losses: StageLosses) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of the tag head off the frontal and the lateral radiograph, [studies, 2, tags], NaN where a study has
+        no lateral one; and tags (1, 0 or -1), [studies, tags]."""
         self.parts.model.eval()
         logits, tags = [], []
         for batch in self._batches():
             with self.autocast:
                 features = encode_images(self.parts.model, batch.images)
                 queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
-            scores = mean_by_study(losses.heads.tag_logits(queries.float()), len(batch.tags), batch.laterals)
-            logits.append(scores.cpu().numpy())
+            rows = losses.heads.tag_logits(queries.float()).cpu().numpy()
+            views = np.full((len(batch.tags), 2, rows.shape[1]), np.nan, rows.dtype)
+            views[:, 0] = rows[: len(views)]
+            views[batch.laterals.cpu().numpy(), 1] = rows[len(views) :]
+            logits.append(views)
             tags.append(batch.tags.cpu().numpy())
-        return scores_of(np.concatenate(logits)), np.concatenate(tags)
+        return np.concatenate(logits), np.concatenate(tags)
 
     def _batches(self) -> Iterator[Batch]:
         for start in range(0, len(self.studies), self.batch_size):
@@ -105,26 +114,50 @@ def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
 def choose_findings(
     validation: Validation, losses: StageLosses, names: tuple[str, ...], openings: dict[str, str]
 ) -> ImageFindings:
-    """Thresholds of the findings to tell; see :func:`choose_thresholds`."""
-    return choose_thresholds(*validation.tag_scores(losses), names, openings)
+    """Thresholds of the findings to tell, and how views are joined; see :func:`choose_thresholds`."""
+    return choose_thresholds(*validation.tag_logits(losses), names, openings)
 
 
 def choose_thresholds(
-    scores: np.ndarray, tags: np.ndarray, names: tuple[str, ...], openings: dict[str, str]
+    views: np.ndarray, tags: np.ndarray, names: tuple[str, ...], openings: dict[str, str]
 ) -> ImageFindings:
-    """Thresholds from scores and tags (1, 0 or -1), both float [studies, TAGS].
+    """Thresholds from the logits of :meth:`Validation.tag_logits`, float [studies, 2, TAGS], and tags (1, 0 or -1),
+    [studies, TAGS].
 
-    ``openings`` are the sentences of findings that open a draft.
+    ``openings`` are the sentences of findings that open a draft. Where studies have lateral radiographs, those weigh as
+    much beside the frontal ones, for each finding, as tells the studies that have it apart best, of
+    :data:`LATERAL_SHARES`.
 
     The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
     it: most are too rare for more to be chosen, and a language model that is told much says little of it.
     """
+    known = (TAGS[0], *names)
+    columns = [TAGS.index(name) for name in known]
+    paired = not np.isnan(views[:, 1]).all()
+    shares = tuple(_best_share(views[:, :, c], tags[:, c]) for c in columns) if paired else ()
+    scores = np.zeros(tags.shape)
+    for column, share in zip(columns, shares or (0.0,) * len(columns), strict=True):
+        scores[:, column] = scores_of(_joined(views[:, :, column], share))
     thresholds = [_best_gate(scores[:, 0], tags[:, 0])]
     for column in [TAGS.index(name) for name in names]:
         share = (tags[:, column] == 1).sum() / max(1, (tags[:, column] >= 0).sum())
         thresholds.append(float(np.quantile(scores[:, column], 1 - min(share, 0.5))))
-    known = (TAGS[0], *names)
-    return ImageFindings(known, tuple(thresholds), tuple(openings.get(name, "") for name in known) if openings else ())
+    sentences = tuple(openings.get(name, "") for name in known) if openings else ()
+    return ImageFindings(known, tuple(thresholds), sentences, lateral_shares=shares)
+
+
+def _joined(views: np.ndarray, share: float) -> np.ndarray:
+    """Logits of one finding, [studies, 2], as those of the studies, [studies]."""
+    return np.where(np.isnan(views[:, 1]), views[:, 0], (1 - share) * views[:, 0] + share * views[:, 1])
+
+
+def _best_share(views: np.ndarray, tags: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    known = tags >= 0
+    if not LEAST_POSITIVES <= (tags[known] == 1).sum() < known.sum():
+        return 0.5
+    return max(LATERAL_SHARES, key=lambda share: roc_auc_score(tags[known], _joined(views[known], share)))
 
 
 def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:

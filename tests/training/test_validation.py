@@ -12,6 +12,12 @@ from training.validation import choose_thresholds, tag_auc
 NAMES = ("cardiomegaly", "effusion")
 
 
+def frontal(scores: np.ndarray) -> np.ndarray:
+    """Logits of studies without a lateral radiograph, [studies, 2, tags], for their scores."""
+    logits = np.log(np.clip(scores, 1e-6, 1 - 1e-6) / (1 - np.clip(scores, 1e-6, 1 - 1e-6)))
+    return np.stack([logits, np.full(scores.shape, np.nan)], 1)
+
+
 def tags_of(*present: str, unknown: bool = False) -> list[int]:
     return [-1] * len(TAGS) if unknown else [int(tag in present) for tag in TAGS]
 
@@ -57,8 +63,8 @@ def test_thresholds_find_what_can_be_told_apart_on_validation():
     heart = TAGS.index("cardiomegaly")
     tags[sick & (rng.random(400) < 0.3), heart] = 1
     scores = np.clip(0.3 * tags + 0.2 + 0.05 * rng.standard_normal(tags.shape), 0, 1)
-    findings = choose_thresholds(scores, tags, NAMES, {"cardiomegaly": "The heart is enlarged."})
-    assert findings.names == ("abnormal", *NAMES)
+    findings = choose_thresholds(frontal(scores), tags, NAMES, {"cardiomegaly": "The heart is enlarged."})
+    assert findings.names == ("abnormal", *NAMES) and not findings.lateral_shares
     assert findings.open(("cardiomegaly",)) == {"cardiomegaly": "The heart is enlarged."} and not findings.open(())
     columns = [0, *(TAGS.index(n) for n in NAMES)]
     told = ["cardiomegaly" in findings.read(row[columns]) for row in scores]
@@ -66,7 +72,21 @@ def test_thresholds_find_what_can_be_told_apart_on_validation():
     assert tag_auc(scores, tags)["auc_cardiomegaly"] > 0.99
 
 
+def test_the_view_that_shows_a_finding_better_weighs_more():
+    rng = np.random.default_rng(2)
+    tags = (rng.random((300, len(TAGS))) < 0.3).astype(float)
+    heart, effusion = (TAGS.index(name) for name in NAMES)
+    views = rng.standard_normal((300, 2, len(TAGS)))
+    views[:, 0, heart] += 3 * tags[:, heart]
+    views[:, 1, effusion] += 3 * tags[:, effusion]
+    views[:50, 1] = np.nan  # without a lateral radiograph
+    findings = choose_thresholds(views, tags, NAMES, {})
+    assert findings.lateral_shares[1:] == (0.25, 0.75)
+    joined = findings.join(views[50:, 0][:, [0, heart, effusion]], views[50:, 1][:, [0, heart, effusion]])
+    assert np.allclose(joined[:, 2], 0.25 * views[50:, 0, effusion] + 0.75 * views[50:, 1, effusion])
+
+
 def test_unknown_tags_count_for_nothing():
     tags = np.full((20, len(TAGS)), -1.0)
-    findings = choose_thresholds(np.full(tags.shape, 0.5), tags, NAMES, {})
+    findings = choose_thresholds(frontal(np.full(tags.shape, 0.5)), tags, NAMES, {})
     assert len(findings.thresholds) == 3 and tag_auc(np.full(tags.shape, 0.5), tags) == {}

@@ -110,7 +110,7 @@ def test_the_runtime_sees_of_two_radiographs_what_torch_sees(parts: ModelAndToke
     look = generator.look(generator.backend.encode_image(pixels[0]), context, generator.backend.encode_image(pixels[1]))
     assert np.allclose(look.image_embeds[0], projected.flatten(0, 1).numpy(), atol=1e-4)
     own = torch.zeros(1, dtype=torch.long)
-    scores = scores_of(mean_by_study(parts.finding_head.logits(output), 1, own)[0].numpy())
+    scores = scores_of(parts.finding_head.findings.join(*parts.finding_head.logits(output).numpy()))
     assert list(look.scores.values()) == pytest.approx(scores.tolist(), abs=1e-4)
     seen = parts.finding_head.read(output, 1, own)[0]
     prompt = encode_prompt(parts, context, seen, True)
