@@ -291,9 +291,10 @@ def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]
     runs: dict[str, list[Run]] = {name: [] for name in lines}
     for number in range(rounds):
         for name, line in lines.items():
-            tell(f"round {number + 1} of {rounds}: {name}")
             line.send("run")
-            runs[name].append(line.recv())
+            run = line.recv()
+            runs[name].append(run)
+            tell(f"round {number + 1} of {rounds}: {name}: {run.whole:.3f} s, language model {run.language:.3f} s")
     for line in lines.values():
         line.send("end")
     return {"runs": {name: [asdict(run) for run in found] for name, found in runs.items()}, "failed": failed}

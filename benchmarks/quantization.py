@@ -31,35 +31,31 @@ from training.datasets.iu_xray import clean_reference, read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _NOTHING = r"(?!)"
+_HEAD = Int4Settings(eight_bits=HEAD, eight_bits_block_size=64)
 SETTINGS = {
     "8 bits, block 128": Int4Settings(eight_bits="."),
-    "rtn, symmetric, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING),
-    "rtn, symmetric, block 64": Int4Settings(eight_bits=_NOTHING),
-    "rtn, zero points, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, symmetric=False),
-    "k-quant, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="k_quant"),
-    "GPTQ, block 32": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
-    "GPTQ, block 64": Int4Settings(eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq"),
-    "GPTQ, block 32, scales tuned": Int4Settings(
-        block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="gptq", tune=60
+    "rtn, block 32": Int4Settings(eight_bits=_NOTHING),
+    "rtn, zero points, block 32": Int4Settings(eight_bits=_NOTHING, symmetric=False),
+    **{f"rtn, block {size}; head in 8 bits": replace(_HEAD, block_size=size) for size in (32, 64, 128)},
+    **{
+        f"{name}, block {size}; head in 8 bits": replace(_HEAD, block_size=size, algorithm=kind)
+        for name, kind, sizes in (
+            ("k-quant", "k_quant", (32,)),
+            ("HQQ", "hqq", (32, 64, 128)),
+            ("GPTQ", "gptq", (32, 64)),
+        )
+        for size in sizes
+    },
+    "GPTQ, block 32; head in 8 bits; scales tuned": replace(_HEAD, algorithm="gptq", tune=60),
+    "GPTQ, block 32; head, down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        algorithm="gptq", eight_bits=rf"{HEAD}|down_proj|layers\.[01]/"
     ),
-    "rtn, block 32; head in 8 bits": Int4Settings(block_size=32, eight_bits=HEAD, eight_bits_block_size=64),
-    "k-quant, block 32; head in 8 bits": Int4Settings(
-        block_size=32, eight_bits=HEAD, eight_bits_block_size=64, algorithm="k_quant"
+    "rtn, block 64; attention, down and gate projection, layers 0 and 1 in 8 bits": Int4Settings(block_size=64),
+    "k-quant, block 32; attention, down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        algorithm="k_quant", eight_bits=r"attn|down_proj|layers\.[01]/"
     ),
-    "GPTQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
-        block_size=32, algorithm="gptq", eight_bits=rf"{HEAD}|down_proj|layers\.[01]/"
-    ),
-    "HQQ, block 32": Int4Settings(block_size=32, eight_bits=_NOTHING, algorithm="hqq"),
-    "HQQ, block 64": Int4Settings(eight_bits=_NOTHING, algorithm="hqq"),
-    "rtn 64; attention, down and gate projection, layers 0 and 1 in 8 bits": Int4Settings(),
-    "k-quant 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
-        block_size=32, algorithm="k_quant", eight_bits=r"down_proj|layers\.[01]/"
-    ),
-    "HQQ 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
-        block_size=32, algorithm="hqq", eight_bits=r"down_proj|layers\.[01]/"
-    ),
-    "k-quant 32; attention, down projection, layers 0 and 1 in 8 bits": Int4Settings(
-        block_size=32, algorithm="k_quant", eight_bits=r"attn|down_proj|layers\.[01]/"
+    "HQQ, block 32; down projection, layers 0 and 1 in 8 bits": Int4Settings(
+        algorithm="hqq", eight_bits=r"down_proj|layers\.[01]/"
     ),
 }
 

@@ -63,6 +63,13 @@ def export(
     tune: Annotated[
         int, typer.Option(min=0, help="With gptq, steps in which the scales are tuned to fp32 (8 s each on two cores).")
     ] = 0,
+    language_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A bundle that the checkpoint has its language model from, restored and not trained: its graphs are "
+            "taken as they are, where rounding again would lose more."
+        ),
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
     cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
@@ -75,10 +82,13 @@ def export(
         raise ValueError("--vocabulary domain takes its words from the train reports: give --data")
     if algorithm == "gptq" and data is None:
         raise ValueError("--algorithm gptq rounds on prompts and reports of train studies: give --data")
-    from cbedge.bundle import check_target
+    from cbedge.bundle import check_target, open_bundle
     from export.bundle import read_topics
 
     check_target(out, force)
+    language = open_bundle(language_from) if language_from else None
+    if language is not None:
+        language.verify()
     chosen_topics = read_topics(topics) if topics else ()
     measured: dict[str, Any] = json.loads(quality.read_text(encoding="utf-8")) if quality else {}
     console = Console(stderr=True)
@@ -117,7 +127,8 @@ def export(
         extra: dict[str, list[Path]] = {}
         console.print(f"{len(graphs['fp32'])} fp32 graphs written")
         rounded = None
-        if algorithm == "gptq" and data is not None and {"int4", "q4f16"} & {*wanted}:
+        to_round = {"int4", "q4f16"} & {*wanted} - {*(language.manifest.variants if language else ())}
+        if algorithm == "gptq" and data is not None and to_round:
             rounded = round_for(parts, data, settings, _tell(console))
             console.print(f"{len(rounded)} weights rounded by GPTQ")
         for one in wanted:
@@ -125,7 +136,8 @@ def export(
                 extra[one] = write_nf4(parts, _folder(scratch, one))
                 console.print(f"{one} written")
             elif one != "fp32":
-                graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings, rounded)
+                taken = language if language and one in language.manifest.variants else None
+                graphs[one] = write_variant(one, graphs["fp32"], _folder(scratch, one), settings, rounded, taken)
                 console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(

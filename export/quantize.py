@@ -6,6 +6,7 @@ embedding to its head (SmolLM2 does), both graphs read one and the same block of
 """
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     WeightOnlyQuantConfig,
 )
 
+from cbedge.bundle import Bundle
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
 from export.tune import tune_scales
@@ -99,7 +101,7 @@ class Int4Settings:
 
 def write_variant(
     name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None,
-    rounded: dict[str, Rounded] | None = None,
+    rounded: dict[str, Rounded] | None = None, language: Bundle | None = None,
 ) -> dict[str, Path]:  # fmt: skip
     """Write one variant of the fp32 graphs into ``folder``; returns the path of each graph.
 
@@ -109,6 +111,7 @@ def write_variant(
         folder: where to write.
         settings: of ``int4`` and ``q4f16``.
         rounded: with ``gptq``, what :func:`export.gptq.round_language_model` made of the language model.
+        language: a bundle that has this variant, whose language model is taken as it is.
 
     Raises:
         ExportError: 16-bit floats are asked for, and do not hold what the language model computes.
@@ -116,6 +119,11 @@ def write_variant(
     settings = settings_of(name, settings)
     if name in HALF and ENCODER in paths:
         raise ExportError(f"{name}: what Flan-T5 computes does not fit 16-bit floats; give fp32, int8, int4 or nf4")
+    if language is not None:
+        if name in HALF:
+            raise ExportError(f"{name}: a language model is taken from a bundle in int8 or int4 alone")
+        written = quantize_image_side(paths, folder, settings, SUFFIX[name])
+        return written | _language_of(language, name, folder)
     if name == "fp16":
         return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in paths.items()}
     if name == "q4f16":
@@ -123,6 +131,16 @@ def write_variant(
             quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded, narrow=False)
             return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
     return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
+
+
+def _language_of(bundle: Bundle, name: str, folder: Path) -> dict[str, Path]:
+    """Copy the language model's graphs of a bundle's variant, with their weights, into ``folder``."""
+    variant = bundle.manifest.variants[name]
+    kinds = [kind for kind in variant.graphs if kind not in (VISION, QFORMER)]
+    data = [file for file in variant.data if not file.startswith((VISION, QFORMER))]
+    for file in (*(variant.graphs[kind] for kind in kinds), *data):
+        shutil.copyfile(bundle.folder / file, folder / file)
+    return {kind: folder / variant.graphs[kind] for kind in kinds}
 
 
 def round_for(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, Report, ReportGenerator, load_radiograph
 from cbedge.backends import onnx as backend
+from cbedge.backends.onnx import CudaDecoder, OnnxDecoder
 from cbedge.decoding import Decoding
 from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
@@ -284,10 +285,15 @@ def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGen
     assert sum(r.guessed_tokens for r in ahead) > 0 and sum(r.guessed_tokens for r in alone) == 0
 
 
-@pytest.fixture(scope="module")
-def exact_generator(tiny_bundle: Path) -> ReportGenerator:
-    """In fp32: with activations rounded to 8 bits, logits hang on how many rows a processor's kernel takes at once."""
-    return ReportGenerator.from_pretrained(tiny_bundle, "fp32", device="cpu")
+@pytest.fixture(scope="module", params=[OnnxDecoder, CudaDecoder])
+def exact_generator(tiny_bundle: Path, request: pytest.FixtureRequest) -> ReportGenerator:
+    """In fp32: with activations rounded to 8 bits, logits hang on how many rows a processor's kernel takes at once.
+
+    What CUDA's decoder does on a GPU it also does on a CPU, but for the recording of its passes.
+    """
+    generator = ReportGenerator.from_pretrained(tiny_bundle, "fp32", device="cpu")
+    generator.backend.new_decoder = lambda capacity: request.param(generator.backend, capacity)  # type: ignore[method-assign]
+    return generator
 
 
 def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(exact_generator: ReportGenerator):
@@ -331,6 +337,17 @@ def test_a_draft_is_asked_for_what_it_left_out_and_is_the_same_whether_guessed_a
     assert plain.text.index("The pleura") < plain.text.index("Bones")
     beams = generator.generate(chest_png, max_new_tokens=20, decoding=Decoding(beams=2))
     assert "The pleura" not in beams.text
+
+
+def test_reports_one_after_another_are_written_in_the_same_memory(tiny_bundle: Path, chest_png: Path):
+    usual, reused = (ReportGenerator.from_pretrained(tiny_bundle, "fp32", device="cpu") for _ in range(2))
+    backend = reused.backend
+    backend.new_decoder = lambda capacity: CudaDecoder(backend, capacity)  # type: ignore[method-assign]
+    for how in ({}, {"decoding": Decoding(beams=3)}, {"decoding": Decoding(speculative=False)}, {}):
+        for indication in ("cough", "chest pain after a fall"):
+            reports = [g.generate(chest_png, indication=indication, max_new_tokens=20, **how) for g in (usual, reused)]
+            assert reports[0].text == reports[1].text
+    assert all(len(memories) <= 2 for memories in backend._memory.values())
 
 
 def test_two_prompts_of_unlike_length_are_read_in_one_pass(exact_generator: ReportGenerator):

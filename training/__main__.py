@@ -26,6 +26,24 @@ def fetch_base_command(
         typer.echo(f"{part.name}: {fetch_base(part, cache)}")
 
 
+@app.command("average")
+def average_command(
+    run_folder: Annotated[list[Path], typer.Option("--run", help="Folder of a finished run; give two or more.")],
+    data: Annotated[Path, typer.Option(help="IU X-RAY's or MIMIC-CXR's folder, for its validation studies.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint to write; it must be new.")],
+    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+) -> None:
+    """Average the weights of runs that differ in their seeds, into a checkpoint that sees better than each."""
+    from training.average import average
+
+    if out.exists():
+        raise ValueError(f"{out} exists already: give another folder")
+    parts, areas = average(run_folder, data, cache)
+    parts.save(out)
+    told = ", ".join(f"{name.removeprefix('auc_')} {area:.3f}" for name, area in areas.items())
+    typer.echo(f"checkpoint: {out}; AUC on validation studies: {told}")
+
+
 data_app = typer.Typer(help="Look at a collection before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 

@@ -285,7 +285,7 @@ class StageRun:
     def _finding_head(self) -> FindingHead:
         """The head as it now is, with thresholds chosen on validation studies."""
         return self.heads.finding_head(
-            choose_findings(self.validation, self.losses, self.stage.tell_findings, self.stage.openings)
+            choose_findings(self.validation, self.heads, self.stage.tell_findings, self.stage.openings)
         )
 
     def _seed_everything(self) -> None:

@@ -13,7 +13,7 @@ from training.config import Stage
 from training.consensus import ConsensusReports
 from training.datasets import Study
 from training.datasets.studies import TAGS
-from training.losses import StageLosses
+from training.losses import AlignmentHeads, StageLosses
 from training.stages import encode_images, query_image
 
 LATERAL_SHARES = (0.5, 0.25, 0.75)
@@ -52,15 +52,15 @@ class Validation:
             for name, (value, _) in found.items():
                 totals.setdefault(name, []).append(value.item())
         row = {name: float(np.mean(values)) for name, values in totals.items()}
-        return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses))
+        return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses.heads))
 
-    def tag_scores(self, losses: StageLosses) -> tuple[np.ndarray, np.ndarray]:
+    def tag_scores(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the tag head, both views alike, and tags (1, 0 or -1), both [studies, tags]."""
-        views, tags = self.tag_logits(losses)
+        views, tags = self.tag_logits(heads)
         return scores_of(np.nanmean(views, 1)), tags
 
     @torch.inference_mode()
-    def tag_logits(self, losses: StageLosses) -> tuple[np.ndarray, np.ndarray]:
+    def tag_logits(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
         """Logits of the tag head off the frontal and the lateral radiograph, [studies, 2, tags], NaN where a study has
         no lateral one; and tags (1, 0 or -1), [studies, tags]."""
         self.parts.model.eval()
@@ -69,7 +69,7 @@ class Validation:
             with self.autocast:
                 features = encode_images(self.parts.model, batch.images)
                 queries, _ = query_image(self.parts.model, features, batch.qformer_ids, batch.qformer_mask)
-            rows = losses.heads.tag_logits(queries.float()).cpu().numpy()
+            rows = heads.tag_logits(queries.float()).cpu().numpy()
             views = np.full((len(batch.tags), 2, rows.shape[1]), np.nan, rows.dtype)
             views[:, 0] = rows[: len(views)]
             views[batch.laterals.cpu().numpy(), 1] = rows[len(views) :]
@@ -112,10 +112,10 @@ def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
 
 
 def choose_findings(
-    validation: Validation, losses: StageLosses, names: tuple[str, ...], openings: dict[str, str]
+    validation: Validation, heads: AlignmentHeads, names: tuple[str, ...], openings: dict[str, str]
 ) -> ImageFindings:
     """Thresholds of the findings to tell, and how views are joined; see :func:`choose_thresholds`."""
-    return choose_thresholds(*validation.tag_logits(losses), names, openings)
+    return choose_thresholds(*validation.tag_logits(heads), names, openings)
 
 
 def choose_thresholds(

@@ -3,15 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, call_cli
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from cbedge import OutputError, ReportGenerator, open_bundle
 from cbedge.bundle import CARD
 from export.merge import MergeError, merge
-from export.quantize import quantize_graphs
+from export.quantize import Int4Settings, align_head, quantize_graphs, quantize_language_model
 from export.revise import app
 from training.trained import checkpoint_of, load_adapted
 
@@ -150,6 +152,49 @@ def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bund
     )
     assert done.returncode == 1 and "int4" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_language_model_that_was_not_trained_on_is_taken_as_it_is(tiny_bundle: Path, tmp_path: Path):
+    restored, out = tmp_path / "restored", tmp_path / "out"
+    assert call_cli("export.restore", tiny_bundle, "--variant", "int4", "--out", restored).returncode == 0
+    done = call_cli(
+        "export", "--checkpoint", restored, "--language-from", tiny_bundle, "--variant", "int4", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("decoder_model_merged_q4.onnx", "decoder_model_merged_q4.onnx_data", "embed_tokens_q4.onnx"):
+        assert (out / name).read_bytes() == (tiny_bundle / name).read_bytes()
+    refused = call_cli(
+        "export", "--checkpoint", restored, "--language-from", tiny_bundle, "--variant", "fp16", "--out", tmp_path / "h"
+    )
+    assert refused.returncode and "int8 or int4" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_added_to_a_head_for_the_gpu_change_no_logit(bits: int):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 70)).astype(np.float32)
+    node = helper.make_node("MatMul", ["hidden", "lm_head.weight"], ["logits"], name="/lm_head/MatMul")
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, "n", w]) for n, w in (("hidden", 64), ("logits", 70))
+    ]
+    graph = helper.make_graph(
+        [node], "head", values[:1], values[1:], [numpy_helper.from_array(weight, "lm_head.weight")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    quantized = quantize_language_model(model, Int4Settings(eight_bits="lm_head" if bits == 8 else "$^"))
+    hidden = {"hidden": rng.standard_normal((1, 3, 64)).astype(np.float32)}
+    before = run_graph(quantized, hidden)
+    align_head(quantized)
+    assert any(a.i == 128 for n in quantized.graph.node for a in n.attribute if a.name == "N")
+    after = run_graph(quantized, hidden)
+    assert after.shape == (1, 3, 70) and np.allclose(before, after, atol=1e-4)
+
+
+def run_graph(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)[
+        0
+    ]
 
 
 def test_the_card_states_origin_licences_limits_and_what_was_not_measured(tiny_bundle: Path):
