@@ -119,5 +119,10 @@ def weights(tensor: TensorProto, rng: np.random.Generator) -> bytes:
     return (rng.standard_normal(count, np.float32) * np.float32(_SPREAD)).astype(kind).tobytes()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ widened when a session loads: the CPU's kernels want them as wide as activations
 embedding to its head (SmolLM2 does), both graphs read one and the same block of quantized weights on disk.
 """
 
+import logging
 import re
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError,
 from export.tune import tune_scales
 from training.base import ModelAndTokenizers
 
+# The quantizer tells each node that it skips, and of opsets.
+logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
 # What a variant's files are called, as Transformers.js and Optimum name them, and what it is.
 SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4f16": "_q4f16"}
 DESCRIPTIONS = {

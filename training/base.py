@@ -5,6 +5,7 @@ layout, LayerScale folded away) + Q-Former from MiniLM (new cross-attention) + S
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cbedge.image_findings import ImageFindings, scores_of
 from training.fetch import BASE_PARTS, fetch_base
 from training.views import by_study
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are on a hub alone
 VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
 _FINDING_HEAD = "finding_head"
 

@@ -16,7 +16,8 @@ from training.datasets.studies import TAGS
 from training.losses import AlignmentHeads, StageLosses
 from training.stages import encode_images, query_image
 
-LATERAL_SHARES = (0.5, 0.25, 0.75)
+LATERAL_SHARES = (0.25, 0.75)  # beside equal shares
+LEAST_GAIN = 0.005  # of AUC, for shares that are not equal
 LEAST_POSITIVES = 3  # fewer studies with a finding say nothing of how well it is told apart
 
 
@@ -125,8 +126,8 @@ def choose_thresholds(
     [studies, TAGS].
 
     ``openings`` are the sentences of findings that open a draft. Where studies have lateral radiographs, those weigh as
-    much beside the frontal ones, for each finding, as tells the studies that have it apart best, of
-    :data:`LATERAL_SHARES`.
+    much as the frontal ones; but for a finding that another of :data:`LATERAL_SHARES` tells apart better by
+    :data:`LEAST_GAIN`, so much.
 
     The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
     it: most are too rare for more to be chosen, and a language model that is told much says little of it.
@@ -157,7 +158,9 @@ def _best_share(views: np.ndarray, tags: np.ndarray) -> float:
     known = tags >= 0
     if not LEAST_POSITIVES <= (tags[known] == 1).sum() < known.sum():
         return 0.5
-    return max(LATERAL_SHARES, key=lambda share: roc_auc_score(tags[known], _joined(views[known], share)))
+    areas = {share: roc_auc_score(tags[known], _joined(views[known], share)) for share in (0.5, *LATERAL_SHARES)}
+    best = max(areas, key=lambda share: areas[share])
+    return best if areas[best] >= areas[0.5] + LEAST_GAIN else 0.5
 
 
 def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:
