@@ -289,7 +289,8 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
         "prompt_tokens": statistics.median(d.prompt_tokens for d in drafts),
         "new_tokens": statistics.median(d.new_tokens for d in drafts),
         "tokens_per_second": _spread([(n - 1) / s for n, s in zip(written, decode_s, strict=True)]),
-        "tokens_per_pass": round(sum(n - 1 for n in written) / sum(passes), 2),
+        # None where openings alone were written: nothing was decoded.
+        "tokens_per_pass": round(sum(n - 1 for n in written) / sum(passes), 2) if max(written) > 1 else None,
         "guesses_accepted": round(sum(d.accepted_tokens for d in drafts) / guessed, 3) if guessed else None,
         "bytes_per_pass": read,
         "bandwidth_share": round(used / bandwidth, 3) if generator.backend.device == "cpu" else None,
@@ -333,7 +334,7 @@ def _cell(row: dict[str, Any], old: dict[str, Any] | None, stage: str) -> str:
 
 
 def _guessing(row: dict[str, Any]) -> str:
-    return f"{row['tokens_per_pass']:.2f} ({_or_dash(row['guesses_accepted'], '{:.0%}')})"
+    return f"{_or_dash(row['tokens_per_pass'], '{:.2f}')} ({_or_dash(row['guesses_accepted'], '{:.0%}')})"
 
 
 def _in_company(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def test_a_bundle_without_its_weights_gets_random_ones_and_drafts(tiny_bundle: P
     for variant in bundle.manifest.variants:
         generator = ReportGenerator.from_pretrained(hollow, variant, "cpu")
         report = generator.generate(chest_png, max_new_tokens=6, accept_any_image=True)
-        assert report.new_tokens and all(0 <= score <= 1 for score in report.finding_scores.values())
+        assert report.new_tokens
     refused = run("empty", whole, hollow)
     assert refused.returncode == 1 and "exists already" in refused.stderr
 

@@ -1,8 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from conftest import run_cli
 
+from benchmarks.peers import Job, optimum_runner
 from training.trained import checkpoint_of
 
 
@@ -21,3 +24,9 @@ def test_peers_write_the_same_in_fp32_and_are_set_side_by_side(tiny_run: Path, t
     assert exact["same_characters_as_fp32"] == theirs["same_characters_as_fp32"] > 0
     assert "| cbedge int4 |" in (tmp_path / "peers.md").read_text()
     assert str(tmp_path) not in (tmp_path / "peers.json").read_text()
+
+
+def test_an_interpreter_without_optimum_is_told_at_once(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+    job = Job(tmp_path, tiny_bundle, chest_png, 4, 1, optimum_python=shutil.which("false"))
+    with pytest.raises(RuntimeError, match="did not export"):
+        optimum_runner(job)
