@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cbedge.backends.onnx import choose_device
 from cbedge.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding
 from cbedge.errors import OutputError
@@ -75,7 +76,8 @@ def bench(
         BundleError, DeviceError: as :meth:`ReportGenerator.from_pretrained`.
     """
     bundle = open_bundle(model)
-    names = [bundle.variant(name)[0] for name in variants] or [bundle.variant()[0]]
+    usual = bundle.variant(gpu=choose_device(device) == "cuda")[0]
+    names = [bundle.variant(name)[0] for name in variants] or [usual]
     progress("memory bandwidth")
     bandwidth = read_bandwidth(threads)
     rows = []

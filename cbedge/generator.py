@@ -19,7 +19,18 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, open_backend
-from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TEMPLATES, TOKENIZER, Bundle, open_bundle
+from cbedge.bundle import (
+    ENCODER,
+    FOR_GPUS,
+    GATE,
+    LATERAL_GATE,
+    PHRASEBOOK,
+    QFORMER_TOKENIZER,
+    TEMPLATES,
+    TOKENIZER,
+    Bundle,
+    open_bundle,
+)
 from cbedge.consistency import Watch
 from cbedge.decoding import (
     Decoder,
@@ -110,7 +121,7 @@ class ReportGenerator:
 
         Args:
             model: folder of a bundle; default is the embedded model.
-            variant: a variant of the bundle, such as ``int4``; default is the bundle's own.
+            variant: a variant of the bundle, such as ``int4``; default is the bundle's own, or on a GPU one for GPUs.
             device: ``auto``, ``cpu`` or ``cuda``.
             threads: CPU threads; default is one a core.
 
@@ -123,7 +134,9 @@ class ReportGenerator:
         if chosen.backend == "onnx":  # what is not installed is told before files are read
             from cbedge.backends.onnx import choose_device
 
-            choose_device(device)
+            name, chosen = bundle.variant(variant, gpu=choose_device(device) == "cuda")
+            if device == "auto" and name not in FOR_GPUS and ENCODER not in chosen.graphs:
+                device = "cpu"  # where it is quicker: see Bundle.variant
         files = bundle.variant_files(chosen)
         bundle.verify(files, sizes_alone=True)
         with ThreadPoolExecutor(1) as pool:  # hashes are computed while graphs load: a user waits for a cold start

@@ -24,6 +24,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     WeightOnlyQuantConfig,
 )
 
+from cbedge.backends.onnx import LOGITS_START
 from cbedge.bundle import Bundle
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
@@ -183,6 +184,47 @@ def to_half(source: Path, target: Path) -> Path:
     align_head(graph)
     save_graph(graph, target, within=not target.name.startswith(DECODER))
     return target
+
+
+def half_on_the_same_weights(decoder: Path) -> ModelProto:
+    """A quantized decoder's graph in 16-bit arithmetic for GPUs, which reads the same file of weights.
+
+    CUDA has no attention of this kind in fp32. Products with 4- and 8-bit weights take their scales in 16 bits as they
+    lie there; what lies there in fp32 is cast, once, when a session loads.
+
+    Raises:
+        ExportError: the graph holds weights itself, which would be stored twice.
+    """
+    model = onnx.load(str(decoder), load_external_data=False)
+    graph = model.graph
+    stored = {t.name: t for t in graph.initializer}
+    if any(len(t.raw_data) > 65_536 for t in graph.initializer):
+        raise ExportError(f"{decoder.name} holds its weights itself: write the variants q4f16 and int4 apart")
+    nodes, renamed = [], {}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in stored:  # scales, widened for the CPU
+            renamed[node.output[0]] = node.input[0]
+        elif node.op_type == "Neg" and node.input[0] == "num_logits":  # of earlier exports: see choose_logits
+            renamed[node.output[0]] = LOGITS_START
+        else:
+            nodes.append(node)
+    wide = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT} | {"inputs_embeds"}
+    casts = {name: f"{name}/half" for name in wide if any(name in node.input for node in nodes)}
+    for node in nodes:
+        node.input[:] = [casts.get(renamed.get(name, name), renamed.get(name, name)) for name in node.input]
+        node.output[:] = ["logits/half" if name == "logits" else name for name in node.output]
+    before = [
+        helper.make_node("Cast", [name], [half], name=half, to=TensorProto.FLOAT16) for name, half in casts.items()
+    ]
+    after = helper.make_node("Cast", ["logits/half"], ["logits"], name="logits/half", to=TensorProto.FLOAT)
+    graph.ClearField("node")
+    graph.node.extend([*before, *nodes, after])
+    graph.ClearField("value_info")
+    for value in (*graph.input, *graph.output):
+        value.name = LOGITS_START if value.name == "num_logits" else value.name
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return model
 
 
 def align_head(graph: ModelProto) -> None:

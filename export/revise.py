@@ -12,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 import typer
 import yaml
 
-from cbedge.bundle import CARD, TEMPLATES, Manifest, check_target, open_bundle, write_bundle
+from cbedge.bundle import CARD, TEMPLATES, Bundle, Manifest, check_target, open_bundle, write_bundle
 from export.bundle import read_topics
 from export.card import model_card
 from export.command import run
+from export.graphs import DECODER
 from export.parity import Parity, VariantParity
+from export.quantize import SUFFIX, half_on_the_same_weights
 from training.templates import templates_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -45,6 +48,12 @@ def revise(
     keep: Annotated[
         list[str] | None, typer.Option(help="Only this variant; may be repeated, the first becomes the default.")
     ] = None,
+    gpu: Annotated[
+        bool,
+        typer.Option(
+            "--gpu", help="Add q4f16, for GPUs, on int4's own weights: a graph of the decoder in 16 bits, and no more."
+        ),
+    ] = False,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
@@ -59,6 +68,9 @@ def revise(
         kept = [source.variant(name)[0] for name in keep]
         variants = {name: manifest.variants[name] for name in dict.fromkeys(kept)}
         manifest = replace(manifest, variants=variants, default_variant=kept[0])
+    half = None
+    if gpu:
+        manifest, half = _with_half(source, manifest)
     if version:
         manifest = replace(manifest, version=version)
     if openings:
@@ -83,6 +95,8 @@ def revise(
             gone.add(TEMPLATES)
         for name in manifest.files.keys() - gone:
             shutil.copyfile(source.folder / name, folder / name)
+        if half is not None:
+            onnx.save(half, str(folder / manifest.variants["q4f16"].graphs[DECODER]))
         if made is not None:
             made.save(folder / TEMPLATES)
         (folder / CARD).write_text(card, encoding="utf-8")
@@ -90,6 +104,19 @@ def revise(
 
     write_bundle(out, fill, force)
     typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
+
+
+def _with_half(bundle: Bundle, manifest: Manifest) -> tuple[Manifest, onnx.ModelProto]:
+    """The manifest with q4f16 beside int4, whose other graphs it shares, and its decoder."""
+    if "int4" not in manifest.variants or "q4f16" in manifest.variants:
+        reason = "has q4f16 already" if "q4f16" in manifest.variants else "has no int4, whose weights it would share"
+        raise ValueError(f"--gpu adds q4f16, and {manifest.name} {reason}")
+    shared = manifest.variants["int4"]
+    half = half_on_the_same_weights(bundle.folder / shared.graphs[DECODER])
+    graphs = {**shared.graphs, DECODER: f"{DECODER}{SUFFIX['q4f16']}.onnx"}
+    told = "int4's weights, the decoder in 16 bit arithmetic, for GPUs"
+    variants = {**manifest.variants, "q4f16": replace(shared, description=told, graphs=graphs)}
+    return replace(manifest, variants=variants), half
 
 
 def _open_with(manifest: Manifest, path: Path) -> Manifest:

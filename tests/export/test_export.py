@@ -170,6 +170,49 @@ def test_a_language_model_that_was_not_trained_on_is_taken_as_it_is(tiny_bundle:
     assert not (tmp_path / "h").exists()
 
 
+def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+    cpu, both = tmp_path / "cpu", tmp_path / "both"
+    assert call_cli("export.revise", tiny_bundle, "--out", cpu, "--keep", "int4").returncode == 0
+    done = call_cli("export.revise", cpu, "--out", both, "--gpu")
+    assert done.returncode == 0, done.stderr
+    added = {f.name for f in both.iterdir()} - {f.name for f in cpu.iterdir()}
+    assert added == {"decoder_model_merged_q4f16.onnx"} and (both / next(iter(added))).stat().st_size < 200_000
+    exact, half = (ReportGenerator.from_pretrained(both, name, "cpu") for name in ("int4", "q4f16"))
+    embeds = np.random.default_rng(0).standard_normal((1, 6, exact.bundle.manifest.shapes.hidden_size))
+    logits = []
+    for generator in (exact, half):
+        decoder = generator.backend.new_decoder(12)
+        logits.append([decoder.prefill(embeds), decoder.read([5, 6, 7])[2].copy()])
+    assert np.corrcoef(np.ravel(logits[0]), np.ravel(logits[1]))[0, 1] > 0.999
+    assert exact.bundle.variant(gpu=True)[0] == "q4f16" and exact.bundle.variant()[0] == "int4"
+    assert exact.bundle.variant("int4", gpu=True)[0] == "int4" and open_bundle(cpu).variant(gpu=True)[0] == "int4"
+    for folder, reason in ((both, "has q4f16 already"), (tmp_path / "int8", "has no int4")):
+        if folder.name == "int8":
+            assert call_cli("export.revise", tiny_bundle, "--out", folder, "--keep", "int8").returncode == 0
+        refused = call_cli("export.revise", folder, "--out", tmp_path / "other", "--gpu")
+        assert refused.returncode and reason in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("kept", "variant", "device"), [("int4", "int4", "cpu"), ("q4f16", "q4f16", "auto"), ("fp32", "fp32", "cpu")]
+)
+def test_with_a_gpu_a_variant_for_gpus_is_chosen_and_another_runs_on_the_cpu(
+    kept: str, variant: str, device: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert call_cli("export.revise", tiny_bundle, "--out", tmp_path / "b", "--keep", kept).returncode == 0
+    monkeypatch.setattr("cbedge.backends.onnx.choose_device", lambda name: "cuda" if name == "auto" else name)
+    opened = []
+
+    def open_it(bundle, chosen, where, threads):
+        opened.append((next(n for n, v in bundle.manifest.variants.items() if v == chosen), where))
+        raise RuntimeError
+
+    monkeypatch.setattr("cbedge.generator.open_backend", open_it)
+    with pytest.raises(RuntimeError):
+        ReportGenerator.from_pretrained(tmp_path / "b")
+    assert opened == [(variant, device)]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_added_to_a_head_for_the_gpu_change_no_logit(bits: int):
     rng = np.random.default_rng(0)
