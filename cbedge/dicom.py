@@ -47,7 +47,7 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(io.BytesIO(data))
+            dataset = _decodable(pydicom.dcmread(io.BytesIO(data)))
         except Exception:
             raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
         _check_header(dataset, name, max_pixels)
@@ -76,13 +76,24 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
         warnings.simplefilter("ignore")
         try:
             file = io.BytesIO(source) if isinstance(source, bytes) else source
-            return pydicom.dcmread(file, stop_before_pixels=True)
+            return _decodable(pydicom.dcmread(file, stop_before_pixels=True))
         except pydicom.errors.InvalidDicomError:
             return None
         except Exception:
             if needed:
                 raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
             return None
+
+
+def _decodable(dataset: Dataset) -> Dataset:
+    """The same without elements whose values cannot be decoded: pydicom decodes one when it is asked for it, and raises
+    what it likes where a byte of its type is damaged."""
+    for tag in [*dataset.keys()]:
+        try:
+            dataset[tag]
+        except Exception:
+            del dataset[tag]
+    return dataset
 
 
 def header_indication(dataset: Dataset) -> str | None:

@@ -14,6 +14,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from cbedge import RadiographError, load_radiograph
+from cbedge.dicom import read_header
 
 CHEST = draw_chest(2).astype(np.uint16) * 16  # 12 bits
 
@@ -136,6 +137,21 @@ def test_lateral_is_read_from_the_header():
     film = load_radiograph(make_dicom(ViewPosition="LL", StudyInstanceUID="1.2.3"))
     assert film.view == "lateral" and film.study_uid == "1.2.3"
     assert load_radiograph(make_dicom(ViewPosition="ODD")).view is None
+
+
+@pytest.mark.parametrize("attribute", [b"\x08\x00\x60\x00CS", b"\x10\x00\x10\x00PN", b"\x18\x00\x01\x51CS"])
+def test_a_damaged_type_of_one_attribute_is_no_traceback(attribute: bytes, tmp_path: Path):
+    content = (EXAMPLES / "chest_pa.dcm").read_bytes()
+    assert attribute in content
+    damaged = content.replace(attribute, attribute[:-1] + b"\0", 1)
+    (tmp_path / "film.dcm").write_bytes(damaged)
+    header = read_header(tmp_path / "film.dcm")
+    assert header is not None and len([str(element) for element in header]) > 10
+    if attribute[:2] == b"\x08\x00":  # without its modality it is refused
+        with pytest.raises(RadiographError, match="modality none"):
+            load_radiograph(damaged)
+    else:
+        assert load_radiograph(damaged).pixels.ndim == 2
 
 
 @settings(max_examples=60, deadline=None)
