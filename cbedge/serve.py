@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -93,6 +94,7 @@ class Drafter:
         self.draining = False
         self.waiting = 0
         self._turn = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1, "draft")  # always the same thread: CUDA graphs are recorded for each anew
         self._usual_s = 1.0
         self._tickets: dict[str, float] = {}  # when each lapses
 
@@ -164,7 +166,7 @@ class Drafter:
             finally:
                 loop.call_soon_threadsafe(pieces.put_nowait, None)
 
-        task = asyncio.ensure_future(asyncio.to_thread(work))
+        task = asyncio.ensure_future(loop.run_in_executor(self._writer, work))
         try:
             while (piece := await pieces.get()) is not None:
                 if not await alive():
