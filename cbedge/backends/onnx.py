@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
-from cbedge.decoding import Decoder
+from cbedge.decoding import MAX_GUESSES, Decoder
 from cbedge.errors import BundleError, DeviceError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 LOGITS_START = "logits_start"  # the decoder's input: from which position on logits are wanted, -1 the last alone
+_RECORDED = 1 + MAX_GUESSES  # tokens, at most, in a pass that comes again and again
 _PLACES = 256  # the GPU's caches are as long as a multiple of it, so that they serve one report after another
 
 
@@ -345,7 +346,7 @@ class CudaMemory:
 
 class CudaStep:
     """One more pass over the same number of tokens: the first time its kernels are recorded, then they are replayed as
-    one CUDA graph, or each of the 7 billion weights' hundreds of kernels would wait for Python and ONNX Runtime.
+    one CUDA graph. Started one by one, hundreds of short kernels would wait for ONNX Runtime.
 
     Args:
         backend: whose sessions are used.
@@ -392,7 +393,7 @@ class CudaStep:
 
 
 class CudaDecoder(OnnxDecoder):
-    """The language model on the GPU: tokens are looked up there, and each pass after the prefill is a CUDA graph.
+    """The language model on the GPU: tokens are looked up there, and a pass over a few is a CUDA graph.
 
     Its memory is the backend's, and is given back to it for the next report.
     """
@@ -412,10 +413,12 @@ class CudaDecoder(OnnxDecoder):
         self._memory.bind(self._binding)
         self._logits: dict[int, np.ndarray] = {}
         self._options = onnxruntime.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", "-1")  # a prompt is read once: nothing is recorded
+        self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings differ: nothing is recorded
 
     def read(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V]."""
+        if len(token_ids) > _RECORDED:
+            return super().read(token_ids)
         return self._step(np.array([token_ids], np.int64), len(token_ids))[0]
 
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
