@@ -24,6 +24,8 @@ image=examples/chest_pa.png
 mkdir -p "$(dirname "$results")"
 
 measure() { # NAME CHECKPOINT VARIANTS
+  python -m benchmarks.passes --bundle "$work/$1-bundle" --variant "${3%%,*}" --device "$device" \
+    | tee "$results-$1-passes.json"
   cbedge bench --image "$image" --model "$work/$1-bundle" --variants "$3" --device "$device" --tokens "$tokens" \
     --repeat "$rounds" --format json --output "$results-$1-bench.json"
   python -m benchmarks.peers --bundle "$work/$1-bundle" --checkpoint "$2" --device "$device" --tokens "$tokens" \

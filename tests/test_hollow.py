@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 from conftest import call_cli
@@ -29,3 +30,11 @@ def test_a_bundle_without_its_weights_gets_random_ones_and_drafts(tiny_bundle: P
 
 def run(*arguments: object):
     return call_cli("benchmarks.hollow", *arguments)
+
+
+def test_stages_and_passes_are_timed(tiny_bundle: Path):
+    done = call_cli("benchmarks.passes", "--bundle", tiny_bundle, "--device", "cpu", "--prompt", 6, "--runs", 2)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    wanted = ["vision", "qformer", "prefill of 6", *(f"pass over {count}" for count in (1, 2, 4, 8))]
+    assert [*told["ms"]] == wanted and all(ms > 0 for ms in told["ms"].values()) and told["device"] == "cpu"

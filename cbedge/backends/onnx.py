@@ -172,9 +172,11 @@ class OnnxBackend:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
-        # Multiply 4-bit weights as they are, with kernels chosen at loading, where they fit (blocks of 32).
-        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
-        provider = "CUDAExecutionProvider" if self.device == "cuda" else "CPUExecutionProvider"
+        provider = "CPUExecutionProvider"
+        if self.device == "cuda":
+            provider = "CUDAExecutionProvider"
+            # Multiply 4-bit weights as they are, with kernels chosen at loading, where they fit (blocks of 32).
+            options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
 
         def load(**how: str) -> onnxruntime.InferenceSession:
             # Without fall-back, which would print and go on with the CPU.
@@ -211,27 +213,15 @@ class OnnxDecoder:
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
-        import onnxruntime
-
         self.capacity, self.drafts = capacity, drafts
         self.lengths = np.zeros(drafts, np.int64)
         self._backend, self._session = backend, backend._decoder
         self._places = np.arange(capacity, dtype=np.int64)[None]
-        shapes = backend.shapes
-        shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
-        half = any(node.type == "tensor(float16)" for node in self._session.get_inputs())
-        empty = np.zeros(shape, np.float16 if half else np.float32)
-        names = [f"{i}.{kind}" for i in range(shapes.num_layers) for kind in ("key", "value")]
-        # On the CPU the session reads and writes these arrays themselves, on CUDA copies of them.
-        self._arrays = {name: empty.copy() for name in names}
-        self._cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, backend.device)
-            for name, array in self._arrays.items()
-        }
+        # The session reads and writes these arrays themselves.
+        self._arrays = empty_cache(backend, capacity, drafts)
+        self._cache = {name: held(array, backend.device) for name, array in self._arrays.items()}
         self._binding = self._session.io_binding()
-        for name, value in self._cache.items():
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
+        bind_cache(self._binding, self._cache)
         self._logits: dict[int, np.ndarray] = {}
         self._options: onnxruntime.RunOptions | None = None
 
@@ -261,14 +251,14 @@ class OnnxDecoder:
 
     def spread(self, rows: Sequence[int]) -> OnnxDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
-        other = OnnxDecoder(self._backend, self.capacity, len(rows))
+        other = type(self)(self._backend, self.capacity, len(rows))
         other._take(self, list(rows), slice(None))
         return other
 
     def join(self, other: OnnxDecoder) -> OnnxDecoder:
         """A decoder of the drafts of both, those of the other last; they need not have read as much."""
         count, capacity = self.drafts + other.drafts, max(self.capacity, other.capacity)
-        both = OnnxDecoder(self._backend, capacity, count)
+        both = type(self)(self._backend, capacity, count)
         both._take(self, slice(None), slice(0, self.drafts))
         both._take(other, slice(None), slice(self.drafts, count))
         return both
@@ -277,12 +267,8 @@ class OnnxDecoder:
         """Copy drafts of another decoder into some of this one's places."""
         self.lengths[ours] = source.lengths[theirs]
         used = int(source.lengths.max())
-        on_cpu = self._backend.device == "cpu"
         for name, array in self._arrays.items():
-            held = source._arrays[name] if on_cpu else source._cache[name].numpy()
-            array[ours, :, :used] = held[theirs, :, :used]
-            if not on_cpu:
-                self._cache[name].update_inplace(array)
+            array[ours, :, :used] = source._arrays[name][theirs, :, :used]
 
     def _go_on(self, count: int) -> int:
         """Count what is read now; returns what the longest draft has read then."""
@@ -322,12 +308,8 @@ class CudaMemory:
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int):
         self.drafts, self.capacity = drafts, capacity
         self._backend = backend
-        shapes = backend.shapes
-        self.names = [f"{i}.{kind}" for i in range(shapes.num_layers) for kind in ("key", "value")]
-        half = any(node.type == "tensor(float16)" for node in backend._decoder.get_inputs())
-        shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
-        empty = np.zeros(shape, np.float16 if half else np.float32)
-        self.cache = {name: held(empty.copy(), backend.device) for name in self.names}
+        arrays = empty_cache(backend, capacity, drafts)
+        self.cache = {name: held(array, backend.device) for name, array in arrays.items()}
         self.mask = held(np.zeros((drafts, capacity), np.int64), backend.device)
         self._steps: dict[int, CudaStep] = {}
 
@@ -336,12 +318,6 @@ class CudaMemory:
         if count not in self._steps:
             self._steps[count] = CudaStep(self._backend, self, count)
         return self._steps[count]
-
-    def bind(self, binding: onnxruntime.IOBinding) -> None:
-        """Give a binding the cache, to be read and written in place."""
-        for name, value in self.cache.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
 
 
 class CudaStep:
@@ -369,7 +345,7 @@ class CudaStep:
         flat = (1, drafts * count, width)
         self._look_up.bind_output("inputs_embeds", backend.device, 0, np.float32, flat, self.embeds.data_ptr())
         self._pass = backend._decoder.io_binding()
-        memory.bind(self._pass)
+        bind_cache(self._pass, memory.cache)
         self._pass.bind_ortvalue_input("inputs_embeds", self.embeds)
         self._pass.bind_ortvalue_input("attention_mask", memory.mask)
         self._pass.bind_ortvalue_output("logits", self.logits)
@@ -410,7 +386,7 @@ class CudaDecoder(OnnxDecoder):
         self._memory = free.pop() if free else CudaMemory(backend, room, drafts)
         weakref.finalize(self, free.append, self._memory)
         self._binding = self._session.io_binding()
-        self._memory.bind(self._binding)
+        bind_cache(self._binding, self._memory.cache)
         self._logits: dict[int, np.ndarray] = {}
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings differ: nothing is recorded
@@ -424,19 +400,6 @@ class CudaDecoder(OnnxDecoder):
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
         return self._step(np.array([token_ids], np.int64), 1)[:, 0]
-
-    def spread(self, rows: Sequence[int]) -> CudaDecoder:
-        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
-        other = CudaDecoder(self._backend, self.capacity, len(rows))
-        other._take(self, list(rows), slice(None))
-        return other
-
-    def join(self, other: OnnxDecoder) -> CudaDecoder:
-        """A decoder of the drafts of both, those of the other last; they need not have read as much."""
-        both = CudaDecoder(self._backend, max(self.capacity, other.capacity), self.drafts + other.drafts)
-        both._take(self, slice(None), slice(0, self.drafts))
-        both._take(other, slice(None), slice(self.drafts, both.drafts))
-        return both
 
     def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
         assert isinstance(source, CudaDecoder)
@@ -536,6 +499,22 @@ class OnnxEncoderDecoder:
             binding.bind_output(name, "cpu" if name == "logits" else self._backend.device)
         session.run_with_iobinding(binding)
         return dict(zip(wanted, binding.get_outputs(), strict=True))
+
+
+def empty_cache(backend: OnnxBackend, capacity: int, drafts: int) -> dict[str, np.ndarray]:
+    """Keys and values of nothing, as the decoder wants them: name → float32 or 16 [drafts, heads, capacity, size]."""
+    shapes = backend.shapes
+    half = any(node.type == "tensor(float16)" for node in backend._decoder.get_inputs())
+    shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
+    names = [f"{i}.{kind}" for i in range(shapes.num_layers) for kind in ("key", "value")]
+    return {name: np.zeros(shape, np.float16 if half else np.float32) for name in names}
+
+
+def bind_cache(binding: onnxruntime.IOBinding, cache: dict[str, onnxruntime.OrtValue]) -> None:
+    """Give a binding keys and values, to be read and written in place."""
+    for name, value in cache.items():
+        binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+        binding.bind_ortvalue_output(f"present.{name}", value)
 
 
 def held(array: np.ndarray, device: str) -> onnxruntime.OrtValue:

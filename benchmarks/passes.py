@@ -1,0 +1,80 @@
+"""``python -m benchmarks.passes``: what each stage takes, and a pass of the language model over few and many tokens.
+
+``cbedge bench`` times whole drafts; this says what one is made of, also of a model with random weights, whose drafts
+mean nothing. Medians, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from cbedge import ReportGenerator
+from cbedge.bench import machine
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+TOKENS = (1, 2, 4, 8)
+
+
+def milliseconds(work: Callable[[], object], runs: int) -> float:
+    """Median of some runs, after three that are not timed."""
+    times = []
+    for number in range(runs + 3):
+        start = perf_counter()
+        work()
+        times += [perf_counter() - start] if number >= 3 else []
+    return round(1000 * statistics.median(times), 3)
+
+
+def measure(generator: ReportGenerator, prompt: int, runs: int) -> dict[str, float]:
+    """Milliseconds of every stage; ``prompt`` embeddings are read before tokens are."""
+    backend, shapes = generator.backend, generator.bundle.manifest.shapes
+    rng = np.random.default_rng(0)
+    pixels = rng.random((1, 3, shapes.image_size, shapes.image_size), np.float32)
+    instruction = np.full((1, 20), 10, np.int64)
+    embeds = (0.02 * rng.standard_normal((1, prompt, shapes.hidden_size))).astype(np.float32)
+    features = backend.encode_image(pixels)
+    found = {
+        "vision": milliseconds(lambda: backend.encode_image(pixels), runs),
+        "qformer": milliseconds(lambda: backend.query_image(features, instruction), runs),
+        f"prefill of {prompt}": milliseconds(lambda: backend.new_decoder(prompt + 16).prefill(embeds), runs),
+    }
+    decoder = backend.new_decoder(prompt + 16)
+    decoder.prefill(embeds)
+
+    def go(count: int) -> None:
+        decoder.read([5] * count)
+        decoder.rewind(prompt)
+
+    return found | {f"pass over {count}": milliseconds(partial(go, count), 2 * runs) for count in TOKENS}
+
+
+@app.command(help=__doc__)
+def main_command(
+    bundle: Annotated[Path, typer.Option(help="A bundle.")],
+    variant: Annotated[str | None, typer.Option(help="Of it.", show_default="as cbedge chooses")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    prompt: Annotated[int, typer.Option(min=1, help="Embeddings read before.")] = 80,
+    runs: Annotated[int, typer.Option(min=1, help="Of each stage; twice as many of a pass.")] = 20,
+) -> None:
+    """Measure and print as JSON."""
+    generator = ReportGenerator.from_pretrained(bundle, variant, device)
+    record: dict[str, Any] = {"variant": generator.variant, "device": generator.backend.device}
+    typer.echo(json.dumps(record | {"ms": measure(generator, prompt, runs), "machine": machine()}, indent=1))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
