@@ -227,6 +227,9 @@ def _stand_in_prompt(job: Job) -> list[int]:
 
 
 RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
+    "cbedge q4a8": lambda job: cbedge_runner(job, "q4a8", "phrasebook"),
+    "cbedge q4a8, kept to a template": lambda job: cbedge_runner(job, "q4a8", "template"),
+    "cbedge q4a8, one token a pass": lambda job: cbedge_runner(job, "q4a8"),
     "cbedge int4": lambda job: cbedge_runner(job, "int4", "phrasebook"),
     "cbedge int4, kept to a template": lambda job: cbedge_runner(job, "int4", "template"),
     "cbedge int4, one token a pass": lambda job: cbedge_runner(job, "int4"),

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cbedge.backends.onnx import choose_device
+from cbedge.backends import choose_variant
+from cbedge.backends.int8 import Table
 from cbedge.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding
 from cbedge.errors import OutputError
@@ -76,8 +77,7 @@ def bench(
         BundleError, DeviceError: as :meth:`ReportGenerator.from_pretrained`.
     """
     bundle = open_bundle(model)
-    usual = bundle.variant(gpu=choose_device(device) == "cuda")[0]
-    names = [bundle.variant(name)[0] for name in variants] or [usual]
+    names = [bundle.variant(name)[0] for name in variants] or [choose_variant(bundle, None, device)[0]]
     progress("memory bandwidth")
     bandwidth = read_bandwidth(threads)
     rows = []
@@ -279,7 +279,7 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
     first = [sum(asdict(d.timings)[stage] for stage in ("read", "vision", "qformer", "prefill")) for d in drafts]
     # The stop token is a token too; what opened the draft was read, not written.
     written = [max(1, d.new_tokens - d.opening_tokens + d.complete) for d in drafts]
-    passes = [max(1, count - 1 - d.accepted_tokens) for count, d in zip(written, drafts, strict=True)]
+    passes = [d.passes or max(1, count - 1) for count, d in zip(written, drafts, strict=True)]
     decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
     read = _bytes_a_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))
     used = statistics.median(read * n / s for n, s in zip(passes, decode_s, strict=True))
@@ -368,9 +368,11 @@ def _bytes_a_pass(bundle: Bundle, variant: str, length: float) -> int:
     chosen = bundle.manifest.variants[variant]
     graphs = {chosen.graphs["decoder_model_merged"]} if chosen.graphs else set(chosen.data)
     names = graphs | {n for n in chosen.data if n.startswith("decoder_model_merged")}
+    tables = [Table.read(bundle.folder / name) for name in names if name.endswith(".json")]
+    wider = sum(p.rows * p.columns - p.stored_bytes for table in tables for p in table.products)  # made at loading
     shapes = bundle.manifest.shapes
     cache = 2 * shapes.num_layers * shapes.num_key_value_heads * shapes.head_size * 4 * length
-    return int(sum(bundle.manifest.files[name].size for name in names) + cache)
+    return int(sum(bundle.manifest.files[name].size for name in names) + wider + cache)
 
 
 def _peak_memory(children: bool = False) -> float:

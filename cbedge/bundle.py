@@ -30,6 +30,7 @@ TEMPLATES = "templates.npz"
 GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 FOR_GPUS = ("q4f16", "fp16")  # variants, the best first
+IN_INT8 = "q4a8"  # the variant that reads int4's weights and multiplies in 8-bit integers
 ENCODER = "encoder_model"  # a fifth graph, of a language model that has an encoder (Flan-T5)
 BACKENDS = ("onnx", "torch_nf4")
 DEFAULT_BUNDLE = Path(__file__).parent / "models" / "default"
@@ -126,17 +127,13 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
-    def variant(self, name: str | None = None, gpu: bool = False) -> tuple[str, Variant]:
-        """The named variant, or the default one, as (name, variant).
-
-        Where none is named and it is to run on a GPU, :data:`FOR_GPUS` come before the default: ONNX Runtime has
-        attention with a cache in place for 16 bits alone there.
+    def variant(self, name: str | None = None) -> tuple[str, Variant]:
+        """The named variant, or the default one, as (name, variant); a machine may have a better one: see
+        :func:`cbedge.backends.choose_variant`.
 
         Raises:
             BundleError: the bundle has no such variant.
         """
-        if gpu and name is None:
-            name = next((one for one in FOR_GPUS if one in self.manifest.variants), None)
         name = name or self.manifest.default_variant
         if name not in self.manifest.variants:
             known = ", ".join(self.manifest.variants)

@@ -243,13 +243,16 @@ def batch_command(
     if parquet is not None:
         _check_output(parquet, force)
     items = [replace(item, image=item.image.absolute()) for item in batch.find_items(studies)]
+    from cbedge.backends import choose_variant
     from cbedge.bundle import open_bundle
     from cbedge.generator import ReportGenerator, check_template
 
     if engine not in ("local", "ray"):
         raise OutputError(f"unknown engine {engine[:20]!r}; give local or ray")
     bundle = open_bundle(model)
-    name = bundle.variant(variant)[0]
+    name = bundle.variant(variant)[0]  # with Ray, whose machines differ, every one takes the bundle's own
+    if engine == "local":
+        name, device = choose_variant(bundle, variant, device)
     wording = None if template is None else check_template(bundle, _read_text(template))
     if engine == "ray":
         bundle.verify()

@@ -241,39 +241,39 @@ def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_ne
 class GuessLength:
     """How many tokens to guess ahead: the number that promises most tokens a second, from what was measured so far.
 
-    A pass over 1 + k tokens takes longer than over one, and the more so on a CPU; how often guesses hold depends on the
+    A pass over 1 + k tokens takes longer than over one, and the more so on a CPU; how many guesses hold depends on the
     report. Both are learnt while writing, and nothing is guessed where nothing is to be won. Only speed hangs on it.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._held, self._tried = 3.0, 4.0  # a little optimism to begin with
+        # How often the first k guesses of a pass all hold: a little optimism to begin with.
+        self._held = 0.75 ** np.arange(MAX_GUESSES + 1)
+        self._hoped = self._held.copy()
         self._passes = 0
 
     def choose(self) -> int:
         """How many tokens to guess now."""
         if len(self._seconds) < 2:
             return 4 if 4 not in self._seconds else 0
-        best = max(range(MAX_GUESSES + 1), key=self._tokens_per_second)
-        if self._passes % 16 == 15:  # now and then a neighbour, or what was slow once would never be measured again
-            best = min(best + 1, MAX_GUESSES) if self._passes % 32 == 15 else max(best - 1, 0)
-        return best
+        if self._passes % 32 == 31:  # now and then another, or what was slow once would never be measured again
+            return (self._passes // 32) % (MAX_GUESSES + 1)
+        return max(range(MAX_GUESSES + 1), key=self._tokens_per_second)
 
     def learn(self, guessed: int, accepted: int, seconds: float) -> None:
         """Take note of one pass."""
         self._passes += 1
-        known = self._seconds.get(guessed)
-        self._seconds[guessed] = seconds if known is None else 0.7 * known + 0.3 * seconds
-        if guessed:
-            self._held = 0.95 * self._held + accepted
-            self._tried = 0.95 * self._tried + min(accepted + 1, guessed)
-        else:  # hope comes back slowly, so that guessing is tried again
-            self._held = 0.99 * self._held + 0.03
-            self._tried = 0.99 * self._tried + 0.04
+        known = self._seconds.get(guessed, seconds)
+        # A pass that something else held up says little of the next one.
+        self._seconds[guessed] = known + (seconds - known) * (0.5 if seconds < known else 0.1)
+        for count in range(1, guessed + 1):
+            self._held[count] += 0.1 * ((accepted >= count) - self._held[count])
+        if not guessed:  # hope comes back slowly, so that guessing is tried again
+            self._held += 0.01 * (self._hoped - self._held)
 
     def _tokens_per_second(self, guesses: int) -> float:
-        share = min(0.99, self._held / self._tried)
-        return (1 - share ** (guesses + 1)) / (1 - share) / self._cost(guesses)
+        held = np.minimum.accumulate(self._held[: guesses + 1])
+        return float(held.sum()) / self._cost(guesses)
 
     def _cost(self, guesses: int) -> float:
         """Seconds of a pass: as measured, or on the line through what was measured."""

@@ -18,10 +18,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from cbedge.backends import Backend, open_backend
+from cbedge.backends import Backend, choose_variant, open_backend
 from cbedge.bundle import (
-    ENCODER,
-    FOR_GPUS,
     GATE,
     LATERAL_GATE,
     PHRASEBOOK,
@@ -121,7 +119,8 @@ class ReportGenerator:
 
         Args:
             model: folder of a bundle; default is the embedded model.
-            variant: a variant of the bundle, such as ``int4``; default is the bundle's own, or on a GPU one for GPUs.
+            variant: a variant of the bundle, such as ``int4``; default is the one that suits the machine
+                (:func:`cbedge.backends.choose_variant`).
             device: ``auto``, ``cpu`` or ``cuda``.
             threads: CPU threads; default is one a core.
 
@@ -130,13 +129,8 @@ class ReportGenerator:
             DeviceError: ONNX Runtime is not installed, or CUDA was asked for and is not to be had.
         """
         bundle = open_bundle(model)
-        name, chosen = bundle.variant(variant)
-        if chosen.backend == "onnx":  # what is not installed is told before files are read
-            from cbedge.backends.onnx import choose_device
-
-            name, chosen = bundle.variant(variant, gpu=choose_device(device) == "cuda")
-            if device == "auto" and name not in FOR_GPUS and ENCODER not in chosen.graphs:
-                device = "cpu"  # where it is quicker: see Bundle.variant
+        name, device = choose_variant(bundle, variant, device)  # what is not installed is told before files are read
+        chosen = bundle.manifest.variants[name]
         files = bundle.variant_files(chosen)
         bundle.verify(files, sizes_alone=True)
         with ThreadPoolExecutor(1) as pool:  # hashes are computed while graphs load: a user waits for a cold start
@@ -636,7 +630,7 @@ class ReportStream(Iterator[str]):
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),
-            guessed_tokens=drafting.guessed, accepted_tokens=drafting.accepted,
+            guessed_tokens=drafting.guessed, accepted_tokens=drafting.accepted, passes=drafting.steps,
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
 

@@ -93,7 +93,8 @@ class Report:
         image_sha256: of the input file; ``lateral_sha256`` of the lateral radiograph's, where there was one.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
             ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
-        guessed_tokens, accepted_tokens: what was guessed ahead, and how much of it the model agreed to.
+        guessed_tokens, accepted_tokens: what was guessed ahead, and how much of it the model agreed to; ``passes``: of
+            the language model over that, 0 where nothing is guessed.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
     """
@@ -117,6 +118,7 @@ class Report:
     opening_tokens: int
     guessed_tokens: int
     accepted_tokens: int
+    passes: int
     timings: Timings
     lateral_sha256: str | None = None
     template: str | None = None

@@ -26,7 +26,9 @@ def export(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, fp16, int8, int4 (or q4), q4f16, nf4, or all; repeated, the first is the default."),
+        typer.Option(
+            help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4, or all; repeated, the first is the default."
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
@@ -75,7 +77,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
     """Export one bundle."""
-    wanted = _variants(variant or ["int4"])
+    wanted = _variants(variant or ["int4"], told=lambda text: typer.echo(text, err=True))
     if vocabulary not in ("full", "domain"):
         raise ValueError(f"unknown vocabulary {vocabulary!r}; give full or domain")
     if vocabulary == "domain" and data is None:
@@ -127,7 +129,7 @@ def export(
         extra: dict[str, list[Path]] = {}
         console.print(f"{len(graphs['fp32'])} fp32 graphs written")
         rounded = None
-        to_round = {"int4", "q4f16"} & {*wanted} - {*(language.manifest.variants if language else ())}
+        to_round = {"int4", "q4a8", "q4f16"} & {*wanted} - {*(language.manifest.variants if language else ())}
         if algorithm == "gptq" and data is not None and to_round:
             rounded = round_for(parts, data, settings, _tell(console))
             console.print(f"{len(rounded)} weights rounded by GPTQ")
@@ -159,13 +161,20 @@ def _tell(console: Console) -> Callable[[int, int, float], None]:
     return tell
 
 
-def _variants(names: list[str]) -> tuple[str, ...]:
+def _variants(names: list[str], told: Callable[[str], None]) -> tuple[str, ...]:
+    from cbedge.backends.int8 import multiplies_exactly
+    from cbedge.bundle import IN_INT8
     from export.quantize import ALIASES, VARIANTS
 
     wanted = [one for name in names for one in (("int4", *VARIANTS) if name == "all" else (ALIASES.get(name, name),))]
     for one in wanted:
         if one not in VARIANTS:
             raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}, or all")
+    if IN_INT8 in wanted and not multiplies_exactly():  # nor could it be compared with torch here
+        if "all" not in names:
+            raise ValueError(f"{IN_INT8} needs a CPU with VNNI; or add it to a bundle with int4: export.revise --vnni")
+        told(f"{IN_INT8} is left out: this CPU has no VNNI instructions; export.revise --vnni adds it")
+        wanted = [one for one in wanted if one != IN_INT8]
     return tuple(dict.fromkeys(wanted))
 
 

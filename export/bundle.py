@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cbedge.backends import Backend, open_backend
+from cbedge.backends.int8 import Table
 from cbedge.bundle import (
     CARD,
     ENCODER,
@@ -256,14 +257,17 @@ def _graphs(files: list[Path]) -> dict[str, Path]:
 
 
 def _variant(name: str, graphs: dict[str, Path], extra: list[Path]) -> Variant:
-    data = tuple(p.name for p in [*_files(graphs), *extra] if p.suffix != ".onnx")
+    data = tuple(p.name for p in [*_files(graphs), *extra] if p not in graphs.values())
     backend = "onnx" if graphs else "torch_nf4"
     return Variant(DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data, backend)
 
 
 def _files(graphs: dict[str, Path]) -> list[Path]:
     files = list(graphs.values())
-    return files + [data for path in files if (data := path.with_suffix(".onnx_data")).is_file()]
+    files += [data for path in files if (data := path.with_suffix(".onnx_data")).is_file()]
+    for table in [table for path in graphs.values() if (table := Table.path(path)).is_file()]:
+        files += [table, *(table.parent / source for source in Table.read(table).sources)]
+    return list(dict.fromkeys(files))
 
 
 def _shapes(parts: ModelAndTokenizers) -> Shapes:

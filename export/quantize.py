@@ -25,21 +25,23 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from cbedge.backends.onnx import LOGITS_START
-from cbedge.bundle import Bundle
+from cbedge.bundle import IN_INT8, Bundle
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
+from export.int8 import multiply_in_int8
 from export.tune import tune_scales
 from training.base import ModelAndTokenizers
 
 # The quantizer tells each node that it skips, and of opsets.
 logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
 # What a variant's files are called, as Transformers.js and Optimum name them, and what it is.
-SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4f16": "_q4f16"}
+SUFFIX = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4", "q4a8": "_q4a8", "q4f16": "_q4f16"}
 DESCRIPTIONS = {
     "fp32": "32 bit weights",
     "fp16": "16 bit weights and activations, for GPUs",
     "int8": "8 bit weights, fp32 activations, for CPUs",
     "int4": "4 and 8 bit weights, fp32 activations, for CPUs",
+    "q4a8": "int4's weights, multiplied in 8-bit integers, for CPUs with VNNI",
     "q4f16": "4 and 8 bit weights, 16 bit activations, for GPUs",
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }
@@ -124,7 +126,7 @@ def write_variant(
     if name in HALF and ENCODER in paths:
         raise ExportError(f"{name}: what Flan-T5 computes does not fit 16-bit floats; give fp32, int8, int4 or nf4")
     if language is not None:
-        if name in HALF:
+        if name not in ("int8", "int4"):
             raise ExportError(f"{name}: a language model is taken from a bundle in int8 or int4 alone")
         written = quantize_image_side(paths, folder, settings, SUFFIX[name])
         return written | _language_of(language, name, folder)
@@ -134,7 +136,20 @@ def write_variant(
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded, narrow=False)
             return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
+    if name == IN_INT8:
+        return in_int8(quantize_graphs(paths, folder, settings, SUFFIX["int4"], rounded), folder)
     return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
+
+
+def in_int8(int4: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """Write the graphs that read int4's weights and multiply in 8-bit integers; returns the path of each graph.
+
+    Args:
+        int4: its graphs, in ``folder``; that of the embedding multiplies nothing and serves as it is.
+        folder: where to write.
+    """
+    target = f"{{}}{SUFFIX[IN_INT8]}.onnx"
+    return {k: path if k == EMBED else multiply_in_int8(path, folder / target.format(k)) for k, path in int4.items()}
 
 
 def _language_of(bundle: Bundle, name: str, folder: Path) -> dict[str, Path]:

@@ -16,13 +16,23 @@ import onnx
 import typer
 import yaml
 
-from cbedge.bundle import CARD, TEMPLATES, Bundle, Manifest, check_target, open_bundle, write_bundle
+from cbedge.bundle import (
+    CARD,
+    IN_INT8,
+    TEMPLATES,
+    Bundle,
+    Manifest,
+    Variant,
+    check_target,
+    open_bundle,
+    write_bundle,
+)
 from export.bundle import read_topics
 from export.card import model_card
 from export.command import run
-from export.graphs import DECODER
+from export.graphs import DECODER, EMBED
 from export.parity import Parity, VariantParity
-from export.quantize import SUFFIX, half_on_the_same_weights
+from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
 from training.templates import templates_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -54,6 +64,12 @@ def revise(
             "--gpu", help="Add q4f16, for GPUs, on int4's own weights: a graph of the decoder in 16 bits, and no more."
         ),
     ] = False,
+    vnni: Annotated[
+        bool,
+        typer.Option(
+            "--vnni", help="Add q4a8, for CPUs with VNNI, on int4's own weights: graphs that multiply 8-bit integers."
+        ),
+    ] = False,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
@@ -71,6 +87,8 @@ def revise(
     half = None
     if gpu:
         manifest, half = _with_half(source, manifest)
+    if vnni:
+        manifest = _with_int8(manifest)
     if version:
         manifest = replace(manifest, version=version)
     if openings:
@@ -97,6 +115,8 @@ def revise(
             shutil.copyfile(source.folder / name, folder / name)
         if half is not None:
             onnx.save(half, str(folder / manifest.variants["q4f16"].graphs[DECODER]))
+        if vnni:
+            in_int8({kind: folder / file for kind, file in manifest.variants["int4"].graphs.items()}, folder)
         if made is not None:
             made.save(folder / TEMPLATES)
         (folder / CARD).write_text(card, encoding="utf-8")
@@ -108,15 +128,31 @@ def revise(
 
 def _with_half(bundle: Bundle, manifest: Manifest) -> tuple[Manifest, onnx.ModelProto]:
     """The manifest with q4f16 beside int4, whose other graphs it shares, and its decoder."""
-    if "int4" not in manifest.variants or "q4f16" in manifest.variants:
-        reason = "has q4f16 already" if "q4f16" in manifest.variants else "has no int4, whose weights it would share"
-        raise ValueError(f"--gpu adds q4f16, and {manifest.name} {reason}")
-    shared = manifest.variants["int4"]
+    shared = _shared(manifest, "--gpu", "q4f16")
     half = half_on_the_same_weights(bundle.folder / shared.graphs[DECODER])
     graphs = {**shared.graphs, DECODER: f"{DECODER}{SUFFIX['q4f16']}.onnx"}
     told = "int4's weights, the decoder in 16 bit arithmetic, for GPUs"
     variants = {**manifest.variants, "q4f16": replace(shared, description=told, graphs=graphs)}
     return replace(manifest, variants=variants), half
+
+
+def _with_int8(manifest: Manifest) -> Manifest:
+    """The manifest with q4a8 beside int4, whose embedding and whose weights it reads."""
+    shared = _shared(manifest, "--vnni", IN_INT8)
+    kinds = [kind for kind in shared.graphs if kind != EMBED]
+    names = {kind: f"{kind}{SUFFIX[IN_INT8]}" for kind in kinds}
+    data = (*shared.data, *(shared.graphs[kind] for kind in kinds), *(f"{name}.json" for name in names.values()))
+    graphs = {**shared.graphs, **{kind: f"{name}.onnx" for kind, name in names.items()}}
+    variant = Variant(DESCRIPTIONS[IN_INT8], graphs, data)
+    return replace(manifest, variants={**manifest.variants, IN_INT8: variant})
+
+
+def _shared(manifest: Manifest, option: str, name: str) -> Variant:
+    """int4, on whose weights another variant is to be."""
+    if "int4" not in manifest.variants or name in manifest.variants:
+        reason = f"has {name} already" if name in manifest.variants else "has no int4, whose weights it would share"
+        raise ValueError(f"{option} adds {name}, and {manifest.name} {reason}")
+    return manifest.variants["int4"]
 
 
 def _open_with(manifest: Manifest, path: Path) -> Manifest:

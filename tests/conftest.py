@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbedge.backends.int8 import multiplies_exactly
+
 if TYPE_CHECKING:
     import httpx
 
@@ -268,6 +270,8 @@ def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
     return out
 
 
+IN_INT8 = {"q4a8"} if multiplies_exactly() else set()  # what "all" leaves out on a CPU without VNNI
+USUAL_VARIANT = "q4a8" if IN_INT8 else "int4"
 needs_default_model = pytest.mark.skipif(
     not (DEFAULT_BUNDLE / "manifest.json").is_file(), reason="the embedded default model is not in this checkout"
 )

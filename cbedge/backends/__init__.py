@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cbedge.bundle import Bundle, Variant
+from cbedge.bundle import ENCODER, FOR_GPUS, IN_INT8, Bundle, Variant
 from cbedge.decoding import Decoder
 
 if TYPE_CHECKING:
@@ -41,6 +41,36 @@ class Backend(Protocol):
     def new_decoder(self, capacity: int) -> Decoder:
         """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
         ...
+
+
+def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto") -> tuple[str, str]:
+    """The variant to run and the device to run it on, as (name, device).
+
+    Where none is named: on a GPU those for GPUs come before the bundle's default (ONNX Runtime has attention with a
+    cache in place for 16 bits alone there); on a CPU that multiplies 8-bit numbers exactly,
+    :data:`~cbedge.bundle.IN_INT8` comes before ``int4``, whose weights it reads. ``auto`` stands for the CPU where the
+    variant is none for GPUs.
+
+    Raises:
+        BundleError: the bundle has no such variant.
+        DeviceError: ONNX Runtime is not installed, or the device is not to be had.
+    """
+    usual, variant = bundle.variant(name)
+    if variant.backend != "onnx":
+        return usual, device
+    from cbedge.backends.int8 import multiplies_exactly
+    from cbedge.backends.onnx import choose_device
+
+    gpu = choose_device(device) == "cuda"
+    if name is None:
+        variants = bundle.manifest.variants
+        if gpu:
+            usual = next((one for one in FOR_GPUS if one in variants), usual)
+        if usual == "int4" and IN_INT8 in variants and (device == "auto" or not gpu) and multiplies_exactly():
+            usual = IN_INT8
+    if device == "auto" and usual not in FOR_GPUS and ENCODER not in variant.graphs:
+        device = "cpu"  # where it is quicker
+    return usual, device
 
 
 def open_backend(bundle: Bundle, variant: Variant, device: str, threads: int | None = None) -> Backend:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cbedge.backends.int8 import Table, multiplies_exactly
 from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
 from cbedge.decoding import MAX_GUESSES, Decoder
 from cbedge.errors import BundleError, DeviceError
@@ -119,6 +120,7 @@ class OnnxBackend:
         self.decoder_only = ENCODER not in variant.graphs
         if device == "cuda":
             _load_cuda_libraries()
+        self._data = variant.data
         kinds = GRAPHS if self.decoder_only else (*GRAPHS, ENCODER)
         with ThreadPoolExecutor() as pool:  # sessions load in parallel: a cold start is what a user waits for
             sessions = list(pool.map(self._session, kinds, [bundle.folder / variant.graphs[kind] for kind in kinds]))
@@ -172,6 +174,8 @@ class OnnxBackend:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
+        # The threads of one graph would go on waiting awake for a while, and take the cores from the next graph's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         provider = "CPUExecutionProvider"
         if self.device == "cuda":
             provider = "CUDAExecutionProvider"
@@ -182,6 +186,12 @@ class OnnxBackend:
             # Without fall-back, which would print and go on with the CPU.
             return onnxruntime.InferenceSession(str(path), options, providers=[(provider, how)], enable_fallback=0)
 
+        table = Table.path(path)
+        if table.name in self._data:
+            if self.device == "cuda" or not multiplies_exactly():
+                raise DeviceError("this variant is for CPUs with VNNI instructions: name another, or no variant")
+            made = Table.read(table).initializers(path.parent)
+            options.add_external_initializers([*made], [*made.values()])
         try:
             session = None
             if kind == GRAPHS[-1] and self.device == "cuda" and self.decoder_only:

@@ -11,7 +11,7 @@ from cbedge import ReportGenerator
 from cbedge.backends import open_backend
 from cbedge.bundle import open_bundle
 from cbedge.decoding import Decoding
-from tests.conftest import call_cli, run_cli, save_tiny
+from tests.conftest import IN_INT8, call_cli, run_cli, save_tiny
 from training.controls import own
 from training.datasets.iu_xray import read_studies
 from training.drafting import MAX_NEW_TOKENS, TorchDrafter
@@ -58,7 +58,8 @@ def test_graphs_write_what_torch_writes(bundle: Path) -> None:
     exact = parity["variants"]["fp32"]
     assert exact["token_agreement"] == 1
     assert max(exact["relative_errors"].values()) < 1e-4
-    assert {"fp32", "int8", "int4", "nf4"} == {*parity["variants"]}  # 16 bits do not hold what Flan-T5 computes
+    # 16 bits do not hold what Flan-T5 computes.
+    assert {"fp32", "int8", "int4", "nf4"} | IN_INT8 == {*parity["variants"]}
 
 
 def test_a_pass_over_many_tokens_says_what_single_ones_say(bundle: Path) -> None:
@@ -81,7 +82,7 @@ def _after(decoder, token: int) -> np.ndarray:
     return decoder.read([token])[0]
 
 
-@pytest.mark.parametrize("variant", ["fp32", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("variant", sorted({"fp32", "int8", "int4", "nf4"} | IN_INT8))
 def test_a_report_comes_out(bundle: Path, chest_png: Path, variant: str) -> None:
     generator = ReportGenerator.from_pretrained(bundle, variant, "cpu")
     report = generator.generate(chest_png, indication="cough", max_new_tokens=12, accept_any_image=True)

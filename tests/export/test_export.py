@@ -6,11 +6,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, call_cli
+from conftest import IN_INT8, ROOT, call_cli
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from cbedge import OutputError, ReportGenerator, open_bundle
+from cbedge.backends import choose_variant
 from cbedge.bundle import CARD
 from export.merge import MergeError, merge
 from export.quantize import Int4Settings, align_head, quantize_graphs, quantize_language_model
@@ -21,7 +22,7 @@ from training.trained import checkpoint_of, load_adapted
 def test_parity_is_measured_and_fp32_writes_what_torch_writes(tiny_bundle: Path):
     parity = json.loads((tiny_bundle.parent / "parity" / "parity.json").read_text())
     assert parity["merge_error"] <= 1e-4
-    assert set(parity["variants"]) == {"fp32", "fp16", "int8", "int4", "q4f16", "nf4"}
+    assert set(parity["variants"]) == {"fp32", "fp16", "int8", "int4", "q4f16", "nf4"} | IN_INT8
     assert max(parity["variants"]["fp32"]["graph_errors"].values()) < 1e-4
     assert parity["variants"]["fp32"]["token_agreement"] == 1
     assert parity["fp32_equal"] == parity["fp32_cases"] > 0
@@ -170,7 +171,9 @@ def test_a_language_model_that_was_not_trained_on_is_taken_as_it_is(tiny_bundle:
     assert not (tmp_path / "h").exists()
 
 
-def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cpu, both = tmp_path / "cpu", tmp_path / "both"
     assert call_cli("export.revise", tiny_bundle, "--out", cpu, "--keep", "int4").returncode == 0
     done = call_cli("export.revise", cpu, "--out", both, "--gpu")
@@ -184,8 +187,9 @@ def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(tiny_bundle: Path, 
         decoder = generator.backend.new_decoder(12)
         logits.append([decoder.prefill(embeds), decoder.read([5, 6, 7])[2].copy()])
     assert np.corrcoef(np.ravel(logits[0]), np.ravel(logits[1]))[0, 1] > 0.999
-    assert exact.bundle.variant(gpu=True)[0] == "q4f16" and exact.bundle.variant()[0] == "int4"
-    assert exact.bundle.variant("int4", gpu=True)[0] == "int4" and open_bundle(cpu).variant(gpu=True)[0] == "int4"
+    monkeypatch.setattr("cbedge.backends.onnx.choose_device", lambda name: "cuda")
+    assert choose_variant(exact.bundle) == ("q4f16", "auto") and exact.bundle.variant()[0] == "int4"
+    assert choose_variant(exact.bundle, "int4") == choose_variant(open_bundle(cpu)) == ("int4", "cpu")
     for folder, reason in ((both, "has q4f16 already"), (tmp_path / "int8", "has no int4")):
         if folder.name == "int8":
             assert call_cli("export.revise", tiny_bundle, "--out", folder, "--keep", "int8").returncode == 0

@@ -1,0 +1,235 @@
+"""A quantized variant's graphs with linear layers multiplied in 8-bit integers, on the same stored weights.
+
+Activations are rounded to 8 bits token by token, each by its own largest value: a token's result hangs on no other that
+is read in the same pass, and sums are exact, so guessing ahead stays lossless. Where a LayerNorm gives a product its
+input, scales are moved from activations to weights channel by channel (SmoothQuant, Xiao et al., ICML 2023,
+arXiv:2211.10438); how large a channel becomes is taken from the LayerNorm's own scale and bias, so that no radiograph
+is needed, and powers of two keep what it computes exact.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+
+from cbedge.backends.int8 import Product, Table
+from export.graphs import ExportError
+
+_DOMAIN = "cbedge"
+_EXTERNAL = 1024  # bytes from which on a tensor is read from the file where it lies
+_MIGRATION = 0.75  # how much of the activations' range the weights take over, as SmoothQuant's alpha
+_DEVIATIONS = 3  # of a channel, that its activations are taken to reach
+_MOST = 7  # of an exponent
+
+
+def multiply_in_int8(source: Path, target: Path) -> Path:
+    """Write the graph that computes what the quantized graph ``source`` does, and its table; returns ``target``.
+
+    Args:
+        source: with ``MatMulNBits``, in the folder of ``target``.
+        target: the graph to write; beside it, with ``.json``, its :class:`~cbedge.backends.int8.Table`.
+
+    Raises:
+        ExportError: no product can be multiplied so.
+    """
+    model = onnx.load(str(source), load_external_data=False)
+    graph = model.graph
+    stored = _Stored(source, graph)
+    chosen = [node for node in graph.node if node.op_type == "MatMulNBits" and stored.holds(node)]
+    if not chosen:
+        raise ExportError(f"{source.name} has no product with 4- or 8-bit weights without zero points")
+    names = {id(node): f"p{number}" for number, node in enumerate(chosen)}
+    smoothed = _smooth(graph, chosen, stored)
+    nodes: list[NodeProto] = []
+    products, rounded = [], set()
+    for node in graph.node:
+        if id(node) not in names:
+            nodes.append(node)
+            continue
+        (read, *_), (written,), name = node.input, node.output, names[id(node)]
+        if read not in rounded:
+            rounded.add(read)
+            nodes.append(helper.make_node("Round", [read], [f"{read}/int8", f"{read}/scale"], domain=_DOMAIN))
+        biased = len(node.input) > 5 and node.input[5]
+        result = f"{written}/unbiased" if biased else written
+        inputs = [f"{read}/int8", f"{read}/scale", f"{name}/weights", f"{name}/scales"]
+        nodes.append(helper.make_node("Multiply", inputs, [result], domain=_DOMAIN))
+        if biased:
+            nodes.append(helper.make_node("Add", [result, node.input[5]], [written]))
+        products.append(stored.product(node, name, smoothed.get(read, ())))
+    _replace_nodes(graph, nodes)
+    stored.leave_outside(graph)
+    for product in products:
+        shape = (product.columns, product.rows)
+        graph.initializer.append(_made_at_loading(f"{product.name}/weights", TensorProto.INT8, shape))
+        graph.initializer.append(_made_at_loading(f"{product.name}/scales", TensorProto.FLOAT, (product.rows,)))
+    model.functions.extend([_round(), _multiply(), _divide()])
+    model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    target.write_bytes(model.SerializeToString())
+    Table(tuple(sorted(stored.sources)), tuple(products)).save(Table.path(target))
+    return target
+
+
+class _Stored:
+    """The tensors of a graph, and where in which file they lie."""
+
+    def __init__(self, path: Path, graph: onnx.GraphProto):
+        self._name, self._bytes = path.name, path.read_bytes()
+        self._folder = path.parent
+        self.tensors = {t.name: t for t in graph.initializer}
+        self._widened = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Cast"}
+        self.sources: set[str] = set()
+
+    def holds(self, node: NodeProto) -> bool:
+        """Whether a product's weights are known, in 4 or 8 bits around zero, and are not the head's, which the
+        embedding reads too."""
+        return (
+            "lm_head" not in node.name
+            and helper.get_node_attr_value(node, "bits") in (4, 8)
+            and node.input[1] in self.tensors
+            and self._scales(node) in self.tensors
+            and not any(node.input[3:5])
+        )
+
+    def product(self, node: NodeProto, name: str, exponents: tuple[int, ...]) -> Product:
+        """A node's line in the table."""
+        size = {key: int(helper.get_node_attr_value(node, key)) for key in ("N", "K", "bits", "block_size")}
+        file, weights = self._place(self.tensors[node.input[1]])
+        scales = self.tensors[self._scales(node)]
+        scale_file, at = self._place(scales)
+        self.sources |= {file, scale_file}
+        bits = 16 if scales.data_type == TensorProto.FLOAT16 else 32
+        sizes = (size["N"], size["K"], size["bits"], size["block_size"])
+        return Product(name, file, weights, at, bits, *sizes, exponents, "" if scale_file == file else scale_file)
+
+    def wide(self, node: NodeProto) -> np.ndarray:
+        """A product's weights, float32 [rows, columns]."""
+        return self.product(node, "", ()).widen(self._folder)
+
+    def leave_outside(self, graph: onnx.GraphProto) -> None:
+        """Drop tensors that no node reads; refer to large ones where they lie."""
+        read = {name for node in graph.node for name in node.input}
+        kept = [t for t in graph.initializer if t.name in read]
+        graph.ClearField("initializer")
+        for tensor in kept:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                self.sources.add(self._place(tensor)[0])
+            elif len(tensor.raw_data) >= _EXTERNAL:
+                file, at = self._place(tensor)
+                self.sources.add(file)
+                tensor = _external(tensor.name, tensor.data_type, tensor.dims, file, at, len(tensor.raw_data))
+            graph.initializer.append(tensor)
+
+    def _scales(self, node: NodeProto) -> str:
+        return self._widened.get(node.input[2], node.input[2])
+
+    def _place(self, tensor: TensorProto) -> tuple[str, int]:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            return where["location"], int(where.get("offset", 0))
+        at = self._bytes.find(tensor.raw_data) if tensor.raw_data else -1
+        if at < 0:
+            raise ExportError(f"{self._name}: {tensor.name} does not lie there byte by byte")
+        return self._name, at
+
+
+def _smooth(graph: onnx.GraphProto, chosen: list[NodeProto], stored: _Stored) -> dict[str, tuple[int, ...]]:
+    """Have each LayerNorm that feeds products alone divide its channels by powers of two; returns the exponents."""
+    found: dict[str, tuple[int, ...]] = {}
+    for norm in [node for node in graph.node if node.op_type == "LayerNormalization" and len(node.input) == 3]:
+        output = norm.output[0]
+        readers = [node for node in graph.node if output in node.input]
+        if not readers or not all(any(node is one for one in chosen) for node in readers):
+            continue
+        if not all(name in stored.tensors for name in norm.input[1:]):
+            continue
+        scale, bias = (np.abs(numpy_helper.to_array(stored.tensors[name])) for name in norm.input[1:])
+        reach = _DEVIATIONS * scale + bias
+        weights = np.max([np.abs(stored.wide(node)).max(0) for node in readers], axis=0)
+        factors = np.log2(np.maximum(reach, 1e-9) ** _MIGRATION / np.maximum(weights, 1e-9) ** (1 - _MIGRATION))
+        exponents = np.clip(np.rint(factors - factors.mean()), -_MOST, _MOST).astype(np.int8)
+        found[output] = tuple(exponents.tolist())
+        shared = f"{output}/exponents"
+        graph.initializer.append(numpy_helper.from_array(exponents, shared))
+        for place in (1, 2):
+            divided = f"{output}/{norm.input[place]}"
+            at = next(i for i, node in enumerate(graph.node) if node.output[0] == output)
+            graph.node.insert(at, helper.make_node("Divide", [norm.input[place], shared], [divided], domain=_DOMAIN))
+            graph.node[at + 1].input[place] = divided
+    return found
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
+    """Put nodes into a graph, but for those whose results nothing reads any more."""
+    read = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in nodes if any(name in read for name in node.output)]
+    for node in kept:
+        node.ClearField("metadata_props")  # where in torch it came from, longer than all the rest
+    graph.ClearField("node")
+    graph.node.extend(kept)
+    graph.ClearField("value_info")
+
+
+def _made_at_loading(name: str, kind: int, shape: tuple[int, ...]) -> TensorProto:
+    """A tensor that the runtime makes: it lies in no file."""
+    return _external(name, kind, shape, "made-at-loading", 0, 0)
+
+
+def _external(name: str, kind: int, shape: Iterable[int], file: str, offset: int, length: int) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", file), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def _constant(name: str, value: np.ndarray) -> NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+
+
+def _function(name: str, inputs: list[str], outputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_function(_DOMAIN, name, inputs, outputs, nodes, opsets)
+
+
+def _round() -> FunctionProto:
+    """float32 [..., K] → uint8 [..., K] around 128, and the scale of each row, float32 [..., 1]."""
+    node = helper.make_node
+    return _function("Round", ["x"], ["rounded", "scale"], [
+        _constant("last", np.array([-1], np.int64)), _constant("least", np.array(1e-9, np.float32)),
+        _constant("step", np.array(1 / 127, np.float32)), _constant("one", np.array(1, np.float32)),
+        _constant("middle", np.array(128, np.uint8)),
+        node("Abs", ["x"], ["sizes"]), node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
+        node("Max", ["largest", "least"], ["some"]), node("Mul", ["some", "step"], ["scale"]),
+        node("Div", ["x", "scale"], ["steps"]), node("QuantizeLinear", ["steps", "one", "middle"], ["rounded"]),
+    ])  # fmt: skip
+
+
+def _multiply() -> FunctionProto:
+    """uint8 [..., K], float32 [..., 1], int8 [K, N], float32 [N] → float32 [..., N]."""
+    node = helper.make_node
+    return _function("Multiply", ["x", "scale", "weights", "scales"], ["y"], [
+        _constant("one", np.array(1, np.float32)), _constant("middle", np.array(128, np.uint8)),
+        node("MatMulIntegerToFloat", ["x", "weights", "one", "scales", "middle"], ["sum"], domain="com.microsoft"),
+        node("Mul", ["sum", "scale"], ["y"]),
+    ])  # fmt: skip
+
+
+def _divide() -> FunctionProto:
+    """float32 [K] divided by two to the power of int8 [K]; computed when a session loads."""
+    node = helper.make_node
+    return _function("Divide", ["x", "exponents"], ["y"], [
+        _constant("two", np.array(2, np.float32)), node("Cast", ["exponents"], ["wide"], to=TensorProto.FLOAT),
+        node("Pow", ["two", "wide"], ["powers"]), node("Div", ["x", "powers"], ["y"]),
+    ])  # fmt: skip
+
+
+def write_probe(path: Path) -> None:
+    """Write the graph with which :func:`cbedge.backends.int8.multiplies_exactly` looks at a processor."""
+    product = helper.make_node("MatMulInteger", ["left", "right"], ["products"])
+    values = [("left", TensorProto.UINT8), ("right", TensorProto.INT8), ("products", TensorProto.INT32)]
+    left, right, products = (helper.make_tensor_value_info(name, kind, [None, None]) for name, kind in values)
+    graph = helper.make_graph([product], "probe", [left, right], [products])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path.write_bytes(model.SerializeToString())

@@ -1,0 +1,151 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import IN_INT8, call_cli
+from onnx import TensorProto, helper, numpy_helper
+
+from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
+from cbedge.backends import choose_variant, int8, open_backend
+from cbedge.backends.int8 import Product, Table
+from export.int8 import multiply_in_int8, write_probe
+from export.quantize import Int4Settings, quantize_language_model
+
+needs_vnni = pytest.mark.skipif(not IN_INT8, reason="this processor has no VNNI instructions")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int4, and q4a8 on its weights, as export.revise adds it."""
+    folder = tmp_path_factory.mktemp("int8")
+    for source, out, *options in ((tiny_bundle, "int4", "--keep", "int4"), (folder / "int4", "both", "--vnni")):
+        done = call_cli("export.revise", source, "--out", folder / out, *options)
+        assert done.returncode == 0, done.stderr
+    return folder / "both"
+
+
+def test_a_processor_is_asked_with_the_graph_that_export_writes(tmp_path: Path):
+    write_probe(tmp_path / "probe.onnx")
+    assert (tmp_path / "probe.onnx").read_bytes() == int8._PROBE.read_bytes()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_come_out_as_they_were_stored(bits: int, tmp_path: Path):
+    rows, columns, block = 48, 80, 32  # the last block of a row is filled up
+    weights = np.random.default_rng(bits).standard_normal((columns, rows)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="up_proj")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in
+              (("x", columns), ("y", rows))]  # fmt: skip
+    graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weights, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    eight = "." if bits == 8 else "$^"
+    settings = Int4Settings(block_size=block, eight_bits_block_size=block, eight_bits=eight)
+    onnx.save(quantize_language_model(model, settings), str(tmp_path / "g_q4.onnx"))
+    multiply_in_int8(tmp_path / "g_q4.onnx", tmp_path / "g.onnx")
+    (product,) = Table.read(tmp_path / "g.json").products
+    assert (product.rows, product.columns, product.bits) == (rows, columns, bits)
+    step = np.abs(weights).max(0) / 2 ** (bits - 1)  # of a column, at most
+    assert (np.abs(product.widen(tmp_path).T - weights) <= step).all()
+    rounded, scales = product.load(tmp_path)
+    assert rounded.dtype == np.int8 and rounded.shape == (columns, rows) and np.abs(rounded).max(0).min() == 127
+    assert (np.abs(rounded * scales - product.widen(tmp_path).T) <= scales / 2 * 1.001).all()
+
+
+def test_nothing_is_stored_twice(bundle: Path):
+    added = {f.name for f in bundle.iterdir()} - {f.name for f in (bundle.parent / "int4").iterdir()}
+    kinds = ("vision_encoder", "qformer", "decoder_model_merged")
+    assert added == {f"{kind}_q4a8.{end}" for kind in kinds for end in ("onnx", "json")}
+    for name in added:
+        assert (bundle / name).stat().st_size < 100_000
+    variant = open_bundle(bundle).manifest.variants["q4a8"]
+    for kind in kinds:
+        assert {*Table.read(bundle / f"{kind}_q4a8.json").sources} <= {*variant.data}
+
+
+@needs_vnni
+def test_graphs_compute_what_int4_computes(bundle: Path):
+    opened = open_bundle(bundle)
+    exact, quick = (open_backend(opened, opened.variant(name)[1], "cpu", 2) for name in ("int4", "q4a8"))
+    rng = np.random.default_rng(0)
+    size = opened.manifest.shapes.image_size
+    pixels = rng.standard_normal((1, 3, size, size)).astype(np.float32)
+    features = exact.encode_image(pixels)
+    asked = [backend.query_image(features, np.array([[5, 6, 7]])) for backend in (exact, quick)]
+    embeds = rng.standard_normal((1, 12, opened.manifest.shapes.hidden_size)).astype(np.float32)
+    pairs = [
+        (features, quick.encode_image(pixels)), (asked[0].embeds, asked[1].embeds),
+        (exact.new_decoder(16).prefill(embeds), quick.new_decoder(16).prefill(embeds)),
+    ]  # fmt: skip
+    for wanted, found in pairs:
+        assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+    assert not np.array_equal(*pairs[-1])
+
+
+@needs_vnni
+def test_a_token_hangs_on_no_other_of_its_pass(bundle: Path):
+    opened = open_bundle(bundle)
+    backend = open_backend(opened, opened.variant("q4a8")[1], "cpu", 2)
+    embeds = np.random.default_rng(1).standard_normal((1, 9, opened.manifest.shapes.hidden_size)).astype(np.float32)
+    together, alone = backend.new_decoder(40), backend.new_decoder(40)
+    assert np.array_equal(together.prefill(embeds), alone.prefill(embeds))
+    tokens = [9, 4, 300, 7, 7, 12]
+    rows = together.read(tokens).copy()
+    assert np.allclose(rows, [alone.read([token])[-1].copy() for token in tokens], atol=1e-4)
+
+
+@needs_vnni
+def test_it_is_taken_on_such_a_processor_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = open_bundle(bundle)
+    assert choose_variant(opened) == ("q4a8", "cpu") and choose_variant(opened, "int4") == ("int4", "cpu")
+    monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
+    monkeypatch.setattr("cbedge.backends.onnx.multiplies_exactly", lambda: False)
+    assert choose_variant(opened) == ("int4", "cpu")
+    with pytest.raises(DeviceError, match="VNNI"):
+        ReportGenerator.from_pretrained(bundle, "q4a8")
+
+
+def test_without_such_a_processor_it_is_not_exported(monkeypatch: pytest.MonkeyPatch):
+    from export.__main__ import _variants
+
+    monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
+    told: list[str] = []
+    assert "q4a8" not in _variants(["all"], told.append) and "q4a8 is left out" in told[0]
+    with pytest.raises(ValueError, match="VNNI"):
+        _variants(["q4a8"], told.append)
+
+
+def test_it_is_added_once_and_to_int4_alone(bundle: Path, tiny_bundle: Path, tmp_path: Path):
+    assert call_cli("export.revise", tiny_bundle, "--out", tmp_path / "fp32", "--keep", "fp32").returncode == 0
+    for folder, reason in ((bundle, "has q4a8 already"), (tmp_path / "fp32", "has no int4")):
+        refused = call_cli("export.revise", folder, "--out", tmp_path / "other", "--vnni")
+        assert refused.returncode and reason in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"sources": [], "products": [{"name": "p0"}]}', "elsewhere"])
+def test_a_damaged_table_is_told(damage: str, bundle: Path, tmp_path: Path):
+    path = tmp_path / "qformer_q4a8.json"
+    shutil.copyfile(bundle / path.name, path)
+    text = path.read_text()
+    path.write_text(text.replace('"qformer_q4.onnx"', '"../qformer.onnx"', 1) if damage == "elsewhere" else damage)
+    with pytest.raises(BundleError, match=r"qformer_q4a8\.json"):
+        Table.read(path)
+
+
+def test_a_file_that_is_too_short_is_told(bundle: Path, tmp_path: Path):
+    table = Table.read(bundle / "qformer_q4a8.json")
+    (tmp_path / table.sources[0]).write_bytes(b"short")
+    with pytest.raises(BundleError, match=r"does not hold p0"):
+        table.initializers(tmp_path)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path):
+    products = (
+        Product("p0", "a", 1, 2, 16, 3, 4, 4, 32, (0, -1, 2, 7)),
+        Product("p1", "a", 1, 2, 32, 3, 4, 8, 32, (), "b"),
+    )
+    Table(("a", "b"), products).save(tmp_path / "t.json")
+    assert Table.read(tmp_path / "t.json") == Table(("a", "b"), products)
+    assert len(json.loads((tmp_path / "t.json").read_text())["products"]) == 2
