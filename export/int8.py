@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
-from cbedge.backends.int8 import Product, Table
+from cbedge.backends.int8 import Product, Table, read_files
 from export.graphs import ExportError
 
 _DOMAIN = "cbedge"
@@ -106,7 +106,8 @@ class _Stored:
 
     def wide(self, node: NodeProto) -> np.ndarray:
         """A product's weights, float32 [rows, columns]."""
-        return self.product(node, "", ()).widen(self._folder)
+        product = self.product(node, "", ())
+        return product.widen(read_files(self._folder, {product.file, product.scale_file} - {""}))
 
     def leave_outside(self, graph: onnx.GraphProto) -> None:
         """Drop tensors that no node reads; refer to large ones where they lie."""

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant, int8, open_backend
-from cbedge.backends.int8 import Product, Table
+from cbedge.backends.int8 import Product, Table, read_files
 from export.int8 import multiply_in_int8, write_probe
 from export.quantize import Int4Settings, quantize_language_model
 
@@ -45,13 +45,14 @@ def test_weights_come_out_as_they_were_stored(bits: int, tmp_path: Path):
     settings = Int4Settings(block_size=block, eight_bits_block_size=block, eight_bits=eight)
     onnx.save(quantize_language_model(model, settings), str(tmp_path / "g_q4.onnx"))
     multiply_in_int8(tmp_path / "g_q4.onnx", tmp_path / "g.onnx")
-    (product,) = Table.read(tmp_path / "g.json").products
+    table = Table.read(tmp_path / "g.json")
+    (product,), files = table.products, read_files(tmp_path, table.sources)
     assert (product.rows, product.columns, product.bits) == (rows, columns, bits)
     step = np.abs(weights).max(0) / 2 ** (bits - 1)  # of a column, at most
-    assert (np.abs(product.widen(tmp_path).T - weights) <= step).all()
-    rounded, scales = product.load(tmp_path)
+    assert (np.abs(product.widen(files).T - weights) <= step).all()
+    rounded, scales = product.load(files)
     assert rounded.dtype == np.int8 and rounded.shape == (columns, rows) and np.abs(rounded).max(0).min() == 127
-    assert (np.abs(rounded * scales - product.widen(tmp_path).T) <= scales / 2 * 1.001).all()
+    assert (np.abs(rounded * scales - product.widen(files).T) <= scales / 2 * 1.001).all()
 
 
 def test_nothing_is_stored_twice(bundle: Path):

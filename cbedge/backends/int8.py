@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _PROBE = Path(__file__).parent / "int8_probe.onnx"
 _LIMIT = 127  # of weights' absolute values
+_ROWS = 256  # of weights that are rounded at a time
+Files = Mapping[str, np.ndarray]  # the bytes of files by name, as read_files gives them
 
 
 @dataclass(frozen=True)
@@ -63,38 +66,50 @@ class Product:
         """What its weights take in the file, without scales."""
         return self.rows * self.blocks * self.block_size * self.bits // 8
 
-    def load(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Weights, int8 [columns, rows], and the scale of each row, float32 [rows]."""
-        wide = self.widen(folder)
-        if self.exponents:
-            wide *= np.exp2(np.array(self.exponents, np.float32))
-        scales = np.maximum(wide.max(1), -wide.min(1)) / _LIMIT
-        scales[scales == 0] = 1
-        wide /= scales[:, None]
-        np.rint(wide, out=wide)
-        return np.ascontiguousarray(wide.astype(np.int8).T), scales
+    def load(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
+        """Weights, int8 [columns, rows], and the scale of each row, float32 [rows].
 
-    def widen(self, folder: Path) -> np.ndarray:
+        A user waits for this at every cold start: some rows at a time stay in a core's cache.
+        """
+        raw, scales = self._stored(files)
+        steps = np.abs(scales).max(1) * (2 ** (self.bits - 1) / _LIMIT)  # which the largest integer would need
+        steps[steps == 0] = 1
+        scales /= steps[:, None]
+        powers = np.exp2(np.array(self.exponents, np.float32)) if self.exponents else None
+        weights = np.empty((self.columns, self.rows), np.int8)
+        for first in range(0, self.rows, _ROWS):
+            part = slice(first, first + _ROWS)
+            wide = self._widen(raw[part], scales[part])
+            if powers is not None:
+                wide *= powers
+                more = np.maximum(wide.max(1), -wide.min(1)) / _LIMIT
+                more[more == 0] = 1
+                wide /= more[:, None]
+                steps[part] *= more
+            np.rint(wide, out=wide)
+            weights[:, part] = wide.astype(np.int8).T
+        return weights, steps
+
+    def widen(self, files: Files) -> np.ndarray:
         """The weights as they are stored, float32 [rows, columns]."""
-        shape = (self.rows, self.blocks, self.block_size * self.bits // 8)
-        raw: np.ndarray = np.memmap(folder / self.file, np.uint8, "r", self.weights, shape)
+        return self._widen(*self._stored(files))
+
+    def _stored(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
+        """Integers, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks]."""
+        raw = files[self.file][self.weights : self.weights + self.stored_bytes]
         kind = np.float16 if self.scale_bits == 16 else np.float32
-        scales = np.memmap(
-            folder / (self.scale_file or self.file),
-            np.uint8,
-            "r",
-            self.scales,
-            (self.rows * self.blocks * kind().nbytes,),
-        )
+        end = self.scales + self.rows * self.blocks * kind().nbytes
+        scales = files[self.scale_file or self.file][self.scales : end].view(kind).astype(np.float32)
+        return raw.reshape(self.rows, self.blocks, -1), scales.reshape(self.rows, self.blocks)
+
+    def _widen(self, raw: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Some rows of both → float32 [rows, columns]."""
         if self.bits == 4:
-            halves = np.empty((*shape, 2), np.uint8)
-            np.bitwise_and(raw, 15, out=halves[..., 0])
-            np.right_shift(raw, 4, out=halves[..., 1])
-            raw = halves.reshape(self.rows, self.blocks, self.block_size)
+            raw = np.stack([raw & 15, raw >> 4], axis=-1).reshape(*scales.shape, self.block_size)
         wide = raw.astype(np.float32)
         wide -= 2 ** (self.bits - 1)
-        wide *= scales.view(kind).astype(np.float32).reshape(self.rows, self.blocks, 1)
-        return wide.reshape(self.rows, -1)[:, : self.columns]
+        wide *= scales[:, :, None]
+        return wide.reshape(len(wide), -1)[:, : self.columns]
 
 
 @dataclass(frozen=True)
@@ -149,14 +164,20 @@ class Table:
         import onnxruntime
 
         made = {}
+        files = read_files(folder, self.sources)
         for product in self.products:
             try:
-                weights, scales = product.load(folder)
-            except (OSError, ValueError):
+                weights, scales = product.load(files)
+            except ValueError:  # a slice that ends too soon has another shape
                 raise BundleError(f"{product.file} does not hold {product.name}: export the bundle again") from None
             for part, array in (("weights", weights), ("scales", scales)):
                 made[f"{product.name}/{part}"] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         return made
+
+
+def read_files(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The bytes of some files, uint8 [size], read when they are looked at."""
+    return {name: np.asarray(np.memmap(folder / name, np.uint8, "r")) for name in names}
 
 
 @cache
