@@ -15,7 +15,8 @@ from cbedge.phrasebook import GuessSource
 
 MAX_BEAMS = 8
 MAX_CANDIDATES = 32
-MAX_GUESSES = 8
+MAX_GUESSES = 16
+_HOPE = 0.75  # how often a guess holds, before any was made
 PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
 
 
@@ -247,9 +248,8 @@ class GuessLength:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        # How often the first k guesses of a pass all hold: a little optimism to begin with.
-        self._held = 0.75 ** np.arange(MAX_GUESSES + 1)
-        self._hoped = self._held.copy()
+        # How often each guess of a pass holds where those before it do: a little optimism to begin with.
+        self._holds = np.full(MAX_GUESSES, _HOPE)
         self._passes = 0
 
     def choose(self) -> int:
@@ -266,14 +266,13 @@ class GuessLength:
         known = self._seconds.get(guessed, seconds)
         # A pass that something else held up says little of the next one.
         self._seconds[guessed] = known + (seconds - known) * (0.5 if seconds < known else 0.1)
-        for count in range(1, guessed + 1):
-            self._held[count] += 0.1 * ((accepted >= count) - self._held[count])
+        looked_at = min(accepted + 1, guessed)
+        self._holds[:looked_at] += 0.1 * ((np.arange(looked_at) < accepted) - self._holds[:looked_at])
         if not guessed:  # hope comes back slowly, so that guessing is tried again
-            self._held += 0.01 * (self._hoped - self._held)
+            self._holds += 0.01 * (_HOPE - self._holds)
 
     def _tokens_per_second(self, guesses: int) -> float:
-        held = np.minimum.accumulate(self._held[: guesses + 1])
-        return float(held.sum()) / self._cost(guesses)
+        return (1 + float(np.cumprod(self._holds[:guesses]).sum())) / self._cost(guesses)
 
     def _cost(self, guesses: int) -> float:
         """Seconds of a pass: as measured, or on the line through what was measured."""

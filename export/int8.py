@@ -51,10 +51,10 @@ def multiply_in_int8(source: Path, target: Path) -> Path:
         (read, *_), (written,), name = node.input, node.output, names[id(node)]
         if read not in rounded:
             rounded.add(read)
-            nodes.append(helper.make_node("Round", [read], [f"{read}/int8", f"{read}/scale"], domain=_DOMAIN))
+            nodes.append(helper.make_node("Round", [read], [f"{read}/int8", f"{read}/largest"], domain=_DOMAIN))
         biased = len(node.input) > 5 and node.input[5]
         result = f"{written}/unbiased" if biased else written
-        inputs = [f"{read}/int8", f"{read}/scale", f"{name}/weights", f"{name}/scales"]
+        inputs = [f"{read}/int8", f"{read}/largest", f"{name}/weights", f"{name}/scales"]
         nodes.append(helper.make_node("Multiply", inputs, [result], domain=_DOMAIN))
         if biased:
             nodes.append(helper.make_node("Add", [result, node.input[5]], [written]))
@@ -195,25 +195,26 @@ def _function(name: str, inputs: list[str], outputs: list[str], nodes: list[Node
 
 
 def _round() -> FunctionProto:
-    """float32 [..., K] → uint8 [..., K] around 128, and the scale of each row, float32 [..., 1]."""
+    """float32 [..., K] → uint8 [..., K] around 128, and the largest of each row, float32 [..., 1].
+
+    A row of zeros becomes NaN and some integers, which its largest, 0, makes zeros again.
+    """
     node = helper.make_node
-    return _function("Round", ["x"], ["rounded", "scale"], [
-        _constant("last", np.array([-1], np.int64)), _constant("least", np.array(1e-9, np.float32)),
-        _constant("step", np.array(1 / 127, np.float32)), _constant("one", np.array(1, np.float32)),
+    return _function("Round", ["x"], ["rounded", "largest"], [
+        _constant("last", np.array([-1], np.int64)), _constant("step", np.array(1 / 127, np.float32)),
         _constant("middle", np.array(128, np.uint8)),
         node("Abs", ["x"], ["sizes"]), node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
-        node("Max", ["largest", "least"], ["some"]), node("Mul", ["some", "step"], ["scale"]),
-        node("Div", ["x", "scale"], ["steps"]), node("QuantizeLinear", ["steps", "one", "middle"], ["rounded"]),
+        node("Div", ["x", "largest"], ["share"]), node("QuantizeLinear", ["share", "step", "middle"], ["rounded"]),
     ])  # fmt: skip
 
 
 def _multiply() -> FunctionProto:
     """uint8 [..., K], float32 [..., 1], int8 [K, N], float32 [N] → float32 [..., N]."""
     node = helper.make_node
-    return _function("Multiply", ["x", "scale", "weights", "scales"], ["y"], [
-        _constant("one", np.array(1, np.float32)), _constant("middle", np.array(128, np.uint8)),
-        node("MatMulIntegerToFloat", ["x", "weights", "one", "scales", "middle"], ["sum"], domain="com.microsoft"),
-        node("Mul", ["sum", "scale"], ["y"]),
+    return _function("Multiply", ["x", "largest", "weights", "scales"], ["y"], [
+        _constant("step", np.array(1 / 127, np.float32)), _constant("middle", np.array(128, np.uint8)),
+        node("MatMulIntegerToFloat", ["x", "weights", "step", "scales", "middle"], ["sum"], domain="com.microsoft"),
+        node("Mul", ["sum", "largest"], ["y"]),
     ])  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cbedge.backends.int8 import Table, multiplies_exactly
 from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
-from cbedge.decoding import MAX_GUESSES, Decoder
+from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 LOGITS_START = "logits_start"  # the decoder's input: from which position on logits are wanted, -1 the last alone
-_RECORDED = 1 + MAX_GUESSES  # tokens, at most, in a pass that comes again and again
+_RECORDED = 9  # tokens, at most, in a pass that comes again and again; one of more runs kernel by kernel
 _PLACES = 256  # the GPU's caches are as long as a multiple of it, so that they serve one report after another
 
 
