@@ -131,7 +131,8 @@ def main(
             16,
             "--accept-any-image",
         )
-    record["command"] = f"python -m benchmarks.large_training --shape {shape} --layers {layers} --output …"
+    kept = f" --layers {layers}" if layers else ""
+    record["command"] = f"python -m benchmarks.large_training --shape {shape}{kept} --output …"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps(record, indent=1))
