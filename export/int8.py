@@ -105,7 +105,7 @@ class _Stored:
         return Product(name, file, weights, at, bits, *sizes, exponents, "" if scale_file == file else scale_file)
 
     def wide(self, node: NodeProto) -> np.ndarray:
-        """A product's weights, float32 [rows, columns]."""
+        """A product's weights, float32 [columns, rows]."""
         product = self.product(node, "", ())
         return product.widen(read_files(self._folder, {product.file, product.scale_file} - {""}))
 
@@ -148,7 +148,7 @@ def _smooth(graph: onnx.GraphProto, chosen: list[NodeProto], stored: _Stored) ->
             continue
         scale, bias = (np.abs(numpy_helper.to_array(stored.tensors[name])) for name in norm.input[1:])
         reach = _DEVIATIONS * scale + bias
-        weights = np.max([np.abs(stored.wide(node)).max(0) for node in readers], axis=0)
+        weights = np.max([np.abs(stored.wide(node)).max(1) for node in readers], axis=0)
         factors = np.log2(np.maximum(reach, 1e-9) ** _MIGRATION / np.maximum(weights, 1e-9) ** (1 - _MIGRATION))
         exponents = np.clip(np.rint(factors - factors.mean()), -_MOST, _MOST).astype(np.int8)
         found[output] = tuple(exponents.tolist())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PROBE = Path(__file__).parent / "int8_probe.onnx"
 _LIMIT = 127  # of weights' absolute values
-_ROWS = 256  # of weights that are rounded at a time
+_COLUMNS = 128  # of weights that are rounded at a time
 Files = Mapping[str, np.ndarray]  # the bytes of files by name, as read_files gives them
 
 
@@ -69,30 +69,32 @@ class Product:
     def load(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
         """Weights, int8 [columns, rows], and the scale of each row, float32 [rows].
 
-        A user waits for this at every cold start: some rows at a time stay in a core's cache.
+        A user waits for this at every cold start: some columns at a time stay in a core's cache.
         """
         raw, scales = self._stored(files)
         steps = np.abs(scales).max(1) * (2 ** (self.bits - 1) / _LIMIT)  # which the largest integer would need
         steps[steps == 0] = 1
-        scales /= steps[:, None]
-        powers = np.exp2(np.array(self.exponents, np.float32)) if self.exponents else None
-        weights = np.empty((self.columns, self.rows), np.int8)
-        for first in range(0, self.rows, _ROWS):
-            part = slice(first, first + _ROWS)
-            wide = self._widen(raw[part], scales[part])
-            if powers is not None:
-                wide *= powers
-                more = np.maximum(wide.max(1), -wide.min(1)) / _LIMIT
-                more[more == 0] = 1
-                wide /= more[:, None]
-                steps[part] *= more
-            np.rint(wide, out=wide)
-            weights[:, part] = wide.astype(np.int8).T
-        return weights, steps
+        scales = np.ascontiguousarray((scales / steps[:, None]).T)
+        if self.exponents:
+            wide = self._widen(raw, scales)[: self.columns]
+            wide *= np.exp2(np.array(self.exponents, np.float32))[:, None]
+            more = np.maximum(wide.max(0), -wide.min(0)) / _LIMIT
+            more[more == 0] = 1
+            wide /= more
+            return np.rint(wide, out=wide).astype(np.int8), steps * more
+        weights = np.empty((self.blocks * self.block_size, self.rows), np.int8)
+        together = max(1, _COLUMNS // self.block_size)
+        for first in range(0, self.blocks, together):
+            part = slice(first, first + together)
+            wide = self._widen(raw[:, part], scales[part])
+            begin = first * self.block_size
+            weights[begin : begin + len(wide)] = np.rint(wide, out=wide)
+        return weights[: self.columns], steps
 
     def widen(self, files: Files) -> np.ndarray:
-        """The weights as they are stored, float32 [rows, columns]."""
-        return self._widen(*self._stored(files))
+        """The weights as they are stored, float32 [columns, rows]."""
+        raw, scales = self._stored(files)
+        return self._widen(raw, scales.T)[: self.columns]
 
     def _stored(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
         """Integers, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks]."""
@@ -103,13 +105,18 @@ class Product:
         return raw.reshape(self.rows, self.blocks, -1), scales.reshape(self.rows, self.blocks)
 
     def _widen(self, raw: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        """Some rows of both → float32 [rows, columns]."""
+        """Some blocks' integers, uint8 [rows, blocks, bytes], and scales, float32 [blocks, rows] → float32 [columns,
+        rows]."""
+        packed = np.ascontiguousarray(raw.reshape(self.rows, -1).T)
         if self.bits == 4:
-            raw = np.stack([raw & 15, raw >> 4], axis=-1).reshape(*scales.shape, self.block_size)
-        wide = raw.astype(np.float32)
+            wide = np.empty((2 * len(packed), self.rows), np.float32)
+            wide[0::2], wide[1::2] = packed & 15, packed >> 4
+        else:
+            wide = packed.astype(np.float32)
         wide -= 2 ** (self.bits - 1)
-        wide *= scales[:, :, None]
-        return wide.reshape(len(wide), -1)[:, : self.columns]
+        blocks = wide.reshape(-1, self.block_size, self.rows)
+        blocks *= scales[:, None]
+        return wide
 
 
 @dataclass(frozen=True)
