@@ -142,23 +142,33 @@ def _check_header(dataset, name: str, max_pixels: int) -> None:  # type: ignore[
 
 
 def _display_values(dataset) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """Pixels after modality rescale and VOI, float32; each stored value, of which there are few, is looked up once."""
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    return np.asarray(apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset, index=0))
+    def shown(values: np.ndarray) -> np.ndarray:
+        return np.asarray(apply_voi_lut(apply_modality_lut(values, dataset), dataset, index=0)).astype(np.float32)
+
+    pixels = dataset.pixel_array
+    if pixels.dtype.kind not in "iu" or pixels.dtype.itemsize > 2:
+        return shown(pixels)
+    least = int(pixels.min())
+    levels = np.arange(least, int(pixels.max()) + 1).astype(pixels.dtype)
+    return shown(levels)[pixels.astype(np.intp) - least]
 
 
 def _to_unit(dataset, values: np.ndarray, name: str) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """Stretch to 0..1 by the image's own range, which after a window is the window's."""
+    """Stretch float32 values to 0..1, in place, by the image's own range, which after a window is the window's."""
     if values.ndim != 2:
         raise RadiographError(f"{name} decodes to {values.ndim} dimensions; give a single grey radiograph")
-    pixels = values.astype(np.float32)
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise RadiographError(f"{name} holds values that are not finite: export it again")
-    pixels = (pixels - low) / max(high - low, 1e-6)
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    values -= np.float32(low)
+    values /= np.float32(max(high - low, 1e-6))
     # A VOI LUT or window comes before the photometric interpretation; Presentation LUT Shape INVERSE says the same.
-    return 1.0 - pixels if inverted else pixels
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        np.subtract(np.float32(1), values, out=values)
+    return values
 
 
 def header_view(dataset: Dataset) -> str | None:
