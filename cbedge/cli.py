@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cbedge import __version__
-from cbedge.errors import CbedgeError, ContextError, OutputError
+from cbedge.errors import CbedgeError, ContextError, DeviceError, OutputError
 
 if TYPE_CHECKING:
     from cbedge.generator import ReportGenerator
@@ -385,6 +385,7 @@ def model_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
     """Say which model is embedded, and verify every file of it."""
+    from cbedge.backends import choose_variant
     from cbedge.bundle import CARD, MANIFEST, open_bundle
 
     bundle = open_bundle(model)
@@ -395,10 +396,14 @@ def model_command(
     bundle.verify()
     manifest = bundle.manifest
     typer.echo(f"{manifest.name} {manifest.version} ({manifest.license})")
+    try:
+        here = choose_variant(bundle)[0]
+    except DeviceError:  # no ONNX Runtime
+        here = manifest.default_variant
     for name, variant in manifest.variants.items():
         size = sum(manifest.files[file].size for file in bundle.variant_files(variant))
-        default = ", default" if name == manifest.default_variant else ""
-        typer.echo(f"  {name}: {variant.description}, {size / 1e6:.1f} MB{default}")
+        taken = ", taken on this machine" if name == here else ""
+        typer.echo(f"  {name}: {variant.description}, {size / 1e6:.1f} MB{taken}")
     for base in manifest.base_weights:
         typer.echo(f"  from {base['origin']} ({base['licence']})")
     for data in manifest.training_data:
