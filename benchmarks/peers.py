@@ -49,6 +49,7 @@ class Job:
         threads: CPU threads.
         device: ``cpu`` or ``cuda``.
         optimum_python: an interpreter with optimum-onnx, for the language model in ``optimum``.
+        indication: in the prompt.
     """
 
     checkpoint: Path
@@ -58,6 +59,7 @@ class Job:
     threads: int
     device: str = "cpu"
     optimum_python: str | None = None
+    indication: str = INDICATION
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Callable[[], Run
     from cbedge.radiograph import load_radiograph, preprocess
 
     generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
-    context, length = ClinicalContext(INDICATION, view="frontal"), GuessLength()
+    context, length = ClinicalContext(job.indication, view="frontal"), GuessLength()
 
     def choose(decoder: Decoder, logits: np.ndarray, seen: tuple[str, ...] | None) -> Iterator[Token]:
         keeping = generator.keeping(generator.template_for(context), seen) if guesses == "template" else None
@@ -124,7 +126,7 @@ def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
     model, dtype = parts.model.eval(), torch.float32 if kind == "fp32" else torch.bfloat16
     if kind != "nf4":  # which bitsandbytes has put where it belongs
         model.to(device)
-    context = ClinicalContext(INDICATION, view="frontal")
+    context = ClinicalContext(job.indication, view="frontal")
 
     @torch.inference_mode()
     def run() -> Run:
@@ -223,7 +225,7 @@ def _stand_in_prompt(job: Job) -> list[int]:
 
     generator = ReportGenerator.from_pretrained(job.bundle, None, "cpu", 1)
     count = generator.bundle.manifest.shapes.num_query_tokens
-    return [5] * count + generator.prompt_ids(ClinicalContext(INDICATION, view="frontal"), ())
+    return [5] * count + generator.prompt_ids(ClinicalContext(job.indication, view="frontal"), ())
 
 
 RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
@@ -442,6 +444,7 @@ def main(
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
     image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,
+    indication: Annotated[str, typer.Option(help="In the prompt.")] = INDICATION,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
@@ -468,7 +471,9 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         names = only or [n for n in USUAL[device] if optimum_python or not n.startswith("Optimum")]
         model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
-        job = Job(model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device, optimum_python)
+        job = Job(
+            model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device, optimum_python, indication
+        )
         found = measure(job, names, rounds, tell)
     packages = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
                 "llama-cpp-python")  # fmt: skip
