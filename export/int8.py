@@ -7,7 +7,7 @@ arXiv:2211.10438); how large a channel becomes is taken from the LayerNorm's own
 is needed, and powers of two keep what it computes exact.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +38,17 @@ def multiply_in_int8(source: Path, target: Path) -> Path:
     graph = model.graph
     stored = _Stored(source, graph)
     chosen = [node for node in graph.node if node.op_type == "MatMulNBits" and stored.holds(node)]
+    names = {node.output[0]: f"p{number}" for number, node in enumerate(chosen)}
     if not chosen:
         raise ExportError(f"{source.name} has no product with 4- or 8-bit weights without zero points")
-    names = {id(node): f"p{number}" for number, node in enumerate(chosen)}
-    smoothed = _smooth(graph, chosen, stored)
+    smoothed = _smooth(graph, names, stored)
     nodes: list[NodeProto] = []
     products, rounded = [], set()
     for node in graph.node:
-        if id(node) not in names:
+        if node.output[0] not in names:
             nodes.append(node)
             continue
-        (read, *_), (written,), name = node.input, node.output, names[id(node)]
+        (read, *_), (written,), name = node.input, node.output, names[node.output[0]]
         if read not in rounded:
             rounded.add(read)
             nodes.append(helper.make_node("Round", [read], [f"{read}/int8", f"{read}/largest"], domain=_DOMAIN))
@@ -136,13 +136,14 @@ class _Stored:
         return self._name, at
 
 
-def _smooth(graph: onnx.GraphProto, chosen: list[NodeProto], stored: _Stored) -> dict[str, tuple[int, ...]]:
-    """Have each LayerNorm that feeds products alone divide its channels by powers of two; returns the exponents."""
+def _smooth(graph: onnx.GraphProto, chosen: Collection[str], stored: _Stored) -> dict[str, tuple[int, ...]]:
+    """Have each LayerNorm that feeds products alone, known by what they write, divide its channels by powers of two;
+    returns the exponents."""
     found: dict[str, tuple[int, ...]] = {}
     for norm in [node for node in graph.node if node.op_type == "LayerNormalization" and len(node.input) == 3]:
         output = norm.output[0]
         readers = [node for node in graph.node if output in node.input]
-        if not readers or not all(any(node is one for one in chosen) for node in readers):
+        if not readers or not all(node.output[0] in chosen for node in readers):
             continue
         if not all(name in stored.tensors for name in norm.input[1:]):
             continue

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,15 @@ def test_a_damaged_table_is_told(damage: str, bundle: Path, tmp_path: Path):
     path.write_text(text.replace('"qformer_q4.onnx"', '"../qformer.onnx"', 1) if damage == "elsewhere" else damage)
     with pytest.raises(BundleError, match=r"qformer_q4a8\.json"):
         Table.read(path)
+
+
+@needs_vnni
+def test_files_that_are_not_verified_are_not_read(bundle: Path):
+    opened = open_bundle(bundle)
+    variant = opened.variant("q4a8")[1]
+    fewer = replace(variant, data=tuple(name for name in variant.data if name != "qformer_q4.onnx"))
+    with pytest.raises(BundleError, match=r"qformer_q4a8\.json names files"):
+        open_backend(opened, fewer, "cpu", 1)
 
 
 def test_a_file_that_is_too_short_is_told(bundle: Path, tmp_path: Path):

@@ -190,7 +190,10 @@ class OnnxBackend:
         if table.name in self._data:
             if self.device == "cuda" or not multiplies_exactly():
                 raise DeviceError("this variant is for CPUs with VNNI instructions: name another, or no variant")
-            made = Table.read(table).initializers(path.parent)
+            read = Table.read(table)
+            if not {*read.sources} <= {*self._data}:  # which alone are verified
+                raise BundleError(f"{table.name} names files that the variant does not: export the bundle again")
+            made = read.initializers(path.parent)
             options.add_external_initializers([*made], [*made.values()])
         try:
             session = None
