@@ -142,7 +142,7 @@ def drawn_chest() -> Radiograph:
     return load_radiograph((255 * pixels).astype(np.uint8))
 
 
-def cold_start(image: Path | None, model: Path | None, repeat: int) -> dict[str, float]:
+def cold_start(image: Path | None, model: Path | None, variant: str, repeat: int) -> dict[str, Any]:
     """``cbedge generate`` in a process of its own, again and again: median seconds, and the peak memory in MB.
 
     Raises:
@@ -153,6 +153,7 @@ def cold_start(image: Path | None, model: Path | None, repeat: int) -> dict[str,
         image = Path(scratch.name) / "chest.png"
         Image.fromarray((255 * drawn_chest().pixels).astype(np.uint8)).save(image)
     command = [sys.executable, "-m", "cbedge.cli", "generate", str(image), "--json", "--device", "cpu"]
+    command += ["--variant", variant]
     command += ["--accept-any-image", *(["--model", str(model)] if model else [])]
     seconds, first, peaks = [], [], []
     for _ in range(repeat):
@@ -171,7 +172,7 @@ def cold_start(image: Path | None, model: Path | None, repeat: int) -> dict[str,
         first.append(took - json.loads(out)["timings_ms"]["decode"] / 1000)
     scratch.cleanup()
     return {
-        "runs": repeat, "command_s": statistics.median(seconds), "slowest_s": max(seconds),
+        "variant": variant, "runs": repeat, "command_s": statistics.median(seconds), "slowest_s": max(seconds),
         "first_token_s": statistics.median(first), "peak_memory_mb": max(peaks),
     }  # fmt: skip
 

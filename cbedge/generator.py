@@ -19,16 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, choose_variant, open_backend
-from cbedge.bundle import (
-    GATE,
-    LATERAL_GATE,
-    PHRASEBOOK,
-    QFORMER_TOKENIZER,
-    TEMPLATES,
-    TOKENIZER,
-    Bundle,
-    open_bundle,
-)
+from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TEMPLATES, TOKENIZER, Bundle, open_bundle
 from cbedge.consistency import Watch
 from cbedge.decoding import (
     Decoder,

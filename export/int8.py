@@ -15,7 +15,7 @@ import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cbedge.backends.int8 import Product, Table, read_files
-from export.graphs import ExportError
+from export.graphs import HEAD, ExportError
 
 _DOMAIN = "cbedge"
 _EXTERNAL = 1024  # bytes from which on a tensor is read from the file where it lies
@@ -86,7 +86,7 @@ class _Stored:
         """Whether a product's weights are known, in 4 or 8 bits around zero, and are not the head's, which the
         embedding reads too."""
         return (
-            "lm_head" not in node.name
+            HEAD not in node.name
             and helper.get_node_attr_value(node, "bits") in (4, 8)
             and node.input[1] in self.tensors
             and self._scales(node) in self.tensors

@@ -30,9 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cbedge.errors import OutputError
 from export.command import run
-from export.graphs import DECODER, EMBED, ExportError, build_decoder, export_image_graphs
+from export.graphs import DECODER, EMBED, HEAD, ExportError, build_decoder, export_image_graphs
 from export.quantize import (
-    HEAD,
     SUFFIX,
     Int4Settings,
     narrow_scales,

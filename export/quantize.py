@@ -27,7 +27,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from cbedge.backends.onnx import LOGITS_START
 from cbedge.bundle import IN_INT8, Bundle
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
-from export.graphs import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
+from export.graphs import DECODER, EMBED, ENCODER, HEAD, QFORMER, VISION, ExportError, save_graph
 from export.int8 import multiply_in_int8
 from export.tune import tune_scales
 from training.base import ModelAndTokenizers
@@ -50,7 +50,6 @@ HALF = ("fp16", "q4f16")
 VARIANTS = (*SUFFIX, NF4)
 ALIASES = {"q4": "int4"}
 _ROWS = 64  # of a head, for CUDA
-HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
 ALGORITHMS = ("rtn", "k_quant", "hqq", "gptq")
 # What comes in and goes out stays fp32 in the 16-bit variants; keys and values are 16 bit.
 _FP32_NAMES = [

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import USUAL_VARIANT, run_cli
 
 from cbedge import bench
 from cbedge.radiograph import load_radiograph
@@ -55,6 +55,7 @@ def test_the_command_writes_a_record_a_plot_and_cold_starts(tiny_bundle: Path, c
     done = run_bench(tiny_bundle, *arguments)
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
+    assert written["cold"]["variant"] == written["variants"][0]["variant"] == USUAL_VARIANT
     assert written["cold"]["first_token_s"] <= written["cold"]["command_s"] and written["cold"]["peak_memory_mb"] > 10
     assert png.read_bytes().startswith(b"\x89PNG")
     assert str(chest_png.parent) not in out.read_text()

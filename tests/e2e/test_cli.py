@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, run_cli
+from conftest import EXAMPLES, USUAL_VARIANT, run_cli
 from PIL import Image
 
 
@@ -107,6 +107,8 @@ def test_an_altered_bundle_is_exit_code_5(generate, tiny_bundle: Path, tmp_path:
 def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     done = cbedge("model", "--model", tiny_bundle)
     assert done.returncode == 0 and "tiny 0.1.0" in done.stdout and "verified" in done.stdout
+    (taken,) = [line for line in done.stdout.splitlines() if line.endswith("taken on this machine")]
+    assert taken.strip().startswith(f"{USUAL_VARIANT}:")
     assert "# tiny 0.1.0" in cbedge("model", "--model", tiny_bundle, "--card").stdout
     assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
 
