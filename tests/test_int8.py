@@ -86,16 +86,17 @@ def test_graphs_compute_what_int4_computes(bundle: Path):
     assert not np.array_equal(*pairs[-1])
 
 
-@needs_vnni
-def test_a_token_hangs_on_no_other_of_its_pass(bundle: Path):
+@pytest.mark.parametrize("variant", ["int4", *sorted(IN_INT8)])
+def test_a_token_hangs_on_no_other_of_its_pass(variant: str, bundle: Path):
     opened = open_bundle(bundle)
-    backend = open_backend(opened, opened.variant("q4a8")[1], "cpu", 2)
+    backend = open_backend(opened, opened.variant(variant)[1], "cpu", 2)
     embeds = np.random.default_rng(1).standard_normal((1, 9, opened.manifest.shapes.hidden_size)).astype(np.float32)
     together, alone = backend.new_decoder(40), backend.new_decoder(40)
     assert np.array_equal(together.prefill(embeds), alone.prefill(embeds))
     tokens = [9, 4, 300, 7, 7, 12]
     rows = together.read(tokens).copy()
-    assert np.allclose(rows, [alone.read([token])[-1].copy() for token in tokens], atol=1e-4)
+    assert np.allclose(rows, [alone.read([token])[-1].copy() for token in tokens], rtol=0, atol=1e-6)
+    assert together.length == alone.length == 9 + len(tokens)
 
 
 @needs_vnni
