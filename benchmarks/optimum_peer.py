@@ -15,7 +15,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 
 def main() -> None:
-    """Load the model in the folder that is given, export it, and write so many tokens for each line that comes."""
+    """Load the model in the folder that is given, export it, and write what each line that comes asks for."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no answer
@@ -23,13 +23,14 @@ def main() -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
     model = ORTModelForCausalLM.from_pretrained(job["folder"], export=True, session_options=options)
-    ids = torch.tensor([job["ids"]])
     print("ready", file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        task = json.loads(line)
+        ids = torch.tensor([task["ids"]])
         start = perf_counter()
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["tokens"],
-            min_new_tokens=job["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=task["tokens"],
+            min_new_tokens=task["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         print(perf_counter() - start, file=answers, flush=True)
 

@@ -2,8 +2,9 @@
 
 Same merged weights, prompt, radiograph and number of tokens, greedy. Every runner lives in a process of its own and
 waits while another works; rounds go through all of them in turn, so that a slow minute of the machine meets them all,
-and ratios are taken round by round. llama.cpp takes part where ``pip install llama-cpp-python`` was done, Optimum where
-``--optimum-python`` names an interpreter that has optimum-onnx.
+and ratios are taken round by round. With ``--data`` each round is another study, and its report as long as the model in
+fp32 writes it. llama.cpp takes part where ``pip install llama-cpp-python`` was done, Optimum where ``--optimum-python``
+names an interpreter that has optimum-onnx.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import takewhile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -30,9 +33,12 @@ import typer
 from cbedge.backends.onnx import is_installed
 from cbedge.bench import machine
 from cbedge.decoding import Decoder, Token
+from cbedge.prompt import ClinicalContext
+from training.datasets import open_studies
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 INDICATION = "cough"
+CONTEXT = 512  # positions for which llama.cpp makes room, its own default
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -44,22 +50,33 @@ class Job:
         checkpoint: the merged model in transformers' format; its language model alone is in ``language``, as ONNX
             Runtime GenAI's in ``genai``, and as llama.cpp's in ``language-*.gguf``.
         bundle: the same as a bundle.
-        image: the radiograph.
-        tokens: to write, whatever the model thinks of stopping.
         threads: CPU threads.
         device: ``cpu`` or ``cuda``.
         optimum_python: an interpreter with optimum-onnx, for the language model in ``optimum``.
-        indication: in the prompt.
     """
 
     checkpoint: Path
     bundle: Path
-    image: Path
-    tokens: int
     threads: int
     device: str = "cpu"
     optimum_python: str | None = None
-    indication: str = INDICATION
+
+
+@dataclass(frozen=True)
+class Task:
+    """One report to write.
+
+    Attributes:
+        image: the radiograph.
+        context: in the prompt.
+        tokens: to write, whatever the model thinks of stopping.
+        stand_in: a prompt of the usual length for what reads no embeddings: a token for each of the image's.
+    """
+
+    image: Path
+    context: ClinicalContext
+    tokens: int
+    stand_in: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,10 @@ class Run:
     text: str
 
 
-def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Callable[[], Run]:
+Runner = Callable[[Task], Run]
+
+
+def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
     """cbedge's own graphs.
 
     ``guesses`` are the ``phrasebook``'s, which change no token; or the ``template``'s that is usual for the indication,
@@ -79,30 +99,29 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Callable[[], Run
     """
     from cbedge.decoding import Drafting, GuessLength, greedy, speculate
     from cbedge.generator import ReportGenerator
-    from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import load_radiograph, preprocess
 
     generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
-    context, length = ClinicalContext(job.indication, view="frontal"), GuessLength()
+    length = GuessLength()
 
-    def choose(decoder: Decoder, logits: np.ndarray, seen: tuple[str, ...] | None) -> Iterator[Token]:
-        keeping = generator.keeping(generator.template_for(context), seen) if guesses == "template" else None
+    def choose(task: Task, decoder: Decoder, logits: np.ndarray, seen: tuple[str, ...] | None) -> Iterator[Token]:
+        keeping = generator.keeping(generator.template_for(task.context), seen) if guesses == "template" else None
         guesser = keeping or (generator.phrasebook if guesses else None)
         if guesser is None:
-            return greedy(decoder, logits, (), job.tokens)
+            return greedy(decoder, logits, (), task.tokens)
         settings = replace(generator.decoding, favour=keeping)
-        return speculate(decoder, logits, (), job.tokens, guesser, length, Drafting(), settings)
+        return speculate(decoder, logits, (), task.tokens, guesser, length, Drafting(), settings)
 
-    def run() -> Run:
+    def run(task: Task) -> Run:
         start = perf_counter()
-        features = generator.backend.encode_image(preprocess(load_radiograph(job.image).pixels))
-        look = generator.look(features, context)
-        ids = np.array([generator.prompt_ids(context, look.seen)], np.int64)
+        features = generator.backend.encode_image(preprocess(load_radiograph(task.image).pixels))
+        look = generator.look(features, task.context)
+        ids = np.array([generator.prompt_ids(task.context, look.seen)], np.int64)
         language = perf_counter()
         embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
-        decoder = generator.backend.new_decoder(embeds.shape[1] + job.tokens)
+        decoder = generator.backend.new_decoder(embeds.shape[1] + task.tokens)
         logits = decoder.prefill(embeds)
-        tokens = choose(decoder, logits, look.seen)
+        tokens = choose(task, decoder, logits, look.seen)
         written = [token.id for token in tokens]
         end = perf_counter()
         return Run(end - start, end - language, generator.decode(written))
@@ -110,11 +129,10 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Callable[[], Run
     return run
 
 
-def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
+def transformers_runner(job: Job, kind: str) -> Runner:
     """transformers' ``generate`` on the merged model: ``fp32``, ``bf16``, or ``nf4`` by bitsandbytes."""
     import torch
 
-    from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import load_radiograph, preprocess
     from training.base import load_model
     from training.batches import encode_instructions, encode_prompt
@@ -126,22 +144,22 @@ def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
     model, dtype = parts.model.eval(), torch.float32 if kind == "fp32" else torch.bfloat16
     if kind != "nf4":  # which bitsandbytes has put where it belongs
         model.to(device)
-    context = ClinicalContext(job.indication, view="frontal")
 
     @torch.inference_mode()
-    def run() -> Run:
+    def run(task: Task) -> Run:
         start = perf_counter()
-        pixels = torch.from_numpy(preprocess(load_radiograph(job.image).pixels)).to(device, dtype)
-        instruction = {k: v.to(device) for k, v in encode_instructions(parts, [context]).items()}
+        pixels = torch.from_numpy(preprocess(load_radiograph(task.image).pixels)).to(device, dtype)
+        instruction = {k: v.to(device) for k, v in encode_instructions(parts, [task.context]).items()}
         output, projected = query_image(
             model, encode_images(model, pixels), instruction["input_ids"], instruction["attention_mask"]
         )
-        ids = torch.tensor([encode_prompt(parts, context, head.read(output)[0] if head else None)], device=device)
+        seen = head.read(output)[0] if head else None
+        ids = torch.tensor([encode_prompt(parts, task.context, seen)], device=device)
         language = perf_counter()
         embeds = embed_inputs(model, ids, projected)
         written = model.language_model.generate(
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
-            do_sample=False, max_new_tokens=job.tokens, min_new_tokens=job.tokens,
+            do_sample=False, max_new_tokens=task.tokens, min_new_tokens=task.tokens,
             pad_token_id=parts.tokenizer.pad_token_id, eos_token_id=None,
         )  # fmt: skip
         text = parts.tokenizer.decode(written[0], skip_special_tokens=True)  # reads the tokens, so all is done
@@ -151,21 +169,21 @@ def transformers_runner(job: Job, kind: str) -> Callable[[], Run]:
     return run
 
 
-def genai_runner(job: Job) -> Callable[[], Run]:
+def genai_runner(job: Job) -> Runner:
     """ONNX Runtime GenAI on the language model alone, in its builder's own int4, fed a prompt of the same length."""
     import onnxruntime_genai as genai
 
-    ids = _stand_in_prompt(job)
     config = genai.Config(str(job.checkpoint / "genai"))
     model = genai.Model(config)
 
-    def run() -> Run:
+    def run(task: Task) -> Run:
         start = perf_counter()
         params = genai.GeneratorParams(model)
-        params.set_search_options(max_length=len(ids) + job.tokens, min_length=len(ids) + job.tokens, do_sample=False)
+        total = len(task.stand_in) + task.tokens
+        params.set_search_options(max_length=total, min_length=total, do_sample=False)
         writer = genai.Generator(model, params)
-        writer.append_tokens(np.array([ids], np.int32))
-        for _ in range(job.tokens):
+        writer.append_tokens(np.array([task.stand_in], np.int32))
+        for _ in range(task.tokens):
             writer.generate_next_token()
         end = perf_counter()
         return Run(float("nan"), end - start, "")
@@ -173,21 +191,20 @@ def genai_runner(job: Job) -> Callable[[], Run]:
     return run
 
 
-def llama_cpp_runner(job: Job, kind: str) -> Callable[[], Run]:
+def llama_cpp_runner(job: Job, kind: str) -> Runner:
     """llama.cpp on the language model alone, quantized by itself, fed a prompt of the same length."""
     from llama_cpp import Llama
 
-    ids = _stand_in_prompt(job)
     model = Llama(
-        str(job.checkpoint / f"language-{kind}.gguf"), n_ctx=len(ids) + job.tokens + 8, n_threads=job.threads,
+        str(job.checkpoint / f"language-{kind}.gguf"), n_ctx=CONTEXT, n_threads=job.threads,
         n_threads_batch=job.threads, verbose=False,
     )  # fmt: skip
 
-    def run() -> Run:
+    def run(task: Task) -> Run:
         start = perf_counter()
         model.reset()  # or it would remember the prompt
-        tokens = model.generate(ids, temp=0.0, repeat_penalty=1.0)
-        for _ in range(job.tokens):
+        tokens = model.generate(list(task.stand_in), temp=0.0, repeat_penalty=1.0)
+        for _ in range(task.tokens):
             next(tokens)
         end = perf_counter()
         return Run(float("nan"), end - start, "")
@@ -195,12 +212,11 @@ def llama_cpp_runner(job: Job, kind: str) -> Callable[[], Run]:
     return run
 
 
-def optimum_runner(job: Job) -> Callable[[], Run]:
+def optimum_runner(job: Job) -> Runner:
     """Optimum's ONNX model of the language model alone, in fp32, fed a prompt of the same length, by its own python."""
     if job.optimum_python is None:
         raise ValueError("name an interpreter that has optimum-onnx: --optimum-python")
-    told = {"folder": str(job.checkpoint / "optimum"), "ids": _stand_in_prompt(job), "tokens": job.tokens,
-            "threads": job.threads}  # fmt: skip
+    told = {"folder": str(job.checkpoint / "optimum"), "threads": job.threads}
     script = Path(__file__).with_name("optimum_peer.py")
     process = subprocess.Popen(
         [job.optimum_python, str(script), json.dumps(told)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -211,24 +227,14 @@ def optimum_runner(job: Job) -> Callable[[], Run]:
     if answers.readline().strip() != "ready":
         raise RuntimeError(f"{job.optimum_python} did not export the model with optimum-onnx")
 
-    def run() -> Run:
-        print("run", file=asked, flush=True)
+    def run(task: Task) -> Run:
+        print(json.dumps({"ids": task.stand_in, "tokens": task.tokens}), file=asked, flush=True)
         return Run(float("nan"), float(answers.readline()), "")
 
     return run
 
 
-def _stand_in_prompt(job: Job) -> list[int]:
-    """A prompt of the usual length for what reads no embeddings: a token for each of the image's."""
-    from cbedge.generator import ReportGenerator
-    from cbedge.prompt import ClinicalContext
-
-    generator = ReportGenerator.from_pretrained(job.bundle, None, "cpu", 1)
-    count = generator.bundle.manifest.shapes.num_query_tokens
-    return [5] * count + generator.prompt_ids(ClinicalContext(job.indication, view="frontal"), ())
-
-
-RUNNERS: dict[str, Callable[[Job], Callable[[], Run]]] = {
+RUNNERS: dict[str, Callable[[Job], Runner]] = {
     "cbedge q4a8": lambda job: cbedge_runner(job, "q4a8", "phrasebook"),
     "cbedge q4a8, kept to a template": lambda job: cbedge_runner(job, "q4a8", "template"),
     "cbedge q4a8, one token a pass": lambda job: cbedge_runner(job, "q4a8"),
@@ -259,29 +265,29 @@ USUAL = {
 }
 
 
-def _serve(name: str, job: Job, connection: Connection) -> None:
-    """In a process of its own: load, then run whenever told to."""
+def _serve(name: str, job: Job, first: Task, connection: Connection) -> None:
+    """In a process of its own: load, then run whatever comes."""
     warnings.simplefilter("ignore")
     try:
         run = RUNNERS[name](job)
-        run()  # warm-up
+        run(first)  # warm-up
         connection.send("ready")
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
-    while connection.recv() == "run":
-        connection.send(run())
+    while (task := connection.recv()) is not None:
+        connection.send(run(task))
 
 
-def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Runs of every runner that loads, in turn; why others do not."""
+def measure(job: Job, names: list[str], tasks: list[Task], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Runs of every runner that loads, in turn, a task a round; why others do not."""
     context = multiprocessing.get_context("spawn")
     lines: dict[str, Connection] = {}
     failed: dict[str, str] = {}
     for name in names:
         ours, theirs = context.Pipe()
         tell(f"loading {name}")
-        process = context.Process(target=_serve, args=(name, job, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(name, job, tasks[0], theirs), daemon=True)
         process.start()
         theirs.close()  # or one that dies without a word would be waited for
         try:
@@ -294,14 +300,14 @@ def measure(job: Job, names: list[str], rounds: int, tell: Callable[[str], None]
         else:
             failed[name] = answer.splitlines()[0]
     runs: dict[str, list[Run]] = {name: [] for name in lines}
-    for number in range(rounds):
+    for number, task in enumerate(tasks):
         for name, line in lines.items():
-            line.send("run")
+            line.send(task)
             run = line.recv()
             runs[name].append(run)
-            tell(f"round {number + 1} of {rounds}: {name}: {run.whole:.3f} s, language model {run.language:.3f} s")
+            tell(f"round {number + 1} of {len(tasks)}: {name}: {run.whole:.3f} s, language model {run.language:.3f} s")
     for line in lines.values():
-        line.send("end")
+        line.send(None)
     return {"runs": {name: [asdict(run) for run in found] for name, found in runs.items()}, "failed": failed}
 
 
@@ -317,29 +323,31 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
             if ours:
                 ratios = [s / o[part] for s, o in zip(seconds, ours, strict=True)]
                 row[f"{part}_ratio"] = [statistics.median(ratios), min(ratios), max(ratios)]
-        row["same_characters_as_fp32"] = _agreement(runs, found)
+        row |= _agreement(runs, found)
         rows[name] = row
     return rows
 
 
-def _agreement(runs: dict[str, list[dict[str, Any]]], found: list[dict[str, Any]]) -> int | None:
-    """How many characters a runner writes before it first differs from transformers in fp32."""
+def _agreement(runs: dict[str, list[dict[str, Any]]], found: list[dict[str, Any]]) -> dict[str, float | None]:
+    """How many characters a runner writes before it first differs from transformers in fp32, the median of its rounds;
+    and in how many rounds it does not differ."""
     exact = runs.get("transformers fp32")
     if not exact or not found[0]["text"]:
-        return None
-    pairs = enumerate(zip(found[0]["text"], exact[0]["text"], strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(found[0]["text"]), len(exact[0]["text"])))
+        return {"same_characters_as_fp32": None, "same_texts_as_fp32": None}
+    pairs = [(ours["text"], theirs["text"]) for ours, theirs in zip(found, exact, strict=True)]
+    same = [sum(1 for _ in takewhile(lambda at: at[0] == at[1], zip(*pair, strict=False))) for pair in pairs]
+    return {"same_characters_as_fp32": statistics.median(same), "same_texts_as_fp32": sum(a == b for a, b in pairs)}
 
 
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     where = record["machine"]
     lines = [
-        f"# One report of {record['tokens']} tokens, {record['rounds']} rounds in turn", "",
+        f"# {_title(record)}, {record['rounds']} rounds in turn", "",
         f"{where['date']}, {where['gpu'] or where['processor']}, {record['threads']} threads, "
         + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + f". Command: `{record['command']}`", "",
         "Seconds are medians; ratios to the first row, round by round: median (least to most).", "",
-        "| | whole report, s | ratio | language model, s | ratio | characters before it differs from fp32 |",
+        "| | whole report, s | ratio | language model, s | ratio | characters like fp32's (equal texts) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for name, row in record["summary"].items():
@@ -350,9 +358,18 @@ def to_markdown(record: dict[str, Any]) -> str:
             cells.append(f"{row[f'{part}_s']:.3f}" if known else "-")
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if known and ratio else "-")
         same = row["same_characters_as_fp32"]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'-' if same is None else same} |")
+        agreed = "-" if same is None else f"{same:.0f} ({row['same_texts_as_fp32']} of {record['rounds']})"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {agreed} |")
     lines += [f"\n{name} did not run: {reason}" for name, reason in record["failed"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _title(record: dict[str, Any]) -> str:
+    """What was written."""
+    least, middle, most = record["tokens"]
+    if least == most:
+        return f"One report of {middle:.0f} tokens"
+    return f"Reports of {record['rounds']} studies, {least} to {most} tokens, median {middle:.0f}"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -370,7 +387,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         longest = max(v for v in (row["whole_s"], row["language_s"]) if v == v)
         axes.text(longest, at, f" {longest:.2f}", va="center", fontsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel="seconds, median", title=f"One report of {record['tokens']} tokens, {record['threads']} threads")
+    axes.set(xlabel="seconds, median", title=f"{_title(record)}, {record['threads']} threads")
     axes.legend(fontsize="small", loc="upper right")
     axes.margins(x=0.1)
     figure.tight_layout()
@@ -426,6 +443,31 @@ def prepare(
     return folder
 
 
+def plan(bundle: Path, studies: list[tuple[Path, ClinicalContext]], tokens: int | None, threads: int) -> list[Task]:
+    """The reports to write: of so many tokens, or of as many as the bundle's ``fp32`` writes until each ends."""
+    from cbedge.decoding import greedy
+    from cbedge.generator import ReportGenerator
+    from cbedge.radiograph import load_radiograph, preprocess
+
+    generator = ReportGenerator.from_pretrained(bundle, None if tokens else "fp32", "cpu", threads)
+    manifest, backend = generator.bundle.manifest, generator.backend
+    tasks = []
+    for image, context in studies:
+        stand_in = (5,) * manifest.shapes.num_query_tokens + tuple(generator.prompt_ids(context, ()))
+        length = tokens
+        if length is None:
+            features = backend.encode_image(preprocess(load_radiograph(image).pixels))
+            look = generator.look(features, context)
+            ids = np.array([generator.prompt_ids(context, look.seen)], np.int64)
+            embeds = np.concatenate([look.image_embeds, backend.embed_tokens(ids)], axis=1)
+            most = manifest.decoding["max_new_tokens"]
+            decoder = backend.new_decoder(embeds.shape[1] + most)
+            written = greedy(decoder, decoder.prefill(embeds), manifest.stop_ids, most)
+            length = sum(1 for _ in written)
+        tasks.append(Task(image, context, length, stand_in))
+    return tasks
+
+
 def _copy_for_optimum(language: Path, folder: Path) -> None:
     """The language model as transformers below 5 read it: they look for the positions' base elsewhere."""
     shutil.copytree(language, folder)
@@ -445,7 +487,12 @@ def main(
     adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
     image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,
     indication: Annotated[str, typer.Option(help="In the prompt.")] = INDICATION,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 60,
+    data: Annotated[
+        Path | None, typer.Option(help="Instead: the first validation studies of this collection, one a round.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens to write.", show_default="60; with --data as many as fp32 does")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds through all runners.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -465,25 +512,35 @@ def main(
         typer.echo(f"error: unknown runner {unknown[0]!r}; give one of: {', '.join(RUNNERS)}", err=True)
         raise typer.Exit(1)
 
+    if data is None:
+        tokens = tokens or 60
+        studies = rounds * [(image.absolute(), ClinicalContext(indication, view="frontal"))]
+    else:
+        try:
+            studies = [(s.image.absolute(), s.context) for s in open_studies(data, ("val",), rounds)]
+        except (OSError, ValueError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
     def tell(text: str) -> None:
         typer.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         names = only or [n for n in USUAL[device] if optimum_python or not n.startswith("Optimum")]
         model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
-        job = Job(
-            model.absolute(), bundle.absolute(), image.absolute(), tokens, threads, device, optimum_python, indication
-        )
-        found = measure(job, names, rounds, tell)
+        job = Job(model.absolute(), bundle.absolute(), threads, device, optimum_python)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:  # its memory ends with it
+            tasks = aside.submit(plan, job.bundle, studies, tokens, threads).result()
+        found = measure(job, names, tasks, tell)
     packages = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
                 "llama-cpp-python")  # fmt: skip
     record = {
         "machine": machine(), "versions": {name: version(name) for name in packages if is_installed(name)},
-        "tokens": tokens,
-        "rounds": rounds,
+        "tokens": [pick(task.tokens for task in tasks) for pick in (min, statistics.median, max)],
+        "rounds": len(tasks),
         "threads": threads, "summary": summarize(found["runs"]), "failed": found["failed"],
-        "command": f"python -m benchmarks.peers --device {device} --tokens {tokens} --rounds {rounds} "
-                   f"--threads {threads} …",
+        "command": f"python -m benchmarks.peers --device {device} {'--data IU_XRAY' if data else f'--tokens {tokens}'} "
+                   f"--rounds {rounds} --threads {threads} …",
     }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -27,6 +27,6 @@ def test_peers_write_the_same_in_fp32_and_are_set_side_by_side(tiny_run: Path, t
 
 
 def test_an_interpreter_without_optimum_is_told_at_once(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
-    job = Job(tmp_path, tiny_bundle, chest_png, 4, 1, optimum_python=shutil.which("false"))
+    job = Job(tmp_path, tiny_bundle, 1, optimum_python=shutil.which("false"))
     with pytest.raises(RuntimeError, match="did not export"):
         optimum_runner(job)
