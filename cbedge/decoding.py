@@ -15,7 +15,7 @@ from cbedge.phrasebook import GuessSource
 
 MAX_BEAMS = 8
 MAX_CANDIDATES = 32
-MAX_GUESSES = 16
+MAX_GUESSES = 32
 _HOPE = 0.75  # how often a guess holds, before any was made
 PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
 
@@ -255,10 +255,11 @@ class GuessLength:
     def choose(self) -> int:
         """How many tokens to guess now."""
         if len(self._seconds) < 2:
-            return 4 if 4 not in self._seconds else 0
+            return 4 if 4 in self._seconds or 16 in self._seconds else 16
         if self._passes % 32 == 31:  # now and then another, or what was slow once would never be measured again
             return (self._passes // 32) % (MAX_GUESSES + 1)
-        return max(range(MAX_GUESSES + 1), key=self._tokens_per_second)
+        tokens = 1 + np.cumsum(np.cumprod(self._holds))  # that a pass is likely to give, with 1 guess, 2, …
+        return int((np.concatenate([[1.0], tokens]) / self._costs()).argmax())
 
     def learn(self, guessed: int, accepted: int, seconds: float) -> None:
         """Take note of one pass."""
@@ -271,17 +272,16 @@ class GuessLength:
         if not guessed:  # hope comes back slowly, so that guessing is tried again
             self._holds += 0.01 * (_HOPE - self._holds)
 
-    def _tokens_per_second(self, guesses: int) -> float:
-        return (1 + float(np.cumprod(self._holds[:guesses]).sum())) / self._cost(guesses)
-
-    def _cost(self, guesses: int) -> float:
-        """Seconds of a pass: as measured, or on the line through what was measured."""
-        if guesses in self._seconds:
-            return self._seconds[guesses]
-        sizes = np.array(sorted(self._seconds))
-        times = np.array([self._seconds[size] for size in sizes])
-        slope, start = np.polyfit(sizes, times, 1)
-        return max(float(start + slope * guesses), float(times.min()) / 2)
+    def _costs(self) -> np.ndarray:
+        """Seconds of a pass with 0 guesses, 1, …: as measured, or on the line through what was measured."""
+        sizes = np.array([*self._seconds])
+        times = np.array([*self._seconds.values()])
+        apart = sizes - sizes.mean()
+        slope = apart @ times / (apart @ apart)
+        line = times.mean() + slope * (np.arange(MAX_GUESSES + 1) - sizes.mean())
+        costs = np.maximum(line, times.min() / 2)
+        costs[sizes] = times
+        return costs
 
 
 def speculate(

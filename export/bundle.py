@@ -34,10 +34,10 @@ from cbedge.topics import Topic
 from export.card import model_card
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases, start_ids, stop_ids
+from export.phrases import report_phrases
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
 from training.batches import prefix_ids
-from training.datasets.iu_xray import read_studies
 from training.fetch import BASE_PARTS
 from training.openings import with_denials
 from training.templates import templates_of
@@ -171,7 +171,7 @@ def write_packed(
     """
     told = manifest.image_findings  # without scores of what is seen, a template would hide it
     templates = templates_of(told, data) if told is not None and data is not None else None
-    phrases = report_phrases(parts, data)
+    phrases = _phrases(parts, data)
     gates = {}
     if data is not None:
         backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
@@ -215,25 +215,21 @@ def read_topics(path: Path) -> tuple[Topic, ...]:
         raise ValueError(f"{path} is no mapping of topics to words and start: see export/topics.yaml") from None
 
 
-def report_phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:
-    """The tokens of the training reports at ``data``, each with the token that ends it, for the phrasebook."""
-    if data is None:
-        return []
-    targets = [s.target for s in read_studies(data, ("train",)) if s.target]
-    encoded = parts.tokenizer(targets, add_special_tokens=False).input_ids
-    return [[*ids, parts.tokenizer.eos_token_id] for ids in encoded]
-
-
 def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:
     """Tokens that are no whole characters and that no training report at ``data`` holds; none without reports.
 
     A draft that holds one shows a broken character.
     """
-    seen = {token for report in report_phrases(parts, data) for token in report}
+    seen = {token for report in _phrases(parts, data) for token in report}
     if not seen:
         return ()
     every = range(parts.model.config.text_config.vocab_size)
     return tuple(i for i in every if i not in seen and "\ufffd" in parts.tokenizer.decode([i]))
+
+
+def _phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:
+    tokenizer = parts.tokenizer
+    return report_phrases(tokenizer.backend_tokenizer, tokenizer.eos_token_id, data) if data else []
 
 
 def _base_of(folder: Path) -> str | None:

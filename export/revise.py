@@ -1,4 +1,4 @@
-"""``python -m export.revise``: other decoding, openings, templates, variants or measured quality for a bundle.
+"""``python -m export.revise``: other decoding, openings, templates, phrases, variants or quality for a bundle.
 
 What a model writes is measured on its bundle, so the figures come after the export; and how it decodes is chosen by
 such figures. Neither needs the graphs to be written again: they stay as they are.
@@ -19,6 +19,7 @@ import yaml
 from cbedge.bundle import (
     CARD,
     IN_INT8,
+    PHRASEBOOK,
     TEMPLATES,
     Bundle,
     Manifest,
@@ -32,6 +33,7 @@ from export.card import model_card
 from export.command import run
 from export.graphs import DECODER, EMBED
 from export.parity import Parity, VariantParity
+from export.phrases import phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
 from training.templates import templates_of
 
@@ -52,6 +54,16 @@ def revise(
     ] = None,
     templates: Annotated[
         Path | None, typer.Option(help="IU X-RAY folder: make the templates anew of its train reports.")
+    ] = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(
+            help="IU X-RAY or MIMIC-CXR-JPG folder: make the phrasebook anew, of its train reports and of what the "
+            "bundle, as it is, writes of these studies: two drafts each."
+        ),
+    ] = None,
+    phrase_studies: Annotated[
+        int | None, typer.Option(min=1, help="Of these studies, only the first so many.", show_default="all")
     ] = None,
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
@@ -101,6 +113,7 @@ def revise(
         measured = json.loads(quality.read_text(encoding="utf-8"))
         parity = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
         manifest = replace(manifest, quality=measured | parity)
+    book = phrasebook_of(bundle, phrases, phrase_studies, _tell) if phrases else None
     made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
     compared = manifest.quality.get("parity")
     keeps = made is not None or (TEMPLATES in manifest.files and not no_templates)
@@ -119,11 +132,18 @@ def revise(
             in_int8({kind: folder / file for kind, file in manifest.variants["int4"].graphs.items()}, folder)
         if made is not None:
             made.save(folder / TEMPLATES)
+        if book is not None:
+            book.save(folder / PHRASEBOOK)
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 
     write_bundle(out, fill, force)
     typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
+
+
+def _tell(done: int, of: int) -> None:
+    if done % 100 == 0 or done == of:
+        typer.echo(f"{done} of {of} drafts for the phrasebook", err=True)
 
 
 def _with_half(bundle: Bundle, manifest: Manifest) -> tuple[Manifest, onnx.ModelProto]:

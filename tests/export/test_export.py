@@ -16,6 +16,7 @@ from cbedge.bundle import CARD
 from export.merge import MergeError, merge
 from export.quantize import Int4Settings, align_head, quantize_graphs, quantize_language_model
 from export.revise import app
+from training.datasets import open_studies
 from training.trained import checkpoint_of, load_adapted
 
 
@@ -69,6 +70,27 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     assert not (tmp_path / "other").exists()
     with pytest.raises(OutputError, match="--force"):
         revise(out)
+
+
+def test_a_phrasebook_of_the_models_own_drafts_saves_passes_and_changes_no_word(
+    tiny_bundle: Path, tiny_data: Path, tmp_path: Path
+):
+    done = call_cli(
+        "export.revise", tiny_bundle, "--out", tmp_path / "b", "--phrases", tiny_data, "--phrase-studies", 5
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 drafts" in done.stderr
+    open_bundle(tmp_path / "b").verify()
+    studies = open_studies(tiny_data, ("train",), 5)
+    before, after = (
+        [generator.generate(study.image, indication=study.context.indication, accept_any_image=True)
+         for generator in [ReportGenerator.from_pretrained(bundle, device="cpu")] for study in studies]
+        for bundle in (tiny_bundle, tmp_path / "b")
+    )  # fmt: skip
+    assert [report.text for report in before] == [report.text for report in after]
+    assert sum(report.passes for report in after) < sum(report.passes for report in before)
+    refused = call_cli("export.revise", tiny_bundle, "--out", tmp_path / "c", "--phrases", tmp_path)
+    assert refused.returncode == 1 and str(tmp_path) in refused.stderr and not (tmp_path / "c").exists()
 
 
 def test_int4_graphs_hold_four_and_eight_bit_weights(tiny_bundle: Path):
