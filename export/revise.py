@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ import onnx
 import typer
 import yaml
 
+from cbedge.backends import open_backend
 from cbedge.bundle import (
     CARD,
     IN_INT8,
@@ -28,14 +30,16 @@ from cbedge.bundle import (
     open_bundle,
     write_bundle,
 )
-from export.bundle import read_topics
+from export.bundle import PARITY, PARITY_CASES, read_topics
 from export.card import model_card
 from export.command import run
 from export.graphs import DECODER, EMBED
-from export.parity import Parity, VariantParity
+from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
+from training.fetch import DEFAULT_CACHE
 from training.templates import templates_of
+from training.trained import load_adapted
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -82,6 +86,17 @@ def revise(
             "--vnni", help="Add q4a8, for CPUs with VNNI, on int4's own weights: graphs that multiply 8-bit integers."
         ),
     ] = False,
+    parity: Annotated[
+        Path | None,
+        typer.Option(
+            help="The merged checkpoint in fp32, for one as python -m export.restore writes it: compare the bundle's "
+            "variants, as they are, with it."
+        ),
+    ] = None,
+    parity_data: Annotated[
+        Path | None,
+        typer.Option(help="IU X-RAY folder: compare on 50 validation studies.", show_default="the example radiograph"),
+    ] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
 ) -> None:
@@ -111,8 +126,10 @@ def revise(
         manifest = replace(manifest, decoding=manifest.decoding | {"guidance": guidance})
     if quality:
         measured = json.loads(quality.read_text(encoding="utf-8"))
-        parity = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
-        manifest = replace(manifest, quality=measured | parity)
+        before = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
+        manifest = replace(manifest, quality=measured | before)
+    if parity:
+        manifest = replace(manifest, quality=manifest.quality | {"parity": _compare(source, parity, parity_data)})
     book = phrasebook_of(bundle, phrases, phrase_studies, _tell) if phrases else None
     made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
     compared = manifest.quality.get("parity")
@@ -134,6 +151,8 @@ def revise(
             made.save(folder / TEMPLATES)
         if book is not None:
             book.save(folder / PHRASEBOOK)
+        if parity:
+            (folder / PARITY).write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
         return manifest
 
@@ -143,7 +162,28 @@ def revise(
 
 def _tell(done: int, of: int) -> None:
     if done % 100 == 0 or done == of:
-        typer.echo(f"{done} of {of} drafts for the phrasebook", err=True)
+        typer.echo(f"{done} of {of} drafts", err=True)
+
+
+def _compare(bundle: Bundle, checkpoint: Path, data: Path | None) -> dict[str, Any]:
+    """What is to be recorded of a bundle's variants beside the checkpoint; what was of others on the same studies
+    stays."""
+    cases, where = parity_cases(data, PARITY_CASES)
+    variants = bundle.manifest.variants
+    backends = {name: partial(open_backend, bundle, variant, "cpu") for name, variant in variants.items()}
+    sizes = {
+        name: sum((bundle.folder / file).stat().st_size for file in {*variant.graphs.values(), *variant.data}) / 1e6
+        for name, variant in variants.items()
+    }
+    known = bundle.manifest.quality.get("parity")
+    before = _parity(known) if known else None
+    error = before.merge_error if before else 0.0
+    found = compare(
+        load_adapted(str(checkpoint), [], DEFAULT_CACHE), backends, sizes, cases, where, error, progress=_tell
+    )
+    if before and (before.cases, before.source) == (found.cases, found.source):
+        found = replace(found if "fp32" in variants else before, variants=before.variants | found.variants)
+    return asdict(found)
 
 
 def _with_half(bundle: Bundle, manifest: Manifest) -> tuple[Manifest, onnx.ModelProto]:

@@ -86,6 +86,25 @@ def test_graphs_compute_what_int4_computes(bundle: Path):
     assert not np.array_equal(*pairs[-1])
 
 
+def test_a_revised_bundle_is_compared_with_the_checkpoint(tiny_bundle: Path, bundle: Path, tmp_path: Path):
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "compared"
+    variants = [name for name in ("int4", *sorted(IN_INT8)) if name in open_bundle(bundle).manifest.variants]
+    kept = [word for name in variants for word in ("--keep", name)]
+    for arguments in (
+        ("export.restore", tiny_bundle, "--out", checkpoint),
+        ("export.revise", bundle, "--out", tmp_path / "kept", *kept),
+        ("export.revise", tmp_path / "kept", "--out", out, "--parity", checkpoint),
+    ):
+        done = call_cli(*arguments)
+        assert done.returncode == 0, done.stderr
+    parity = json.loads((out / "parity.json").read_text())
+    assert open_bundle(out).manifest.quality["parity"] == parity
+    for name in variants:
+        assert parity["variants"][name]["token_agreement"] > 0.5
+        assert 0 < parity["variants"][name]["relative_errors"]["vision_encoder"] < 0.1
+        assert f"| {name} |" in (out / "MODEL_CARD.md").read_text()
+
+
 @pytest.mark.parametrize("variant", ["int4", *sorted(IN_INT8)])
 def test_a_token_hangs_on_no_other_of_its_pass(variant: str, bundle: Path):
     opened = open_bundle(bundle)
