@@ -223,7 +223,7 @@ def batch_command(
         int | None, typer.Option(min=1, help="Of --engine ray.", show_default="one for two CPUs")
     ] = None,
     together: Annotated[
-        int, typer.Option(min=1, max=64, help="Radiographs that --engine local drafts at a time; pays on GPUs.")
+        int, typer.Option(min=1, max=64, help="Radiographs drafted at a time (local); for models without a phrasebook.")
     ] = 1,
     template: Template = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,

@@ -173,10 +173,11 @@ class ReportGenerator:
         return stream.report
 
     def generate_many(self, requests: Sequence[Mapping[str, Any]]) -> list[Report | CbedgeError]:
-        """Draft the reports of several studies together, which takes less time than one after another.
+        """Draft the reports of several studies, in the way that takes least time.
 
-        Every pass of the language model reads a token of each, by other kernels than a pass over one; so a draft can,
-        seldom, differ in a word from the one that is written alone.
+        Where tokens are guessed ahead, as the bundle's maker chose, that is one after another. Else every pass of the
+        language model reads a token of each, by other kernels than a pass over one; so a draft can, seldom, differ in a
+        word from the one that is written alone.
 
         Args:
             requests: for each study the arguments of :meth:`generate`, ``image`` among them; at most 64.

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ def generator(tiny_bundle: Path) -> ReportGenerator:
     return ReportGenerator.from_pretrained(tiny_bundle, "fp32", "cpu")
 
 
+PLAIN = Decoding(speculative=False)  # else they are written one after another
+
+
 def requests(lengths: list[int]) -> list[dict]:
     return [
-        {"image": draw_chest(n), "indication": "cough " * n or None, "max_new_tokens": length, "accept_any_image": True}
+        {"image": draw_chest(n), "indication": "cough " * n or None, "max_new_tokens": length, "accept_any_image": True,
+         "decoding": PLAIN}
         for n, length in enumerate(lengths)
-    ]
+    ]  # fmt: skip
 
 
 def test_each_draft_is_what_it_is_alone_whenever_the_others_end(generator: ReportGenerator):
@@ -30,12 +35,20 @@ def test_each_draft_is_what_it_is_alone_whenever_the_others_end(generator: Repor
 @needs_default_model
 def test_guided_and_opened_drafts_are_written_together_too():
     generator = ReportGenerator.from_pretrained(device="cpu")
-    wanted = [{"image": EXAMPLES / "chest_pa.png", "indication": text} for text in ("cough", None, "trauma")]
+    how = replace(generator.decoding, speculative=False)
+    image = EXAMPLES / "chest_pa.png"
+    wanted = [{"image": image, "indication": text, "decoding": how} for text in ("cough", None, "trauma")]
     together = generator.generate_many(wanted)
     for report, request in zip(together, wanted, strict=True):
         alone = generator.generate(**request)
         assert report.findings.split(". ")[0] == alone.findings.split(". ")[0]
         assert report.image_findings == alone.image_findings and report.complete
+
+
+def test_drafts_that_are_guessed_ahead_are_written_one_after_another(generator: ReportGenerator):
+    wanted = [{**request, "decoding": generator.decoding} for request in requests([12, 20])]
+    for report, request in zip(generator.generate_many(wanted), wanted, strict=True):
+        assert report.passes > 0 and report.text == generator.generate(**request).text
 
 
 def test_what_cannot_be_drafted_is_told_in_its_place_and_stops_no_other(generator: ReportGenerator, tmp_path: Path):
