@@ -194,7 +194,9 @@ def draft_together(
     # Where guesses hold, a pass gives one draft more tokens than it would give eight together. On a GPU one study is
     # written in a few milliseconds a pass, and to move its cache to a common one takes longer: 8 studies of the mini
     # model took .33 s one after another and 1.43 s together (H100).
-    guessed = generator.phrasebook is not None and all(how.is_greedy and how.speculative for how in settings)
+    guided = generator.bundle.manifest.decoding.get("guidance", 1) != 1
+    guesses = generator.phrasebook is not None and not guided
+    guessed = guesses and all(how.is_greedy and how.speculative for how in settings)
     if guessed or len(requests) < 2 or not generator.backend.decoder_only or generator.backend.device == "cuda":
         return [_draft(generator, request) for request in requests]
     group = Group(len(requests))
