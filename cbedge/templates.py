@@ -141,6 +141,7 @@ class Keeping:
         self._ends, self._stop, self._open_end, self._other = ends, tuple(stop_ids), open_end, other
         self._first, self._second = (tuple(heading) for heading in headings)
         self._findings, self._impression = (self._part(tokens) for tokens in (findings, impression))
+        self._known: dict[tuple[int, ...], dict[int, float]] = {}
 
     @property
     def words_findings(self) -> bool:
@@ -149,8 +150,14 @@ class Keeping:
 
     def favoured(self, written: Sequence[int]) -> dict[int, float]:
         """What is to be added to the logits of which tokens, after what is written of the draft."""
+        so_far = tuple(written)
+        if so_far not in self._known:  # what is guessed is asked for again when it is checked
+            self._known[so_far] = self._favoured(so_far)
+        return self._known[so_far]
+
+    def _favoured(self, written: tuple[int, ...]) -> dict[int, float]:
         if len(written) < len(self._first):
-            begun = tuple(written) == self._first[: len(written)]
+            begun = written == self._first[: len(written)]
             return {self._first[len(written)]: FAVOUR} if begun else {}
         sentences = self._part(written)
         now = sentences.pop() if sentences and sentences[-1][-1] not in self._ends else ()
@@ -171,16 +178,19 @@ class Keeping:
         return added
 
     def guess(self, written: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow what is written: the template's, or the other source's."""
+        """At most ``count`` tokens that may follow what is written: the template's, and where it has none the other
+        source's."""
         guesses: list[int] = []
         while len(guesses) < count:
-            added = self.favoured([*written, *guesses])
+            so_far = [*written, *guesses]
+            added = self.favoured(so_far)
             best = max(added, key=lambda token: added[token], default=None)
-            if best is None or added[best] <= 0:
+            if best is not None and added[best] > 0:
+                guesses.append(best)
+            elif self._other and (more := self._other.guess(so_far, 1)):
+                guesses += more
+            else:
                 break
-            guesses.append(best)
-        if not guesses and self._other:
-            return self._other.guess(written, count)
         return guesses
 
     def _part(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
