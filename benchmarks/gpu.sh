@@ -62,4 +62,5 @@ if [ -z "${SHAPE_ONLY:-}" ]; then
   python -m export.restore cbedge/models/default --out "$work/mini"
   python -m export --checkpoint "$work/mini" --out "$work/mini-bundle" --variant q4f16 --variant fp16 --name mini
   measure mini "$work/mini" q4f16,fp16
+  cbedge bench --image "$image" --device "$device" --repeat 10 --format json --output "$results-default-bench.json"
 fi

@@ -350,6 +350,20 @@ def test_reports_one_after_another_are_written_in_the_same_memory(tiny_bundle: P
     assert all(len(memories) <= 2 for memories in backend._memory.values())
 
 
+def test_a_gpu_reads_any_number_of_tokens_in_passes_of_few_sizes(tiny_bundle: Path):
+    backend = ReportGenerator.from_pretrained(tiny_bundle, "fp32", device="cpu").backend
+    embeds = np.random.default_rng(0).standard_normal((1, 5, backend.shapes.hidden_size))
+    usual, filled = (kind(backend, 5 + 248) for kind in (OnnxDecoder, CudaDecoder))  # 3 places less than there are
+    assert np.allclose(usual.prefill(embeds), filled.prefill(embeds), atol=1e-4)
+    tokens = np.random.default_rng(1).integers(4, 200, 248).tolist()
+    for count in (1, 2, 3, 4, 5, 7, 12, 17, 20, 33, 40, 1, 60, 30, 12, 1):
+        now, tokens = tokens[:count], tokens[count:]
+        assert np.allclose(usual.read(now), filled.read(now), atol=1e-4)
+        assert usual.length == filled.length
+    assert not tokens
+    assert {*filled._memory._steps} == {2, 5, 9, 17, 33}
+
+
 def test_two_prompts_of_unlike_length_are_read_in_one_pass(exact_generator: ReportGenerator):
     generator = exact_generator
     rng = np.random.default_rng(1)
@@ -436,19 +450,25 @@ def test_the_embedded_model_writes_the_same_whether_it_guesses_ahead_or_not():
 
 @needs_default_model
 @pytest.mark.skipif("CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY")
-def test_guessing_ahead_changes_no_draft_of_200_real_studies():
+@pytest.mark.parametrize("keep", [True, False], ids=["kept to its template", "freely"])
+@pytest.mark.parametrize("variant", [None, "int4"])
+def test_guessing_ahead_changes_no_draft_of_200_real_studies(variant: str | None, keep: bool):
     from training.datasets.iu_xray import read_studies
 
-    generator = ReportGenerator.from_pretrained(device="cpu")
-    accepted = 0
+    generator = ReportGenerator.from_pretrained(variant=variant, device="cpu")
+    accepted, differing = 0, []
     for study in read_studies(Path(os.environ["CBEDGE_IU_XRAY"]), ("val",))[:200]:
         context = {"indication": study.context.indication, "comparison": study.context.comparison}
         plain, ahead = (
-            generator.generate(study.image, **context, decoding=Decoding(speculative=s), accept_any_image=True)
-            for s in (False, True)
-        )
-        assert plain.text == ahead.text
+            generator.generate(
+                study.image, **context, accept_any_image=True,
+                decoding=replace(generator.decoding, speculative=speculative, keep_to_template=keep),
+            )
+            for speculative in (False, True)
+        )  # fmt: skip
+        differing += [study.study_id] if plain.text != ahead.text else []
         accepted += ahead.accepted_tokens
+    assert not differing
     assert accepted > 200
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 LOGITS_START = "logits_start"  # the decoder's input: from which position on logits are wanted, -1 the last alone
-_RECORDED = 9  # tokens, at most, in a pass that comes again and again; one of more runs kernel by kernel
+_RECORDED = (2, 5, 9, 17, 33)  # tokens in a pass of the GPU's: others are filled up to one of these
 _PLACES = 256  # the GPU's caches are as long as a multiple of it, so that they serve one report after another
 
 
@@ -398,7 +398,9 @@ class CudaStep:
 class CudaDecoder(OnnxDecoder):
     """The language model on the GPU: tokens are looked up there, and a pass over a few is a CUDA graph.
 
-    Its memory is the backend's, and is given back to it for the next report.
+    Each number of tokens would be a graph of its own: they are filled up to one of a few. What fills up is read behind
+    all others, so they know nothing of it, and the next pass writes over it. The memory is the backend's, and is given
+    back to it for the next report.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
@@ -420,11 +422,15 @@ class CudaDecoder(OnnxDecoder):
 
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
-        return self._step(np.array([token_ids], np.int64), 1)[:, 0]
+        return self._step(np.array([token_ids], np.int64), 1, 1)[:, 0]
 
     def _read(self, token_ids: np.ndarray) -> np.ndarray:
         count = token_ids.shape[1]
-        return super()._read(token_ids) if count > _RECORDED else self._step(token_ids, count)[0]
+        size = next((size for size in _RECORDED if size >= count), None)
+        if size is None or self.length + size > self._places.shape[1]:
+            return super()._read(token_ids)
+        filled = np.pad(token_ids, ((0, 0), (0, size - count)), mode="edge")
+        return self._step(filled, size, count)[0, :count]
 
     def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
         assert isinstance(source, CudaDecoder)
@@ -435,10 +441,11 @@ class CudaDecoder(OnnxDecoder):
             array[ours, :, :used] = source._memory.cache[name].numpy()[theirs, :, :used]
             value.update_inplace(array)
 
-    def _step(self, token_ids: np.ndarray, count: int) -> np.ndarray:
+    def _step(self, token_ids: np.ndarray, count: int, kept: int) -> np.ndarray:
+        """Read ``count`` tokens in each draft, of which ``kept`` are to be remembered."""
         positions = self.lengths[:, None] + self._places[:, :count]
-        self._go_on(count)
-        mask = (self._places < self.lengths[:, None]).astype(np.int64)
+        mask = (self._places < self.lengths[:, None] + count).astype(np.int64)
+        self._go_on(kept)
         return self._memory.step(count).run(token_ids, mask, positions)
 
 
