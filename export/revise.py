@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -107,15 +108,50 @@ def revise(
     manifest = source.manifest
     if (templates or no_templates) and manifest.image_findings is None:
         raise ValueError(f"{manifest.name} has no image scores that say what a template must not hide")
+    new: dict[str, Callable[[Path], object]] = {}  # what writes each new file
     if keep:
-        kept = [source.variant(name)[0] for name in keep]
-        variants = {name: manifest.variants[name] for name in dict.fromkeys(kept)}
-        manifest = replace(manifest, variants=variants, default_variant=kept[0])
-    half = None
+        manifest = _with_only(source, manifest, keep)
     if gpu:
         manifest, half = _with_half(source, manifest)
+        new[manifest.variants["q4f16"].graphs[DECODER]] = lambda path: onnx.save(half, str(path))
     if vnni:
         manifest = _with_int8(manifest)
+    manifest = _told(manifest, version, openings, topics, guidance, quality)
+    if parity:
+        compared = _compare(source, parity, parity_data)
+        manifest = replace(manifest, quality=manifest.quality | {"parity": compared})
+        new[PARITY] = lambda path: path.write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
+    if phrases:
+        new[PHRASEBOOK] = phrasebook_of(bundle, phrases, phrase_studies, _tell).save
+    made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
+    if made is not None:
+        new[TEMPLATES] = made.save
+    measured = manifest.quality.get("parity")
+    keeps = TEMPLATES in new or (TEMPLATES in manifest.files and not no_templates)
+    card = model_card(manifest, _parity(measured) if measured else None, keeps)
+    new[CARD] = lambda path: path.write_text(card, encoding="utf-8")
+
+    def fill(folder: Path) -> Manifest:
+        left = {file for v in manifest.variants.values() for file in (*v.graphs.values(), *v.data)}
+        gone = {f for v in source.manifest.variants.values() for f in (*v.graphs.values(), *v.data)} - left
+        gone |= {*new, *([TEMPLATES] if no_templates else [])}
+        for name in manifest.files.keys() - gone:
+            shutil.copyfile(source.folder / name, folder / name)
+        for name, write in new.items():
+            write(folder / name)
+        if vnni:
+            in_int8({kind: folder / file for kind, file in manifest.variants["int4"].graphs.items()}, folder)
+        return manifest
+
+    write_bundle(out, fill, force)
+    typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
+
+
+def _told(
+    manifest: Manifest, version: str | None, openings: Path | None, topics: Path | None, guidance: float | None,
+    quality: Path | None,
+) -> Manifest:  # fmt: skip
+    """The manifest with what is said of the model, and how it decodes; ``None`` leaves each as it is."""
     if version:
         manifest = replace(manifest, version=version)
     if openings:
@@ -128,36 +164,14 @@ def revise(
         measured = json.loads(quality.read_text(encoding="utf-8"))
         before = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}
         manifest = replace(manifest, quality=measured | before)
-    if parity:
-        manifest = replace(manifest, quality=manifest.quality | {"parity": _compare(source, parity, parity_data)})
-    book = phrasebook_of(bundle, phrases, phrase_studies, _tell) if phrases else None
-    made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
-    compared = manifest.quality.get("parity")
-    keeps = made is not None or (TEMPLATES in manifest.files and not no_templates)
-    card = model_card(manifest, _parity(compared) if compared else None, keeps)
+    return manifest
 
-    def fill(folder: Path) -> Manifest:
-        left = {file for v in manifest.variants.values() for file in (*v.graphs.values(), *v.data)}
-        gone = {f for v in source.manifest.variants.values() for f in (*v.graphs.values(), *v.data)} - left
-        if made is not None or no_templates:
-            gone.add(TEMPLATES)
-        for name in manifest.files.keys() - gone:
-            shutil.copyfile(source.folder / name, folder / name)
-        if half is not None:
-            onnx.save(half, str(folder / manifest.variants["q4f16"].graphs[DECODER]))
-        if vnni:
-            in_int8({kind: folder / file for kind, file in manifest.variants["int4"].graphs.items()}, folder)
-        if made is not None:
-            made.save(folder / TEMPLATES)
-        if book is not None:
-            book.save(folder / PHRASEBOOK)
-        if parity:
-            (folder / PARITY).write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card, encoding="utf-8")
-        return manifest
 
-    write_bundle(out, fill, force)
-    typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
+def _with_only(source: Bundle, manifest: Manifest, names: list[str]) -> Manifest:
+    """The manifest with some variants alone, the first of which is its default."""
+    kept = [source.variant(name)[0] for name in names]
+    variants = {name: manifest.variants[name] for name in dict.fromkeys(kept)}
+    return replace(manifest, variants=variants, default_variant=kept[0])
 
 
 def _tell(done: int, of: int) -> None:
