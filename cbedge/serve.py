@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, File, Form, Header, HTTPException, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, Header, HTTPException, Request, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -234,29 +234,48 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     )  # fmt: skip
     app.state.drafter = drafter
     app.add_middleware(BodyLimit, most=settings.max_bytes)
+    app.add_exception_handler(CbedgeError, _refuse)
+    app.add_exception_handler(Overloaded, _later)
+    app.add_exception_handler(GivenUp, _late)
+    allowed = Depends(_guard(settings.token))
+    app.include_router(_drafting(generator, drafter, metrics, allowed))
+    app.include_router(_telling(generator, drafter, metrics, settings, allowed))
+    return app
+
+
+def _guard(token: str | None) -> Callable[[Request], None]:
+    """Sees that a request has the token."""
 
     def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "")
-        if settings.token and not hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode()):
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, "give the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
 
-    @app.exception_handler(CbedgeError)
-    async def _refuse(request: Request, error: CbedgeError) -> Response:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
-        return JSONResponse({"detail": str(error)}, status)
+    return allowed
 
-    @app.exception_handler(Overloaded)
-    async def _later(request: Request, error: Overloaded) -> Response:
-        text = f"too many drafts are waiting: come again in {error.retry_after} s"
-        ticket = {"Queue-Ticket": error.ticket} if error.ticket else {}
-        return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)} | ticket)
 
-    @app.exception_handler(GivenUp)
-    async def _late(request: Request, error: GivenUp) -> Response:
-        return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
+async def _refuse(request: Request, error: Exception) -> Response:
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
+    return JSONResponse({"detail": str(error)}, status)
 
-    @app.post(
-        "/v1/reports", dependencies=[Depends(allowed)], summary="Draft the report of one study",
+
+async def _later(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Overloaded)
+    text = f"too many drafts are waiting: come again in {error.retry_after} s"
+    ticket = {"Queue-Ticket": error.ticket} if error.ticket else {}
+    return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)} | ticket)
+
+
+async def _late(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
+
+
+def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
+    """What drafts a report."""
+    router = APIRouter(dependencies=[allowed])
+
+    @router.post(
+        "/v1/reports", summary="Draft the report of one study",
         responses={
             200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
                   "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
@@ -331,21 +350,30 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         return StreamingResponse(_chain(first, events), media_type="text/event-stream",
                                  headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
 
-    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
+    return router
+
+
+def _telling(
+    generator: ReportGenerator, drafter: Drafter, metrics: Metrics, settings: ServeSettings, allowed: Any
+) -> APIRouter:
+    """What tells of the service and of the model, and the page."""
+    router = APIRouter()
+
+    @router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
     async def healthz() -> str:
         return "ok"
 
-    @app.get("/readyz", response_class=PlainTextResponse, summary="Whether it takes radiographs")
+    @router.get("/readyz", response_class=PlainTextResponse, summary="Whether it takes radiographs")
     async def readyz() -> Response:
         full = drafter.waiting > settings.queue
         state = "shutting down" if drafter.draining else "the queue is full" if full else "ready"
         return PlainTextResponse(state, 200 if state == "ready" else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(allowed)], summary="For Prometheus")
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=[allowed], summary="For Prometheus")
     async def tell_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/model", dependencies=[Depends(allowed)], summary="The model, with its card")
+    @router.get("/v1/model", dependencies=[allowed], summary="The model, with its card")
     async def model() -> dict[str, Any]:
         manifest = generator.bundle.manifest
         card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
@@ -356,12 +384,12 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
             "card": card,
         }  # fmt: skip
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
         text = (files("cbedge") / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
 
-    return app
+    return router
 
 
 class BodyLimit:
