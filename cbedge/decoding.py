@@ -16,7 +16,7 @@ from cbedge.phrasebook import GuessSource
 MAX_BEAMS = 8
 MAX_CANDIDATES = 32
 MAX_GUESSES = 32
-_HOPE = 0.75  # how often a guess holds, before any was made
+_HOPE = 0.9  # how often a guess holds, before any was made
 PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
 
 
@@ -255,7 +255,8 @@ class GuessLength:
     def choose(self) -> int:
         """How many tokens to guess now."""
         if len(self._seconds) < 2:
-            return 4 if 4 in self._seconds or 16 in self._seconds else 16
+            measured = next(iter(self._seconds), 0)  # fewer than were asked for, where the guesser knew no more
+            return 4 if measured > 4 else 0 if measured else 16
         if self._passes % 32 == 31:  # now and then another, or what was slow once would never be measured again
             return (self._passes // 32) % (MAX_GUESSES + 1)
         tokens = 1 + np.cumsum(np.cumprod(self._holds))  # that a pass is likely to give, with 1 guess, 2, …

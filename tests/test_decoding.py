@@ -135,6 +135,15 @@ def test_nothing_is_guessed_where_it_does_not_pay():
     assert length.choose() > 8
 
 
+@pytest.mark.parametrize("known", [0, 3, 4, 16])
+def test_what_a_pass_costs_is_learnt_whatever_the_guesser_knows(known: int):
+    length = GuessLength()
+    for _ in range(30):
+        guesses = min(length.choose(), known)
+        length.learn(guesses, 0, 0.01 * (1 + guesses))  # never right, and dear
+    assert length.choose() == 0 or known == 0
+
+
 def test_a_phrasebook_learns_saves_and_guesses(tmp_path: Path):
     report = [5, 6, 7, 8, 5, 6, 9, 0]
     book = Phrasebook.compile([report] * 3)
