@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from cbedge import CbedgeError, open_bundle
 from cbedge.backends.onnx import is_installed
 from cbedge.bench import machine
 from cbedge.decoding import Decoder, Token
@@ -404,7 +405,6 @@ def prepare(
 
     The model is the bundle's own, restored from its fp32 graphs, where no checkpoint is given.
     """
-    from cbedge import open_bundle
     from export.merge import merge
     from export.restore import restore
     from training.fetch import DEFAULT_CACHE
@@ -518,7 +518,10 @@ def main(
     else:
         try:
             studies = [(s.image.absolute(), s.context) for s in open_studies(data, ("val",), rounds)]
-        except (OSError, ValueError) as error:
+            if not studies:
+                raise ValueError(f"{data} has no validation study")
+            open_bundle(bundle).variant(None if tokens else "fp32")
+        except (CbedgeError, OSError, ValueError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 

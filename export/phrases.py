@@ -30,8 +30,13 @@ def phrasebook_of(folder: Path, data: Path, limit: int | None, tell: Callable[[i
         data: IU X-RAY or MIMIC-CXR-JPG.
         limit: only the first so many studies.
         tell: is told how many drafts are written, and of how many.
+
+    Raises:
+        ValueError: ``data`` has no train study.
     """
     studies = open_studies(data, ("train",), limit)
+    if not studies:
+        raise ValueError(f"{data} has no train study with a frontal radiograph and a report")
     kept = RuntimeDrafter(folder, None, "auto")
     done, drafts = 0, []
 
