@@ -25,17 +25,22 @@ from itertools import takewhile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from tokenizers import Tokenizer
 
 from cbedge import CbedgeError, open_bundle
 from cbedge.backends.onnx import is_installed
 from cbedge.bench import machine
+from cbedge.bundle import TOKENIZER
 from cbedge.decoding import Decoder, Token
-from cbedge.prompt import ClinicalContext
+from cbedge.prompt import ClinicalContext, build_prompt
 from training.datasets import open_studies
+
+if TYPE_CHECKING:
+    from cbedge.generator import Look, ReportGenerator
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 INDICATION = "cough"
@@ -90,6 +95,15 @@ class Run:
 
 
 Runner = Callable[[Task], Run]
+Study = tuple[Path, ClinicalContext]  # a radiograph, and what is told of it
+
+
+def see(generator: ReportGenerator, image: Path, context: ClinicalContext) -> tuple[Look, np.ndarray]:
+    """What cbedge's image side makes of a radiograph, and the prompt for it, int64 [1, tokens]."""
+    from cbedge.radiograph import load_radiograph, preprocess
+
+    look = generator.look(generator.backend.encode_image(preprocess(load_radiograph(image).pixels)), context)
+    return look, np.array([generator.prompt_ids(context, look.seen)], np.int64)
 
 
 def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
@@ -100,7 +114,6 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
     """
     from cbedge.decoding import Drafting, GuessLength, greedy, speculate
     from cbedge.generator import ReportGenerator
-    from cbedge.radiograph import load_radiograph, preprocess
 
     generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
     length = GuessLength()
@@ -115,9 +128,7 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
 
     def run(task: Task) -> Run:
         start = perf_counter()
-        features = generator.backend.encode_image(preprocess(load_radiograph(task.image).pixels))
-        look = generator.look(features, task.context)
-        ids = np.array([generator.prompt_ids(task.context, look.seen)], np.int64)
+        look, ids = see(generator, task.image, task.context)
         language = perf_counter()
         embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
         decoder = generator.backend.new_decoder(embeds.shape[1] + task.tokens)
@@ -443,28 +454,36 @@ def prepare(
     return folder
 
 
-def plan(bundle: Path, studies: list[tuple[Path, ClinicalContext]], tokens: int | None, threads: int) -> list[Task]:
-    """The reports to write: of so many tokens, or of as many as the bundle's ``fp32`` writes until each ends."""
+def natural_lengths(bundle: Path, studies: list[Study], threads: int) -> list[int]:
+    """Of how many tokens the reports are that the bundle's ``fp32`` writes, their ends counted."""
     from cbedge.decoding import greedy
     from cbedge.generator import ReportGenerator
-    from cbedge.radiograph import load_radiograph, preprocess
 
-    generator = ReportGenerator.from_pretrained(bundle, None if tokens else "fp32", "cpu", threads)
+    generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu", threads)
     manifest, backend = generator.bundle.manifest, generator.backend
-    tasks = []
+    most, lengths = manifest.decoding["max_new_tokens"], []
     for image, context in studies:
-        stand_in = (5,) * manifest.shapes.num_query_tokens + tuple(generator.prompt_ids(context, ()))
-        length = tokens
-        if length is None:
-            features = backend.encode_image(preprocess(load_radiograph(image).pixels))
-            look = generator.look(features, context)
-            ids = np.array([generator.prompt_ids(context, look.seen)], np.int64)
-            embeds = np.concatenate([look.image_embeds, backend.embed_tokens(ids)], axis=1)
-            most = manifest.decoding["max_new_tokens"]
-            decoder = backend.new_decoder(embeds.shape[1] + most)
-            written = greedy(decoder, decoder.prefill(embeds), manifest.stop_ids, most)
-            length = sum(1 for _ in written)
-        tasks.append(Task(image, context, length, stand_in))
+        look, ids = see(generator, image, context)
+        embeds = np.concatenate([look.image_embeds, backend.embed_tokens(ids)], axis=1)
+        decoder = backend.new_decoder(embeds.shape[1] + most)
+        lengths.append(sum(1 for _ in greedy(decoder, decoder.prefill(embeds), manifest.stop_ids, most)))
+    return lengths
+
+
+def plan(bundle: Path, studies: list[Study], tokens: int | None, threads: int) -> list[Task]:
+    """The reports to write: of so many tokens, or of as many as the bundle's ``fp32`` writes until each ends."""
+    opened = open_bundle(bundle)
+    tokenizer, manifest = Tokenizer.from_file(str(opened.folder / TOKENIZER)), opened.manifest
+    if tokens:
+        lengths = [tokens] * len(studies)
+    else:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:  # its memory ends with it
+            lengths = aside.submit(natural_lengths, bundle, studies, threads).result()
+    image_ids = (*[5] * manifest.shapes.num_query_tokens, *manifest.prefix_ids)
+    tasks = []
+    for (image, context), length in zip(studies, lengths, strict=True):
+        prompt = tokenizer.encode(build_prompt(context, ()), add_special_tokens=False)
+        tasks.append(Task(image, context, length, (*image_ids, *prompt.ids)))
     return tasks
 
 
@@ -474,6 +493,20 @@ def _copy_for_optimum(language: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["rope_theta"] = (config.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _chosen(device: str, only: list[str] | None, optimum_python: str | None) -> list[str]:
+    """Who runs.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if device not in USUAL:
+        raise ValueError(f"unknown device {device!r}; give one of: {', '.join(USUAL)}")
+    unknown = [name for name in only or () if name not in RUNNERS]
+    if unknown:
+        raise ValueError(f"unknown runner {unknown[0]!r}; give one of: {', '.join(RUNNERS)}")
+    return only or [n for n in USUAL[device] if optimum_python or not n.startswith("Optimum")]
 
 
 @app.command(help=__doc__)
@@ -504,36 +537,27 @@ def main(
     if output.with_suffix(".json").exists() and not force:
         typer.echo(f"error: {output.with_suffix('.json')} exists already: give --force to replace it", err=True)
         raise typer.Exit(1)
-    if device not in USUAL:
-        typer.echo(f"error: unknown device {device!r}; give one of: {', '.join(USUAL)}", err=True)
-        raise typer.Exit(1)
-    unknown = [name for name in only or () if name not in RUNNERS]
-    if unknown:
-        typer.echo(f"error: unknown runner {unknown[0]!r}; give one of: {', '.join(RUNNERS)}", err=True)
-        raise typer.Exit(1)
-
-    if data is None:
-        tokens = tokens or 60
+    try:
+        names = _chosen(device, only, optimum_python)
         studies = rounds * [(image.absolute(), ClinicalContext(indication, view="frontal"))]
-    else:
-        try:
+        if data is None:
+            tokens = tokens or 60
+        else:
             studies = [(s.image.absolute(), s.context) for s in open_studies(data, ("val",), rounds)]
             if not studies:
                 raise ValueError(f"{data} has no validation study")
-            open_bundle(bundle).variant(None if tokens else "fp32")
-        except (CbedgeError, OSError, ValueError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
+        open_bundle(bundle).variant(None if tokens else "fp32")
+    except (CbedgeError, OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
     def tell(text: str) -> None:
         typer.echo(text, err=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        names = only or [n for n in USUAL[device] if optimum_python or not n.startswith("Optimum")]
         model = prepare(checkpoint, adapters, bundle, Path(scratch), names, tell)
         job = Job(model.absolute(), bundle.absolute(), threads, device, optimum_python)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:  # its memory ends with it
-            tasks = aside.submit(plan, job.bundle, studies, tokens, threads).result()
+        tasks = plan(job.bundle, studies, tokens, threads)
         found = measure(job, names, tasks, tell)
     packages = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
                 "llama-cpp-python")  # fmt: skip

@@ -442,10 +442,11 @@ class ReportGenerator:
     def _read(
         self, decoder: Decoder, look: Look, prompt_ids: list[int], begun: list[int]
     ) -> tuple[Decoder, np.ndarray]:
-        together = [*prompt_ids, *begun] if self.backend.decoder_only else prompt_ids
-        embeds = self.backend.embed_tokens(np.array([together], np.int64))
+        if self.backend.decoder_only:  # else an encoder reads the prompt
+            prompt_ids, begun = [*prompt_ids, *begun], []
+        embeds = self.backend.embed_tokens(np.array([prompt_ids], np.int64))
         logits = decoder.prefill(np.concatenate([look.image_embeds, embeds], axis=1))
-        return decoder, decoder.read(begun)[-1].copy() if begun and together is prompt_ids else logits
+        return decoder, decoder.read(begun)[-1].copy() if begun else logits
 
     def look(self, features: np.ndarray, context: ClinicalContext, lateral: np.ndarray | None = None) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H], and about the lateral radiograph's."""

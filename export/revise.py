@@ -106,6 +106,12 @@ def revise(
     source = open_bundle(bundle)
     source.verify()
     manifest = source.manifest
+    for told, needed, option in (
+        (phrase_studies, phrases, "--phrase-studies goes with --phrases"),
+        (parity_data, parity, "--parity-data goes with --parity"),
+    ):
+        if told and not needed:
+            raise ValueError(f"{option}: give both")
     if (templates or no_templates) and manifest.image_findings is None:
         raise ValueError(f"{manifest.name} has no image scores that say what a template must not hide")
     new: dict[str, Callable[[Path], object]] = {}  # what writes each new file

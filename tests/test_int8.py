@@ -97,6 +97,8 @@ def test_a_revised_bundle_is_compared_with_the_checkpoint(tiny_bundle: Path, bun
     ):
         done = call_cli(*arguments)
         assert done.returncode == 0, done.stderr
+    refused = call_cli("export.revise", bundle, "--out", tmp_path / "no", "--parity-data", tmp_path)
+    assert refused.returncode == 1 and "--parity-data goes with --parity" in refused.stderr
     parity = json.loads((out / "parity.json").read_text())
     assert open_bundle(out).manifest.quality["parity"] == parity
     for name in variants:
