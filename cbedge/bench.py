@@ -31,6 +31,7 @@ from cbedge.decoding import Decoding
 from cbedge.errors import OutputError
 from cbedge.generator import ReportGenerator
 from cbedge.radiograph import Radiograph, load_radiograph
+from cbedge.recent import Recent
 from cbedge.report import Report, Timings
 
 FORMATS = ("table", "json", "csv", "md")
@@ -71,7 +72,8 @@ def bench(
 
     Returns:
         A JSON-ready record: ``machine``, and ``variants`` with for each of them ``ms`` (median, p95, p99, least, most
-        of every stage, of the time to the first token and of the whole), ``tokens_per_second``, ``peak_memory_mb``...
+        of every stage, of the time to the first token and of the whole), ``redraft_ms`` (of the whole where the study
+        was the last one drafted, :mod:`cbedge.recent`), ``tokens_per_second``, ``peak_memory_mb``...
 
     Raises:
         BundleError, DeviceError: as :meth:`ReportGenerator.from_pretrained`.
@@ -84,7 +86,7 @@ def bench(
     for name in names:
         progress(f"{name}: loading")
         start = perf_counter()
-        generator = ReportGenerator.from_pretrained(model, name, device, threads)
+        generator = ReportGenerator.from_pretrained(model, name, device, threads, recent_studies=0)
         load = perf_counter() - start
         settings = replace(generator.decoding, speculative=speculative)
 
@@ -100,6 +102,10 @@ def bench(
             progress(f"{name}: round {number + 1} of {repeat}")
             drafts += [draft(image) for image in images]
         rows.append(_row(generator, drafts, load, bandwidth))
+        progress(f"{name}: again")
+        generator.recent = Recent(1)
+        rows[-1]["redraft_ms"] = _spread([draft(image).timings.total for image in images for _ in range(2)][1::2])
+        generator.recent = Recent(0)
         if batch > 1:
             progress(f"{name}: {batch} together")
             requests = [
@@ -311,6 +317,8 @@ def _table(record: dict[str, Any], before: dict[str, Any] | None) -> list[list[s
 
     for stage in (*STAGES[:-1], "first token", "total"):
         rows.append([f"{stage}, ms", *(_cell(row, old.get(row["variant"]), stage) for row in record["variants"])])
+    if any("redraft_ms" in row for row in record["variants"]):
+        add("total of the same study again, ms", lambda row: _or_dash(row["redraft_ms"]["median"], "{:.1f}"))
     add("tokens/s while decoding", lambda row: f"{row['tokens_per_second']['median']:.0f}")
     add("tokens read, written", lambda row: f"{row['prompt_tokens']:.0f}, {row['new_tokens']:.0f}")
     add("tokens a pass (guesses accepted)", _guessing)

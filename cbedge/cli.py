@@ -297,6 +297,9 @@ def serve_command(
     queue: Annotated[int, typer.Option(min=0, help="Drafts that may wait; one more is answered 429.")] = 8,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
     max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
+    recent_studies: Annotated[
+        int, typer.Option(min=0, max=64, help="Studies kept in memory, to be drafted again in half the time.")
+    ] = 4,
     template: Template = None,
 ) -> None:
     """Serve drafts over HTTP, with a page to try it: http://127.0.0.1:8642."""
@@ -307,7 +310,8 @@ def serve_command(
     check_exposure(host, token)
     from cbedge.generator import ReportGenerator
 
-    generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
+    generator = ReportGenerator.from_pretrained(model, variant, device, recent_studies=recent_studies)
+    generator = _keeping(generator, template)
     run_server(generator, host, port, ServeSettings(token, max_mb * 2**20, queue, deadline))
 
 

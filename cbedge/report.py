@@ -95,6 +95,9 @@ class Report:
             ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
         guessed_tokens, accepted_tokens: what was guessed ahead, and how much of it the model agreed to; ``passes``: of
             the language model over that, 0 where nothing is guessed.
+        image_reused: whether what vision encoder and Q-Former had made of the radiographs was kept from an earlier
+            draft; ``reused_tokens``: how much of image embeddings and prompt the language model had kept
+            (:mod:`cbedge.recent`). The draft is the same, its timings are not.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
     """
@@ -123,6 +126,8 @@ class Report:
     lateral_sha256: str | None = None
     template: str | None = None
     template_source: str | None = None
+    image_reused: bool = False
+    reused_tokens: int = 0
     statement: str = DRAFT_STATEMENT
 
     def to_json(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from cbedge.backends import Backend
 from cbedge.errors import CbedgeError, ContextError
+from cbedge.recent import Recent
 
 if TYPE_CHECKING:
     from cbedge.backends.onnx import OnnxDecoder
@@ -202,6 +203,7 @@ def draft_together(
     group = Group(len(requests))
     seated = copy.copy(generator)
     seated.backend = _SeatedBackend(generator.backend, group)  # type: ignore[assignment]
+    seated.recent = Recent(0)  # which would hand over decoders without a seat
     one_a_pass = [replace(how, speculative=False) for how in settings]
 
     def draft(number: int) -> Report | CbedgeError:

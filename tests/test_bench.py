@@ -32,6 +32,7 @@ def test_a_record_holds_every_stage_of_every_variant(record: dict):
         for spread in row["ms"].values():
             assert spread["least"] <= spread["median"] <= spread["p95"] <= spread["p99"] <= spread["most"]
         assert row["together"]["studies"] == 3 and row["together"]["s"]["median"] > 0
+        assert row["redraft_ms"]["median"] > 0
         assert 0 < row["bandwidth_share"] < 2 and row["peak_memory_mb"] > 10 and row["tokens_per_pass"] >= 1
     small, large = (row["bytes_per_pass"] for row in record["variants"])
     assert small < large

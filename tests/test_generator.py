@@ -99,6 +99,17 @@ def test_bad_input_is_refused_before_the_model_runs(generator: ReportGenerator, 
         generator.stream(chest_png, max_new_tokens=0)
 
 
+needs_real_data = pytest.mark.skipif(
+    "CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY"
+)
+
+
+def real_studies(count: int) -> list:
+    from training.datasets.iu_xray import read_studies
+
+    return read_studies(Path(os.environ["CBEDGE_IU_XRAY"]), ("val",))[:count]
+
+
 def seeing(generator: ReportGenerator, least: float) -> ReportGenerator:
     """The same, seeing what reaches a score: 0 is everything, 1 nothing. A random model's scores lie on its own
     thresholds, on either side by chance."""
@@ -449,19 +460,17 @@ def test_the_embedded_model_writes_the_same_whether_it_guesses_ahead_or_not():
 
 
 @needs_default_model
-@pytest.mark.skipif("CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY")
+@needs_real_data
 @pytest.mark.parametrize("keep", [True, False], ids=["kept to its template", "freely"])
 @pytest.mark.parametrize("variant", [None, "int4"])
 def test_guessing_ahead_changes_no_draft_of_200_real_studies(variant: str | None, keep: bool):
-    from training.datasets.iu_xray import read_studies
-
-    generator = ReportGenerator.from_pretrained(variant=variant, device="cpu")
+    generator = ReportGenerator.from_pretrained(variant=variant, device="cpu", recent_studies=0)
     accepted, differing = 0, []
-    for study in read_studies(Path(os.environ["CBEDGE_IU_XRAY"]), ("val",))[:200]:
-        context = {"indication": study.context.indication, "comparison": study.context.comparison}
+    for study in real_studies(200):
         plain, ahead = (
             generator.generate(
-                study.image, **context, accept_any_image=True,
+                study.image, indication=study.context.indication, comparison=study.context.comparison,
+                accept_any_image=True,
                 decoding=replace(generator.decoding, speculative=speculative, keep_to_template=keep),
             )
             for speculative in (False, True)
@@ -470,6 +479,25 @@ def test_guessing_ahead_changes_no_draft_of_200_real_studies(variant: str | None
         accepted += ahead.accepted_tokens
     assert not differing
     assert accepted > 200
+
+
+@needs_default_model
+@needs_real_data
+@pytest.mark.parametrize("variant", [None, "int4"])
+def test_what_is_kept_changes_no_draft_of_200_real_studies(variant: str | None):
+    forgetful, generator = (
+        ReportGenerator.from_pretrained(variant=variant, device="cpu", recent_studies=studies) for studies in (0, 1)
+    )
+    differing = []
+    for study in real_studies(200):
+        # Without an indication first, as a workstation asks before the order is there.
+        generator.generate(study.image, accept_any_image=True)
+        request = {"indication": study.context.indication or "cough", "accept_any_image": True}
+        fresh, *again = (one.generate(study.image, **request) for one in (forgetful, generator, generator))
+        assert all(report.reused_tokens for report in again)
+        same = all((r.text, r.sentences) == (fresh.text, fresh.sentences) for r in again)
+        differing += [] if same else [study.study_id]
+    assert not differing
 
 
 def test_a_draft_never_goes_on_with_what_contradicts_its_opening(generator: ReportGenerator):

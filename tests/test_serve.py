@@ -47,6 +47,8 @@ def test_a_radiograph_comes_back_as_the_draft_that_the_library_writes(
     answer = post(client, chest_png.read_bytes(), indication="cough")
     assert answer.status_code == 200, answer.text
     assert answer.json()["text"] == generator.generate(chest_png, indication="cough").text
+    corrected = post(client, chest_png.read_bytes(), indication="fever").json()
+    assert corrected["image_reused"] and corrected["reused_tokens"] > 0
     both = {"image": ("x", chest_png.read_bytes()), "lateral": ("y", (EXAMPLES / "chest_pa.png").read_bytes())}
     told = client.post("/v1/reports", files=both, data={"indication": "cough"}).json()
     wanted = generator.generate(chest_png, indication="cough", lateral=EXAMPLES / "chest_pa.png")

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import io
 import itertools
+import math
 import os
 import weakref
 from collections import defaultdict
@@ -224,6 +225,9 @@ class OnnxDecoder:
         backend: whose sessions are used.
         capacity: embeddings and tokens to hold at most.
         drafts: how many.
+
+    Attributes:
+        shared: how much of the last prompt was known of the one before it.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
@@ -236,17 +240,36 @@ class OnnxDecoder:
         self._cache = {name: held(array, backend.device) for name, array in self._arrays.items()}
         self._binding = self._session.io_binding()
         bind_cache(self._binding, self._cache)
-        self._logits: dict[int, np.ndarray] = {}
+        self._logits = np.empty(0, np.float32)
         self._options: onnxruntime.RunOptions | None = None
+        self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
 
     @property
     def length(self) -> int:
         """Embeddings and tokens that the first draft has read."""
         return int(self.lengths[0])
 
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether another prompt need not be read where it begins as the last one did: on a CPU, whose kernels give an
+        embedding the same keys and values whatever else is read in its pass, bit for bit. For those of a GPU nobody has
+        seen to that."""
+        return self._backend.device == "cpu"
+
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V]."""
-        return self._run(embeds, 1)[0, 0].copy()
+        """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V].
+
+        A decoder that has read a prompt before forgets it, but for what the new one begins with where it
+        :attr:`keeps_prompt`.
+        """
+        known = self._prompt[: max(0, embeds.shape[1] - 2)]  # for one alone other kernels are taken: see read
+        differing = np.flatnonzero((known != embeds[0, : len(known)]).any(-1))
+        self.shared = int(differing[0]) if len(differing) else len(known)
+        self.rewind(self.shared)
+        logits = self._run(embeds[:, self.shared :], 1)[0, 0].copy()
+        if self.keeps_prompt:
+            self._prompt = embeds[0]
+        return logits
 
     def read(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V], to be used before the next call.
@@ -271,11 +294,20 @@ class OnnxDecoder:
     def rewind(self, length: int) -> None:
         """Forget what the first draft read after the first ``length``, and as much in every other."""
         self.lengths -= max(0, self.length - length)
+        self._prompt = self._prompt[: self.length]
 
     def spread(self, rows: Sequence[int]) -> OnnxDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
         other = type(self)(self._backend, self.capacity, len(rows))
         other._take(self, list(rows), slice(None))
+        return other
+
+    def enlarged(self, capacity: int) -> OnnxDecoder:
+        """A decoder of more capacity that has read the prompt that this one keeps, and nothing else."""
+        self.rewind(len(self._prompt))
+        other = type(self)(self._backend, capacity)
+        other._take(self, [0], slice(None))
+        other._prompt = self._prompt
         return other
 
     def join(self, other: OnnxDecoder) -> OnnxDecoder:
@@ -315,9 +347,10 @@ class OnnxDecoder:
         binding.bind_cpu_input(*self._backend.wanted(wanted))
         if self._backend.told_positions:
             binding.bind_cpu_input("position_ids", start[:, None] + self._places[:, : embeds.shape[1]])
-        logits = self._logits.get(wanted)
-        if logits is None:
-            logits = self._logits[wanted] = np.empty((self.drafts, wanted, self._backend.vocabulary), np.float32)
+        shape = (self.drafts, wanted, self._backend.vocabulary)
+        if self._logits.size < math.prod(shape):
+            self._logits = np.empty(math.prod(shape), np.float32)
+        logits = self._logits[: math.prod(shape)].reshape(shape)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding, self._options)
         return logits
@@ -416,9 +449,10 @@ class CudaDecoder(OnnxDecoder):
         weakref.finalize(self, free.append, self._memory)
         self._binding = self._session.io_binding()
         bind_cache(self._binding, self._memory.cache)
-        self._logits: dict[int, np.ndarray] = {}
+        self._logits = np.empty(0, np.float32)
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings differ: nothing is recorded
+        self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
 
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class TorchNf4Backend:
         self.decoder_only = bool(self._model.config.use_decoder_only_language_model)
         self.vocabulary = int(self._model.config.text_config.vocab_size)
         self._attention: list[Any] = []
+        self._looking = threading.Lock()  # while what is attended to is collected
         for layer in self._model.qformer.encoder.layer:
             if layer.has_cross_attention:
                 layer.crossattention.attention.register_forward_hook(self._take_weights)
@@ -95,8 +97,8 @@ class TorchNf4Backend:
         import torch
 
         model = self._model
-        self._attention.clear()
-        with torch.inference_mode():
+        with self._looking, torch.inference_mode():
+            self._attention.clear()
             ids = torch.from_numpy(instruction_ids).to(self.device)
             count = model.query_tokens.shape[1]
             output = model.qformer(
