@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -467,6 +467,21 @@ class ReportGenerator:
         logits = decoder.prefill(np.concatenate([look.image_embeds, embeds], axis=1))
         return decoder, decoder.read(begun)[-1].copy() if begun else logits
 
+    def check_images(
+        self, images: Sequence[Radiograph], features: Sequence[np.ndarray], context: ClinicalContext
+    ) -> None:
+        """See that a study's radiographs look like chest radiographs to the vision encoder, the frontal one first.
+
+        Raises:
+            RadiographError: one does not.
+        """
+        gates = [self.gate, self.lateral_gate]
+        if context.view == "lateral" and self.lateral_gate is not None:
+            gates = [self.lateral_gate]
+        for image, gate, found in zip(images, gates, features, strict=False):
+            if gate is not None:
+                gate.check(found, image.chroma)
+
     def look(self, features: np.ndarray, context: ClinicalContext, lateral: np.ndarray | None = None) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H], and about the lateral radiograph's."""
         return self.judge(self.query([features] if lateral is None else [features, lateral], context))
@@ -542,6 +557,7 @@ class ReportStream(Iterator[str]):
     ):  # fmt: skip
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
+        self._complete = False
         self._indication_source, self._accept_any_image = indication_source, accept_any_image
         self._template = template if decoding.keep_to_template else None
         self._pieces = self._run(generator, radiograph, context, limit, decoding, lateral)
@@ -592,14 +608,9 @@ class ReportStream(Iterator[str]):
         read = perf_counter()
         study = generator.recent.study(pixels, context.view)
         image_reused = bool(study.queried)
-        gates = [generator.gate, generator.lateral_gate]
-        if context.view == "lateral" and generator.lateral_gate is not None:
-            gates = [generator.lateral_gate]
         features = study.features or [backend.encode_image(planes) for planes in pixels]
         if not self._accept_any_image:
-            for image, gate, found in zip(images, gates, features, strict=False):
-                if gate is not None:
-                    gate.check(found, image.chroma)
+            generator.check_images(images, features, context)
         vision = perf_counter()
         queried = study.queried or generator.query(features, context)
         study.features, study.queried = features, queried
@@ -615,37 +626,24 @@ class ReportStream(Iterator[str]):
         begun = [word.token_id for word in opening]
         decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, not template, study)
         prefill = perf_counter()
-        for word in opening:
-            if word.piece:
-                yield word.piece
-        spoken, complete = [*opening], False
-        text_stream = generator.decode_stream()
         drafting = Drafting()
-        room = limit - len(begun)
-        watch = Watch(generator.contradicting(look.seen))
         keeping = generator.keeping(template or usual, look.seen, conclusion=not template)
+        words = generator.write(decoder, logits, limit - len(begun), decoding, drafting, opening, keeping)
+        spoken: list[Spoken] = []
         try:
-            for word in generator.write(decoder, logits, room, decoding, drafting, opening, keeping):
-                if word.token_id in manifest.stop_ids:
-                    complete = True
-                    break
-                for said in watch.add(word._replace(piece=generator.decode_piece(text_stream, word.token_id))):
-                    spoken.append(said)
-                    if said.piece:
-                        yield said.piece
+            for said in chain(opening, self._speak(generator, words, look)):
+                spoken.append(said)
+                if said.piece:
+                    yield said.piece
         finally:
             study.give_decoder(decoder)
-        for said in watch.end():
-            spoken.append(said)
-            if said.piece:
-                yield said.piece
         end = perf_counter()
         text = "".join(word.piece for word in spoken).strip()
         findings, impression = split_sections(text)
         marks = (start, read, vision, qformer, prefill, end)
         read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
         self._report = Report(
-            findings=findings, impression=impression, text=text, complete=complete, model=manifest.name,
+            findings=findings, impression=impression, text=text, complete=self._complete, model=manifest.name,
             model_version=manifest.version, variant=generator.variant, device=backend.device,
             view=context.view or "frontal", indication_source=self._indication_source,
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
@@ -658,6 +656,17 @@ class ReportStream(Iterator[str]):
             image_reused=image_reused, reused_tokens=getattr(decoder, "shared", 0),
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
+
+    def _speak(self, generator: ReportGenerator, words: Iterator[Spoken], look: Look) -> Iterator[Spoken]:
+        """The words with their text up to the stop token, without sentences that contradict what opened the draft."""
+        stream = generator.decode_stream()
+        watch = Watch(generator.contradicting(look.seen))
+        for word in words:
+            if word.token_id in generator.bundle.manifest.stop_ids:
+                self._complete = True
+                break
+            yield from watch.add(word._replace(piece=generator.decode_piece(stream, word.token_id)))
+        yield from watch.end()
 
 
 def _load_tokenizer(bundle: Bundle, name: str) -> Tokenizer:

@@ -46,7 +46,8 @@ class Study:
             decoder = self._decoders.pop()
         except IndexError:  # or another thread's draft has it
             return None
-        return decoder if decoder.capacity >= capacity else decoder.enlarged(capacity)
+        # Decoders are made with a place to spare, which is theirs to use.
+        return decoder if decoder.capacity > capacity else decoder.enlarged(capacity)
 
     def give_decoder(self, decoder: Decoder) -> None:
         """Keep a decoder, now that its draft is written, if it is one that keeps its prompt."""

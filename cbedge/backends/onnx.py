@@ -303,9 +303,10 @@ class OnnxDecoder:
         return other
 
     def enlarged(self, capacity: int) -> OnnxDecoder:
-        """A decoder of more capacity that has read the prompt that this one keeps, and nothing else."""
+        """A new decoder for ``capacity`` that has read the prompt that this one keeps, and nothing else."""
         self.rewind(len(self._prompt))
-        other = type(self)(self._backend, capacity)
+        other = self._backend.new_decoder(capacity)
+        assert isinstance(other, OnnxDecoder)
         other._take(self, [0], slice(None))
         other._prompt = self._prompt
         return other
