@@ -298,7 +298,7 @@ def serve_command(
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
     max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
     recent_studies: Annotated[
-        int, typer.Option(min=0, max=64, help="Studies kept in memory, to be drafted again in half the time.")
+        int, typer.Option(min=0, max=64, help="Studies kept in memory, to be drafted again sooner.")
     ] = 4,
     template: Template = None,
 ) -> None:

@@ -77,8 +77,8 @@ class ReportGenerator:
     One generator may be used by many threads at once: every draft has its own state, and the model is only read. Drafts
     at the same time share the machine's cores, so each takes longer. A :class:`ReportStream` belongs to one thread.
 
-    What was computed of the last study is kept (:mod:`cbedge.recent`): drafted again, with another indication or in
-    other words, it takes less than half the time.
+    What was computed of the last study is kept (:mod:`cbedge.recent`): drafted again, with another indication or
+    template, it takes half the time.
 
     Attributes:
         bundle, variant, backend: as given.

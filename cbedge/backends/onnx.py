@@ -234,15 +234,20 @@ class OnnxDecoder:
         self.capacity, self.drafts = capacity, drafts
         self.lengths = np.zeros(drafts, np.int64)
         self._backend, self._session = backend, backend._decoder
-        self._places = np.arange(capacity, dtype=np.int64)[None]
-        # The session reads and writes these arrays themselves.
-        self._arrays = empty_cache(backend, capacity, drafts)
-        self._cache = {name: held(array, backend.device) for name, array in self._arrays.items()}
         self._binding = self._session.io_binding()
-        bind_cache(self._binding, self._cache)
+        room = self._hold_cache()
+        self._places = np.arange(room, dtype=np.int64)[None]
         self._logits = np.empty(0, np.float32)
         self._options: onnxruntime.RunOptions | None = None
         self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
+
+    def _hold_cache(self) -> int:
+        """Bind an empty cache; returns for how many embeddings and tokens it has room."""
+        # The session reads and writes these arrays themselves.
+        self._arrays = empty_cache(self._backend, self.capacity, self.drafts)
+        self._cache = {name: held(array, self._backend.device) for name, array in self._arrays.items()}
+        bind_cache(self._binding, self._cache)
+        return self.capacity
 
     @property
     def length(self) -> int:
@@ -440,20 +445,17 @@ class CudaDecoder(OnnxDecoder):
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
         import onnxruntime
 
-        self.capacity, self.drafts = capacity, drafts
-        self.lengths = np.zeros(drafts, np.int64)
-        self._backend, self._session = backend, backend._decoder
-        room = -(-capacity // _PLACES) * _PLACES
-        self._places = np.arange(room, dtype=np.int64)[None]
-        free = backend._memory[drafts, room]
-        self._memory = free.pop() if free else CudaMemory(backend, room, drafts)
-        weakref.finalize(self, free.append, self._memory)
-        self._binding = self._session.io_binding()
-        bind_cache(self._binding, self._memory.cache)
-        self._logits = np.empty(0, np.float32)
+        super().__init__(backend, capacity, drafts)
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings differ: nothing is recorded
-        self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
+
+    def _hold_cache(self) -> int:
+        room = -(-self.capacity // _PLACES) * _PLACES
+        free = self._backend._memory[self.drafts, room]
+        self._memory = free.pop() if free else CudaMemory(self._backend, room, self.drafts)
+        weakref.finalize(self, free.append, self._memory)
+        bind_cache(self._binding, self._memory.cache)
+        return room
 
     def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
