@@ -286,7 +286,10 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
     first = [sum(asdict(d.timings)[stage] for stage in ("read", "vision", "qformer", "prefill")) for d in drafts]
     # The stop token is a token too; what opened the draft was read, not written.
     written = [max(1, d.new_tokens - d.opening_tokens + d.complete) for d in drafts]
-    passes = [d.passes or max(1, count - 1) for count, d in zip(written, drafts, strict=True)]
+    # Where nothing is guessed, each token but the first is a pass; else a pass gives one and the guesses that held,
+    # some of which the draft may leave out again.
+    decoded = [d.passes + d.accepted_tokens or n - 1 for n, d in zip(written, drafts, strict=True)]
+    passes = [d.passes or n for n, d in zip(decoded, drafts, strict=True)]
     decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
     read = _bytes_a_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))
     used = statistics.median(read * n / s for n, s in zip(passes, decode_s, strict=True))
@@ -297,9 +300,9 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
         "ms": {name: _spread(values) for name, values in {**spans, "first token": first}.items()},
         "prompt_tokens": statistics.median(d.prompt_tokens for d in drafts),
         "new_tokens": statistics.median(d.new_tokens for d in drafts),
-        "tokens_per_second": _spread([(n - 1) / s for n, s in zip(written, decode_s, strict=True)]),
+        "tokens_per_second": _spread([n / s for n, s in zip(decoded, decode_s, strict=True)]),
         # None where openings alone were written: nothing was decoded.
-        "tokens_per_pass": round(sum(n - 1 for n in written) / sum(passes), 2) if max(written) > 1 else None,
+        "tokens_per_pass": round(sum(decoded) / sum(passes), 2) if sum(passes) else None,
         "guesses_accepted": round(sum(d.accepted_tokens for d in drafts) / guessed, 3) if guessed else None,
         "bytes_per_pass": read,
         "bandwidth_share": round(used / bandwidth, 3) if generator.backend.device == "cpu" else None,

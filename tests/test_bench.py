@@ -1,12 +1,13 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import USUAL_VARIANT, run_cli
 
-from cbedge import bench
+from cbedge import ReportGenerator, bench
 from cbedge.radiograph import load_radiograph
 
 
@@ -36,6 +37,20 @@ def test_a_record_holds_every_stage_of_every_variant(record: dict):
         assert 0 < row["bandwidth_share"] < 2 and row["peak_memory_mb"] > 10 and row["tokens_per_pass"] >= 1
     small, large = (row["bytes_per_pass"] for row in record["variants"])
     assert small < large
+
+
+def test_what_a_draft_leaves_out_again_was_decoded_all_the_same(tiny_bundle: Path):
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu", recent_studies=0)
+    manifest = generator.bundle.manifest
+    findings = manifest.image_findings
+    assert findings is not None
+    count = len(findings.names)
+    seeing = replace(findings, thresholds=(0.0,) * count, openings=("It is there.",) * count, denials=(".",) * count)
+    generator.bundle = replace(generator.bundle, manifest=replace(manifest, image_findings=seeing))
+    report = generator.generate(bench.drawn_chest(), max_new_tokens=60)
+    assert report.new_tokens == report.opening_tokens and report.passes > 0
+    row = bench._row(generator, [report], load=0.0, bandwidth=1e9)
+    assert row["tokens_per_pass"] >= 1 and row["tokens_per_second"]["median"] > 0
 
 
 @pytest.mark.parametrize("form", bench.FORMATS)
