@@ -7,6 +7,7 @@ Names are imported when they are first used, so that ``import cbedge`` costs nex
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from cbedge.report import Report, Timings
 
 __version__ = "0.1.0"
+
+# ONNX Runtime sends telemetry on some platforms unless told not to before it is imported; cbedge uses no network.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _HOMES = {
     "ReportGenerator": "generator",

@@ -649,6 +649,7 @@ class ReportStream(Iterator[str]):
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
             template=template, template_source=template_source,
+            warnings=tuple(dict.fromkeys(warning for image in images for warning in image.warnings)),
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

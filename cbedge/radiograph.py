@@ -37,6 +37,8 @@ class Radiograph:
         chroma: how colourful the file is: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
         read_ms: how long reading and decoding took, in milliseconds.
         study_uid: of the study that a DICOM header names.
+        warnings: what a reader of the draft must know about the file, such as an attribute that could not be used; one
+            sentence each, without patient data.
     """
 
     pixels: np.ndarray
@@ -46,6 +48,7 @@ class Radiograph:
     chroma: float = 0.0
     read_ms: float = 0.0
     study_uid: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:

@@ -98,6 +98,8 @@ class Report:
         image_reused: whether what vision encoder and Q-Former had made of the radiographs was kept from an earlier
             draft; ``reused_tokens``: how much of image embeddings and prompt the language model had kept
             (:mod:`cbedge.recent`). The draft is the same, its timings are not.
+        warnings: what a reader must know about the radiograph or its header, such as that it looks mirrored; one
+            sentence each, without patient data.
         timings: see :class:`Timings`.
         statement: that this is an unreviewed draft.
     """
@@ -128,6 +130,7 @@ class Report:
     template_source: str | None = None
     image_reused: bool = False
     reused_tokens: int = 0
+    warnings: tuple[str, ...] = ()
     statement: str = DRAFT_STATEMENT
 
     def to_json(self) -> str:
@@ -143,7 +146,9 @@ class Report:
         """What a reader should know beside the text: which words the model was unsure of, which sentences stand there
         because of image scores, and what else those point to, which the draft may pass over in silence."""
         unsure = [sentence.text for sentence in self.sentences if sentence.low and not sentence.finding]
-        notes = [f"Low confidence: {' '.join(unsure)}"] if unsure else []
+        notes = [f"Warning: {warning}" for warning in self.warnings]
+        if unsure:
+            notes.append(f"Low confidence: {' '.join(unsure)}")
         opened = {s.finding: f"{s.finding} ({s.confidence:.2f})" for s in self.sentences if s.finding}
         if opened:
             notes.append(f"Written because of image scores, check first: {', '.join(opened.values())}.")
