@@ -100,9 +100,11 @@ Study = tuple[Path, ClinicalContext]  # a radiograph, and what is told of it
 
 def see(generator: ReportGenerator, image: Path, context: ClinicalContext) -> tuple[Look, np.ndarray]:
     """What cbedge's image side makes of a radiograph, and the prompt for it, int64 [1, tokens]."""
-    from cbedge.radiograph import load_radiograph, preprocess
+    from cbedge.preprocess import preprocess_radiograph
+    from cbedge.radiograph import load_radiograph
 
-    look = generator.look(generator.backend.encode_image(preprocess(load_radiograph(image).pixels)), context)
+    pixels = preprocess_radiograph(load_radiograph(image), generator.bundle.manifest.preprocessing)
+    look = generator.look(generator.backend.encode_image(pixels), context)
     return look, np.array([generator.prompt_ids(context, look.seen)], np.int64)
 
 
@@ -145,7 +147,8 @@ def transformers_runner(job: Job, kind: str) -> Runner:
     """transformers' ``generate`` on the merged model: ``fp32``, ``bf16``, or ``nf4`` by bitsandbytes."""
     import torch
 
-    from cbedge.radiograph import load_radiograph, preprocess
+    from cbedge.preprocess import preprocess_radiograph
+    from cbedge.radiograph import load_radiograph
     from training.base import load_model
     from training.batches import encode_instructions, encode_prompt
     from training.stages import embed_inputs, encode_images, query_image
@@ -160,7 +163,8 @@ def transformers_runner(job: Job, kind: str) -> Runner:
     @torch.inference_mode()
     def run(task: Task) -> Run:
         start = perf_counter()
-        pixels = torch.from_numpy(preprocess(load_radiograph(task.image).pixels)).to(device, dtype)
+        values = preprocess_radiograph(load_radiograph(task.image), parts.preprocessing)
+        pixels = torch.from_numpy(values).to(device, dtype)
         instruction = {k: v.to(device) for k, v in encode_instructions(parts, [task.context]).items()}
         output, projected = query_image(
             model, encode_images(model, pixels), instruction["input_ids"], instruction["attention_mask"]
@@ -483,7 +487,7 @@ def plan(bundle: Path, studies: list[Study], tokens: int | None, threads: int) -
     tasks = []
     for (image, context), length in zip(studies, lengths, strict=True):
         prompt = tokenizer.encode(build_prompt(context, ()), add_special_tokens=False)
-        tasks.append(Task(image, context, length, (*image_ids, *prompt.ids)))
+        tasks.append(Task(image, context, length, (*image_ids, *prompt.ids, *manifest.suffix_ids)))
     return tasks
 
 

@@ -22,7 +22,8 @@ from cbedge import ReportGenerator
 from cbedge.bench import machine
 from cbedge.bundle import Bundle
 from cbedge.decoding import greedy
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.preprocess import preprocess_radiograph
+from cbedge.radiograph import load_radiograph
 from export.graphs import DECODER, save_graph
 from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
 from export.restore import restore
@@ -145,7 +146,7 @@ def _cider(generator: ReportGenerator, studies: list[Any]) -> float:
 
 
 def _case(generator: ReportGenerator, study: Any) -> Case:
-    pixels = preprocess(load_radiograph(study.image).pixels)
+    pixels = preprocess_radiograph(load_radiograph(study.image), generator.bundle.manifest.preprocessing)
     look = generator.look(generator.backend.encode_image(pixels), study.context)
     ids = np.array([generator.prompt_ids(study.context, look.seen)], np.int64)
     embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)

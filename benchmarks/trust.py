@@ -18,8 +18,9 @@ from rich.progress import track
 from cbedge import CbedgeError, ReportGenerator
 from cbedge.bench import machine
 from cbedge.gate import Gate
+from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import clean_context
-from cbedge.radiograph import Radiograph, load_radiograph, preprocess
+from cbedge.radiograph import Radiograph, load_radiograph
 from training.datasets.iu_xray import read_studies
 from training.datasets.studies import Study
 from training.scoring import rouge_matrix
@@ -133,12 +134,17 @@ def _dicom_pixels(path: Path) -> np.ndarray | None:
 
 def _score(generator: ReportGenerator, radiograph: Radiograph) -> float:
     assert generator.gate is not None
-    return generator.gate.score(generator.backend.encode_image(preprocess(radiograph.pixels)))
+    return generator.gate.score(_features(generator, radiograph))
+
+
+def _features(generator: ReportGenerator, radiograph: Radiograph) -> np.ndarray:
+    pixels = preprocess_radiograph(radiograph, generator.bundle.manifest.preprocessing)
+    return generator.backend.encode_image(pixels)
 
 
 def _refused(gate: Gate, generator: ReportGenerator, radiograph: Radiograph) -> bool:
     try:
-        gate.check(generator.backend.encode_image(preprocess(radiograph.pixels)), radiograph.chroma)
+        gate.check(_features(generator, radiograph), radiograph.chroma)
     except CbedgeError:
         return True
     return False

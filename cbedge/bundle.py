@@ -17,10 +17,12 @@ from typing import Any
 
 from cbedge.errors import BundleError, OutputError
 from cbedge.image_findings import ImageFindings
+from cbedge.preprocess import Preprocessing
 from cbedge.prompt import PROMPT_VERSION
 from cbedge.topics import Topic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_FORMATS = (1, 2)  # format 1 has the default preprocessing and no suffix_ids
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
@@ -81,7 +83,9 @@ class Manifest:
         name, version, license: of the model.
         prompt_version: of ``cbedge/prompt.py`` that the model was trained with.
         shapes: see :class:`Shapes`.
+        preprocessing: how pixels become the vision encoder's input.
         prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
+        suffix_ids: token ids right after the prompt (an end-of-text token for an encoder such as Flan-T5's, or none).
         stop_ids: token ids that end a report.
         start_ids: token ids that a decoder with an encoder before it begins with.
         decoding: defaults: ``max_new_tokens``; ``guidance``, how much what is seen weighs (see
@@ -102,11 +106,13 @@ class Manifest:
     version: str
     license: str
     shapes: Shapes
+    preprocessing: Preprocessing
     stop_ids: tuple[int, ...]
     default_variant: str
     variants: dict[str, Variant]
     files: dict[str, FileRecord]
     prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
     start_ids: tuple[int, ...] = ()
     prompt_version: int = PROMPT_VERSION
     format_version: int = FORMAT_VERSION
@@ -189,10 +195,9 @@ def open_bundle(folder: Path | str | None = None) -> Bundle:
     except (OSError, ValueError) as error:
         raise BundleError(f"{MANIFEST} in {path} cannot be read ({type(error).__name__}): export it again") from None
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has bundle format {version!r}; this cbedge reads {FORMAT_VERSION}: update the older one"
-        )
+    if version not in READABLE_FORMATS or isinstance(version, bool):
+        known = " and ".join(map(str, READABLE_FORMATS))
+        raise BundleError(f"{path} has bundle format {version!r}; this cbedge reads {known}: update the older one")
     try:
         manifest = _manifest(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -221,7 +226,8 @@ def write_bundle(folder: Path, fill: Callable[[Path], Manifest], force: bool = F
     try:
         scratch.mkdir(parents=True)
         manifest = fill(scratch)
-        values = asdict(manifest) | {"files": {p.name: asdict(_record(p)) for p in sorted(scratch.iterdir())}}
+        values = asdict(manifest) | {"format_version": FORMAT_VERSION}
+        values |= {"files": {p.name: asdict(_record(p)) for p in sorted(scratch.iterdir())}}
         (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         for path in (*scratch.iterdir(), scratch):
             _fsync(path)
@@ -267,10 +273,17 @@ def _fsync(path: Path) -> None:
 def _manifest(values: dict[str, Any]) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     values = {key: value for key, value in values.items() if key in known}
-    values["shapes"] = Shapes(**values["shapes"])
+    values["shapes"] = shapes = Shapes(**values["shapes"])
+    if values["format_version"] == 1:
+        values["preprocessing"] = Preprocessing(image_size=shapes.image_size)
+        values.pop("suffix_ids", None)
+    else:
+        values["preprocessing"] = Preprocessing.from_values(values["preprocessing"])
+    if values["preprocessing"].image_size != shapes.image_size:
+        raise ValueError(f"preprocessing gives images of another size than {shapes.image_size}")
     values["files"] = {_plain(name): FileRecord(**record) for name, record in values["files"].items()}
     values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
-    for key in ("stop_ids", "prefix_ids", "start_ids", "never_ids", "training_data", "base_weights"):
+    for key in ("stop_ids", "prefix_ids", "suffix_ids", "start_ids", "never_ids", "training_data", "base_weights"):
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
         told = values["image_findings"]

@@ -37,8 +37,9 @@ from cbedge.errors import BundleError, CbedgeError, ContextError
 from cbedge.gate import Gate
 from cbedge.image_findings import OTHER, scores_of
 from cbedge.phrasebook import GuessSource, Phrasebook
+from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
-from cbedge.radiograph import Radiograph, load_radiograph, preprocess
+from cbedge.radiograph import Radiograph, load_radiograph
 from cbedge.recent import Recent, Study
 from cbedge.report import Report, Spoken, Timings, split_sentences
 from cbedge.templates import SENTENCE_END, Keeping, Templates, read_template, without
@@ -97,6 +98,8 @@ class ReportGenerator:
         self.backend = backend
         self.recent = Recent(recent_studies)
         self._tokenizer = _load_tokenizer(bundle, TOKENIZER)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self._qformer_tokenizer = _load_tokenizer(bundle, QFORMER_TOKENIZER)
         self._qformer_tokenizer.no_padding()
         self._qformer_tokenizer.enable_truncation(MAX_INSTRUCTION_TOKENS)
@@ -362,8 +365,12 @@ class ReportGenerator:
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None, lateral: bool = False) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
-        prompt = build_prompt(context, seen, lateral)
-        return [*self.bundle.manifest.prefix_ids, *self._encode(self._tokenizer, prompt, False)]
+        return self.encode_prompt(build_prompt(context, seen, lateral))
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Any prompt's tokens with the special tokens around it, as transformers' processor gives them."""
+        manifest = self.bundle.manifest
+        return [*manifest.prefix_ids, *self._encode(self._tokenizer, prompt, False), *manifest.suffix_ids]
 
     def write(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
@@ -604,7 +611,7 @@ class ReportStream(Iterator[str]):
         manifest, backend = generator.bundle.manifest, generator.backend
         images = [image for image in (radiograph, lateral) if image is not None]
         start = perf_counter() - sum(image.read_ms for image in images) / 1000
-        pixels = [preprocess(image.pixels) for image in images]
+        pixels = [preprocess_radiograph(image, manifest.preprocessing) for image in images]
         read = perf_counter()
         study = generator.recent.study(pixels, context.view)
         image_reused = bool(study.queried)

@@ -1,6 +1,6 @@
-"""Read a chest radiograph from PNG, JPEG, TIFF, DICOM or an array, and turn it into the model's input.
+"""Read a chest radiograph from PNG, JPEG, TIFF, DICOM or an array.
 
-Training and inference share :func:`preprocess`, so what was learnt from and what is given look alike.
+:mod:`cbedge.preprocess` turns it into a model's input, in training and inference alike.
 """
 
 import hashlib
@@ -16,9 +16,6 @@ from PIL import Image, UnidentifiedImageError
 
 from cbedge.errors import RadiographError
 
-IMAGE_SIZE = 224
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 1024 * 1024
 MIN_SIDE = 32
@@ -91,18 +88,11 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
 
 
 def preprocess(pixels: np.ndarray) -> np.ndarray:
-    """Resize [rows, columns] in 0..1 to the model's input: float32 [1, 3, 224, 224], ImageNet mean and deviation.
+    """Deprecated: :func:`cbedge.preprocess.preprocess` with the default settings; float32 [1, 3, 224, 224]."""
+    from cbedge.preprocess import Preprocessing, preprocess
 
-    The whole field is kept: both sides are scaled to 224 pixels (anti-aliased bicubic), whatever the aspect ratio, so
-    that no part of the chest is cropped; the model was trained on the same.
-    """
-    image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
-    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    grey = np.clip(np.asarray(image, dtype=np.float32), 0.0, 1.0)
-    mean = np.asarray(IMAGE_MEAN, np.float32)[:, None, None]
-    std = np.asarray(IMAGE_STD, np.float32)[:, None, None]
-    return ((grey[None] - mean) / std)[None]
+    warnings.warn("use cbedge.preprocess.preprocess with a model's settings", DeprecationWarning, stacklevel=2)
+    return preprocess(pixels, Preprocessing())
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -235,3 +225,16 @@ def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
     if float(pixels.max()) - float(pixels.min()) < 1e-3:
         raise RadiographError(f"{name} is blank: every pixel has the same value; give a radiograph")
     return np.ascontiguousarray(pixels, dtype=np.float32)
+
+
+_DEPRECATED = {"IMAGE_SIZE": "image_size", "IMAGE_MEAN": "mean", "IMAGE_STD": "std"}
+
+
+def __getattr__(name: str) -> Any:
+    """Deprecated constants: the settings are a part of each model, see :class:`cbedge.preprocess.Preprocessing`."""
+    if name not in _DEPRECATED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cbedge.preprocess import Preprocessing
+
+    warnings.warn(f"{name} is deprecated: use the model's Manifest.preprocessing", DeprecationWarning, stacklevel=2)
+    return getattr(Preprocessing(), _DEPRECATED[name])

@@ -33,13 +33,13 @@ from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
 from export.card import model_card
 from export.gate import fit_gate
-from export.parity import Parity, compare, parity_cases, start_ids, stop_ids
+from export.parity import Parity, compare, parity_cases
 from export.phrases import report_phrases
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
-from training.batches import prefix_ids
 from training.fetch import BASE_PARTS
 from training.openings import with_denials
+from training.special_tokens import prefix_ids, start_ids, stop_ids, suffix_ids
 from training.templates import templates_of
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
@@ -114,7 +114,7 @@ def pack(
         parts, graphs, extra, wanted, name=name, version=version, licence=licence, origin=origin, quality=quality,
         decoding=decoding, topics=topics, data=data,
     )  # fmt: skip
-    cases, source = parity_cases(data, PARITY_CASES)
+    cases, source = parity_cases(manifest.preprocessing, data, PARITY_CASES)
     files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
     backends = {v: partial(_backend, manifest, v, paths) for v, paths in files.items()}
     sizes = {v: sum(path.stat().st_size for path in paths) / 1e6 for v, paths in files.items()}
@@ -144,8 +144,10 @@ def describe(
     shapes = _shapes(parts)
     return Manifest(
         name=name, version=version, license=licence,
-        shapes=shapes if layers is None else replace(shapes, num_layers=layers), stop_ids=stop_ids(parts),
-        prefix_ids=prefix_ids(parts), start_ids=start_ids(parts), default_variant=wanted[0], files={},
+        shapes=shapes if layers is None else replace(shapes, num_layers=layers),
+        preprocessing=parts.preprocessing, stop_ids=stop_ids(parts),
+        prefix_ids=prefix_ids(parts), suffix_ids=suffix_ids(parts),
+        start_ids=start_ids(parts), default_variant=wanted[0], files={},
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
@@ -175,8 +177,9 @@ def write_packed(
     gates = {}
     if data is not None:
         backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
-        gates[GATE] = fit_gate(backend, data)
-        gates[LATERAL_GATE] = fit_gate(backend, data, lateral=True) if parts.reads_lateral else None
+        fit = partial(fit_gate, backend, manifest.preprocessing, data)
+        gates[GATE] = fit()
+        gates[LATERAL_GATE] = fit(lateral=True) if parts.reads_lateral else None
     card = model_card(manifest, parity, templates is not None)
     if parity is not None:
         manifest = replace(manifest, quality=manifest.quality | {"parity": asdict(parity)})

@@ -38,6 +38,7 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         templates: drafts keep to the bundle's templates.
     """
     quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
+    side = manifest.preprocessing.image_size
     topics = [topic.name for topic in manifest.topics]
     opened = findings is not None and any(findings.openings)
     lines = [
@@ -82,7 +83,7 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         "- Not a medical device; not validated for any clinical use. Never act on a draft that nobody checked.",
         "- It misses findings and invents others; fluent, plausible sentences are no sign that it saw something.",
         "- N-gram scores on this collection are high for a constant normal report too: read them beside the controls.",
-        "- Radiographs are seen at 224 x 224 pixels: small nodules, fine lines and subtle fractures are lost.",
+        f"- Radiographs are seen at {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
         f"- It sees {'' if lateral else 'no lateral view and '}no earlier study; what it says of a comparison comes "
         "from the given text.",
         "- Adults of one American health network, English reports from the years before 2013.", "",

@@ -8,7 +8,8 @@ import numpy as np
 
 from cbedge.backends import Backend
 from cbedge.gate import Gate, pooled
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.radiograph import load_radiograph
 from training.datasets.iu_xray import read_studies
 
 MAX_TRAIN, MAX_VAL = 600, 300
@@ -17,18 +18,19 @@ FALSE_ALARMS = 0.005  # of validation radiographs
 _MARGIN = 1.1
 
 
-def fit_gate(backend: Backend, data: Path, lateral: bool = False) -> Gate | None:
+def fit_gate(backend: Backend, settings: Preprocessing, data: Path, lateral: bool = False) -> Gate | None:
     """The gate for a variant's own features; ``None`` where the collection is too small to tell what is usual.
 
     Args:
         backend: whose vision encoder the bundle's default variant runs.
+        settings: the model's preprocessing.
         data: IU X-RAY's folder; train radiographs give the distribution, validation ones the limit.
         lateral: of lateral radiographs, not of frontal ones.
     """
     rows = {}
     for split, most in (("train", MAX_TRAIN), ("val", MAX_VAL)):
         images = [s.lateral if lateral else s.image for s in read_studies(data, (split,))]
-        rows[split] = _features(backend, [image for image in images if image is not None][:most])
+        rows[split] = _features(backend, settings, [image for image in images if image is not None][:most])
     if len(rows["train"]) < 4 * DIRECTIONS or not len(rows["val"]):
         return None
     gate = _distribution(rows["train"])
@@ -37,9 +39,10 @@ def fit_gate(backend: Backend, data: Path, lateral: bool = False) -> Gate | None
     return gate
 
 
-def _features(backend: Backend, images: list[Path]) -> np.ndarray:
+def _features(backend: Backend, settings: Preprocessing, images: list[Path]) -> np.ndarray:
     """Pooled features, float32 [images, 2H]."""
-    found = [pooled(backend.encode_image(preprocess(load_radiograph(image).pixels))) for image in images]
+    pixels = (preprocess_radiograph(load_radiograph(image), settings) for image in images)
+    found = [pooled(backend.encode_image(values)) for values in pixels]
     return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
 

@@ -77,7 +77,7 @@ def calibration_inputs(
         for study in (replace(s, target=draft or s.target) for s, draft in zip(drawn, drafts, strict=True)):
             both = parts.reads_lateral and study.lateral is not None
             files = [study.image, *([study.lateral] if both else [])]
-            pixels = np.stack([load_pixels(file) for file in files if file is not None])
+            pixels = np.stack([load_pixels(file, parts.preprocessing) for file in files if file is not None])
             features = encode_images(parts.model, torch.from_numpy(pixels))
             laterals = [0] * both
             batch = collate(parts, [study], [study.context], features, None, laterals)

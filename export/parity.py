@@ -13,10 +13,12 @@ from transformers.utils import ModelOutput
 from cbedge.backends import Backend
 from cbedge.decoding import greedy
 from cbedge.image_findings import scores_of
+from cbedge.preprocess import Preprocessing, preprocess_radiograph
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
+from training.special_tokens import start_ids, stop_ids
 from training.stages import embed_inputs, encode_images, query_image
 
 GREEDY_TOKENS = 64
@@ -88,15 +90,15 @@ class Parity:
         ])  # fmt: skip
 
 
-def parity_cases(data: Path | None, count: int) -> tuple[list[Case], str]:
+def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tuple[list[Case], str]:
     """Validation studies of IU X-RAY where ``data`` is given, else the example radiograph under several indications."""
     if data is not None:
         from training.datasets.iu_xray import read_studies
 
         studies = read_studies(data, ("val",))[:count]
-        cases = [Case(preprocess(load_radiograph(s.image).pixels), s.context) for s in studies]
+        cases = [Case(preprocess_radiograph(load_radiograph(s.image), settings), s.context) for s in studies]
         return cases, f"{len(cases)} validation studies of IU X-RAY"
-    pixels = preprocess(load_radiograph(EXAMPLE).pixels)
+    pixels = preprocess_radiograph(load_radiograph(EXAMPLE), settings)
     indications = (None, "cough", "chest pain", "shortness of breath", "fever", "preoperative evaluation")
     contexts = [ClinicalContext(indication=words, view="frontal") for words in indications]
     return [Case(pixels, c) for c in contexts][:count], "the example radiograph under several indications"
@@ -214,18 +216,6 @@ class TorchReference:
             return model(input_ids=ids, past_key_values=past, use_cache=True)
         encoded = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
         return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
-
-
-def stop_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
-    """Token ids that end a report."""
-    return (parts.tokenizer.eos_token_id,)
-
-
-def start_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
-    """Token ids that the decoder of an encoder-decoder begins with; none where there is no encoder."""
-    if parts.model.config.use_decoder_only_language_model:
-        return ()
-    return (parts.model.language_model.config.decoder_start_token_id,)
 
 
 def _onnx_embeds(backend: Backend, reference: TorchReference, case: Case) -> np.ndarray:

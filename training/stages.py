@@ -123,7 +123,7 @@ def load_trained(
 
 
 def encode_images(model: InstructBlipForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """[B, 3, 224, 224] → the vision encoder's features [B, 257, H]."""
+    """[B, 3, S, S] → the vision encoder's features [B, P, H]."""
     return model.vision_model(pixel_values=pixels).last_hidden_state
 
 

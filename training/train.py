@@ -40,6 +40,7 @@ from training.logs import append_row, cut_rows, plot_losses, write_atomically
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
 from training.openings import Opener
 from training.parallel import Processes
+from training.processor import save_preprocessing
 from training.stages import (
     load_trained,
     prepare_stage,
@@ -317,6 +318,7 @@ class StageRun:
         def advance(done: int, total: int) -> None:
             progress.update(task, total=total, advance=done)
 
+        settings = self.parts.preprocessing
         arguments = (self.config.output / "cache", self.seed, self.device, self.autocast, advance)
         vision = self.parts.model.vision_model
         images = [(s.study_id, s.image) for s in self.studies]
@@ -325,7 +327,7 @@ class StageRun:
             self._lateral_rows = {i: len(images) + row for row, (i, _, _) in enumerate(paired)}
             images += [(f"{study_id} lateral", file) for _, study_id, file in paired]
         self.features = self.processes.main_first(
-            lambda: cache_features(vision, images, self.stage.cached_views, *arguments)
+            lambda: cache_features(vision, images, settings, self.stage.cached_views, *arguments)
         )
         progress.remove_task(task)
 
@@ -368,7 +370,8 @@ class StageRun:
 
     def _read(self, files: Sequence[tuple[Path | None, np.random.Generator]]) -> list[np.ndarray]:
         there = [(file, rng) for file, rng in files if file is not None]
-        return [*self._readers.map(load_pixels, *zip(*there, strict=True))] if there else []
+        settings = self.parts.preprocessing
+        return [*self._readers.map(lambda one: load_pixels(one[0], settings, one[1]), there)]
 
     def _take_batch(self, epoch: int, index: int, batches: list[list[int]]) -> Batch:
         """A batch, and the start of the next of its epoch."""
@@ -476,6 +479,7 @@ class StageRun:
         save_trained(self.parts.model, self.stage, self.folder)
         if self.stage.tell_findings:
             save_finding_head(self._finding_head(), self.folder)
+        save_preprocessing(self.parts.preprocessing, self.parts.model.config.num_query_tokens, self.folder)
         torch.save(self.heads.state_dict(), self.folder / "heads.pt")
         plot_losses(self.folder)
         kept = f", the best of step {self.best_step} kept" if self.best is not None else ""

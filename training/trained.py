@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from training.base import ModelAndTokenizers, load_finding_head, load_model
+from training.processor import PREPROCESSOR_CONFIG, load_preprocessing
 from training.stages import load_trained
 
 
@@ -63,6 +64,8 @@ def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side:
     for stage in stages:
         load_trained(parts.model, stage, ("vision",) if image_side else ("vision", "language"))
         parts.finding_head = load_finding_head(stage)
+        if (stage / PREPROCESSOR_CONFIG).is_file():
+            parts.preprocessing = load_preprocessing(stage, parts.model.config.vision_config.image_size)
     parts.model.eval()
     return parts
 

@@ -88,7 +88,7 @@ class Validation:
         laterals = [i for i, s in enumerate(studies) if self.stage.lateral and s.lateral is not None]
         if not blind:
             files = [s.image for s in studies] + [studies[i].lateral for i in laterals]
-            images = torch.from_numpy(np.stack([load_pixels(file) for file in files if file is not None]))
+            images = torch.from_numpy(np.stack([load_pixels(file, self.parts.preprocessing) for file in files if file]))
         names = self.stage.tell_findings
         seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else [None] * len(studies)
         begun: list[str] = []

@@ -7,8 +7,9 @@ from conftest import DEFAULT_BUNDLE
 from typer.testing import CliRunner
 
 from cbedge import ReportGenerator, open_bundle
+from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import load_radiograph, preprocess
+from cbedge.radiograph import load_radiograph
 from export.restore import RestoreError, app
 from training.base import ModelAndTokenizers, load_model
 from training.batches import encode_instructions, encode_prompt
@@ -30,7 +31,7 @@ def restored(bundle: Path, out: Path, *arguments: str) -> ModelAndTokenizers:
 @torch.inference_mode()
 def relative_errors(parts: ModelAndTokenizers, generator: ReportGenerator, image: Path) -> dict[str, float]:
     """How far the bundle's graphs are from the restored model, each given what the model gives the next."""
-    pixels = preprocess(load_radiograph(image).pixels)
+    pixels = preprocess_radiograph(load_radiograph(image), parts.preprocessing)
     features = encode_images(parts.model, torch.from_numpy(pixels))
     instruction = encode_instructions(parts, [CONTEXT])
     queries, projected = query_image(parts.model, features, instruction["input_ids"], instruction["attention_mask"])

@@ -8,8 +8,8 @@ from conftest import TINY_RUN, draw_chest, draw_lateral
 
 from cbedge import ReportGenerator
 from cbedge.image_findings import scores_of
+from cbedge.preprocess import Preprocessing, preprocess
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import preprocess
 from training.base import ModelAndTokenizers
 from training.batches import Batch, collate, encode_instructions, encode_prompt, load_pixels, of_lateral
 from training.config import ConfigError, Stage, load_config
@@ -43,7 +43,7 @@ def test_a_run_that_reads_both_views_says_so_where_it_goes(parts: ModelAndTokeni
 def make_batch(parts: ModelAndTokenizers, data: Path, laterals: list[int]) -> Batch:
     studies = open_studies(data, ("train",), 3)
     images = [s.image for s in studies] + [studies[i].lateral for i in laterals]
-    pixels = torch.from_numpy(np.stack([load_pixels(file) for file in images]))
+    pixels = torch.from_numpy(np.stack([load_pixels(file, Preprocessing()) for file in images]))
     return collate(parts, studies, [s.context for s in studies], pixels, None, laterals)
 
 
@@ -103,7 +103,7 @@ def test_an_image_blind_stage_reads_no_lateral_radiograph(tmp_path: Path):
 def test_the_runtime_sees_of_two_radiographs_what_torch_sees(parts: ModelAndTokenizers, tiny_bundle: Path):
     generator = ReportGenerator.from_pretrained(tiny_bundle, "fp32", "cpu")
     context = ClinicalContext("cough", view="frontal")
-    pixels = [preprocess(np.float32(film) / 255) for film in (draw_chest(3), draw_lateral(3))]
+    pixels = [preprocess(np.float32(film) / 255, Preprocessing()) for film in (draw_chest(3), draw_lateral(3))]
     features = encode_images(parts.model, torch.from_numpy(np.concatenate(pixels)))
     text = encode_instructions(parts, [context, of_lateral(context)])
     output, projected = query_image(parts.model, features, text["input_ids"], text["attention_mask"])
