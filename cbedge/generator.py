@@ -496,8 +496,12 @@ class ReportGenerator:
     def query(self, features: Sequence[np.ndarray], context: ClinicalContext) -> list[Queried]:
         """What the Q-Former answers for each radiograph of a study, its frontal one first."""
         contexts = [context, replace(context, view="lateral")]
-        ids = (self._encode(self._qformer_tokenizer, build_query_instruction(one), True) for one in contexts)
+        ids = (self.encode_instruction(build_query_instruction(one)) for one in contexts)
         return [self.backend.query_image(f, np.array([i], np.int64)) for f, i in zip(features, ids, strict=False)]
+
+    def encode_instruction(self, instruction: str) -> list[int]:
+        """Any instruction's tokens for the Q-Former, with its special tokens."""
+        return self._encode(self._qformer_tokenizer, instruction, True)
 
     def judge(self, queried: Sequence[Queried]) -> Look:
         """What is seen, by what the Q-Former answers for each radiograph of a study."""

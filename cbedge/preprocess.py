@@ -117,7 +117,16 @@ def preprocess(pixels: np.ndarray, settings: Preprocessing) -> np.ndarray:
 
 def preprocess_radiograph(radiograph: Radiograph, settings: Preprocessing) -> np.ndarray:
     """What the vision encoder is given of a radiograph, float32 [1, 3, S, S]; see :func:`preprocess`."""
-    return preprocess(radiograph.pixels, settings)
+    return preprocess(chosen_values(radiograph, settings), settings)
+
+
+def chosen_values(radiograph: Radiograph, settings: Preprocessing) -> np.ndarray:
+    """The values of a radiograph that the settings ask for, as :func:`preprocess` takes them."""
+    if settings.value_range == "stretched" or radiograph.stored is None:
+        return radiograph.pixels
+    if settings.colour == "grey" and radiograph.stored.ndim == 3:
+        return np.asarray(Image.fromarray(radiograph.stored).convert("L"))
+    return radiograph.stored
 
 
 def _resize(plane: np.ndarray, settings: Preprocessing) -> np.ndarray:

@@ -20,6 +20,8 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 1024 * 1024
 MIN_SIDE = 32
 _RASTER_FORMATS = ("PNG", "JPEG", "TIFF")
+_EIGHT_BIT_MODES = ("1", "P", "PA", "LA", "CMYK", "YCbCr", "RGBA", "RGB", "HSV", "LAB")
+_MAX_STORED = 50_000_000  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Radiograph:
         study_uid: of the study that a DICOM header names.
         warnings: what a reader of the draft must know about the file, such as an attribute that could not be used; one
             sentence each, without patient data.
+        stored: an 8-bit file's own values, uint8 [rows, columns] or in colour [rows, columns, 3], where ``pixels`` do
+            not hold them: the file is in colour, or its range was stretched. For models whose preprocessing takes
+            stored values (:mod:`cbedge.preprocess`). ``None`` otherwise, and above 50 megapixels.
     """
 
     pixels: np.ndarray
@@ -46,6 +51,7 @@ class Radiograph:
     read_ms: float = 0.0
     study_uid: str | None = None
     warnings: tuple[str, ...] = ()
+    stored: np.ndarray | None = None
 
 
 def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
@@ -73,10 +79,11 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
         _check_size(source.size, "the image", max_pixels)
         try:
             pixels, chroma = _image_to_unit(source, "the image"), _chroma(source)
+            stored = _stored_values(source, pixels)
         except (OSError, SyntaxError, ValueError) as error:
             raise RadiographError("the image is damaged or cut short: export it again") from error
         digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-        return Radiograph(pixels, None, digest, chroma=chroma)
+        return Radiograph(pixels, None, digest, chroma=chroma, stored=stored)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(bytes(source), "the input", max_pixels)
     if isinstance(source, str | Path):
@@ -122,18 +129,19 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
 
         pixels, view, indication, study = read_dicom(data, name, max_pixels)
         return Radiograph(_checked(pixels, name), view, digest, indication, study_uid=study)
-    pixels, chroma = _decode_raster(data, name, max_pixels)
-    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma)
+    pixels, chroma, stored = _decode_raster(data, name, max_pixels)
+    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored)
 
 
-def _decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float]:
+def _decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float, np.ndarray | None]:
     # Pillow warns of large and of damaged images on standard error; what matters of it is said here, in one line.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open_raster(data, name, max_pixels)
         try:
             image.load()
-            return _image_to_unit(image, name), _chroma(image)
+            pixels = _image_to_unit(image, name)
+            return pixels, _chroma(image), _stored_values(image, pixels)
         except RadiographError:
             raise
         except Exception as error:  # Pillow's decoders raise many kinds on damaged data
@@ -159,16 +167,41 @@ def _open_raster(data: bytes, name: str, max_pixels: int) -> Image.Image:
 
 
 def _image_to_unit(image: Image.Image, name: str) -> np.ndarray:
-    if image.mode in ("1", "P", "PA", "LA", "CMYK", "YCbCr", "RGBA", "RGB", "HSV", "LAB"):
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-        image = image.convert("L")
+    if image.mode in _EIGHT_BIT_MODES:
+        image = _opaque(image).convert("L")
     if image.mode == "L":
         return np.asarray(image, dtype=np.float32) / 255.0
     if image.mode.startswith("I") or image.mode == "F":
         return _stretch(np.asarray(image, dtype=np.float32))
     raise RadiographError(f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image over black where it is transparent."""
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image
+
+
+def _stored_values(source: Image.Image | np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+    """What :attr:`Radiograph.stored` holds of an 8-bit image, or of an array [rows, columns(, channels)]."""
+    if pixels.size > _MAX_STORED:
+        return None
+    if isinstance(source, np.ndarray):
+        values = source[..., :3] if source.ndim == 3 else source
+    elif source.mode == "L" or source.mode in _EIGHT_BIT_MODES:
+        values = np.asarray(source if source.mode == "L" else _opaque(source).convert("RGB"))
+    else:
+        return None
+    if values.dtype != np.uint8:
+        return None
+    if values.ndim == 3 and all(np.array_equal(values[..., 0], values[..., i]) for i in range(1, values.shape[2])):
+        values = values[..., 0]
+    some = (slice(None, None, 16),) * 2  # a stretched range shows in every part of the image
+    if values.ndim == 2 and np.array_equal(np.rint(pixels[some] * 255), values[some]):
+        return None
+    return np.ascontiguousarray(values)
 
 
 def _chroma(image: Image.Image) -> float:
@@ -210,7 +243,7 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     if array.ndim == 3 and array.shape[2] >= 3:
         colours = array[..., :3].astype(np.float32) / (np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1)
         chroma = float((colours.max(2) - colours.min(2)).mean())
-    return Radiograph(_checked(grey, name), None, digest, chroma=chroma)
+    return Radiograph(_checked(grey, name), None, digest, chroma=chroma, stored=_stored_values(array, grey))
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:

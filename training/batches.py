@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbedge.image_findings import OTHER
-from cbedge.preprocess import Preprocessing, preprocess, preprocess_radiograph
+from cbedge.preprocess import Preprocessing, chosen_values, preprocess, preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers
@@ -32,7 +32,10 @@ def load_pixels(path: Path, settings: Preprocessing, rng: np.random.Generator | 
     radiograph = load_radiograph(path)
     if rng is None:
         return preprocess_radiograph(radiograph, settings)[0]
-    return preprocess(augment(radiograph.pixels, rng), settings)[0]
+    pixels = chosen_values(radiograph, replace(settings, colour="grey"))
+    if pixels.dtype == np.uint8:
+        pixels = pixels / np.float32(255)
+    return preprocess(augment(pixels, rng), settings)[0]
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
