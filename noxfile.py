@@ -1,0 +1,43 @@
+"""One command for each chore: `nox -s lint types tests wheel`. Sessions run in the active environment."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests"]
+MAX_WHEEL_BYTES = 100_000_000
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the linter's rules and the formatting."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types."""
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite, or what is named after ``--``."""
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, with the model in it, and check its size."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--wheel", "--outdir", folder, ".", silent=True)
+        (built,) = Path(folder).glob("*.whl")
+        size = built.stat().st_size
+        session.log(f"{built.name}: {size:,} bytes")
+        if size >= MAX_WHEEL_BYTES:
+            session.error(f"the wheel has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
+    shutil.rmtree("build", ignore_errors=True)
