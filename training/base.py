@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -157,17 +158,24 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     head = load_finding_head(Path(base))
-    image_token_id = _image_token_id(model.config, tokenizer)
+    image_token_id = _image_token_id(model, tokenizer)
     settings = load_preprocessing(base, model.config.vision_config.image_size)
     return ModelAndTokenizers(model, tokenizer, qformer_tokenizer, image_token_id, head, settings)
 
 
-def _image_token_id(config: InstructBlipConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The placeholder of image embeddings; early releases have none, and get ``<image>`` as their processor adds it."""
+@torch.no_grad()
+def _image_token_id(model: InstructBlipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The placeholder of image embeddings. Early releases have none and get ``<image>``, as their processor adds it;
+    the model gets a row for it, the mean of all others, which is never the likeliest token."""
+    config = model.config
     if config.image_token_id is None:
-        if _IMAGE_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [_IMAGE_TOKEN]})
+        tokenizer.add_tokens([AddedToken(_IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
         config.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+        rows = model.get_input_embeddings().num_embeddings
+        if config.image_token_id >= rows:
+            model.resize_token_embeddings(config.image_token_id + 1, mean_resizing=False)
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight[rows:] = table.weight[:rows].mean(0)
     return config.image_token_id
 
 

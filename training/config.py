@@ -131,7 +131,7 @@ class RunConfig:
         base: ``mini``, a checkpoint folder or a hub name; ``base_options`` are those of ``mini``.
         data: folder of IU X-RAY or MIMIC-CXR-JPG.
         output: the run's folder.
-        stages: in order.
+        stages: in order; none leaves the base as it is.
         seed: of every random choice.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of the arithmetic: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
@@ -165,7 +165,7 @@ def load_config(path: Path, **overrides: Any) -> RunConfig:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not values.get("stages"):
+    if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
         raise ConfigError(f"{path} has no list of stages")
     values.update({key: value for key, value in overrides.items() if value is not None})
     values["stages"] = tuple(_stage(stage, path) for stage in values["stages"])

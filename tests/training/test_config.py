@@ -24,7 +24,7 @@ def test_every_configuration_that_ships_is_valid(path: Path):
     ("change", "told"),
     [
         ("surprise: 1", "unknown key 'surprise'"),
-        ("stages: []", "no list of stages"),
+        ("stages: all", "no list of stages"),
         ("stages: [{name: a, losses: {magic: 1}}]", "unknown part or loss 'magic'"),
         ("stages: [{name: a, losses: {language: 1}, lora: {part: ear, targets: [x]}}]", "'ear'"),
         ("base: [", "not valid YAML"),
