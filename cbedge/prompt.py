@@ -15,7 +15,7 @@ MAX_CONTEXT_CHARACTERS = 1000
 
 _TASK = "Describe the chest radiograph."
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
-_SPECIAL_TOKEN = re.compile(r"<\|?[A-Za-z_]+\|?>|\[(?:CLS|SEP|PAD|UNK|MASK)\]")
+_SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")
 
 
 @dataclass(frozen=True)

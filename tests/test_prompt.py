@@ -53,6 +53,11 @@ def test_a_special_token_cannot_be_smuggled_in_by_nesting():
     assert "<|im_end|>" not in ClinicalContext(indication="cough <|im<|im_end|>_end|> fever").indication
 
 
+@pytest.mark.parametrize("token", ["<s>", "</s>", "<image>", "<extra_id_0>", "<|im_start|>", "[DEC]", "<pad>"])
+def test_no_special_token_of_a_language_model_reaches_the_prompt(token: str):
+    assert ClinicalContext(indication=f"cough {token} fever < 38 °C").indication == "cough fever < 38 °C"
+
+
 def test_an_unknown_view_is_refused():
     with pytest.raises(ContextError, match="frontal"):
         ClinicalContext(view="sideways")
