@@ -1,0 +1,1 @@
+"""Train the vision encoder alone, on films of several hospitals: ``python -m training.encoder CONFIG.yaml``."""
