@@ -1,6 +1,9 @@
 """Training of the vision encoder alone: labels, splits, augmentation, packs, and runs that resume."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +30,7 @@ from training.encoder.model import (
 from training.encoder.run import EncoderRun
 from training.encoder.sampling import Sampler
 
+ROOT = Path(__file__).parents[2]
 SIDE, SIZE = 64, 56
 
 
@@ -243,6 +247,29 @@ def test_a_pack_brings_films_and_weights_to_another_machine(
         read_pack(tmp_path / "none")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell script for GPU machines, which run Linux")
+def test_the_gpu_script_leaves_the_best_weights_in_pieces(films: Films, start: dict[str, torch.Tensor], tmp_path: Path):
+    write_pack(films, start, tmp_path / "pack")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"{{image_size: {SIZE}, side: {SIDE}, batch_size: 8, epochs: 1}}", encoding="utf-8")
+    script = ROOT / "training" / "gpu_encoder.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if not (Path(sys.executable).parent / "python3").exists():
+        pytest.skip("no python3 beside the interpreter")
+    done = subprocess.run(
+        [script, tmp_path / "pack", tmp_path / "out", "1", config, "--device", "cpu", "--max-steps", "2"],
+        cwd=ROOT, env={**os.environ, "PATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    best = tmp_path / "best.safetensors"
+    best.write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "out").glob("best.safetensors.??"))))
+    weights = load_start(str(best), tmp_path)
+    assert weights["head.weight"].dtype == torch.float16
+    assert build_model(weights, SIZE).head.weight.dtype == torch.float32
+    assert read_log(tmp_path / "out")[0]["step"] == 0
+
+
 def test_rates_fall_from_the_top_layer_down(start: dict[str, torch.Tensor]):
     model = build_model(start, SIZE)
     groups = parameter_groups(model, 1.0, 10.0, 0.5, 0.1)
@@ -299,6 +326,7 @@ def test_an_unknown_setting_is_named(tmp_path: Path):
         read_config(path)
 
 
-def test_the_shipped_configuration_is_valid():
-    config = read_config(Path(__file__).parents[2] / "training" / "configs" / "encoder.yaml")
+@pytest.mark.parametrize("name", ["encoder.yaml", "encoder_gpu.yaml"])
+def test_the_shipped_configurations_are_valid(name: str):
+    config = read_config(ROOT / "training" / "configs" / name)
     assert config.image_size == 224 and sum(config.shares.values()) == pytest.approx(1)
