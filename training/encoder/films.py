@@ -120,8 +120,11 @@ def _nih_films(folder: Path, validation_share: float) -> list[Film]:
 
 
 def patient_share(patient: str) -> float:
-    """A number in 0..1 from a patient's name, the same everywhere: all films of a patient go to one split."""
-    return int.from_bytes(hashlib.sha256(f"nih {patient}".encode()).digest()[:4], "big") / 2**32
+    """A number in 0..1 from a patient's name, the same everywhere: all films of a patient go to one split.
+
+    The 114 was chosen among 400 numbers by counts of labels alone: validation films of as many findings as can be.
+    """
+    return int.from_bytes(hashlib.sha256(f"nih 114 {patient}".encode()).digest()[:4], "big") / 2**32
 
 
 def _read_lines(path: Path) -> list[dict]:
