@@ -55,9 +55,13 @@ def test_pixel_values_are_those_of_transformers(mode: str, kind: str, rows: int,
     assert np.abs(ours - theirs["pixel_values"]).max() < 0.01 * tolerance
 
 
-def test_a_stored_range_and_colours_reach_only_a_model_that_asks_for_them():
-    dark = Image.fromarray(np.stack([draw_chest(0) // 2] * 2 + [draw_chest(1)], axis=2))
-    radiograph = load_radiograph(dark)
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_stored_range_and_colours_reach_only_a_model_that_asks_for_them(colour: bool):
+    half = draw_chest(0) // 2  # half of the range of 8 bits
+    dark = Image.fromarray(np.stack([half, half, draw_chest(1)], axis=2) if colour else half)
+    file = io.BytesIO()
+    dark.save(file, "PNG")
+    radiograph = load_radiograph(file.getvalue())
     released = preprocess_radiograph(radiograph, from_image_processor(RELEASED))
     theirs = BlipImageProcessorPil.from_dict(dict(RELEASED))(dark, return_tensors="np")["pixel_values"]
     assert np.abs(released - theirs).max() < 1e-4
