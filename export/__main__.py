@@ -30,7 +30,7 @@ def export(
             help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4, or all; repeated, the first is the default."
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-mini-iu-xray",
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-model",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
     origin: Annotated[

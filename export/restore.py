@@ -36,6 +36,7 @@ from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from export.command import run
 from export.graphs import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers
+from training.datasets.provenance import save_training_data
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _IMAGE_TOKENS = ("<image>", "<file_sep>")  # InstructBLIP's own; the mini model's
@@ -69,6 +70,7 @@ def main_command(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "checkpoint"
         parts.save(folder)
+        save_training_data(list(source.manifest.training_data), folder)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)

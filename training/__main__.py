@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cbedge.errors import CbedgeError
 from training.fetch import DEFAULT_CACHE
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ def average_command(
 
     if out.exists():
         raise ValueError(f"{out} exists already: give another folder")
+    from training.datasets.provenance import load_training_data, merged, save_training_data
+
     parts, areas = average(run_folder, data, cache)
     parts.save(out)
+    save_training_data(merged(record for one in run_folder for record in load_training_data(one) or []), out)
     told = ", ".join(f"{name.removeprefix('auc_')} {area:.3f}" for name, area in areas.items())
     typer.echo(f"checkpoint: {out}; AUC on validation studies: {told}")
 
@@ -336,7 +340,7 @@ def main() -> None:
     """Run the command line; an expected failure is one line and exit code 1."""
     try:
         app()
-    except (FileNotFoundError, ValueError, RuntimeError, OSError) as error:
+    except (CbedgeError, ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
 

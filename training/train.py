@@ -34,12 +34,14 @@ from training.config import RunConfig, Stage
 from training.consensus import ConsensusReports
 from training.controls import own
 from training.datasets import open_studies
+from training.datasets.provenance import merged, save_training_data
 from training.datasets.studies import TAGS
 from training.fetch import DEFAULT_CACHE
 from training.logs import append_row, cut_rows, plot_losses, write_atomically
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
 from training.openings import Opener
 from training.parallel import Processes
+from training.preflight import check_run, earlier_records
 from training.processor import save_preprocessing
 from training.stages import (
     load_trained,
@@ -87,7 +89,8 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
 
     Raises:
         FileNotFoundError: data or base weights are missing.
-        ValueError: the folder holds a run of another configuration.
+        ValueError: the folder holds a run of another configuration; the data cannot be used or nothing can be learned
+            from them; or a loss is no number.
     """
     processes = Processes(choose_device(config.device))
     device = processes.device
@@ -96,17 +99,19 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
         console.print(f"{processes.count} processes")
     bf16 = config.base_precision != "fp32" and config.precision == "auto"
     autocast = choose_autocast("bf16" if bf16 else config.precision, device)
+    checked = processes.main_first(lambda: check_run(config, processes.count))  # before anything is written
+    for note in checked.notes:
+        console.print(f"note: {note}", highlight=False)
     config.output.mkdir(parents=True, exist_ok=True)
     processes.only_main(lambda: _check_same_run(config))
-    for stage in config.stages:  # a missing folder is told at once, not once the model is loaded
-        open_studies(config.data, stage.splits)
+    processes.only_main(lambda: save_training_data(merged([*earlier_records(config), checked.record]), config.output))
     parts = processes.main_first(lambda: _base(config, cache))
     if config.shard:
         whole, kept = processes.shard(parts.model.language_model)
         console.print(f"language model: {kept / 1e6:.2f} of {whole / 1e6:.2f} MB in each process")
     parts.model.to(device)
     previous: Path | None = None
-    for number, stage in enumerate(config.stages):
+    for number, stage in enumerate(checked.stages):
         folder = config.output / stage.name
         torch.manual_seed(config.seed * 1000 + number)  # adapters begin at random
         prepare_stage(parts.model, stage)
@@ -167,11 +172,6 @@ class StageRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.studies = processes.main_first(lambda: open_studies(config.data, stage.splits))
         self.val = open_studies(config.data, ("val",), config.validation_studies)
-        if not self.studies or not self.val:
-            raise ValueError(
-                f"no {'validation' if self.studies else 'training'} study with a frontal radiograph and a report in "
-                f"{config.data}: see python -m training data check"
-            )
         self.lengths, self.abnormal = lengths_and_flags(self.studies)
         self._order: tuple[int, list[list[int]]] = (-1, [])
         self.told_tags = ToldTags(stage.tell_from)
@@ -406,6 +406,10 @@ class StageRun:
                 (loss / accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + self.processes.average(value) / accumulate
+        for name, mean in totals.items():
+            if not math.isfinite(mean):
+                where = f"stage {self.stage.name}, step {self.step + 1}"
+                raise ValueError(f"{where}: the {name} loss is {mean}: lower the learning rate")
         trained = [p for g in self.groups for p in g["params"]]
         self.processes.average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -129,9 +129,18 @@ def choose_thresholds(
     much as the frontal ones; but for a finding that another of :data:`LATERAL_SHARES` tells apart better by
     :data:`LEAST_GAIN`, so much.
 
+    A finding without a positive or without a negative validation study has no threshold and is left out.
+
     The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
     it: most are too rare for more to be chosen, and a language model that is told much says little of it.
+
+    Raises:
+        ValueError: no validation study is known to be abnormal, or none to be normal.
     """
+    told_apart = (tags == 1).any(0) & (tags == 0).any(0)
+    if not told_apart[0]:
+        raise ValueError("no threshold for 'abnormal': validation studies must be abnormal in part and normal in part")
+    names = tuple(name for name in names if told_apart[TAGS.index(name)])
     known = (TAGS[0], *names)
     columns = [TAGS.index(name) for name in known]
     paired = not np.isnan(views[:, 1]).all()
@@ -166,8 +175,6 @@ def _best_share(views: np.ndarray, tags: np.ndarray) -> float:
 def _best_gate(scores: np.ndarray, tags: np.ndarray) -> float:
     known = tags >= 0
     scores, truth = scores[known], tags[known] == 1
-    if not 0 < truth.sum() < len(truth):
-        return 0.5
     candidates = np.quantile(scores, np.linspace(0.02, 0.98, 97))
     balanced = [((scores[truth] >= c).mean() + (scores[~truth] < c).mean()) / 2 for c in candidates]
     return float(candidates[int(np.argmax(balanced))])

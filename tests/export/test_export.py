@@ -268,8 +268,19 @@ def run_graph(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> np.ndarray
 
 def test_the_card_states_origin_licences_limits_and_what_was_not_measured(tiny_bundle: Path):
     card = (tiny_bundle / "MODEL_CARD.md").read_text()
-    for words in ("Unreviewed draft", "non-commercial", "Base weights", "Not measured", "Parity with torch", "Limits"):
+    for words in ("Unreviewed draft", "research use", "Base weights", "Not measured", "Parity with torch", "Limits"):
         assert words in card
+
+
+def test_manifest_card_and_command_name_the_data_as_the_run_recorded_them(tiny_bundle: Path):
+    (data,) = json.loads((tiny_bundle / "manifest.json").read_text())["training_data"]
+    assert data["name"].startswith("unnamed data at ") and data["tags"] == "given"
+    assert data["splits"] == "train 12, val 4" and len(data["study_list_sha256"]) == 64
+    card = (tiny_bundle / "MODEL_CARD.md").read_text()
+    assert data["name"] in card and data["study_list_sha256"] in card
+    assert "IU X-RAY" not in card.split("## Measured quality")[0] and "American" not in card
+    shown = call_cli("cbedge.cli", "model", "--model", tiny_bundle).stdout
+    assert f"trained on {data['name']} (not stated)" in shown
 
 
 def test_the_merged_model_is_plain_again(tiny_run: Path):

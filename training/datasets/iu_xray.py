@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from training.datasets.studies import SPLITS, TAGS, Record, Study, Tally, View, studies_of
+from training.datasets.provenance import Provenance
+from training.datasets.studies import SPLITS, TAGS, Record, Study, Tally, View, derive_tags, studies_of
 
 # A tag is positive when any of its words starts one of a study's curated problems.
 PROBLEMS: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,41 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PROJECTIONS = "indiana_projections.csv"
 ANNOTATION = "annotation.json"
+STUDIES = "studies.jsonl"
+PROVENANCE = Provenance(
+    "IU X-RAY (Open-i)", "CC BY-NC-ND 4.0", "https://openi.nlm.nih.gov",
+    "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
+    population="Adults of one American health network, English reports from the years before 2013.",
+)  # fmt: skip
+# Study → start of the SHA-256 of its findings (lower case, letters and digits): by these the collection is recognised.
+_FINGERPRINTS = {
+    "CXR65": "91fa22c44345", "CXR98": "754d6f31c013", "CXR168": "8bce3b57c15b", "CXR185": "b81503c2e297",
+    "CXR186": "8250629313ad", "CXR212": "219ae22b4946", "CXR307": "a130ea300108", "CXR328": "35ce6f69f0aa",
+    "CXR392": "5f6601816301", "CXR431": "f25989c88125", "CXR470": "43e79d740307", "CXR496": "7ddbf8166a5f",
+    "CXR513": "28a97746259a", "CXR515": "14fb81421756", "CXR582": "5814fee0fdef", "CXR628": "d371ff341771",
+    "CXR631": "f95c1a0d32b8", "CXR680": "3dc6ee2653fa", "CXR722": "bbdb76c1f18c", "CXR728": "9b040a76c76d",
+    "CXR764": "aa7996786dfc", "CXR780": "375353d69877", "CXR826": "0d4de7ff3b47", "CXR833": "758b35e7a73a",
+    "CXR914": "f1013002307b", "CXR927": "f2e7bcd200e2", "CXR965": "6c5101d3463e", "CXR1019": "3c6bed18258a",
+    "CXR1027": "e6156985ac89", "CXR1048": "772f7f9bb890", "CXR1193": "bb519e9c41f4", "CXR1229": "17809736fb72",
+    "CXR1243": "d78500aedaaf", "CXR1378": "ff65642acc6d", "CXR1410": "215b1cd9be0f", "CXR1456": "5d39c0a30001",
+    "CXR1458": "cd5e77af7810", "CXR1484": "500ed544886c", "CXR1515": "bee429a4fea8", "CXR1524": "1580f15ad2d6",
+    "CXR1553": "327512982128", "CXR1580": "506cca6f8b9a", "CXR1631": "daa8fbda6ea1", "CXR1677": "e2016b5b401f",
+    "CXR1737": "38e723960529", "CXR1867": "fe2241232de0", "CXR2030": "7143c75ac299", "CXR2052": "a116f1ce754a",
+    "CXR2066": "154d53f6e358", "CXR2088": "2f97dff99838", "CXR2211": "de823a3f6cf5", "CXR2223": "7e3e0c036198",
+    "CXR2276": "9813a430178d", "CXR2350": "f80e59873418", "CXR2426": "3acefe9483dd", "CXR2467": "757a7a34030e",
+    "CXR2491": "a130ea300108", "CXR2506": "c9af6174dfc5", "CXR2511": "4c5b2a733497", "CXR2555": "6dc1e88d9ca1",
+    "CXR2558": "d6159720a427", "CXR2644": "13f6ad9cac29", "CXR2721": "c2c1c5193417", "CXR2730": "d8ad8a19e66e",
+    "CXR2787": "c243e3481196", "CXR2871": "07903e150d79", "CXR2893": "c9837523a1ee", "CXR2919": "996ec55e934f",
+    "CXR2954": "a45ae404291f", "CXR2998": "1355d4492677", "CXR3047": "35ce6f69f0aa", "CXR3124": "907f3bbe1c3b",
+    "CXR3126": "b86d6bd6fe5c", "CXR3168": "0909c9316412", "CXR3211": "17cad812e3c6", "CXR3354": "86e86fd25326",
+    "CXR3437": "e2c9d9838487", "CXR3451": "b863d3d914d4", "CXR3470": "9ce46d8abd7e", "CXR3485": "06ac888c8a35",
+    "CXR3551": "aba617331368", "CXR3608": "af1c2f4f6c73", "CXR3625": "1c6522f5c775", "CXR3637": "4ef3c5b96f6a",
+    "CXR3641": "e45efe5827e2", "CXR3693": "90857094cf33", "CXR3699": "b13eecf3c095", "CXR3733": "3e8015b55327",
+    "CXR3753": "a4197928179f", "CXR3840": "f190127089d3", "CXR3849": "bd40e2570396", "CXR3854": "3c81020b48e7",
+    "CXR3941": "4884e0bceb3f", "CXR3970": "c9837523a1ee", "CXR3972": "753d2ddf08bb", "CXR3995": "d21cbab8f271",
+}  # fmt: skip
+_LEAST_RECOGNISED = 3
+_OPTIONAL = ("problems", "mesh_major", "mesh_automatic")
 
 
 def is_iu_xray(folder: Path) -> bool:
@@ -47,18 +83,35 @@ def is_iu_xray(folder: Path) -> bool:
 def read_studies(folder: Path, splits: tuple[str, ...]) -> list[Study]:
     """Read the studies of some splits; those without a frontal radiograph are left out.
 
+    A study without tags gets those that its report names (:func:`training.datasets.studies.derive_tags`).
+
     Raises:
         FileNotFoundError: the folder holds none of the known layouts.
+        ValueError: a file is damaged; the message names it and the line.
     """
-    return list(studies_of(records(folder), splits))
+    return derive_tags(studies_of(records(folder), splits))
+
+
+def is_recognised(folder: Path) -> bool:
+    """Whether a folder's reports are those of IU X-RAY: at least three of a sample are there, and none differs."""
+    same = 0
+    for record in records(folder):
+        wanted = _FINGERPRINTS.get(record.study_id.split("_")[0])
+        if wanted is None or not record.findings:
+            continue
+        text = re.sub(r"[^a-z0-9]+", " ", record.findings.lower()).strip()
+        if hashlib.sha256(text.encode()).hexdigest()[: len(wanted)] != wanted:
+            return False
+        same += 1
+    return same >= _LEAST_RECOGNISED
 
 
 def records(folder: Path, tally: Tally | None = None) -> Iterator[Record]:
     """The collection's studies, in any of four layouts, told by what is in the folder:
 
     - ``studies.jsonl`` and ``images/``: one study a line (``study_id``, ``split``, ``images`` with ``file`` and
-      ``view``, ``indication``, ``comparison``, ``findings``, ``impression``, ``problems``, ``mesh_major``,
-      ``mesh_automatic``);
+      ``view``, ``findings`` or ``impression`` or both; where known ``indication``, ``comparison``, ``patient_id``, and
+      tags as ``problems``, ``mesh_major``, ``mesh_automatic``);
     - ``indiana_reports.csv`` and ``indiana_projections.csv`` (Kaggle), with ``images/images_normalized/`` or the PNGs
       anywhere below;
     - ``annotation.json`` (R2Gen) and ``images/``: findings only, no indication, no tags; image 0 is taken as frontal;
@@ -94,23 +147,61 @@ def _layout(folder: Path) -> Callable[[Path, Tally], Iterator[Record]] | None:
 
 
 def _jsonl(folder: Path, tally: Tally) -> Iterator[Record]:
-    path = folder / "studies.jsonl"
-    with open(path, encoding="utf-8") as lines:
+    path = folder / STUDIES
+    seen: dict[str, int] = {}
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-                images = [View(folder / "images" / image["file"], image["view"]) for image in row["images"]]
-                record = Record(
-                    row["study_id"], row["split"], _present(images, tally), row["indication"], row["comparison"],
-                    row["findings"], row["impression"],
-                    study_tags(row["problems"] + row["mesh_major"] + row["mesh_automatic"]),
-                )  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is not a study ({type(error).__name__}: {error})") from None
-            if record.split not in SPLITS:
-                raise ValueError(f"{path}, line {number}: unknown split {record.split!r}; known: {', '.join(SPLITS)}")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{where}, is not UTF-8: save the file as UTF-8") from None
+            if not text:
+                continue
+            record = _jsonl_record(text, folder, where, tally)
+            if (before := seen.setdefault(record.study_id, number)) != number:
+                raise ValueError(f"{where}: study_id {record.study_id!r} is that of line {before} too: remove one")
             tally.found["study"] += 1
             yield record
+
+
+def _jsonl_record(text: str, folder: Path, where: str, tally: Tally) -> Record:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}, is not a study ({type(error).__name__}: {error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}, is not a study: give a JSON object")
+    for key in ("study_id", "split", "images"):
+        if key not in row:
+            raise ValueError(f"{where}: {key!r} is missing")
+    if "findings" not in row and "impression" not in row:
+        raise ValueError(f"{where}: 'findings' and 'impression' are missing; give the report under one or both")
+    for key in ("indication", "comparison", "findings", "impression"):
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f"{where}: {key} is neither a text nor null")
+    for key in _OPTIONAL:
+        values = row.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{where}: {key} is not a list of texts")
+    if row["split"] not in SPLITS:
+        raise ValueError(f"{where}: unknown split {row['split']!r}; known: {', '.join(SPLITS)}")
+    try:
+        images = [View(folder / "images" / image["file"], image.get("view")) for image in row["images"]]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{where}: images is not a list of objects with file and view") from None
+    for image in images:
+        if image.view not in ("frontal", "lateral", None):
+            raise ValueError(f"{where}: unknown view {str(image.view)[:20]!r}; give frontal or lateral, or null")
+    patient = row.get("patient_id")
+    return Record(
+        str(row["study_id"]), row["split"], _present(images, tally), row.get("indication"), row.get("comparison"),
+        row.get("findings"), row.get("impression"),
+        study_tags([problem for key in _OPTIONAL for problem in row.get(key) or []]),
+        place=where, patient=None if patient in (None, "") else str(patient),
+        missing=tuple(image.file for image in images if not image.file.is_file()),
+        tags_given=any(row.get(key) for key in _OPTIONAL),
+    )  # fmt: skip
 
 
 def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
@@ -128,6 +219,7 @@ def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
         yield Record(
             f"CXR{row['uid']}", split(f"CXR{row['uid']}"), _present(images, tally), row["indication"] or None,
             row["comparison"] or None, row["findings"] or None, row["impression"] or None, study_tags(problems),
+            tags_given=bool(problems),
         )  # fmt: skip
 
 
@@ -156,7 +248,7 @@ def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
         yield Record(
             name.get("id", ""), split(name.get("id", "")), _present(images, tally), text.get("INDICATION") or None,
             text.get("COMPARISON") or None, text.get("FINDINGS") or None, text.get("IMPRESSION") or None,
-            study_tags(problems),
+            study_tags(problems), tags_given=bool(problems),
         )  # fmt: skip
 
 
@@ -170,7 +262,7 @@ def _r2gen(folder: Path, tally: Tally) -> Iterator[Record]:
                 for number, file in enumerate(row["image_path"])
             ]
             tally.found["study"] += 1
-            yield Record(row["id"], split, _present(images, tally), findings=row["report"] or None)
+            yield Record(row["id"], split, _present(images, tally), findings=row["report"] or None, tags_given=False)
 
 
 def _annotation(folder: Path) -> dict[str, list[dict]]:
@@ -212,12 +304,21 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
         "indiana_reports.csv": ("uid", "MeSH", "Problems", "indication", "comparison", "findings", "impression"),
         PROJECTIONS: ("uid", "filename", "projection"),
     }[path.name]
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in wanted if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} lacks the column {missing[0]!r}: take Kaggle's file as it is")
-        yield from reader
+        try:
+            missing = [name for name in wanted if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} lacks the column {missing[0]!r}: take Kaggle's file as it is")
+            for row in reader:
+                if any(row[name] is None for name in wanted):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}, has too few columns: take Kaggle's file as it is"
+                    )
+                yield row
+        except (UnicodeDecodeError, csv.Error) as error:
+            where = f"{path}, after line {reader.line_num}"
+            raise ValueError(f"{where}: {type(error).__name__}: save the file as CSV in UTF-8") from None
 
 
 def _png_files(folder: Path) -> dict[str, Path]:

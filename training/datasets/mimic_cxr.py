@@ -19,9 +19,17 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from training.datasets.provenance import Provenance
 from training.datasets.studies import TAGS, Record, Study, Tally, View, make_study
 
 PREFIX = "mimic-cxr-2.0.0-"
+IMAGES = 377_110  # rows of PhysioNet's split table
+PROVENANCE = Provenance(
+    "MIMIC-CXR-JPG 2.0.0", "PhysioNet Credentialed Health Data License 1.5.0",
+    "https://physionet.org/content/mimic-cxr-jpg/2.0.0/",
+    "Johnson et al., Sci Data 2019;6:317, and arXiv:1901.07042",
+    population="Adults of one American hospital, most from its emergency department, English reports of 2011 to 2016.",
+)  # fmt: skip
 TABLES = {
     "split": ("dicom_id", "study_id", "subject_id", "split"),
     "metadata": ("dicom_id", "ViewPosition"),
@@ -62,6 +70,12 @@ CREATE TABLE tally (kind TEXT, name TEXT, count INTEGER);
 def is_mimic_cxr(folder: Path) -> bool:
     """Whether a folder holds the tables of MIMIC-CXR-JPG."""
     return _table(Path(folder), "split") is not None
+
+
+def is_recognised(folder: Path) -> bool:
+    """Whether a folder's split table is PhysioNet's own: it names all 377,110 images."""
+    path = _table(Path(folder), "split")
+    return path is not None and sum(1 for _ in _rows(path, TABLES["split"])) == IMAGES
 
 
 def parse_report(text: str) -> dict[str, str]:
@@ -290,7 +304,10 @@ def _one(value: str | None) -> bool:
 
 
 def _dump(record: Record, folder: Path) -> str:
-    values = vars(record) | {"images": [[str(v.file.relative_to(folder)), v.view] for v in record.images]}
+    values = vars(record) | {
+        "images": [[str(v.file.relative_to(folder)), v.view] for v in record.images],
+        "missing": (),
+    }
     return json.dumps(values)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cbedge.errors import ContextError
@@ -18,6 +18,7 @@ TAGS = (
 )  # fmt: skip
 SPLITS = ("train", "val", "test", "extra")
 
+_DERIVED: dict[str, tuple[int, ...]] = {}  # target → tags: a collection is opened several times in a run
 _MARK = re.compile(r"X{3,}|_{2,}")
 _SENTENCE = re.compile(r"(?<=[.?!])(?<!\bDr\.)\s+")
 
@@ -40,6 +41,10 @@ class Record:
         images: those that are on disk.
         indication, comparison, findings, impression: as written, de-identification marks included.
         tags: 1, 0 or -1 for each of :data:`TAGS`.
+        place: file and line, where the collection has one file of studies.
+        patient: the collection's name for the patient, where it has one.
+        missing: images that are named and not on disk.
+        tags_given: whether the collection says anything about tags; where not, they are read from the report.
     """
 
     study_id: str
@@ -50,6 +55,10 @@ class Record:
     findings: str | None = None
     impression: str | None = None
     tags: tuple[int, ...] = (-1,) * len(TAGS)
+    place: str = ""
+    patient: str | None = None
+    missing: tuple[Path, ...] = ()
+    tags_given: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Study:
         findings: the findings as written, marks included: the reference of the evaluation.
         impression: as written.
         tags: 1, 0 or -1 (not known) for each of :data:`TAGS`.
+        tags_given: ``False`` where the collection says nothing about tags.
+        tags_derived: the tags were read from the report.
     """
 
     study_id: str
@@ -77,6 +88,8 @@ class Study:
     impression: str
     tags: tuple[int, ...]
     lateral: Path | None = None
+    tags_given: bool = True
+    tags_derived: bool = False
 
     @property
     def abnormal(self) -> bool:
@@ -124,7 +137,26 @@ def make_study(record: Record, image: Path) -> Study:
         impression=record.impression or "",
         tags=record.tags,
         lateral=next((view.file for view in record.images if view.view == "lateral"), None),
+        tags_given=record.tags_given,
     )  # fmt: skip
+
+
+def derive_tags(studies: Iterable[Study]) -> list[Study]:
+    """The studies; those of which no tag is given get the tags that their report names.
+
+    :mod:`training.findings` reads the reports. A tag that a report does not name is 0. A study without a report keeps
+    unknown tags.
+    """
+    listed = list(studies)
+    rows = [i for i, study in enumerate(listed) if not study.tags_given and study.target]
+    if rows:
+        from training.clinical import read_tags
+
+        new = dict.fromkeys(listed[i].target for i in rows if listed[i].target not in _DERIVED)
+        _DERIVED.update(zip(new, (tuple(map(int, row)) for row in read_tags(list(new))), strict=True))
+    for i in rows:
+        listed[i] = replace(listed[i], tags=_DERIVED[listed[i].target], tags_derived=True)
+    return listed
 
 
 def clean_report(text: str | None) -> str | None:
