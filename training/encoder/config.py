@@ -29,6 +29,7 @@ class EncoderConfig:
         rare: training films of a finding with at most so many positives in their group are drawn twice as often.
         augment: strength of the augmentation.
         seed: of all chance.
+        validate_every: steps between two validations; 0 validates after each epoch.
         save_minutes: minutes between two saved states.
     """
 
@@ -51,6 +52,7 @@ class EncoderConfig:
     rare: int = 60
     augment: float = 1.0
     seed: int = 0
+    validate_every: int = 0
     save_minutes: float = 4.0
 
 

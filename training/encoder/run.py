@@ -28,7 +28,8 @@ from training.encoder.sampling import Sampler
 # What is validated, and whether its mean AUC takes part in choosing the best weights.
 VALIDATED = {"iu_val": ("iu_xray", "frontal"), "iu_val_lateral": ("iu_xray", "lateral"), "nih_val": ("nih", "frontal")}
 CHOSEN_BY = ("iu_val", "nih_val")
-_FREE = ("epochs", "save_minutes")  # a resumed run may change them
+_FIT_AT = 120  # steps after which the length of the schedule is fitted
+_FREE = ("epochs", "validate_every", "save_minutes")  # a resumed run may change them
 
 
 class EncoderRun:
@@ -72,6 +73,9 @@ class EncoderRun:
         self.step, self.best = 0, -1.0
         self.losses: list[Any] = [0.0, 0]  # sum and count of the steps since the last validation
         self.averaged = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self._pause_file: Path | None = None
+        self._deadline = math.inf
+        self._stopped: list[int] = []
         self._resumed = self._load()
 
     @property
@@ -87,45 +91,48 @@ class EncoderRun:
 
         Args:
             deadline: as :func:`time.time` counts.
-            pause_file: while this file exists, no step is made.
+            pause_file: while this file exists, nothing is computed.
             max_steps: steps of this call.
             fit: set the schedule's length, once, by the speed of the first steps, so that it ends at the deadline.
         """
+        self._pause_file, self._deadline = pause_file, deadline
         if not self._resumed:
             self._validate(0.0, self._fit_head())
             self._save()
-        stopped: list[int] = []
-        old = signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+        old = signal.signal(signal.SIGTERM, lambda number, frame: self._stopped.append(number))
         try:
-            saved = begun = time.time()
-            first, paused, last = self.step, 0.0, self.total if max_steps is None else self.step + max_steps
-            validated = 0.0
-            while not self.finished and self.step < last and not stopped:
-                if pause_file is not None and pause_file.exists() and time.time() < deadline:
-                    time.sleep(0.5)
-                    paused += 0.5
-                    continue
-                if time.time() >= deadline:
+            saved, seconds = time.time(), []
+            last = self.total if max_steps is None else self.step + max_steps
+            interval = self.config.validate_every or self.sampler.steps_per_epoch
+            while not self.finished and self.step < last and not self._stopped:
+                self._wait()
+                begun = time.time()
+                if self._stopped:
+                    break
+                if begun >= deadline:
                     self.report("the time is up")
                     break
                 self._train_step()
-                seconds = time.time() - begun - paused - validated
-                if fit and first == 0 and self.step == 30:
-                    begun, first, seconds, paused, validated = time.time(), 30, 0.0, 0.0, 0.0
-                if fit and first == 30 and self.step == 130:
+                seconds.append(time.time() - begun)
+                if fit and self.step == _FIT_AT and len(seconds) >= _FIT_AT:
                     left = max(0.0, deadline - time.time())
-                    self.total = self.step + max(1, int(0.85 * left / (seconds / 100)))
+                    self.total = self.step + max(1, int(0.85 * left / float(np.mean(seconds[_FIT_AT // 4 :]))))
                     self.report(f"{self.total} steps fit into the time")
-                if self.step % self.sampler.steps_per_epoch == 0 or self.finished:
-                    at = time.time()
-                    self._validate(seconds / max(1, self.step - first))
-                    validated += time.time() - at
+                if self.step % interval == 0 or self.finished:
+                    self._validate(float(np.mean(seconds[-interval:])))
                 if time.time() - saved > 60 * self.config.save_minutes:
                     self._save()
                     saved = time.time()
             self._save()
         finally:
             signal.signal(signal.SIGTERM, old)
+
+    def _wait(self) -> None:
+        """Sleep while the pause file exists, but not beyond the deadline or SIGTERM."""
+        while self._pause_file is not None and self._pause_file.exists():
+            if self._stopped or time.time() >= self._deadline:
+                break
+            time.sleep(0.5)
 
     def _train_step(self) -> None:
         scale = self._schedule(self.step)
@@ -178,6 +185,7 @@ class EncoderRun:
         model.eval()
         found, size, count = [], self.config.image_size, 32 if self.device.type == "cpu" else 256
         for begin in range(0, len(rows), count):
+            self._wait()
             images = self._images(rows[begin : begin + count])
             if images.shape[-1] != size:
                 images = functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
