@@ -1,64 +1,188 @@
-"""Read the pixels of a DICOM radiograph (CR or DX) as the modality meant them to be seen."""
+"""Read a DICOM radiograph (CR or DX): its pixels as a viewer shows them, its view and what its header says."""
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbedge.dicom_pixels import (
+    Warnings,
+    check_codestream,
+    crop_box,
+    display_values,
+    integer,
+    is_inverted,
+    padding_mask,
+    repair_pixel_attributes,
+    stored_values,
+)
+from cbedge.dicom_view import orient, view_of
 from cbedge.errors import ContextError, RadiographError
-from cbedge.prompt import ClinicalContext, normalize_view
+from cbedge.prompt import ClinicalContext
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_MODALITIES = ("CR", "DX")
+_MODALITIES = ("CR", "DX", "DR", "RG")  # DR and RG: computed and film radiography of older devices
+_MODALITY_OF_CLASS = {"1.2.840.10008.5.1.4.1.1.1": "CR"}
+_DX_CLASSES = "1.2.840.10008.5.1.4.1.1.1.1"
+_CHEST = ("CHEST", "THORA", "LUNG", "RIB", "HEART", "CARDI", "TORAX", "PULMO", "STERN", "MEDIAST", "TRUNK", "BODY")
 _INDICATIONS = (
     "ReasonForStudy", "ReasonForTheRequestedProcedure", "RequestedProcedureDescription",
     "AdmittingDiagnosesDescription",
 )  # fmt: skip
+_DEFLATED, _DEFLATED_FRAMES = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1"
+_MAX_HEADER_BYTES = 16 * 2**20  # beside the pixels, of a deflated file
 
 
-def read_dicom(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, str | None, str | None, str | None]:
+@dataclass(frozen=True)
+class DicomFilm:
+    """What a DICOM file holds of a radiograph.
+
+    Attributes:
+        pixels: float32 [rows, columns] in 0..1, upright and as seen from the front, padding cut off or dark.
+        view: ``frontal``, ``lateral`` or ``None`` where the header does not say.
+        indication: why the study was requested, or ``None``.
+        study_uid: of the study, or ``None``.
+        chroma: how colourful the pixels are, 0 to 1.
+        warnings: what could not be used of the header, a sentence each, without patient data.
+    """
+
+    pixels: np.ndarray
+    view: str | None
+    indication: str | None
+    study_uid: str | None
+    chroma: float
+    warnings: tuple[str, ...]
+
+
+def silence_pydicom() -> None:
+    """Keep pydicom from printing header values, which are patient data, in any thread and for good.
+
+    ``warnings.catch_warnings`` changes the filters of all threads and back again: with several threads a value slips
+    through.
+    """
+    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
+
+def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
     """Decode one single-frame CR or DX image.
 
-    Modality rescale and the first VOI LUT or window are applied; MONOCHROME1 is turned round so that bone is bright.
-
     Args:
-        data: the file's bytes.
+        data: the file's bytes, with or without the preamble and the file meta information.
         name: what to call it in a message.
         max_pixels: refuse more than this, from the header, before decoding.
-
-    Returns:
-        float32 [rows, columns] in 0..1; ``frontal``, ``lateral`` or ``None`` from View Position; the indication
-        that the header tells, or ``None``; and the UID of the study, or ``None``.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
     """
-    import pydicom
+    return decode_dataset(_parse(data, name, max_pixels), name, max_pixels)
 
-    # pydicom warns and logs with values out of the header, which may hold patient data: keep both quiet.
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            dataset = _decodable(pydicom.dcmread(io.BytesIO(data)))
-        except Exception:
-            raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
-        _check_header(dataset, name, max_pixels)
-        try:
-            values = _display_values(dataset)
-        except Exception:
-            raise RadiographError(
-                f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
-            ) from None
-        study = str(dataset.get("StudyInstanceUID") or "") or None
-        return _to_unit(dataset, values, name), header_view(dataset), header_indication(dataset), study
+
+def decode_dataset(dataset: Dataset, name: str, max_pixels: int) -> DicomFilm:
+    """The radiograph of a dataset in memory, which is left as it is; see :func:`read_dicom`."""
+    from pydicom.pixels import get_decoder
+
+    silence_pydicom()
+    found = Warnings()
+    meta = getattr(dataset, "file_meta", None)
+    dataset = _copied(dataset)
+    if meta is not None:
+        dataset.file_meta = copy.deepcopy(meta)
+    _check_header(dataset, name, max_pixels, found)
+    try:
+        check_codestream(dataset, name)
+        decoded, _ = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, correct_unused_bits=False)
+    except RadiographError:
+        raise
+    except Exception:
+        raise RadiographError(
+            f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+        ) from None
+    chroma = 0.0
+    if decoded.ndim == 3 and decoded.shape[2] == 3:
+        channels = decoded.astype(np.float32)
+        chroma = float(np.ptp(channels, axis=2).mean()) / max(float(channels.max()), 1.0)
+        decoded = np.rint(channels @ np.array([0.299, 0.587, 0.114], np.float32)).astype(decoded.dtype)
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+    if decoded.ndim != 2:
+        raise RadiographError(f"{name} decodes to {decoded.ndim} dimensions; give a single grey radiograph")
+    view = view_of(dataset, found)
+    pixels = orient(_film(dataset, decoded, found), view)
+    _check_body_part(dataset, found)
+    return DicomFilm(
+        pixels, view.name, header_indication(dataset), str(dataset.get("StudyInstanceUID") or "") or None, chroma,
+        tuple(found),
+    )  # fmt: skip
+
+
+def _film(dataset: Dataset, decoded: np.ndarray, found: Warnings) -> np.ndarray:
+    """Decoded values → 0..1, padding cut off at the edges and dark elsewhere."""
+    padded = padding_mask(dataset, decoded)
+    values = stored_values(dataset, decoded, found)
+    if padded is not None:
+        box = crop_box(padded)
+        values, padded = values[box], padded[box]
+        padded = padded if padded.any() else None
+    pixels = display_values(dataset, values, None if padded is None else ~padded, found)
+    if is_inverted(dataset):
+        np.subtract(np.float32(1), pixels, out=pixels)
+    if padded is not None:
+        pixels[padded] = 0
+    return pixels
+
+
+def _parse(data: bytes, name: str, max_pixels: int) -> Dataset:
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    silence_pydicom()
+    try:
+        dataset = _inflated(data, name, max_pixels)
+        if dataset is None:
+            dataset = pydicom.dcmread(io.BytesIO(data), force=data[128:132] != b"DICM")
+        meta = getattr(dataset, "file_meta", None)
+        if meta is not None and len(dataset) and not meta.get("TransferSyntaxUID"):
+            explicit = dataset.original_encoding[0] is False
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian
+    except RadiographError:
+        raise
+    except Exception:
+        raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
+    return dataset
+
+
+def _inflated(data: bytes, name: str, max_pixels: int) -> Dataset | None:
+    """The dataset of a deflated file, inflated with a bound on its size; ``None`` for other files."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.filereader import read_dataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    if data[128:138] != b"DICM\x02\0\0\0UL" or _DEFLATED.encode() not in data[: 2**12]:
+        return None
+    start = 144 + int.from_bytes(data[140:144], "little")  # behind the file meta information
+    meta = FileMetaDataset(read_dataset(io.BytesIO(data[144:start]), is_implicit_VR=False, is_little_endian=True))
+    if meta.get("TransferSyntaxUID") != _DEFLATED:
+        return None
+    most = 2 * max_pixels + _MAX_HEADER_BYTES
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = inflater.decompress(data[start:], most)
+    if inflater.unconsumed_tail:
+        raise RadiographError(f"{name} is deflated and holds more than {most:,} bytes: export it uncompressed")
+    dataset = read_dataset(io.BytesIO(content), is_implicit_VR=False, is_little_endian=True)
+    dataset.set_original_encoding(False, True, None)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta = meta
+    return dataset
 
 
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
@@ -71,18 +195,16 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
 
     if source is None:
         return None
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            return _decodable(pydicom.dcmread(file, stop_before_pixels=True))
-        except pydicom.errors.InvalidDicomError:
-            return None
-        except Exception:
-            if needed:
-                raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
-            return None
+    silence_pydicom()
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        return _decodable(pydicom.dcmread(file, stop_before_pixels=True))
+    except pydicom.errors.InvalidDicomError:
+        return None
+    except Exception:
+        if needed:
+            raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
+        return None
 
 
 def _decodable(dataset: Dataset) -> Dataset:
@@ -94,6 +216,19 @@ def _decodable(dataset: Dataset) -> Dataset:
         except Exception:
             del dataset[tag]
     return dataset
+
+
+def _copied(dataset: Dataset) -> Dataset:
+    """A dataset whose elements can be replaced without changing the other's, without those that cannot be decoded."""
+    from pydicom import Dataset
+
+    copied = Dataset()
+    for tag in [*dataset.keys()]:
+        try:
+            copied[tag] = copy.copy(dataset[tag])
+        except Exception:  # pydicom raises what it likes where a byte of a type is damaged
+            continue
+    return copied
 
 
 def header_indication(dataset: Dataset) -> str | None:
@@ -108,72 +243,64 @@ def header_indication(dataset: Dataset) -> str | None:
     return None
 
 
-def _check_header(dataset, name: str, max_pixels: int) -> None:  # type: ignore[no-untyped-def]
-    from pydicom.pixels import get_decoder
-
-    modality = str(dataset.get("Modality", "") or "none")
-    if modality not in _MODALITIES:
-        raise RadiographError(f"{name} has modality {modality[:16]}; cbedge reads CR and DX radiographs only")
+def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> None:
+    _check_modality(dataset, name, found)
     if "PixelData" not in dataset:
         raise RadiographError(f"{name} holds no image (no Pixel Data); export it with its pixels")
-    try:
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        rows, columns = int(dataset.Rows), int(dataset.Columns)
-        samples = int(dataset.get("SamplesPerPixel") or 1)
-    except (AttributeError, TypeError, ValueError):
-        raise RadiographError(f"{name} lacks its rows, columns or frames: export it again") from None
+    frames = integer(dataset, "NumberOfFrames", 1)
+    rows, columns = integer(dataset, "Rows", 0), integer(dataset, "Columns", 0)
+    if rows < 1 or columns < 1:
+        raise RadiographError(f"{name} lacks Rows or Columns: export it again")
     if frames > 1:
         raise RadiographError(f"{name} holds {frames} frames; give a single radiograph")
     if rows * columns > max_pixels:
         raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; at most {max_pixels:,} in all: scale it down")
-    if samples != 1:
-        raise RadiographError(f"{name} has {samples} colour channels; a CR or DX radiograph has one")
+    _check_syntax(dataset, name, found)
+    repair_pixel_attributes(dataset, found)
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        raise RadiographError(f"{name} is in palette colour; a CR or DX radiograph is grey: export it as such")
+
+
+def _check_modality(dataset: Any, name: str, found: Warnings) -> None:
+    modality = str(dataset.get("Modality") or "").strip(" \0").upper()
+    kind = str(dataset.get("SOPClassUID") or "")
+    if not modality:
+        modality = "DX" if kind.startswith(_DX_CLASSES) else _MODALITY_OF_CLASS.get(kind, "")
+        if modality:
+            found.say("Modality", f"is missing; {modality} was taken from the SOP Class UID")
+    if modality not in _MODALITIES:
+        shown = modality if modality.isalnum() and len(modality) <= 8 else "none" if not modality else "unknown"
+        raise RadiographError(f"{name} has modality {shown}; cbedge reads CR and DX radiographs only")
+
+
+def _check_syntax(dataset: Any, name: str, found: Warnings) -> None:
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    if getattr(dataset, "file_meta", None) is None:
+        dataset.file_meta = FileMetaDataset()
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if not syntax:
+        found.say("TransferSyntaxUID", "is missing; uncompressed pixels were taken")
+        syntax = dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     try:
-        syntax = dataset.file_meta.TransferSyntaxUID
-        available = get_decoder(syntax).is_available
+        available = syntax != _DEFLATED_FRAMES and get_decoder(syntax).is_available
     except (AttributeError, NotImplementedError):
         available = False
     if not available:
-        told = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
         raise RadiographError(
-            f"{name} is in transfer syntax {getattr(told, 'name', None) or 'unknown'}, which cbedge does not decode; "
+            f"{name} is in transfer syntax {getattr(syntax, 'name', None) or 'unknown'}, which cbedge does not decode; "
             "convert it to an uncompressed, JPEG or JPEG 2000 syntax"
         )
 
 
-def _display_values(dataset) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """Pixels after modality rescale and VOI, float32; each stored value, of which there are few, is looked up once."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    def shown(values: np.ndarray) -> np.ndarray:
-        return np.asarray(apply_voi_lut(apply_modality_lut(values, dataset), dataset, index=0)).astype(np.float32)
-
-    pixels = dataset.pixel_array
-    if pixels.dtype.kind not in "iu" or pixels.dtype.itemsize > 2:
-        return shown(pixels)
-    least = int(pixels.min())
-    levels = np.arange(least, int(pixels.max()) + 1).astype(pixels.dtype)
-    return shown(levels)[pixels.astype(np.intp) - least]
-
-
-def _to_unit(dataset, values: np.ndarray, name: str) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """Stretch float32 values to 0..1, in place, by the image's own range, which after a window is the window's."""
-    if values.ndim != 2:
-        raise RadiographError(f"{name} decodes to {values.ndim} dimensions; give a single grey radiograph")
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise RadiographError(f"{name} holds values that are not finite: export it again")
-    values -= np.float32(low)
-    values /= np.float32(max(high - low, 1e-6))
-    # A VOI LUT or window comes before the photometric interpretation; Presentation LUT Shape INVERSE says the same.
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        np.subtract(np.float32(1), values, out=values)
-    return values
+def _check_body_part(dataset: Dataset, found: Warnings) -> None:
+    part = str(dataset.get("BodyPartExamined") or "").strip(" \0").upper()
+    if part and not any(word in part for word in _CHEST):
+        found.say("BodyPartExamined", "names another part of the body than the chest: check that this is a chest film")
 
 
 def header_view(dataset: Dataset) -> str | None:
-    """``frontal``, ``lateral`` or ``None`` from a header's View Position."""
-    try:
-        return normalize_view(str(dataset.get("ViewPosition") or "") or None)
-    except ContextError:
-        return None
+    """``frontal``, ``lateral`` or ``None`` from a header's view and orientation."""
+    return view_of(dataset, Warnings()).name
