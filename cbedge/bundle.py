@@ -30,6 +30,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
 TEMPLATES = "templates.npz"
 GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
+FILM_VIEW = "film_view.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
 FOR_GPUS = ("q4f16", "fp16")  # variants, the best first
 IN_INT8 = "q4a8"  # the variant that reads int4's weights and multiplies in 8-bit integers
@@ -158,7 +159,9 @@ class Bundle:
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
-        optional = [name for name in (PHRASEBOOK, TEMPLATES, GATE, LATERAL_GATE) if name in self.manifest.files]
+        optional = [
+            name for name in (PHRASEBOOK, TEMPLATES, GATE, LATERAL_GATE, FILM_VIEW) if name in self.manifest.files
+        ]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 
     def _verify_file(self, name: str, sizes_alone: bool) -> None:

@@ -19,7 +19,17 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from cbedge.backends import Backend, choose_variant, open_backend
-from cbedge.bundle import GATE, LATERAL_GATE, PHRASEBOOK, QFORMER_TOKENIZER, TEMPLATES, TOKENIZER, Bundle, open_bundle
+from cbedge.bundle import (
+    FILM_VIEW,
+    GATE,
+    LATERAL_GATE,
+    PHRASEBOOK,
+    QFORMER_TOKENIZER,
+    TEMPLATES,
+    TOKENIZER,
+    Bundle,
+    open_bundle,
+)
 from cbedge.consistency import Watch
 from cbedge.decoding import (
     Decoder,
@@ -33,8 +43,9 @@ from cbedge.decoding import (
     sample,
     speculate,
 )
-from cbedge.errors import BundleError, CbedgeError, ContextError
-from cbedge.gate import Gate
+from cbedge.errors import BundleError, CbedgeError, ContextError, RadiographError
+from cbedge.film_view import FilmView
+from cbedge.gate import Gate, NotAChestRadiograph
 from cbedge.image_findings import OTHER, scores_of
 from cbedge.phrasebook import GuessSource, Phrasebook
 from cbedge.preprocess import preprocess_radiograph
@@ -83,7 +94,7 @@ class ReportGenerator:
 
     Attributes:
         bundle, variant, backend: as given.
-        phrasebook, templates, gate, lateral_gate: of the bundle; ``None`` where it has none.
+        phrasebook, templates, gate, lateral_gate, film_view: of the bundle; ``None`` where it has none.
         recent: the studies that are kept; ``recent.clear()`` forgets them.
 
     Example:
@@ -110,6 +121,8 @@ class ReportGenerator:
         self.gate, self.lateral_gate = (
             Gate.load(bundle.folder / name) if name in bundle.manifest.files else None for name in (GATE, LATERAL_GATE)
         )
+        known = FILM_VIEW in bundle.manifest.files
+        self.film_view = FilmView.load(bundle.folder / FILM_VIEW) if known else None
         self._house_template: str | None = None
         self._guess_length = GuessLength()
         self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
@@ -475,19 +488,62 @@ class ReportGenerator:
         return decoder, decoder.read(begun)[-1].copy() if begun else logits
 
     def check_images(
-        self, images: Sequence[Radiograph], features: Sequence[np.ndarray], context: ClinicalContext
-    ) -> None:
-        """See that a study's radiographs look like chest radiographs to the vision encoder, the frontal one first.
+        self, images: Sequence[Radiograph], features: Sequence[np.ndarray], context: ClinicalContext,
+        accept_any_image: bool = False,
+    ) -> tuple[str, ...]:  # fmt: skip
+        """See that a study's radiographs look like the chest radiographs that they are given as.
+
+        Args:
+            images: the study's, its frontal one first.
+            features: of each, by the vision encoder, [1, P, H].
+            context: of the study; its view is the first image's.
+            accept_any_image: refuse nothing.
+
+        Returns:
+            What looks doubtful, a sentence each.
 
         Raises:
-            RadiographError: one does not.
+            RadiographError: one looks like no chest radiograph, or like a lateral one that is given as frontal.
         """
-        gates = [self.gate, self.lateral_gate]
-        if context.view == "lateral" and self.lateral_gate is not None:
-            gates = [self.lateral_gate]
-        for image, gate, found in zip(images, gates, features, strict=False):
-            if gate is not None:
-                gate.check(found, image.chroma)
+        views = ["lateral" if context.view == "lateral" else "frontal", "lateral"]
+        doubts: list[str] = []
+        for image, view, found in zip(images, views, features, strict=False):
+            looks_lateral = self.film_view is not None and self.film_view.is_lateral(found)
+            if looks_lateral and view == "frontal":
+                self._doubt_frontal(image, found, accept_any_image, doubts)
+                continue
+            gate = self.lateral_gate if view == "lateral" and self.lateral_gate is not None else self.gate
+            if gate is not None and not accept_any_image:
+                self._pass_gate(gate, image, view, found)
+            if self.film_view is None:
+                continue
+            if view == "lateral" and not looks_lateral:
+                doubts.append("The radiograph given as lateral looks like a frontal view: check the view.")
+            if view == "frontal" and self.film_view.is_mirrored(found):
+                doubts.append("The radiograph looks mirrored, left and right exchanged: check its side marker.")
+        return tuple(doubts)
+
+    def _doubt_frontal(
+        self, image: Radiograph, features: np.ndarray, accept_any_image: bool, doubts: list[str]
+    ) -> None:
+        """A film given as frontal looks lateral: refuse it, or say so where any image is accepted."""
+        gate = self.lateral_gate or self.gate
+        if gate is not None and not accept_any_image:
+            gate.check(features, image.chroma)
+        if not accept_any_image:
+            beside = "give it as --lateral beside the frontal one, or alone with --view lateral"
+            beside = beside if self.reads_lateral else "give the frontal one, or --view lateral"
+            raise RadiographError(f"the radiograph looks like a lateral view: {beside}")
+        doubts.append("The radiograph given as frontal looks like a lateral view: check the view.")
+
+    def _pass_gate(self, gate: Gate, image: Radiograph, view: str, features: np.ndarray) -> None:
+        """Let a chest radiograph pass; a frontal one given as lateral passes the frontal films' gate."""
+        try:
+            gate.check(features, image.chroma)
+        except NotAChestRadiograph:
+            if view != "lateral" or self.gate is None or gate is self.gate:
+                raise
+            self.gate.check(features, image.chroma)
 
     def look(self, features: np.ndarray, context: ClinicalContext, lateral: np.ndarray | None = None) -> Look:
         """Ask the Q-Former about the vision encoder's features [1, P, H], and about the lateral radiograph's."""
@@ -620,8 +676,7 @@ class ReportStream(Iterator[str]):
         study = generator.recent.study(pixels, context.view)
         image_reused = bool(study.queried)
         features = study.features or [backend.encode_image(planes) for planes in pixels]
-        if not self._accept_any_image:
-            generator.check_images(images, features, context)
+        doubts = generator.check_images(images, features, context, self._accept_any_image)
         vision = perf_counter()
         queried = study.queried or generator.query(features, context)
         study.features, study.queried = features, queried
@@ -660,7 +715,7 @@ class ReportStream(Iterator[str]):
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
             template=template, template_source=template_source,
-            warnings=tuple(dict.fromkeys(warning for image in images for warning in image.warnings)),
+            warnings=tuple(dict.fromkeys([*doubts, *(warning for image in images for warning in image.warnings)])),
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

@@ -16,6 +16,7 @@ from cbedge.backends.int8 import Table
 from cbedge.bundle import (
     CARD,
     ENCODER,
+    FILM_VIEW,
     GATE,
     GRAPHS,
     LATERAL_GATE,
@@ -29,9 +30,12 @@ from cbedge.bundle import (
     Variant,
     write_bundle,
 )
+from cbedge.film_view import FilmView
+from cbedge.gate import Gate
 from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
 from export.card import model_card
+from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases
 from export.phrases import report_phrases
@@ -185,12 +189,13 @@ def write_packed(
     told = manifest.image_findings  # without scores of what is seen, a template would hide it
     templates = templates_of(told, data) if told is not None and data is not None else None
     phrases = _phrases(parts, data)
-    gates = {}
+    gates: dict[str, Gate | FilmView | None] = {}
     if data is not None:
         backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
         fit = partial(fit_gate, backend, manifest.preprocessing, data)
         gates[GATE] = fit()
         gates[LATERAL_GATE] = fit(lateral=True) if parts.reads_lateral else None
+        gates[FILM_VIEW] = fit_film_view(backend, manifest.preprocessing, collect_films(data))
     card = model_card(manifest, parity, templates is not None)
     if parity is not None:
         manifest = replace(manifest, quality=manifest.quality | {"parity": asdict(parity)})

@@ -21,6 +21,7 @@ import yaml
 from cbedge.backends import open_backend
 from cbedge.bundle import (
     CARD,
+    FILM_VIEW,
     IN_INT8,
     PHRASEBOOK,
     TEMPLATES,
@@ -34,6 +35,7 @@ from cbedge.bundle import (
 from export.bundle import PARITY, PARITY_CASES, read_topics
 from export.card import model_card
 from export.command import run
+from export.film_view import collect_films, fit_film_view
 from export.graphs import DECODER, EMBED
 from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import phrasebook_of
@@ -69,6 +71,14 @@ def revise(
     ] = None,
     phrase_studies: Annotated[
         int | None, typer.Option(min=1, help="Of these studies, only the first so many.", show_default="all")
+    ] = None,
+    film_view: Annotated[
+        Path | None,
+        typer.Option(help="IU X-RAY folder: learn anew to tell lateral and mirrored films from its train films."),
+    ] = None,
+    more_films: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with films.jsonl, of frontal films to learn from too; may be repeated."),
     ] = None,
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
@@ -107,6 +117,7 @@ def revise(
     source.verify()
     manifest = source.manifest
     for told, needed, option in (
+        (more_films, film_view, "--more-films goes with --film-view"),
         (phrase_studies, phrases, "--phrase-studies goes with --phrases"),
         (parity_data, parity, "--parity-data goes with --parity"),
     ):
@@ -129,6 +140,13 @@ def revise(
         new[PARITY] = lambda path: path.write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
     if phrases:
         new[PHRASEBOOK] = phrasebook_of(bundle, phrases, phrase_studies, _tell).save
+    if film_view:
+        collections = collect_films(film_view, more_films or ())
+        backend = open_backend(source, manifest.variants[manifest.default_variant], "cpu")
+        learnt = fit_film_view(backend, manifest.preprocessing, collections)
+        if learnt is None:
+            raise ValueError(f"{film_view} has too few training films to tell lateral and mirrored ones")
+        new[FILM_VIEW] = learnt.save
     made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
     if made is not None:
         new[TEMPLATES] = made.save
