@@ -101,7 +101,7 @@ def decode_dataset(dataset: Dataset, name: str, max_pixels: int) -> DicomFilm:
     _check_header(dataset, name, max_pixels, found)
     try:
         check_codestream(dataset, name)
-        decoded, _ = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, correct_unused_bits=False)
+        decoded, _ = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, correct_unused_bits=False)  # type: ignore[arg-type]
     except RadiographError:
         raise
     except Exception:
