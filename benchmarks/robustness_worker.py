@@ -1,0 +1,199 @@
+"""Tries inputs of :mod:`benchmarks.robustness` in this process, one after another; the campaign starts several.
+
+It reads one JSON line ``[seed, index, only]`` at a time from standard input and answers with one line. A crash of a
+decoder ends this process, and the campaign counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mutations import Input, film, make_input
+
+_TOKENS = 4  # of a draft; the scores of the image need none
+
+
+def peak_bytes(pid: int | str = "self") -> tuple[int, int]:
+    """Bytes that a process holds in memory, now and at most since :func:`reset_peak`; 0 where Linux is not there."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0, 0
+    found = [re.search(rf"{name}:\s+(\d+)", text) for name in ("VmRSS", "VmHWM")]
+    now, most = (int(match[1]) * 1024 if match else 0 for match in found)
+    return now, most
+
+
+def reset_peak(pid: int | str = "self") -> None:
+    """Let the peak of a process start from now."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def _captured(scratch: Path) -> Iterator[Callable[[], tuple[str, str]]]:
+    """Catch standard output and error, C libraries' included."""
+    paths = [scratch / "stdout", scratch / "stderr"]
+    saved = [os.dup(1), os.dup(2)]
+    sys.stdout.flush()
+    files = [open(path, "wb") for path in paths]  # noqa: SIM115 (closed below)
+    for number, file in enumerate(files, 1):
+        os.dup2(file.fileno(), number)
+    try:
+        yield lambda: (_flushed(paths[0]), _flushed(paths[1]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, handle in enumerate(saved, 1):
+            os.dup2(handle, number)
+            os.close(handle)
+        for file in files:
+            file.close()
+
+
+def _flushed(path: Path) -> str:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return path.read_bytes().decode("utf-8", "replace")
+
+
+class Worker:
+    """A loaded generator and what is done with inputs; see :meth:`answer`."""
+
+    def __init__(self, scratch: Path, threads: int | None):
+        import functools
+
+        from cbedge.generator import ReportGenerator
+
+        self.scratch = scratch
+        load = ReportGenerator.from_pretrained
+        loaded = functools.cache(lambda: load(None, None, "cpu", threads=threads, recent_studies=0))
+        # The command line loads a generator for every call: here it gets the one that is loaded.
+        ReportGenerator.from_pretrained = classmethod(lambda cls, *a, **k: loaded())  # type: ignore[method-assign, assignment]
+        self.generator = loaded()
+        self._truth: dict[int, tuple[list[str], dict[str, float]]] = {}
+
+    def truth(self, number: int) -> tuple[list[str], dict[str, float]]:
+        """Findings and scores of a film, from its array."""
+        if number not in self._truth:
+            report = self.generator.generate(film(number), max_new_tokens=1)
+            self._truth[number] = list(report.image_findings or ()), dict(report.finding_scores)
+        return self._truth[number]
+
+    def answer(self, made: Input) -> dict[str, Any]:
+        """What an input came to: ``code``, ``error`` (one line or empty), ``faults``, ``scores``, ``findings`` and
+        memory."""
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        truth = self.truth(made.film) if made.film is not None else None
+        reset_peak()
+        before = peak_bytes()[0]
+        try:
+            with _captured(self.scratch) as output:
+                result = getattr(self, f"_{made.route}")(made, folder)
+                result["stdout"], result["stderr"] = output()
+        finally:
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            folder.rmdir()
+        now, most = peak_bytes()
+        return {"truth": truth, "held": most - before, "peak": most, "rss": now, **result}
+
+    def _api(self, made: Input, folder: Path) -> dict[str, Any]:
+        from cbedge.errors import CbedgeError
+        from cbedge.templates import read_template
+
+        options = {k: v for k, v in made.options.items() if k in ("indication", "comparison", "view")}
+        source: Any = made.array if made.array is not None else made.data
+        if made.array is None and made.index % 2:
+            source = folder / made.name
+            source.write_bytes(made.data)
+        try:
+            if "template" in made.options:
+                options["template"] = read_template(made.options["template"].decode("utf-8", "replace"))
+            report = self.generator.generate(source, max_new_tokens=_TOKENS, **options)
+        except CbedgeError as error:
+            return {"code": error.exit_code, "error": str(error)}
+        except Exception:
+            return {"code": 1, "error": "", "trace": traceback.format_exc()}
+        return _read(json.loads(report.to_json()))
+
+    def _generate(self, made: Input, folder: Path) -> dict[str, Any]:
+        image = folder / made.name
+        image.write_bytes(made.data)
+        out = folder / "draft"
+        form = made.options.get("format", "json")
+        words = ["generate", str(image), "--format", form, "--output", str(out), "--max-new-tokens", str(_TOKENS)]
+        for name in ("indication", "comparison", "view"):
+            if name in made.options:
+                words += [f"--{name}={made.options[name]}".replace("\0", "")]  # no command line can hold a NUL
+        if "template" in made.options:
+            (folder / "template.txt").write_bytes(made.options["template"])
+            words += ["--template", str(folder / "template.txt")]
+        result = self._command(words)
+        if result["code"] == 0 and form == "json":
+            result |= _read(json.loads(out.read_bytes()))
+        return result
+
+    def _batch(self, made: Input, folder: Path) -> dict[str, Any]:
+        films = folder / "films"
+        films.mkdir()
+        (films / made.name).write_bytes(made.data)
+        given = films
+        if made.kind == "table":
+            given = films / made.name
+            (films / "film.png").write_bytes(_plain())
+        out = folder / "drafts.jsonl"
+        result = self._command(["batch", str(given), "--out", str(out), "--max-new-tokens", str(_TOKENS)])
+        lines = [json.loads(line) for line in out.read_bytes().splitlines()] if out.is_file() else []
+        if len(lines) == 1 and lines[0]["status"] == "ok":
+            result |= _read(lines[0])
+        return result
+
+    def _command(self, words: list[str]) -> dict[str, Any]:
+        from cbedge import cli
+
+        sys.argv = ["cbedge", *words]
+        try:
+            cli.main()
+        except SystemExit as end:
+            return {"code": end.code if isinstance(end.code, int) else 0 if end.code is None else 1}
+        except Exception:
+            return {"code": 1, "trace": traceback.format_exc()}
+        return {"code": 0}
+
+
+def _plain() -> bytes:
+    from benchmarks.mutations import _plain_png
+
+    return _plain_png()
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    return {"code": 0, "findings": values["image_findings"] or [], "scores": values["finding_scores"] or {}}
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing but answers goes there
+    with tempfile.TemporaryDirectory() as scratch:
+        worker = Worker(Path(scratch), int(sys.argv[1]) if len(sys.argv) > 1 else None)
+        answers.write("ready\n")
+        answers.flush()
+        for line in sys.stdin:
+            seed, index, only = json.loads(line)
+            answers.write(json.dumps(worker.answer(make_input(seed, index, only))) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()
