@@ -129,12 +129,13 @@ def _array(rng: np.random.Generator, made: Input, grey: np.ndarray) -> None:
     made.note = f"array {kind}"
     eight, sixteen = np.round(grey * 255).astype(np.uint8), np.round(grey * 65535).astype(np.uint16)
     made.may_refuse = kind == "big"
-    made.array = {
+    arrays: dict[str, np.ndarray] = {
         "u1": eight, "u2": sixteen, "f4": grey.astype(np.float32), "f8": grey, "f2": grey.astype(np.float16),
         "rgb": np.repeat(eight[..., None], 3, 2), "rgba": np.dstack([eight] * 3 + [np.full_like(eight, 255)]),
         "big": sixteen.astype(">u2"), "fortran": np.asfortranarray(eight),
         "strided": np.repeat(eight, 2, 1)[:, ::2],
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+    made.array = arrays[kind]
 
 
 _TURN = {  # EXIF orientation → what undoes it in the stored picture
@@ -176,7 +177,10 @@ def _raster(rng: np.random.Generator, made: Input, grey: np.ndarray, form: str =
             exif = Image.Exif()
             exif[0x112] = turn
             options["exif"] = exif
-        options |= {"JPEG": {"quality": int(rng.integers(92, 99))}, "WEBP": {"lossless": True}}.get(form, {})
+        if form == "JPEG":
+            options["quality"] = int(rng.integers(92, 99))
+        elif form == "WEBP":
+            options["lossless"] = True
     if form == "PNG" and rng.random() < 0.3:
         info = PngImagePlugin.PngInfo()
         info.add_text("Comment", MARKER)
