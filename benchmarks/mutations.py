@@ -178,7 +178,7 @@ def _raster(rng: np.random.Generator, made: Input, grey: np.ndarray, form: str =
             exif[0x112] = turn
             options["exif"] = exif
         if form == "JPEG":
-            options["quality"] = int(rng.integers(92, 99))
+            options["quality"] = int(rng.integers(97, 101))
         elif form == "WEBP":
             options["lossless"] = True
     if form == "PNG" and rng.random() < 0.3:

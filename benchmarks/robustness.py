@@ -370,7 +370,7 @@ class _Listen(_ServiceRoute):
             node.add_requested_context(DigitalXRayImageStorageForPresentation, [syntax])
         except ValueError:
             return None
-        association = node.associate("127.0.0.1", self.port)
+        association = node.associate("127.0.0.1", self.port, ae_title="CBEDGE")
         if not association.is_established:
             return None
         try:

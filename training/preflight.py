@@ -141,7 +141,7 @@ def _check_records(config: RunConfig) -> list[str]:
     """Check the studies of a collection that is read from files of the user's own; returns notes."""
     folder = Path(config.data)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}; give the data's folder as --data")
+        raise FileNotFoundError(f"no such folder: {folder}; give the folder of studies.jsonl as --data")
     if mimic_cxr.is_mimic_cxr(folder):  # has its own splits by patient, and too many images to read them twice
         return []
     tally = Tally()
