@@ -210,6 +210,9 @@ def test_a_run_that_ends_keeps_its_best_weights_and_a_log(films: Films, start: d
     model = build_model(best, SIZE)
     chosen = max(log, key=lambda row: row["mean"])
     assert run._areas(model)["mean"] == pytest.approx(chosen["mean"], abs=1e-6)
+    following = make_run(films, best, tmp_path / "following")
+    following.train(max_steps=0)
+    assert torch.equal(following.model.head.weight, best["head.weight"])  # a head that is there is not fitted anew
 
 
 def test_a_run_waits_while_it_is_paused_and_stops_at_its_deadline(

@@ -16,7 +16,7 @@ class EncoderConfig:
         start: see :func:`training.encoder.model.load_start`.
         layers: of the encoder, where ``start`` is ``mini``.
         image_size: rows and columns that the encoder reads.
-        side: rows and columns of the decoded films.
+        side: rows and columns of the decoded films. Equal to ``image_size``, validation sees what the runtime sees.
         batch_size: films of a step.
         shares: share of each batch, ``collection/view`` → share.
         epochs: length of the schedule; an epoch has as many draws as there are training films.
@@ -36,7 +36,7 @@ class EncoderConfig:
     start: str = "mini"
     layers: int | None = None
     image_size: int = 224
-    side: int = 256
+    side: int = 224
     batch_size: int = 24
     shares: dict[str, float] = field(
         default_factory=lambda: {"iu_xray/frontal": 0.42, "iu_xray/lateral": 0.16, "nih/frontal": 0.42}

@@ -38,7 +38,7 @@ class EncoderRun:
     Args:
         config: settings.
         films: decoded films.
-        start: the weights to start from.
+        start: the weights to start from; without a head, it is fitted to the encoder's features first.
         folder: of the run.
         device: where to train.
         bf16: whether matrices are multiplied in bfloat16.
@@ -61,6 +61,7 @@ class EncoderRun:
         self._check_config()
         torch.manual_seed(config.seed)
         self.model = build_model(start, config.image_size).to(self.device)
+        self._has_head = start.get("head.weight", torch.empty(0)).shape == self.model.head.weight.shape
         groups = parameter_groups(
             self.model, config.learning_rate, config.head_learning_rate, config.layer_decay, config.weight_decay
         )
@@ -97,7 +98,7 @@ class EncoderRun:
         """
         self._pause_file, self._deadline = pause_file, deadline
         if not self._resumed:
-            self._validate(0.0, self._fit_head())
+            self._validate(0.0, None if self._has_head else self._fit_head())
             self._save()
         old = signal.signal(signal.SIGTERM, lambda number, frame: self._stopped.append(number))
         try:
