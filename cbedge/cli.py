@@ -297,6 +297,14 @@ def serve_command(
     queue: Annotated[int, typer.Option(min=0, help="Drafts that may wait; one more is answered 429.")] = 8,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
     max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
+    idle: Annotated[float, typer.Option(min=0.1, help="Seconds until a client that sends nothing is cut off.")] = 10.0,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients may address the service; may be repeated.",
+            show_default="this machine's loopback names; any name with a token",
+        ),
+    ] = None,
     recent_studies: Annotated[
         int, typer.Option(min=0, max=64, help="Studies kept in memory, to be drafted again sooner.")
     ] = 4,
@@ -312,7 +320,8 @@ def serve_command(
 
     generator = ReportGenerator.from_pretrained(model, variant, device, recent_studies=recent_studies)
     generator = _keeping(generator, template)
-    run_server(generator, host, port, ServeSettings(token, max_mb * 2**20, queue, deadline))
+    settings = ServeSettings(token, max_mb * 2**20, queue, deadline, idle, tuple(allowed_host or ()))
+    run_server(generator, host, port, settings)
 
 
 @app.command("listen")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import ipaddress
 import json
 import logging
@@ -19,14 +18,14 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, File, Form, Header, HTTPException, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cbedge import __version__
 from cbedge.bundle import CARD
@@ -34,10 +33,11 @@ from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, R
 from cbedge.formats import SCHEMA, check_format, render
 from cbedge.generator import ReportGenerator, ReportStream
 from cbedge.heatmap import overlay, png
-from cbedge.radiograph import Radiograph, load_radiograph
+from cbedge.radiograph import load_radiograph
 from cbedge.report import Report
+from cbedge.serve_form import DraftForm, form_schema, read_form
+from cbedge.serve_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
 
-Form_ = Literal["json", "text", "fhir", "sr"]
 MEDIA = {"json": "application/json", "text": "text/plain", "fhir": "application/fhir+json", "sr": "application/dicom"}
 _STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500}
 _POLICY = (
@@ -58,12 +58,16 @@ class ServeSettings:
         max_bytes: largest request that is read.
         queue: drafts that may wait; one more is answered 429.
         deadline_s: seconds from a request's arrival to its last token, after which it is given up with 503.
+        idle_s: seconds in which the next part of a request has to come, else it is answered 408.
+        hosts: names by which the service may be addressed; empty allows any.
     """
 
     token: str | None = None
     max_bytes: int = 64 * 2**20
     queue: int = 8
     deadline_s: float = 60.0
+    idle_s: float = 10.0
+    hosts: tuple[str, ...] = ()
 
 
 class Overloaded(Exception):
@@ -206,8 +210,12 @@ def check_exposure(host: str, token: str | None) -> None:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = False
-    if not local and not token:
+    if not local and token is None:
         raise ContextError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
+    if token is not None and not token.strip():
+        raise ContextError("the token is blank: give a secret of at least 16 characters, or none")
+    if token is not None and (token != token.strip() or not token.isprintable()):
+        raise ContextError("the token begins or ends with a space, or holds a control character: give another one")
     if token is not None and len(token) < 16:
         raise ContextError("the token has fewer than 16 characters: give a longer one")
 
@@ -233,30 +241,29 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         description="Drafts chest radiograph reports. Research software, not a medical device.",
     )  # fmt: skip
     app.state.drafter = drafter
-    app.add_middleware(BodyLimit, most=settings.max_bytes)
+    app.add_middleware(
+        RequestGuard, max_bytes=settings.max_bytes, idle_s=settings.idle_s, body_s=settings.deadline_s,
+        hosts=settings.hosts,
+    )  # fmt: skip
     app.add_exception_handler(CbedgeError, _refuse)
     app.add_exception_handler(Overloaded, _later)
     app.add_exception_handler(GivenUp, _late)
-    allowed = Depends(_guard(settings.token))
+    app.add_exception_handler(RequestValidationError, _explain)
+    allowed = Depends(token_check(settings.token))
     app.include_router(_drafting(generator, drafter, metrics, allowed))
     app.include_router(_telling(generator, drafter, metrics, settings, allowed))
     return app
 
 
-def _guard(token: str | None) -> Callable[[Request], None]:
-    """Sees that a request has the token."""
-
-    def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "give the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
-
-    return allowed
-
-
 async def _refuse(request: Request, error: Exception) -> Response:
     status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
     return JSONResponse({"detail": str(error)}, status)
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    where = ", ".join(str(found["loc"][-1]) for found in error.errors()[:3])
+    return JSONResponse({"detail": f"the request cannot be used: check {where}"}, 422)
 
 
 async def _later(request: Request, error: Exception) -> Response:
@@ -281,44 +288,38 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
                   "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
             400: {"description": "The body is no multipart form."},
             401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
+            403: {"description": "The request comes from a page of another site."},
+            408: {"description": "The request came too slowly."},
+            421: {"description": "The Host header names another machine."},
             422: {"description": "The radiograph or its context cannot be used."},
             429: {"description": "The queue is full: come again after Retry-After; the answer's Queue-Ticket, sent "
                                  "as a header, lets you in before others."},
             503: {"description": "The deadline passed, or the service is shutting down."},
         },
+        openapi_extra={"requestBody": form_schema()},
     )  # fmt: skip
     async def reports(
-        request: Request,
-        image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or DICOM (CR, DX).")],
-        lateral: Annotated[UploadFile | None, File(description="The same study's lateral radiograph, if any.")] = None,
-        indication: Annotated[str | None, Form(examples=["cough"])] = None,
-        comparison: Annotated[str | None, Form(examples=["2019"])] = None,
-        view: Annotated[str | None, Form(examples=["PA"])] = None,
-        template: Annotated[
-            str | None, Form(description="A normal report in your wording, which the draft is to keep to.")
-        ] = None,
-        form: Annotated[Form_, Form(alias="format")] = "json",
-        stream: Annotated[bool, Form(description="Send server-sent events.")] = False,
-        heatmap: Annotated[bool, Form(description="Add a PNG of where the model looked, with `stream`.")] = False,
-        accept_any_image: Annotated[bool, Form()] = False,
-        queue_ticket: Annotated[str | None, Header(description="Of an answer 429.")] = None,
+        request: Request, queue_ticket: Annotated[str | None, Header(description="Of an answer 429.")] = None
     ) -> Response:
         if drafter.draining:
             raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
-        check_format(form)
-        content = await image.read()
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise ContextError("the body is not a multipart form: send one, such as curl -F image=@study.dcm")
+        async with request.form(max_files=8, max_fields=16) as sent:
+            return await answer(request, await read_form(sent), queue_ticket)
+
+    async def answer(request: Request, form: DraftForm, queue_ticket: str | None) -> Response:
+        check_format(form.format)
         arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
-        radiograph = await asyncio.to_thread(load_radiograph, content)
-        second = await lateral.read() if lateral is not None else None
-        context: dict[str, Any] = {
-            "indication": indication or None,
-            "comparison": comparison or None,
-            "view": view or None,
-            "template": template or None,
-        }
+        held: dict[str, Any] = {}
 
         def make() -> ReportStream:
-            return generator.stream(radiograph, lateral=second, accept_any_image=accept_any_image, **context)
+            # Read and decoded only when it is this request's turn: of those that wait, nothing is in memory.
+            held["content"] = form.image.file.read()
+            held["radiograph"] = load_radiograph(held["content"])
+            second = form.lateral.file.read() if form.lateral is not None else None
+            options: dict[str, Any] = {**form.context, "accept_any_image": form.accept_any_image}
+            return generator.stream(held["radiograph"], lateral=second, **options)
 
         async def alive() -> bool:
             return not await request.is_disconnected()
@@ -341,11 +342,11 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
             finally:
                 _note(metrics, number, outcome, time.monotonic() - arrived, report)
 
-        if not stream:
+        if not form.stream:
             report = (await run()).report
-            return Response(await asyncio.to_thread(render, report, form, content), media_type=MEDIA[form],
-                            headers={"X-Request-Id": number})  # fmt: skip
-        events = _events(run, radiograph, heatmap)
+            document = await asyncio.to_thread(render, report, form.format, held["content"])
+            return Response(document, media_type=MEDIA[form.format], headers={"X-Request-Id": number})
+        events = _events(run, held, form.heatmap)
         first = await anext(events)  # what is wrong with the input is told by the status, before the stream begins
         return StreamingResponse(_chain(first, events), media_type="text/event-stream",
                                  headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
@@ -392,42 +393,8 @@ def _telling(
     return router
 
 
-class BodyLimit:
-    """Refuses a request that is too large: by what it announces, before it is read, or as soon as it is."""
-
-    def __init__(self, app: ASGIApp, most: int):
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, counting its bytes."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.most:
-            await self._refuse(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.most:
-                raise HTTPException(413, self._reason())
-            return message
-
-        await self.app(scope, counted, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await JSONResponse({"detail": self._reason()}, 413)(scope, receive, send)
-
-    def _reason(self) -> str:
-        return f"the request is larger than {self.most:,} bytes: scale the radiograph down"
-
-
 async def _events(
-    run: Callable[..., Awaitable[ReportStream]], radiograph: Radiograph, heatmap: bool
+    run: Callable[..., Awaitable[ReportStream]], held: dict[str, Any], heatmap: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events of one draft."""
     ready: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -440,7 +407,7 @@ async def _events(
             done = await run(tell)
             values = json.loads(done.report.to_json())
             if heatmap:
-                picture = await asyncio.to_thread(lambda: png(overlay(radiograph, done.attention)))
+                picture = await asyncio.to_thread(lambda: png(overlay(held["radiograph"], done.attention)))
                 values["heatmap_png"] = base64.b64encode(picture).decode()
             ready.put_nowait(_event("report", values))
         finally:
@@ -500,9 +467,12 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
+    if not settings.hosts and settings.token is None:  # else the token keeps other sites out
+        settings = replace(settings, hosts=(*LOOPBACK, host))
     app = create_app(generator, settings)
     server = uvicorn.Server(uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=20,
+        app, host=host, port=port, log_level="critical", access_log=False, timeout_keep_alive=20,
+        http=patient_protocol(settings.idle_s), ws="none",
         timeout_graceful_shutdown=int(settings.deadline_s), h11_max_incomplete_event_size=64 * 1024,
     ))  # fmt: skip
     _log.info(json.dumps(f"serving on http://{host}:{port}"))

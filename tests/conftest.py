@@ -293,13 +293,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
 
 
 @contextmanager
-def served(bundle: Path, stderr: int) -> Iterator[tuple[str, subprocess.Popen]]:
+def served(bundle: Path, stderr: int, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """A running ``cbedge serve``: its address, and its process."""
     import httpx
 
     port = free_port()
     command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(bundle),
-               "--device", "cpu"]  # fmt: skip
+               "--device", "cpu", *options]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True)
     address = f"http://127.0.0.1:{port}"
 

@@ -4,6 +4,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -114,6 +116,97 @@ def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, v
     assert answer.status_code in (400, 413, 422) or (answer.status_code == 200 and answer.json()["text"] is not None)
 
 
+@pytest.mark.parametrize(
+    ("files", "data", "told"),
+    [
+        ([], {"indicaton": "cough"}, "unknown form field 'indicaton'; the fields are: image"),
+        ([("image", ("y", b"more"))], {}, "image comes twice"), ([], {"stream": "perhaps"}, "give true or false"),
+        ([], {"format": "pdf"}, "unknown format 'pdf'"), ([], {"lateral": "as text"}, "lateral came as text"),
+        ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"), ([], {"max_new_tokens": "5"}, "unknown"),
+        ([("indication", ("t", b"x" * 9000))], {}, "more than 4,000 bytes"),
+    ],
+)  # fmt: skip
+def test_a_form_that_is_not_understood_is_refused_by_name(
+    client: TestClient, chest_png: Path, files: list, data: dict, told: str
+):
+    sent = [("image", ("x", chest_png.read_bytes())), *files]
+    answer = client.post("/v1/reports", files=sent, data=data)
+    assert answer.status_code == 422 and told in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "code"),
+    [
+        (b"{}", "application/json", 422), (b"", "multipart/form-data; boundary=b", 422),
+        (b"--b\r\nnothing", "multipart/form-data; boundary=b", 422), (b"x", "multipart/form-data", 400),
+        (b"image=text", "application/x-www-form-urlencoded", 422),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_form_is_one_sentence(client: TestClient, content: bytes, kind: str, code: int):
+    answer = client.post("/v1/reports", content=content, headers={"content-type": kind})
+    assert answer.status_code == code and isinstance(answer.json()["detail"], str)
+
+
+def test_text_fields_may_be_files(client: TestClient, chest_png: Path):
+    own = "\ufeffThe spleen is tiny. IMPRESSION: Normal."
+    files = {"image": ("x", chest_png.read_bytes()), "template": ("t.txt", own.encode()),
+             "indication": ("i.txt", b"cough")}  # fmt: skip
+    answer = client.post("/v1/reports", files=files)
+    assert answer.status_code == 200, answer.text
+    wanted = post(client, chest_png.read_bytes(), template=own.lstrip("\ufeff"), indication="cough").json()
+    assert answer.json()["text"] == wanted["text"] and answer.json()["indication_source"] == "given"
+
+
+def test_another_host_or_a_page_of_another_site_is_refused(generator: ReportGenerator, chest_png: Path):
+    known = ServeSettings(hosts=("localhost", "127.0.0.1", "::1"))
+    for host, code in (("localhost:8642", 200), ("127.0.0.1", 200), ("[::1]:8642", 200), ("evil.example", 421)):
+        with TestClient(create_app(generator, known), base_url="http://localhost") as client:
+            answer = client.get("/healthz", headers={"Host": host})
+            assert answer.status_code == code, host
+    with TestClient(create_app(generator, known), base_url="http://localhost:8642") as client:
+        for origin, code in (("http://localhost:8642", 200), ("http://evil.example", 403), ("null", 403)):
+            files = {"image": ("x", chest_png.read_bytes())}
+            assert client.post("/v1/reports", files=files, headers={"Origin": origin}).status_code == code
+
+
+def test_a_token_of_any_letters_works(generator: ReportGenerator):
+    token = "schl\u00fcssel-\u03b1\u03b2\u03b3-\u5bc6\u94a5-long"
+    with TestClient(create_app(generator, ServeSettings(token=token))) as client:
+        right, wrong = (client.get("/metrics", headers={"Authorization": f"Bearer {t}".encode()}).status_code
+                        for t in (token, token + "x"))  # fmt: skip
+    assert (right, wrong) == (200, 401)
+
+
+def test_images_are_decoded_only_when_it_is_their_turn(generator: ReportGenerator, monkeypatch: pytest.MonkeyPatch):
+    from cbedge import serve
+
+    most, now, lock = 0, 0, threading.Lock()
+    real = serve.load_radiograph
+
+    def counted(content: bytes) -> Any:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        try:
+            time.sleep(0.02)
+            return real(content)
+        finally:
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(serve, "load_radiograph", counted)
+    image = (EXAMPLES / "chest_pa.png").read_bytes()
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(create_app(generator, ServeSettings(queue=8)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            asked = [client.post("/v1/reports", files={"image": ("x", image)}) for _ in range(6)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == [200] * 6 and most == 1
+
+
 def test_a_token_is_asked_for_where_one_is_set(generator: ReportGenerator, chest_png: Path):
     with TestClient(create_app(generator, ServeSettings(token=TOKEN))) as client:
         assert post(client, chest_png.read_bytes()).status_code == 401
@@ -125,7 +218,8 @@ def test_a_token_is_asked_for_where_one_is_set(generator: ReportGenerator, chest
 def test_other_machines_need_a_token():
     check_exposure("127.0.0.1", None)
     check_exposure("0.0.0.0", TOKEN)
-    for host, token in (("0.0.0.0", None), ("workstation", None), ("127.0.0.1", "short")):
+    for host, token in (("0.0.0.0", None), ("workstation", None), ("127.0.0.1", "short"), ("127.0.0.1", " " * 20),
+                        ("0.0.0.0", ""), ("127.0.0.1", "a-token-with-a-line\n")):  # fmt: skip
         with pytest.raises(ContextError, match="token"):
             check_exposure(host, token)
 
@@ -246,6 +340,29 @@ def test_a_real_server_drafts_survives_rude_clients_and_ends_gracefully(server: 
     assert any(isinstance(line["message"], dict) and line["message"]["outcome"] == "written" for line in lines)
     for secret in ("secret", "CompressedSamples", "9RG1", "Traceback"):
         assert secret not in log
+
+
+def test_connections_that_say_too_little_are_closed_and_keep_nobody_waiting(tiny_bundle: Path):
+    with served(tiny_bundle, subprocess.PIPE, "--idle", "1") as (address, process):
+        host, port = address.removeprefix("http://").split(":")
+        head = b"POST /v1/reports HTTP/1.1\r\nHost: localhost\r\n"
+        body = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 90000\r\n\r\n--b"
+        slow = [socket.create_connection((host, int(port))) for _ in range(60)]
+        for number, connection in enumerate(slow):
+            connection.sendall((b"", head, head + body)[number % 3])
+        answer = httpx.post(
+            f"{address}/v1/reports", files={"image": (EXAMPLES / "chest_pa.png").read_bytes()}, timeout=60
+        )
+        assert answer.status_code == 200
+        said = []
+        for connection in slow:
+            connection.settimeout(30)
+            said.append(connection.recv(1000))  # returns when the other end closes
+            connection.close()
+        assert all(b" 408 " in text for text in said[2::3]) and not any(said[0::3] + said[1::3])
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert "Traceback" not in log
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.Popen], tiny_bundle: Path):

@@ -1,0 +1,121 @@
+"""The form that a client of the HTTP service sends, read whole and without guessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import FormData, UploadFile
+
+from cbedge.errors import ContextError, RadiographError
+from cbedge.prompt import MAX_CONTEXT_CHARACTERS
+
+TEXTS = ("indication", "comparison", "view", "template")
+FILES = ("image", "lateral")
+SWITCHES = ("stream", "heatmap", "accept_any_image")
+FORMATS = ("json", "text", "fhir", "sr")
+_FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+MAX_TEXT_BYTES = 4 * MAX_CONTEXT_CHARACTERS
+
+
+@dataclass(frozen=True)
+class DraftForm:
+    """One request for a draft.
+
+    Attributes:
+        image, lateral: uploaded files, not read yet.
+        context: indication, comparison, view and template, ``None`` for each that is not given.
+        format: of :data:`FORMATS`.
+        stream, heatmap, accept_any_image: switches.
+    """
+
+    image: UploadFile
+    lateral: UploadFile | None
+    context: dict[str, str | None]
+    format: str
+    stream: bool
+    heatmap: bool
+    accept_any_image: bool
+
+
+async def read_form(form: FormData) -> DraftForm:
+    """Read a multipart form.
+
+    Raises:
+        ContextError: a field is unknown, comes twice, or has a value that cannot be used.
+        RadiographError: there is no file ``image``.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name not in _FIELDS:
+            raise ContextError(f"unknown form field {_shown(name)}; the fields are: {', '.join(_FIELDS)}")
+        if name in fields:
+            raise ContextError(f"the form field {name} comes twice: send it once")
+        fields[name] = value
+    for name in FILES:
+        if isinstance(fields.get(name), str):
+            if name == "image" or fields[name]:
+                raise RadiographError(f"{name} came as text: send it as a file, such as -F {name}=@study.dcm")
+            del fields[name]
+    if "image" not in fields:
+        raise RadiographError("the form has no file image: send one, such as -F image=@study.dcm")
+    texts = {name: await _text(name, fields.get(name)) for name in (*TEXTS, "format", *SWITCHES)}
+    chosen = texts["format"] or "json"
+    if chosen not in FORMATS:
+        raise ContextError(f"unknown format {_shown(chosen)}; give one of: {', '.join(FORMATS)}")
+    stream, heatmap, anything = (_switch(name, texts[name]) for name in SWITCHES)
+    context = {name: texts[name] or None for name in TEXTS}
+    return DraftForm(fields["image"], fields.get("lateral"), context, chosen, stream, heatmap, anything)
+
+
+async def _text(name: str, value: str | UploadFile | None) -> str | None:
+    """A text field, which may also come as a text file."""
+    if value is None or isinstance(value, str):
+        return value
+    content = await value.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise ContextError(f"the file given as {name} has more than {MAX_TEXT_BYTES:,} bytes: shorten it")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ContextError(f"the file given as {name} is not valid UTF-8; pass a text file") from None
+
+
+def _switch(name: str, text: str | None) -> bool:
+    value = (text or "").strip().lower()
+    if value not in (*_YES, *_NO):
+        raise ContextError(f"{name} is {_shown(value)}; give true or false")
+    return value in _YES
+
+
+def _shown(text: str) -> str:
+    return repr(text[:40])
+
+
+def form_schema() -> dict[str, Any]:
+    """The OpenAPI description of the form."""
+
+    def file(what: str) -> dict[str, Any]:
+        return {"type": "string", "format": "binary", "description": what}
+
+    def text(what: str, example: str) -> dict[str, Any]:
+        return {"type": "string", "maxLength": MAX_CONTEXT_CHARACTERS, "description": what, "examples": [example]}
+
+    def switch(what: str) -> dict[str, Any]:
+        return {"type": "boolean", "default": False, "description": what}
+
+    properties = {
+        "image": file("PNG, JPEG, TIFF, WebP or DICOM (CR, DX)."),
+        "lateral": file("The same study's lateral radiograph, if any."),
+        "indication": text("Why the study was requested; text or a text file.", "cough"),
+        "comparison": text("What earlier study it is compared with; text or a text file.", "2019"),
+        "view": {"type": "string", "description": "frontal or lateral.", "examples": ["PA"]},
+        "template": text("A normal report in your words; text or a text file.", "The lungs are clear."),
+        "format": {"type": "string", "enum": [*FORMATS], "default": "json"},
+        "stream": switch("Send server-sent events."),
+        "heatmap": switch("Add a PNG of where the model looked, with `stream`."),
+        "accept_any_image": switch("Draft even of what does not look like a chest radiograph."),
+    }
+    schema = {"type": "object", "required": ["image"], "properties": properties, "additionalProperties": False}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
