@@ -116,16 +116,19 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
     """
     from cbedge.decoding import Drafting, GuessLength, greedy, speculate
     from cbedge.generator import ReportGenerator
+    from cbedge.phrasebook import Phrasebook
 
     generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
     length = GuessLength()
 
-    def choose(task: Task, decoder: Decoder, logits: np.ndarray, seen: tuple[str, ...] | None) -> Iterator[Token]:
-        keeping = generator.keeping(generator.template_for(task.context), seen) if guesses == "template" else None
-        guesser = keeping or (generator.phrasebook if guesses else None)
-        if guesser is None:
+    def choose(task: Task, decoder: Decoder, logits: np.ndarray, look: Look) -> Iterator[Token]:
+        if not guesses or (guesses != "template" and generator.phrasebook is None):
             return greedy(decoder, logits, (), task.tokens)
-        settings = replace(generator.decoding, favour=keeping)
+        guesser = generator.phrasebook or Phrasebook({})
+        settings = generator.decoding
+        if guesses == "template":
+            plan = generator.plan(generator.template_for(task.context), look)
+            settings = replace(settings, constraint=plan.constraint)
         return speculate(decoder, logits, (), task.tokens, guesser, length, Drafting(), settings)
 
     def run(task: Task) -> Run:
@@ -135,7 +138,7 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
         embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
         decoder = generator.backend.new_decoder(embeds.shape[1] + task.tokens)
         logits = decoder.prefill(embeds)
-        tokens = choose(task, decoder, logits, look.seen)
+        tokens = choose(task, decoder, logits, look)
         written = [token.id for token in tokens]
         end = perf_counter()
         return Run(end - start, end - language, generator.decode(written))

@@ -29,6 +29,7 @@ TOKENIZER = "tokenizer.json"
 QFORMER_TOKENIZER = "qformer_tokenizer.json"
 PHRASEBOOK = "phrasebook.npy"
 TEMPLATES = "templates.npz"
+WORDS = "words.npy"
 GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"
 FILM_VIEW = "film_view.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
@@ -160,7 +161,9 @@ class Bundle:
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """Every file that running a variant reads."""
         optional = [
-            name for name in (PHRASEBOOK, TEMPLATES, GATE, LATERAL_GATE, FILM_VIEW) if name in self.manifest.files
+            name
+            for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, LATERAL_GATE, FILM_VIEW)
+            if name in self.manifest.files
         ]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 

@@ -1,50 +1,93 @@
-"""Sentences that contradict what opened the draft, left out as they are written.
+"""The last check of a draft, sentence by sentence: what fails it is left out, and nothing is shown before it passed.
 
-A draft begins with a sentence for each finding that is told (:mod:`cbedge.image_findings`). A small language model may
-go on as it usually does and call the lungs clear behind an opacity. A bundle says by which words such a sentence is
-known, and it is not printed; the language model has read it, and goes on after it.
+A sentence of the language model's own is left out where it contradicts a finding that the image scores point to (a
+small language model may call the lungs clear behind an opacity), where its section says the same already, where it has
+a word that nobody knows, and where it does not end. The sentences that open a draft and those of a template are what
+they are. A section's heading waits for a sentence under it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 
+from cbedge.lexicon import Lexicon
 from cbedge.report import Spoken
+from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 
-class Watch:
-    """Lets the tokens of a draft through, whole sentences at a time where there is something to contradict.
+class SentenceFilter:
+    """Lets the tokens of a draft through, whole sentences at a time.
 
     Args:
-        denied: what is found in sentences to leave out; ``None`` lets every token through at once.
+        denied: what is found in sentences to leave out; ``None`` for nothing.
+        lexicon: known words; ``None`` knows all.
+        given: sentences that stand as they are, such as a template's.
+        affirming: leave out of the findings what denies anything, unless it is given.
+
+    Attributes:
+        said: the sentences let through, normalized, of findings and impression.
+        unknown: whether a sentence was left out because of a word that nobody knows.
     """
 
-    def __init__(self, denied: re.Pattern[str] | None):
-        self.denied = denied
+    def __init__(
+        self, denied: re.Pattern[str] | None = None, lexicon: Lexicon | None = None, given: Sequence[str] = (),
+        affirming: bool = False,
+    ):  # fmt: skip
+        self._denied, self._lexicon, self._affirming = denied, lexicon, affirming
+        self._given = {normalize(sentence) for sentence in given}
+        self.said: tuple[list[str], list[str]] = ([], [])
+        self.unknown = False
+        self._section = 0
         self._held: list[Spoken] = []
         self._heading: list[Spoken] = []
 
-    def add(self, word: Spoken) -> list[Spoken]:
-        """One more token; returns those that may be said now."""
-        if self.denied is None:
-            return [word]
-        ended = self._text().rstrip().endswith((".", "?", "!", ":")) and word.piece[:1].isspace()
-        said = self.end() if ended else []
+    def add(self, word: Spoken) -> Iterator[Spoken]:
+        """One more token; yields those that may be said now."""
+        text = self._text()
+        if word.piece[:1].isspace() and (
+            text.strip() in ("FINDINGS:", "IMPRESSION:") or len(sentence_spans(text + word.piece)) > 1
+        ):
+            yield from self._flush()
         self._held.append(word)
-        return said
 
-    def end(self) -> list[Spoken]:
-        """What is still held, where the sentence or the draft ends; a heading waits for a sentence under it."""
+    def end(self) -> Iterator[Spoken]:
+        """What is still held, where the draft ends: a whole sentence; what was begun is left out."""
+        yield from self._flush()
+
+    def _flush(self) -> Iterator[Spoken]:
         held, text, self._held = self._held, self._text().strip(), []
-        if not text or self.denied is None:
-            return held
-        if text.endswith(":"):
-            self._heading = held
-            return []
-        if self.denied.search(text):
-            return []
-        heading, self._heading = self._heading, []
-        return [*heading, *held]
+        for place, heading in enumerate(("FINDINGS:", "IMPRESSION:")):
+            if text == heading:
+                self._section, self._heading = place, held
+                return
+        if text.startswith("FINDINGS: "):  # tokens that hold the heading's end and a sentence's beginning
+            text = text.removeprefix("FINDINGS: ")
+        if self._passes(text):
+            self.said[self._section].append(normalize(text))
+            heading, self._heading = self._heading, []
+            yield from heading
+            yield from held
+
+    def _passes(self, text: str) -> bool:
+        known = normalize(text)
+        if not known or not ends_sentence(text) or known in self.said[self._section]:
+            return False
+        if known in self._given:
+            return True
+        if self._denied is not None and self._denied.search(text):
+            return False
+        if self._affirming and self._section == 0 and DENIES.search(text):
+            return False
+        if self._lexicon is not None and not self._lexicon.knows(text):
+            self.unknown = True
+            return False
+        return True
 
     def _text(self) -> str:
         return "".join(word.piece for word in self._held)
+
+
+DENIES = re.compile(
+    r"\b(no|not|without|normal|normally|clear|unremarkable|intact|negative|free|within|sharp|midline)\b", re.IGNORECASE
+)

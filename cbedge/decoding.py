@@ -3,6 +3,7 @@ consensus of many samples, and lossless speculative decoding with a phrasebook o
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -18,6 +19,7 @@ MAX_CANDIDATES = 32
 MAX_GUESSES = 32
 _HOPE = 0.9  # how often a guess holds, before any was made
 PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
+MIN_P = 0.02  # the same, of a token that is drawn (min-p sampling, Nguyen et al. 2024), however high the temperature
 
 
 class Decoder(Protocol):
@@ -55,11 +57,23 @@ class Decoder(Protocol):
         ...
 
 
-class Favour(Protocol):
-    """Favours some tokens, by what is written."""
+class Constraint(Protocol):
+    """Says what may be written next, by what is written."""
 
-    def favoured(self, written: Sequence[int]) -> dict[int, float]:
-        """What is to be added to the logits of which tokens."""
+    def forced(self, written: Sequence[int]) -> Sequence[int]:
+        """The tokens that must follow, up to the next choice; empty where there is one."""
+        ...
+
+    def allows(self, written: Sequence[int], token: int) -> bool:
+        """Whether a token may follow, where none is forced."""
+        ...
+
+    def allowed(self, written: Sequence[int]) -> np.ndarray:
+        """Which tokens may follow, bool [V]."""
+        ...
+
+    def begins_word(self, token: int) -> bool:
+        """Whether a token begins a word."""
         ...
 
 
@@ -82,13 +96,13 @@ class Decoding:
         candidates: above 1, so many drafts are written, the likeliest and others drawn at ``temperature``, and the one
             that says most of what the others say is kept; see :func:`consensus`.
         repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
-            (Keskar et al. 2019); 1 is none.
-        no_repeat: never write a run of so many tokens twice; 0 allows it.
+            (Keskar et al. 2019); 1 is none. In a report it acts on tokens that begin a word, so that no word is broken.
+        no_repeat: never begin a word that would repeat a run of so many tokens; 0 allows it.
         stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
         never: tokens that are never written; a bundle's own (its ``never_ids``) are added to them.
-        keep_to_template: favour the wording of the template that is given, or that the bundle has
+        keep_to_template: write the sentences of the template that is given, or that the bundle has
             (:mod:`cbedge.templates`); where there is none it does nothing.
-        favour: favours tokens; the generator sets it, for a template.
+        constraint: what may be written; the generator sets it (:mod:`cbedge.constraints`).
         speculative: let the template and the bundle's phrasebook guess ahead where that is faster. It changes no token,
             and is used where the likeliest token is taken and nothing guides the draft.
 
@@ -107,9 +121,16 @@ class Decoding:
     never: tuple[int, ...] = ()
     speculative: bool = True
     keep_to_template: bool = True
-    favour: Favour | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty", "stop_bias"):
+            self._check_type(name, numbers.Real, "a number")
+        for name in ("seed", "beams", "candidates", "no_repeat"):
+            self._check_type(name, numbers.Integral, "a whole number")
+        for name in ("speculative", "keep_to_template"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ContextError(f"{name} must be True or False, not {type(getattr(self, name)).__name__}")
         ranges = (
             ("temperature", 0 <= self.temperature <= 5, "0 to 5"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -127,6 +148,11 @@ class Decoding:
             raise ContextError("beams and temperature exclude each other: give one of them")
         if self.candidates > 1 and (self.beams > 1 or self.temperature == 0):
             raise ContextError("candidates are drawn: give a temperature above 0, such as 0.7, and no beams")
+
+    def _check_type(self, name: str, kind: type, wanted: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
+            raise ContextError(f"{name} must be {wanted}, not {type(value).__name__}")
 
     @property
     def is_greedy(self) -> bool:
@@ -305,8 +331,9 @@ def speculate(
     most = len(begun) + max_new_tokens
     yield token
     while written[-1] not in stop_ids and len(written) < most:
-        room = min(most - len(written) - 1, decoder.capacity - decoder.length - 1)
-        guesses = guesser.guess(written, min(length.choose(), max(0, room)))
+        room = max(0, min(most - len(written) - 1, decoder.capacity - decoder.length - 1))
+        sure = _forced(written, settings)[:room]
+        guesses = sure or guesser.guess(written, min(length.choose(), room))
         before = decoder.length
         start = perf_counter()
         rows = decoder.read([written[-1], *guesses])
@@ -318,8 +345,9 @@ def speculate(
             chosen.append(_likeliest(rows[at + 1], [*written, *guesses[: at + 1]], stop_ids, settings))
         held = len(chosen) - 1
         decoder.rewind(before + 1 + held)
-        length.learn(len(guesses), held, seconds)
         drafting.steps += 1
+        if not sure:
+            length.learn(len(guesses), held, seconds)
         drafting.guessed += len(guesses)
         drafting.accepted += held
         for token in chosen:
@@ -351,7 +379,14 @@ def sample(
         yield token
         if token.id in stop_ids or len(written) == most:
             return
-        logits = decoder.read([token.id])[-1]
+        sure = _forced(written, settings)[: most - len(written)]
+        rows = decoder.read([token.id, *sure]).copy() if sure else decoder.read([token.id])
+        for row, token_id in zip(rows, sure, strict=False):  # forced tokens are read at once
+            written.append(token_id)
+            yield Token(token_id, _probability(row, token_id))
+            if token_id in stop_ids or len(written) == most:
+                return
+        logits = rows[-1]
 
 
 def beam_search(
@@ -366,17 +401,17 @@ def beam_search(
     finished: list[tuple[float, list[Token]]] = []
     for count in range(1, max_new_tokens + 1):
         options: list[tuple[float, int, int]] = []
-        favoured: list[np.ndarray] = []
         for row, (total, written) in enumerate(alive):
             so_far = [*begun, *(token.id for token in written)]
-            favoured.append(_favour(rows[row], so_far, settings))
-            log_probabilities = _log_softmax(_control(favoured[row], so_far, stop_ids, settings))
+            log_probabilities = _log_softmax(_allowed(rows[row], so_far, stop_ids, settings))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
+                if log_probabilities[token_id] == -np.inf:
+                    continue
                 options.append((total + float(log_probabilities[token_id]), row, int(token_id)))
         options.sort(key=lambda option: (-option[0], option[1:]))
         going_on, from_rows = [], []
         for total, row, token_id in options:
-            written = [*alive[row][1], Token(token_id, _probability(favoured[row], token_id))]
+            written = [*alive[row][1], Token(token_id, _probability(rows[row], token_id))]
             if token_id in stop_ids or count == max_new_tokens:
                 finished.append((total / len(written), written))
             else:
@@ -460,31 +495,45 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:
+    """Logits under bans and penalties; with a constraint, repetition is controlled where words begin."""
     if settings.repetition_penalty == 1 and not (settings.no_repeat or settings.stop_bias or settings.never):
         return logits
     logits = logits.copy()
     logits[list(settings.never)] = -np.inf
     logits[list(stop_ids)] += np.float32(settings.stop_bias)
+
+    def may_hinder(token_id: int) -> bool:
+        return settings.constraint is None or settings.constraint.begins_word(token_id)
+
     if settings.repetition_penalty != 1 and written:
-        seen = np.unique(written)
+        seen = np.array([token_id for token_id in {*written} if may_hinder(token_id)], np.int64)
         values = logits[seen]
         logits[seen] = np.where(values > 0, values / settings.repetition_penalty, values * settings.repetition_penalty)
     size = settings.no_repeat
     if size and len(written) >= size:
         last = written[len(written) - size + 1 :]
         for start in range(len(written) - size + 1):
-            if written[start : start + size - 1] == last:
+            if written[start : start + size - 1] == last and may_hinder(written[start + size - 1]):
                 logits[written[start + size - 1]] = -np.inf
     return logits
 
 
-def _favour(logits: np.ndarray, written: list[int], settings: Decoding) -> np.ndarray:
-    added = settings.favour.favoured(written) if settings.favour else {}
-    if not added:
-        return logits
-    logits = logits.copy()
-    logits[[*added]] += np.array([*added.values()], np.float32)
-    return logits
+def _forced(written: Sequence[int], settings: Decoding) -> list[int]:
+    return [*settings.constraint.forced(written)] if settings.constraint else []
+
+
+def _allowed(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:
+    """Logits under all controls, and -inf for what the constraint does not allow; where bans leave nothing of that,
+    they do not count."""
+    controlled = _control(logits, written, stop_ids, settings)
+    if settings.constraint is None:
+        return controlled
+    mask = settings.constraint.allowed(written)
+    for candidates in (controlled, logits):
+        kept = np.where(mask, candidates, np.float32(-np.inf))
+        if np.isfinite(kept.max()):
+            return kept
+    return controlled  # a vocabulary without any word that may follow
 
 
 def _next(
@@ -492,14 +541,18 @@ def _next(
 ) -> Token:
     if settings.temperature == 0:
         return _likeliest(logits, written, stop_ids, settings)
-    logits = _favour(logits, written, settings)
-    token_id = _draw(_control(logits, written, stop_ids, settings), settings, rng)
+    token_id = _draw(_allowed(logits, written, stop_ids, settings), settings, rng)
     return Token(token_id, _probability(logits, token_id))
 
 
 def _likeliest(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> Token:
-    logits = _favour(logits, written, settings)
-    token_id = int(_control(logits, written, stop_ids, settings).argmax())
+    constraint = settings.constraint
+    if constraint is not None and (sure := constraint.forced(written)):
+        return Token(sure[0], _probability(logits, sure[0]))
+    controlled = _control(logits, written, stop_ids, settings)
+    token_id = int(controlled.argmax())
+    if constraint is not None and not constraint.allows(written, token_id):  # seldom: the mask costs time
+        token_id = int(_allowed(logits, written, stop_ids, settings).argmax())
     return Token(token_id, _probability(logits, token_id))
 
 
@@ -508,8 +561,7 @@ def _probability(logits: np.ndarray, token_id: int) -> float:
 
 
 def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> int:
-    # What is e^20 times less likely than the likeliest is never drawn, and need not be sorted.
-    within = np.flatnonzero(logits >= logits.max() - 20 * settings.temperature)
+    within = np.flatnonzero(logits >= logits.max() + np.log(MIN_P))
     order = within[np.argsort(-logits[within], kind="stable")]
     probabilities = np.exp(_log_softmax(logits[order].astype(np.float64) / settings.temperature))
     kept = int(np.searchsorted(np.cumsum(probabilities), settings.top_p)) + 1
@@ -518,5 +570,6 @@ def _draw(logits: np.ndarray, settings: Decoding, rng: np.random.Generator) -> i
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of logits of which one at least is finite."""
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())

@@ -35,3 +35,9 @@ class OutputError(CbedgeError):
     """A result cannot be written where it was asked for."""
 
     exit_code = 7
+
+
+class DraftError(CbedgeError):
+    """The finished draft fails its last check: it is not a report, and is not handed out as one."""
+
+    exit_code = 8

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,14 @@ from cbedge.bundle import (
     QFORMER_TOKENIZER,
     TEMPLATES,
     TOKENIZER,
+    WORDS,
     Bundle,
     open_bundle,
 )
-from cbedge.consistency import Watch
+from cbedge.consistency import SentenceFilter
+from cbedge.constraints import MAX_OWN, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.decoding import (
+    Constraint,
     Decoder,
     Decoding,
     Drafting,
@@ -43,17 +47,19 @@ from cbedge.decoding import (
     sample,
     speculate,
 )
-from cbedge.errors import BundleError, CbedgeError, ContextError, RadiographError
+from cbedge.errors import BundleError, CbedgeError, ContextError, DraftError, RadiographError
 from cbedge.film_view import FilmView
 from cbedge.gate import Gate, NotAChestRadiograph
 from cbedge.image_findings import OTHER, scores_of
+from cbedge.lexicon import Lexicon
 from cbedge.phrasebook import GuessSource, Phrasebook
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction, split_sections
 from cbedge.radiograph import Radiograph, load_radiograph
 from cbedge.recent import Recent, Study
 from cbedge.report import Report, Spoken, Timings, split_sentences
-from cbedge.templates import SENTENCE_END, Keeping, Templates, read_template, without
+from cbedge.sentences import normalize
+from cbedge.templates import Template, Templates, parse_template
 from cbedge.topics import left_out
 
 if TYPE_CHECKING:
@@ -61,6 +67,33 @@ if TYPE_CHECKING:
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
 MAX_NEW_TOKENS = 1024
+ROOM_FOR_OWN = 96  # tokens beside a template's, for what opens the draft and for sentences of the model's own
+MAX_OWN_IN_TEMPLATE = 2  # sentences of the model's own behind a template's findings
+_NO_GUESSES = Phrasebook({})
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What a draft is to say, known before its first word.
+
+    Attributes:
+        constraint: holds the draft to it.
+        given: sentences that are written as they are.
+        affirming: sentences of the language model's own are wanted only where they affirm something.
+        warnings: which sentences of the user's template are left out, and why.
+        tokens: that the draft needs at least.
+    """
+
+    constraint: DraftConstraint
+    given: tuple[str, ...]
+    affirming: bool
+    warnings: tuple[str, ...]
+    tokens: int
+
+    @property
+    def keeps_findings(self) -> bool:
+        """Whether the findings are a template's."""
+        return bool(self.constraint.sections[0].sentences)
 
 
 @dataclass(frozen=True)
@@ -94,7 +127,7 @@ class ReportGenerator:
 
     Attributes:
         bundle, variant, backend: as given.
-        phrasebook, templates, gate, lateral_gate, film_view: of the bundle; ``None`` where it has none.
+        phrasebook, templates, lexicon, gate, lateral_gate, film_view: of the bundle; ``None`` where it has none.
         recent: the studies that are kept; ``recent.clear()`` forgets them.
 
     Example:
@@ -118,13 +151,16 @@ class ReportGenerator:
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if known else None
         known = TEMPLATES in bundle.manifest.files
         self.templates = Templates.load(bundle.folder / TEMPLATES) if known else None
+        self.lexicon = Lexicon.load(bundle.folder / WORDS) if WORDS in bundle.manifest.files else None
         self.gate, self.lateral_gate = (
             Gate.load(bundle.folder / name) if name in bundle.manifest.files else None for name in (GATE, LATERAL_GATE)
         )
         known = FILM_VIEW in bundle.manifest.files
         self.film_view = FilmView.load(bundle.folder / FILM_VIEW) if known else None
         self._house_template: str | None = None
+        self._last_parsed: tuple[str, Template] | None = None
         self._guess_length = GuessLength()
+        self._token_texts: dict[int, str] = {}
         self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
 
     @classmethod
@@ -171,7 +207,7 @@ class ReportGenerator:
         template: str | None = None,
         lateral: Any = None,
         max_new_tokens: int | None = None,
-        decoding: Decoding | None = None,
+        decoding: Decoding | Mapping[str, Any] | None = None,
         accept_any_image: bool = False,
     ) -> Report:
         """Draft the report of one frontal chest radiograph, and of the lateral one beside it.
@@ -187,14 +223,16 @@ class ReportGenerator:
                 that of :meth:`keep_to`.
             lateral: the same study's lateral radiograph, as ``image`` may be given; for a model that
                 :attr:`reads_lateral`.
-            max_new_tokens: stop after so many tokens.
-            decoding: how tokens are chosen; default is :attr:`decoding`.
+            max_new_tokens: stop after so many tokens; the draft is cut at the last whole sentence then, and is not
+                ``complete``. Default is the bundle's, or what the template needs.
+            decoding: how tokens are chosen; default is :attr:`decoding`. A mapping changes some of its settings.
             accept_any_image: draft even of what does not look like a chest radiograph.
 
         Raises:
             RadiographError: an image cannot be used, or does not look like a chest radiograph.
-            ContextError: the indication, comparison, view, template, lateral radiograph or ``max_new_tokens`` cannot be
-                used.
+            ContextError: the indication, comparison, view, template, lateral radiograph, ``max_new_tokens`` or
+                ``decoding`` cannot be used.
+            DraftError: the model wrote no whole report.
         """
         stream = self.stream(
             image, indication=indication, comparison=comparison, view=view, template=template, lateral=lateral,
@@ -253,7 +291,7 @@ class ReportGenerator:
         template: str | None = None,
         lateral: Any = None,
         max_new_tokens: int | None = None,
-        decoding: Decoding | None = None,
+        decoding: Decoding | Mapping[str, Any] | None = None,
         accept_any_image: bool = False,
     ) -> ReportStream:
         """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
@@ -261,11 +299,9 @@ class ReportGenerator:
         The input is checked here, before the first piece is asked for; whether it looks like a chest radiograph, by
         what the vision encoder makes of it, when the first piece is.
         """
-        limit = self.bundle.manifest.decoding["max_new_tokens"] if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= MAX_NEW_TOKENS:
-            raise ContextError(f"max_new_tokens is {limit}; give 1 to {MAX_NEW_TOKENS:,}")
+        limit = None if max_new_tokens is None else check_max_new_tokens(max_new_tokens)
         context = ClinicalContext(indication, comparison, view)
-        wording = self._house_template if template is None else check_template(self.bundle, template)
+        wording = self._house_template if template is None else self._check_template(template)
         radiograph = load_radiograph(image)
         second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
         context = ClinicalContext(
@@ -274,7 +310,7 @@ class ReportGenerator:
             context.view or radiograph.view or "frontal",
         )
         source = "given" if indication else "DICOM header" if radiograph.indication else None
-        settings = decoding or self.decoding
+        settings = self.choose_decoding(decoding)
         return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second, wording)
 
     def keep_to(self, template: str) -> None:
@@ -283,7 +319,28 @@ class ReportGenerator:
         Raises:
             ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
         """
-        self._house_template = check_template(self.bundle, template)
+        self._house_template = self._check_template(template)
+
+    def _check_template(self, template: str) -> str:
+        return check_template(self.bundle, template, self._tokenizer)
+
+    def choose_decoding(self, decoding: Decoding | Mapping[str, Any] | None) -> Decoding:
+        """The settings that are given, those of a mapping in place of :attr:`decoding`'s, or :attr:`decoding`.
+
+        Raises:
+            ContextError: it is neither, or a setting is unknown or out of its range.
+        """
+        if decoding is None or isinstance(decoding, Decoding):
+            return decoding or self.decoding
+        if not isinstance(decoding, Mapping):
+            raise ContextError(
+                f"decoding must be a Decoding or a mapping of its settings, not {type(decoding).__name__}"
+            )
+        known = [field.name for field in fields(Decoding) if field.name != "constraint"]
+        unknown = [str(name) for name in decoding if name not in known]
+        if unknown:
+            raise ContextError(f"decoding has no setting {unknown[0][:40]!r}; it has: {', '.join(known)}")
+        return replace(self.decoding, **decoding)
 
     @property
     def reads_lateral(self) -> bool:
@@ -315,7 +372,7 @@ class ReportGenerator:
 
     def tokens(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
-        begun: Sequence[int] = (), keeping: Keeping | None = None,
+        begun: Sequence[int] = (), constraint: Constraint | None = None,
     ) -> Iterator[Token]:  # fmt: skip
         """The tokens of a report, as the settings choose them.
 
@@ -325,10 +382,10 @@ class ReportGenerator:
             settings: how tokens are chosen.
             drafting: is filled in where tokens are guessed ahead.
             begun: tokens that the draft began with, read already.
-            keeping: of :meth:`keeping`.
+            constraint: of :meth:`plan`.
         """
         stop = self.bundle.manifest.stop_ids
-        settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids), favour=keeping)
+        settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids), constraint=constraint)
         if settings.beams > 1:
             return iter(beam_search(decoder, logits, stop, limit, settings, begun))
         if settings.candidates > 1:
@@ -336,7 +393,7 @@ class ReportGenerator:
         # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
         # over one: a guided draft is written one token at a time.
         plain = not (settings.is_greedy and settings.speculative) or isinstance(decoder, GuidedDecoder)
-        guesser: GuessSource | None = keeping or self.phrasebook
+        guesser: GuessSource | None = self.phrasebook or (_NO_GUESSES if constraint else None)
         if plain or guesser is None:
             return sample(decoder, logits, stop, limit, settings, begun=begun)
         return speculate(decoder, logits, stop, limit, guesser, self._guess_length, drafting, settings, begun)
@@ -345,36 +402,96 @@ class ReportGenerator:
         """The bundle's template that is usual for a context; ``None`` where the bundle has none."""
         return self.templates.choose(context) if self.templates else None
 
-    def keeping(self, template: str | None, seen: Sequence[str] | None, conclusion: bool = False) -> Keeping | None:
-        """Keeps a draft to a template, but for what was seen.
+    def plan(
+        self, template: str | None, look: Look, *, conclusion: bool = False, given: bool = False,
+        texts: Sequence[str] = (), begun: Sequence[int] = (),
+    ) -> DraftPlan:  # fmt: skip
+        """What a draft is to say: a template's sentences, but for those that contradict what was seen.
 
-        Sentences of the template that contradict what was seen are left out of it, and its impression says what opened
-        the findings. Where something was seen that no sentence opens them with, the template concludes nothing.
+        Its impression says what opened the findings. Where something was seen that no sentence opens them with, or a
+        template that is not in English meets anything seen, the template concludes nothing.
 
         Args:
             template: of :func:`cbedge.templates.read_template`, or of a bundle; ``None`` keeps to none.
-            seen: findings that the prompt tells.
+            look: what was seen.
             conclusion: keep the impression alone to it, and leave the findings to the language model.
+            given: it is the user's: tell what is left out.
+            texts: whose words the draft may use beside those of the training reports.
+            begun: tokens that the draft begins with.
         """
-        if not template:
-            return None
-        findings, impression = split_sections(template)
-        findings, impression = (without(part, self.contradicting(seen)) for part in (findings, impression))
-        told = self.bundle.manifest.image_findings
+        told, seen = self.bundle.manifest.image_findings, look.seen or ()
         opened = told.open(seen) if told and seen else {}
-        silent = {*(seen or ())} - {*opened, OTHER}
-        impression = " ".join([*opened.values(), *([impression] if impression and not silent else [])])
-        findings = "" if conclusion else findings
-        texts = (*(f" {part}" if part else "" for part in (findings, impression)), "FINDINGS:", " IMPRESSION:")
-        tokens = [self._encode(self._tokenizer, text, False) if text else [] for text in texts]
-        return Keeping(
-            tokens[0], tokens[1], (tokens[2], tokens[3]), self.bundle.manifest.stop_ids, self._sentence_ends,
-            open_end=bool(seen) and not opened, other=self.phrasebook,
+        opening = [*opened.values()]
+        house = self._parsed(template) if template else Template((), (), True)
+        warnings: list[str] = []
+
+        def uncontradicted(sentences: Sequence[str], said: Sequence[str]) -> list[str]:
+            kept = []
+            for text in sentences:
+                against = [n for n in seen if (found := self.contradicting([n])) is not None and found.search(text)]
+                if against:
+                    reason = f"because the image scores point to {', '.join(against)}"
+                    warnings.append(f"The template's sentence {text!r} was left out {reason}.")
+                elif normalize(text) not in map(normalize, said):
+                    kept.append(text)
+            return kept
+
+        unsaid = [*seen] if seen and not house.english else [n for n in seen if n not in opened and n != OTHER]
+        findings = [] if conclusion else uncontradicted(house.findings, opening)
+        impression = [] if unsaid else uncontradicted(house.impression, opening)
+        if unsaid and house.impression:
+            why = "says so" if house.english else "could be checked, for they are not in English"
+            reason = f"the image scores point to {', '.join(unsaid)} and none of its sentences {why}"
+            warnings.append(f"The template's impression was left out because {reason}.")
+        if seen and not house.english:
+            warnings.append(
+                "The template is not in English: its sentences could not be checked against what the image scores "
+                f"point to ({', '.join(seen)}). Check each of them."
+            )
+        impression = [*opening, *impression] if template else []
+        affirming = bool(findings and seen and not opened)
+        first = SectionPlan(
+            self._headings[0], self._sentence_tokens(findings),
+            MAX_OWN if not findings else MAX_OWN_IN_TEMPLATE if affirming else 0, tuple(opening),
         )  # fmt: skip
+        second = SectionPlan(self._headings[1], self._sentence_tokens(impression), 0 if impression else MAX_OWN)
+        words = self._tokens.extended([*texts, *opening, *house.findings, *house.impression])
+        constraint = DraftConstraint((first, second), begun, self.bundle.manifest.stop_ids, words, self._full_stop)
+        tokens = sum(map(len, (*self._headings, *first.sentences, *second.sentences)))
+        return DraftPlan(
+            constraint, (*opening, *findings, *impression), affirming, tuple(warnings if given else ()), tokens
+        )
+
+    def _parsed(self, template: str) -> Template:
+        if self._last_parsed is None or self._last_parsed[0] != template:
+            self._last_parsed = (template, parse_template(template))
+        return self._last_parsed[1]
+
+    def _sentence_tokens(self, sentences: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(self._encode(self._tokenizer, f" {text}", False)) for text in sentences)
 
     @cached_property
-    def _sentence_ends(self) -> frozenset[int]:
-        return frozenset(i for text, i in self._tokenizer.get_vocab().items() if text.endswith(SENTENCE_END))
+    def _headings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        first, second = (tuple(self._encode(self._tokenizer, t, False)) for t in ("FINDINGS:", " IMPRESSION:"))
+        return first, second
+
+    @cached_property
+    def _tokens(self) -> TokenTexts:
+        special = (i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+        never = frozenset((*self.bundle.manifest.never_ids, *special))
+        return TokenTexts(self.token_text, self.backend.vocabulary, never, self.lexicon)
+
+    @cached_property
+    def _full_stop(self) -> int:
+        return self._encode(self._tokenizer, "a.", False)[-1]
+
+    def token_text(self, token_id: int) -> str:
+        """The text that a token adds within a report; a space before a word belongs to it."""
+        if token_id not in self._token_texts:
+            anchor = self._encode(self._tokenizer, "a", False)
+            before, both = self.decode(anchor), self.decode([*anchor, token_id])
+            self._token_texts[token_id] = both[len(before) :] if both.startswith(before) else ""
+        return self._token_texts[token_id]
 
     def prompt_ids(self, context: ClinicalContext, seen: tuple[str, ...] | None, lateral: bool = False) -> list[int]:
         """The language model's tokens that follow the image embeddings, for what the Q-Former has seen."""
@@ -387,7 +504,7 @@ class ReportGenerator:
 
     def write(
         self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
-        opening: list[Spoken], keeping: Keeping | None = None,
+        opening: list[Spoken], plan: DraftPlan,
     ) -> Iterator[Spoken]:  # fmt: skip
         """What follows the opening, token by token, the stop token as well.
 
@@ -400,17 +517,18 @@ class ReportGenerator:
             settings: how tokens are chosen.
             drafting: is filled in where tokens are guessed ahead.
             opening: what the draft began with.
-            keeping: of :meth:`keeping`.
+            plan: of :meth:`plan`.
         """
         written = [word.token_id for word in opening]
         start, most = decoder.length - len(written), len(written) + limit
-        templated = keeping is not None and keeping.words_findings  # and a template speaks of them all
-        alone = settings.beams == settings.candidates == 1 and not templated
+        alone = settings.beams == settings.candidates == 1 and not plan.keeps_findings  # a template speaks of them all
         topics = list(self.bundle.manifest.topics) if alone else []
         ends = {*self.bundle.manifest.stop_ids, self._impression_id}
         while len(written) < most:
             given: list[int] = []
-            for token in self.tokens(decoder, logits, most - len(written), settings, drafting, [*written], keeping):
+            for token in self.tokens(
+                decoder, logits, most - len(written), settings, drafting, [*written], plan.constraint
+            ):
                 if topics and token.id in ends:
                     missing = left_out(topics, self.decode(written))[:1]
                     topics = topics[topics.index(missing[0]) + 1 :] if missing else []
@@ -597,18 +715,45 @@ class ReportGenerator:
         return tokenizer.encode(text, add_special_tokens=special).ids
 
 
-def check_template(bundle: Bundle, text: str) -> str:
-    """A user's template, read for a bundle; see :func:`cbedge.templates.read_template`.
+def check_max_new_tokens(count: Any) -> int:
+    """A limit of tokens, checked.
 
     Raises:
-        ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
+        ContextError: it is no whole number, or out of its range.
     """
-    template = read_template(text)
+    if isinstance(count, (bool, np.bool_)) or not isinstance(count, numbers.Integral):
+        raise ContextError(f"max_new_tokens must be a whole number, not {type(count).__name__}")
+    if not 1 <= count <= MAX_NEW_TOKENS:
+        raise ContextError(f"max_new_tokens is {count}; give 1 to {MAX_NEW_TOKENS:,}")
+    return int(count)
+
+
+def check_template(bundle: Bundle, text: str, tokenizer: Tokenizer | None = None) -> str:
+    """A user's template, read for a bundle; see :func:`cbedge.templates.parse_template`.
+
+    Raises:
+        ContextError: it is no normal report, the model cannot write its words as they are, or has no image scores that
+            say what a template must not hide.
+    """
+    template = parse_template(text)
     if bundle.manifest.image_findings is None:
         raise ContextError(
             f"{bundle.manifest.name} has no image scores that say what a template must not hide: leave the template out"
         )
-    return template
+    tokenizer = tokenizer or _load_tokenizer(bundle, TOKENIZER)
+    count = ROOM_FOR_OWN
+    for sentence in (*template.findings, *template.impression):
+        ids = tokenizer.encode(f" {sentence}", add_special_tokens=False).ids
+        count += len(ids)
+        if tokenizer.decode(ids, skip_special_tokens=True).strip() != sentence:
+            raise ContextError(
+                f"{bundle.manifest.name} cannot write the template's {sentence[:60]!r} as it is: reword it"
+            )
+    if count > MAX_NEW_TOKENS:
+        raise ContextError(
+            f"the template has {count - ROOM_FOR_OWN} tokens, more than {MAX_NEW_TOKENS - ROOM_FOR_OWN}: shorten it"
+        )
+    return template.text
 
 
 class ReportStream(Iterator[str]):
@@ -618,7 +763,7 @@ class ReportStream(Iterator[str]):
     """
 
     def __init__(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int | None,
         decoding: Decoding, indication_source: str | None = None, accept_any_image: bool = False,
         lateral: Radiograph | None = None, template: str | None = None,
     ):  # fmt: skip
@@ -665,7 +810,7 @@ class ReportStream(Iterator[str]):
         return self._attention[1:].reshape(side, side)
 
     def _run(
-        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int,
+        self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int | None,
         decoding: Decoding, lateral: Radiograph | None,
     ) -> Iterator[str]:  # fmt: skip
         manifest, backend = generator.bundle.manifest, generator.backend
@@ -688,16 +833,26 @@ class ReportStream(Iterator[str]):
         if usual and not look.seen:
             template, template_source = usual, "model"
         prompt_ids = generator.prompt_ids(context, look.seen, look.lateral)
-        opening = generator.opening(look)[:limit]
+        opening = generator.opening(look)
         begun = [word.token_id for word in opening]
+        plan = generator.plan(
+            template or usual, look, conclusion=not template, given=template_source == "given", begun=begun,
+            texts=[text for text in (context.indication, context.comparison) if text],
+        )  # fmt: skip
+        if limit is None:
+            needed = len(begun) + plan.tokens + ROOM_FOR_OWN
+            limit = min(MAX_NEW_TOKENS, max(manifest.decoding["max_new_tokens"], needed if self._template else 0))
+        opening, begun = opening[:limit], begun[:limit]
         decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, not template, study)
         prefill = perf_counter()
         drafting = Drafting()
-        keeping = generator.keeping(template or usual, look.seen, conclusion=not template)
-        words = generator.write(decoder, logits, limit - len(begun), decoding, drafting, opening, keeping)
+        words = generator.write(decoder, logits, limit - len(begun), decoding, drafting, opening, plan)
+        check = SentenceFilter(
+            generator.contradicting(look.seen), plan.constraint.tokens.lexicon, plan.given, plan.affirming
+        )
         spoken: list[Spoken] = []
         try:
-            for said in chain(opening, self._speak(generator, words, look)):
+            for said in self._speak(generator, opening, words, check, look):
                 spoken.append(said)
                 if said.piece:
                     yield said.piece
@@ -706,6 +861,12 @@ class ReportStream(Iterator[str]):
         end = perf_counter()
         text = "".join(word.piece for word in spoken).strip()
         findings, impression = split_sections(text)
+        missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
+        if self._complete and missing:
+            raise DraftError(
+                f"the model wrote no whole report of this radiograph (no {missing}): write it without draft"
+            )
+        told = ["A sentence was left out because it had a word that is in no training report."] if check.unknown else []
         marks = (start, read, vision, qformer, prefill, end)
         read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
         self._report = Report(
@@ -715,7 +876,9 @@ class ReportStream(Iterator[str]):
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
             template=template, template_source=template_source,
-            warnings=tuple(dict.fromkeys([*doubts, *(warning for image in images for warning in image.warnings)])),
+            warnings=tuple(
+                dict.fromkeys([*doubts, *(w for image in images for w in image.warnings), *plan.warnings, *told])
+            ),
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),
@@ -724,16 +887,34 @@ class ReportStream(Iterator[str]):
             timings=Timings(read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms, total=1000 * (end - start)),
         )  # fmt: skip
 
-    def _speak(self, generator: ReportGenerator, words: Iterator[Spoken], look: Look) -> Iterator[Spoken]:
-        """The words with their text up to the stop token, without sentences that contradict what opened the draft."""
+    def _speak(
+        self, generator: ReportGenerator, opening: Sequence[Spoken], words: Iterator[Spoken], check: SentenceFilter,
+        look: Look,
+    ) -> Iterator[Spoken]:  # fmt: skip
+        """The words with their text up to the stop token, whole sentences at a time, those that pass the check."""
+        for word in opening:
+            yield from check.add(word)
         stream = generator.decode_stream()
-        watch = Watch(generator.contradicting(look.seen))
         for word in words:
             if word.token_id in generator.bundle.manifest.stop_ids:
                 self._complete = True
                 break
-            yield from watch.add(word._replace(piece=generator.decode_piece(stream, word.token_id)))
-        yield from watch.end()
+            yield from check.add(word._replace(piece=generator.decode_piece(stream, word.token_id)))
+        yield from check.end()
+        if self._complete and not check.said[1]:  # all that it concluded contradicts the findings: they conclude it
+            for place, said in enumerate(opening_sentences(opening)):
+                heading = [Spoken(" IMPRESSION:", None)] if place == 0 else []
+                yield from [*heading, said]
+
+
+def opening_sentences(opening: Sequence[Spoken]) -> list[Spoken]:
+    """Each finding's sentence of an opening as one piece, without the heading."""
+    pieces: dict[str, Spoken] = {}
+    for word in opening:
+        if word.finding is not None:
+            known = pieces.get(word.finding)
+            pieces[word.finding] = word if known is None else known._replace(piece=known.piece + word.piece)
+    return [said._replace(piece=f" {said.piece.replace('FINDINGS:', '').strip()}") for said in pieces.values()]
 
 
 def _load_tokenizer(bundle: Bundle, name: str) -> Tokenizer:

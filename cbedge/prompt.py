@@ -15,7 +15,7 @@ MAX_CONTEXT_CHARACTERS = 1000
 
 _TASK = "Describe the chest radiograph."
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
-_SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")
+SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def normalize_view(view: str | None) -> str | None:
 def clean_context(text: str) -> str:
     """Fold white space and drop control characters, special tokens and de-identification marks from free text."""
     text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
-    while _SPECIAL_TOKEN.search(text):
-        text = _SPECIAL_TOKEN.sub(" ", text)
+    while SPECIAL_TOKEN.search(text):
+        text = SPECIAL_TOKEN.sub(" ", text)
     text = _DEIDENTIFIED.sub(" ", text)
     text = re.sub(r"\s+([.,;:?])", r"\1", re.sub(r"\s+", " ", text))
     return text.strip(" .,;:-")

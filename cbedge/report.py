@@ -2,9 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
+
+from cbedge.sentences import normalize, sentence_spans
 
 DRAFT_STATEMENT = (
     "Unreviewed draft written by a research model; not a medical device. A radiologist must check and correct it "
@@ -164,30 +168,24 @@ class Report:
 
 
 def split_sentences(spoken: Sequence[Spoken]) -> tuple[Sentence, ...]:
-    """The sentences of a draft."""
-    sentences = []
-    section, text = "findings", ""
-    finding: str | None = None
-    logs: list[float] = []
-
-    def close() -> None:
-        nonlocal section, text, logs
-        for heading in ("FINDINGS:", "IMPRESSION:"):
-            if heading in text:
-                section, text = heading[:-1].lower(), text.replace(heading, "")
-        if text.strip():
+    """The sentences of a draft; one that stands in both sections has the same confidence and finding in both."""
+    ends = [*accumulate(len(word.piece) for word in spoken)]
+    text = "".join(word.piece for word in spoken)
+    section, sentences, first = "findings", list[Sentence](), dict[str, Sentence]()
+    parts = [*re.finditer(r"FINDINGS:|IMPRESSION:", text)]
+    bounds = [(0, None), *((part.end(), part.group()) for part in parts)]
+    stops = [*(part.start() for part in parts), len(text)]
+    for (begin, heading), stop in zip(bounds, stops, strict=True):
+        section = heading[:-1].lower() if heading else section
+        for start, end in sentence_spans(text[begin:stop]):
+            start, end = start + begin, end + begin
+            words = [w for w, last in zip(spoken, ends, strict=True) if start < last and last - len(w.piece) < end]
+            logs = [math.log(max(w.probability, 1e-9)) for w in words if w.probability is not None]
             confidence = math.exp(sum(logs) / max(1, len(logs)))
-            sentences.append(Sentence(text.strip(), section, confidence, confidence < LOW_CONFIDENCE, finding))
-        text, logs = "", []
-
-    for word in spoken:
-        ended = text.rstrip().endswith((".", "?", "!")) and word.piece[:1].isspace()
-        if ended or (text and word.finding != finding):
-            close()
-        text, finding = text + word.piece, word.finding
-        if word.probability is not None:
-            logs.append(math.log(max(word.probability, 1e-9)))
-    close()
+            finding = next((w.finding for w in words if w.finding), None)
+            told = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding)
+            same = first.setdefault(normalize(told.text), told)
+            sentences.append(replace(same, text=told.text, section=section))
     return tuple(sentences)
 
 

@@ -1,57 +1,283 @@
-"""Normal reports in the wording of the house, to one of which a draft keeps.
+"""Normal reports in the wording of the house, to one of which a draft keeps, sentence by sentence.
 
 Radiologists write most of a report by template: the usual sentences on a normal chest, of which they change what the
 image shows otherwise. Which template is usual depends on who asks and why, more than on the image. So a bundle holds
 some templates and a small linear classifier that chooses one by the words of indication and comparison, for studies in
-which nothing abnormal is seen; or a user gives one of their own, for all. While the draft is written, the tokens with
-which the template goes on are favoured: the language model leaves it where something else is much likelier (a lexical
-constraint, after Hokamp and Liu, ACL 2017, but a soft one). Sentences that contradict what was seen are no part of the
-template then.
+which nothing abnormal is seen; or a user gives one of their own, for all. A template's sentence is taken whole, in its
+own words, or left out because it contradicts what was seen (:mod:`cbedge.constraints`).
 
-A bundle's template is made of sentences that several training reports share, and says of no finding that it is there.
+A bundle's template is made of sentences that several training reports share, says of no finding that it is there, and
+has the findings of no report (:mod:`training.templates`).
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
 from cbedge.errors import BundleError, ContextError
-from cbedge.phrasebook import GuessSource
-from cbedge.prompt import MAX_CONTEXT_CHARACTERS, ClinicalContext, build_target, clean_context, split_sections
+from cbedge.prompt import SPECIAL_TOKEN, ClinicalContext, build_target
+from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 BUCKETS = 8192
 LENGTHS = (2, 5)  # of the runs of characters that are counted, of a word with a space on either side
-# Added to logits; chosen on validation studies (training/RUNS.md).
-FAVOUR = 8.0  # for the next token of the template's next sentence
-LATER = 3.0  # less, for each sentence that is skipped so
-SENTENCE_END = (".", "?", "!", ":")
-_SENTENCE = re.compile(r"(?<=[.?!])\s+")
+MAX_TEMPLATE_CHARACTERS = 4000
+# Headings that stand for FINDINGS and IMPRESSION, in some languages; case does not matter.
+_FINDINGS = frozenset(
+    [
+        "findings",
+        "finding",
+        "report",
+        "description",
+        "observations",
+        "befund",
+        "befunde",
+        "constatations",
+        "description des images",
+        "hallazgos",
+        "achados",
+        "reperti",
+        "referto",
+        "bevindingen",
+        "beskrivning",
+        "описание",
+        "所見",
+        "所见",
+    ]
+)
+_IMPRESSION = frozenset(
+    [
+        "impression",
+        "impressions",
+        "conclusion",
+        "conclusions",
+        "opinion",
+        "comment",
+        "comments",
+        "summary",
+        "interpretation",
+        "assessment",
+        "diagnosis",
+        "beurteilung",
+        "zusammenfassung",
+        "fazit",
+        "en conclusion",
+        "conclusión",
+        "conclusion diagnostique",
+        "impresión",
+        "impressão",
+        "conclusão",
+        "conclusioni",
+        "conclusie",
+        "bedömning",
+        "заключение",
+        "印象",
+        "結論",
+        "结论",
+        "診断",
+        "诊断",
+    ]
+)
+_RESULT = frozenset(
+    ["result", "results", "résultat", "résultats", "ergebnis", "resultado", "risultato"]
+)  # either, by its place
+_HEADING = re.compile(r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})\s*[:：]\s*")
+_LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}[:：](?=\s|$)")
+_ITEM = re.compile(r"\(?\d{1,2}[.)]\s")
+_BULLET = re.compile(r"^\s*[-*•·‣◦▪–—]+\s+")
+_BLANK = re.compile(r"_{2,}|X{3,}|\[\s*\]|<[A-Za-z][^<>|]{0,40}>")
+_ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
+_WRAPPED = 50  # characters: a line as long as this, without an end, goes on in the next
+# Words that English reports can hardly do without, and that are no words of German, French, Spanish or Italian reports.
+_ENGLISH = frozenset(
+    [
+        "the",
+        "is",
+        "are",
+        "and",
+        "of",
+        "with",
+        "without",
+        "within",
+        "there",
+        "not",
+        "or",
+        "in",
+        "on",
+        "for",
+        "to",
+        "seen",
+        "has",
+        "have",
+        "been",
+        "be",
+        "by",
+        "clear",
+        "intact",
+        "unremarkable",
+        "heart",
+        "lungs",
+        "lung",
+        "size",
+        "limits",
+        "evidence",
+        "acute",
+        "chest",
+        "ribs",
+        "bones",
+        "bony",
+        "osseous",
+        "spine",
+        "pleural",
+        "effusion",
+        "effusions",
+        "disease",
+        "soft",
+        "tissues",
+        "tissue",
+        "film",
+        "view",
+        "views",
+        "findings",
+        "abnormality",
+        "both",
+        "appear",
+        "appears",
+        "free",
+        "normally",
+        "well",
+        "cardiac",
+        "silhouette",
+        "contours",
+        "structures",
+        "hila",
+        "mediastinum",
+        "airspace",
+        "cardiomediastinal",
+        "sharp",
+        "angles",
+        "trachea",
+    ]
+)
+ENGLISH_SHARE = 0.25
 
 
-def read_template(text: str) -> str:
-    """A normal report as ``FINDINGS: … IMPRESSION: …``, cleaned as the clinical context is; the impression may lack.
+@dataclass(frozen=True)
+class Template:
+    """A normal report in sentences.
+
+    Attributes:
+        findings, impression: the sentences of each section, each with its end; the impression may have none.
+        english: whether the words are English ones. What contradicts a finding is known by English words.
+    """
+
+    findings: tuple[str, ...]
+    impression: tuple[str, ...]
+    english: bool
+
+    @property
+    def text(self) -> str:
+        """The template as one line, ``FINDINGS: … IMPRESSION: …``."""
+        return build_target(" ".join(self.findings), " ".join(self.impression) or None)
+
+
+def parse_template(text: str) -> Template:
+    """Read a normal report: prose or a form, with headings of its own, labels, bullets or numbered items.
+
+    Headings that stand for FINDINGS and IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) are taken as these;
+    any other heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without an end gets a
+    full stop, bullets are dropped, and a sentence that a section says twice is taken once. No other character changes.
 
     Raises:
-        ContextError: it is no text, has no findings or is too long.
+        ContextError: it is not text, has no findings, is too long or has blanks to fill in.
     """
     if not isinstance(text, str):
         raise ContextError(f"the template must be text, not {type(text).__name__}")
-    if len(text) > MAX_CONTEXT_CHARACTERS:
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
         raise ContextError(
-            f"the template has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are taken: shorten it"
+            f"the template has {len(text):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are taken: shorten it"
         )
-    findings, impression = (clean_context(part) for part in split_sections(text))
-    if not findings:
+    if blank := _BLANK.search(text):
+        raise ContextError(f"the template has a blank ({blank.group()[:20]}): fill it in, or leave its sentence out")
+    while SPECIAL_TOKEN.search(text):
+        text = SPECIAL_TOKEN.sub(" ", text)
+    sections: tuple[list[str], list[str]] = ([], [])
+    place = 0
+    for line in _lines(text):
+        at = 0
+        for start, end in sentence_spans(line):
+            if start < at:
+                continue
+            sentence = line[start:end]
+            heading = _HEADING.match(sentence)
+            known = None if heading is None else _section_of(heading[1], bool(sections[0]))
+            if heading is not None and known is not None:
+                place, sentence = known, sentence[heading.end() :]
+            elif (known := _section_of(sentence.rstrip(" .:："), bool(sections[0]))) is not None:
+                place, sentence = known, ""
+            if not re.search(r"\w", sentence):
+                continue
+            sentence = sentence if _ENDED.search(sentence) else f"{sentence.rstrip(' ,;')}."
+            if normalize(sentence) not in map(normalize, sections[place]):
+                sections[place].append(sentence)
+    if not sections[0]:
         raise ContextError("the template has no findings: give the sentences of a normal report")
-    return build_target(f"{findings}.", f"{impression}." if impression else None)
+    words = [word for part in sections for s in part for word in re.findall(r"[^\W\d_]+", s.lower())]
+    share = sum(word in _ENGLISH for word in words) / max(1, len(words))
+    return Template(tuple(sections[0]), tuple(sections[1]), share >= ENGLISH_SHARE)
+
+
+def read_template(text: str) -> str:
+    """A normal report as ``FINDINGS: … IMPRESSION: …``; see :func:`parse_template`.
+
+    Raises:
+        ContextError: as :func:`parse_template`.
+    """
+    return parse_template(text).text
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with white space folded and bullets dropped; lines of one sentence are joined."""
+    lines: list[str] = []
+    fresh = True
+    for raw in text.splitlines():
+        bullet = bool(_BULLET.match(raw))
+        line = "".join(" " if unicodedata.category(c).startswith("C") else c for c in _BULLET.sub("", raw))
+        line = re.sub(r"\s+", " ", line).strip()
+        if not line:
+            fresh = True
+            continue
+        before = lines[-1] if lines else ""
+        starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line)) or _section_of(line, True) is not None
+        heads = before.endswith((":", "："))
+        wrapped = line[0].islower() or len(before) >= _WRAPPED
+        if (before and not fresh and not starts and (heads or (wrapped and not ends_sentence(before)))) or (
+            before and heads and not _LABEL.match(line) and _section_of(before.rstrip(" :："), True) is None
+        ):
+            lines[-1] = f"{before} {line}"
+        else:
+            lines.append(line)
+        fresh = False
+    return lines
+
+
+def _section_of(name: str, has_findings: bool) -> int | None:
+    """Which section a heading opens: 0 findings, 1 impression; ``None`` for any other text."""
+    words = " ".join(name.casefold().split())
+    if words in _RESULT:
+        return int(has_findings)
+    if words in _FINDINGS or words in ("findings and impression", "findings & impression"):
+        return 0
+    return 1 if words in _IMPRESSION else None
 
 
 class Templates:
@@ -115,94 +341,3 @@ def context_features(context: ClinicalContext, buckets: int = BUCKETS) -> tuple[
                 counts[zlib.crc32(padded[start : start + size].encode()) % buckets] += 1
     values = np.array([1 + math.log(count) for count in counts.values()], np.float32)
     return np.array([*counts], np.int64), values / max(float(np.linalg.norm(values)), 1e-12)
-
-
-class Keeping:
-    """Keeps one draft to a template: which tokens go on as it does, and by how much they are favoured.
-
-    What is written is parted after each token that ends a sentence, and so is the template. Where a sentence begins,
-    the template's next ones are favoured, the first most; within one that began as the template's, its next token. A
-    sentence that the language model passes over is not come back to.
-
-    Args:
-        findings, impression: the template's tokens; the impression's are empty where it is left to the language model.
-        headings: tokens of the two headings.
-        stop_ids: tokens that end a report.
-        ends: tokens that end a sentence.
-        open_end: something was seen that no sentence says yet: the end of the findings is not favoured before one of
-            the language model's own.
-        other: guesses where the template does not.
-    """
-
-    def __init__(
-        self, findings: Sequence[int], impression: Sequence[int], headings: tuple[Sequence[int], Sequence[int]],
-        stop_ids: Sequence[int], ends: Collection[int], open_end: bool = False, other: GuessSource | None = None,
-    ):  # fmt: skip
-        self._ends, self._stop, self._open_end, self._other = ends, tuple(stop_ids), open_end, other
-        self._first, self._second = (tuple(heading) for heading in headings)
-        self._findings, self._impression = (self._part(tokens) for tokens in (findings, impression))
-        self._known: dict[tuple[int, ...], dict[int, float]] = {}
-
-    @property
-    def words_findings(self) -> bool:
-        """Whether the findings keep to the template, and not the impression alone."""
-        return bool(self._findings)
-
-    def favoured(self, written: Sequence[int]) -> dict[int, float]:
-        """What is to be added to the logits of which tokens, after what is written of the draft."""
-        so_far = tuple(written)
-        if so_far not in self._known:  # what is guessed is asked for again when it is checked
-            self._known[so_far] = self._favoured(so_far)
-        return self._known[so_far]
-
-    def _favoured(self, written: tuple[int, ...]) -> dict[int, float]:
-        if len(written) < len(self._first):
-            begun = written == self._first[: len(written)]
-            return {self._first[len(written)]: FAVOUR} if begun else {}
-        sentences = self._part(written)
-        now = sentences.pop() if sentences and sentences[-1][-1] not in self._ends else ()
-        concluding = self._second in sentences
-        template = self._impression if concluding else self._findings
-        if not template:
-            return {}
-        said = sentences[sentences.index(self._second) + 1 :] if concluding else sentences
-        last = max((template.index(sentence) for sentence in said if sentence in template), default=-1)
-        left = template[last + 1 :]
-        after = self._stop[:1] if concluding else self._second
-        if not left and not now and self._open_end and not concluding and {*said} <= {self._first, *template}:
-            return {}
-        added: dict[int, float] = {}
-        for skipped, sentence in enumerate([*left, after] if now else left or [after]):
-            if sentence[: len(now)] == now and len(sentence) > len(now):
-                added.setdefault(sentence[len(now)], FAVOUR - LATER * skipped)
-        return added
-
-    def guess(self, written: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow what is written: the template's, and where it has none the other
-        source's."""
-        guesses: list[int] = []
-        while len(guesses) < count:
-            so_far = [*written, *guesses]
-            added = self.favoured(so_far)
-            best = max(added, key=lambda token: added[token], default=None)
-            if best is not None and added[best] > 0:
-                guesses.append(best)
-            elif self._other and (more := self._other.guess(so_far, 1)):
-                guesses += more
-            else:
-                break
-        return guesses
-
-    def _part(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        sentences: list[tuple[int, ...]] = []
-        start = 0
-        for at, token in enumerate(tokens, 1):
-            if token in self._ends or at == len(tokens):
-                sentences.append(tuple(tokens[start:at]))
-                start = at
-        return sentences
-
-
-def without(text: str, denied: re.Pattern[str] | None) -> str:
-    """The text without the sentences in which something denied is found."""
-    return " ".join(s for s in _SENTENCE.split(text) if not (denied and denied.search(s)))

@@ -24,6 +24,7 @@ from cbedge.bundle import (
     QFORMER_TOKENIZER,
     TEMPLATES,
     TOKENIZER,
+    WORDS,
     Bundle,
     Manifest,
     Shapes,
@@ -40,6 +41,7 @@ from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases
 from export.phrases import report_phrases
 from export.quantize import DESCRIPTIONS
+from export.words import lexicon_of
 from training.base import ModelAndTokenizers
 from training.datasets.provenance import NO_LICENCE, load_training_data, merged
 from training.fetch import BASE_PARTS
@@ -189,6 +191,7 @@ def write_packed(
     told = manifest.image_findings  # without scores of what is seen, a template would hide it
     templates = templates_of(told, data) if told is not None and data is not None else None
     phrases = _phrases(parts, data)
+    lexicon = lexicon_of(data) if data is not None else None
     gates: dict[str, Gate | FilmView | None] = {}
     if data is not None:
         backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
@@ -211,6 +214,8 @@ def write_packed(
                 gate.save(folder / gate_name)
         if templates is not None:
             templates.save(folder / TEMPLATES)
+        if lexicon:
+            lexicon.save(folder / WORDS)
         if phrases:
             Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
         if parity is not None:

@@ -22,11 +22,11 @@ _NOT_COMPARED = (
     "`python -m export` compares."
 )
 _TEMPLATES = (
-    "Where the image scores see nothing abnormal, the draft keeps to a template: a normal report chosen by indication "
-    "and comparison, unless the language model finds other words very much likelier. So a normal draft says what "
-    "normal reports usually say, not what was looked at. A template that the user gives is kept to in every draft, "
-    "without what in it contradicts the image scores. The impression says again what the draft began with, and what "
-    "the template concludes unless that contradicts it."
+    "Where the image scores see nothing abnormal, the draft is a template, word for word: a normal report chosen by "
+    "indication and comparison. So a normal draft says what normal reports usually say, not what was looked at. The "
+    "sentences of a template that the user gives stand in every draft, without those that contradict the image scores; "
+    "the report names these. The impression says again what the draft began with, and what the template concludes "
+    "unless that contradicts it. No template has the findings of a report of the training collection."
 )
 _KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests that do not say it
 _BESIDE = ", and the study's lateral one beside it where that is given,"

@@ -1,4 +1,4 @@
-"""``python -m export.revise``: other decoding, openings, templates, phrases, variants or quality for a bundle.
+"""``python -m export.revise``: other decoding, openings, templates, phrases, words, variants or quality for a bundle.
 
 What a model writes is measured on its bundle, so the figures come after the export; and how it decodes is chosen by
 such figures. Neither needs the graphs to be written again: they stay as they are.
@@ -25,6 +25,7 @@ from cbedge.bundle import (
     IN_INT8,
     PHRASEBOOK,
     TEMPLATES,
+    WORDS,
     Bundle,
     Manifest,
     Variant,
@@ -40,6 +41,7 @@ from export.graphs import DECODER, EMBED
 from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
+from export.words import lexicon_of
 from training.fetch import DEFAULT_CACHE
 from training.templates import templates_of
 from training.trained import load_adapted
@@ -79,6 +81,10 @@ def revise(
     more_films: Annotated[
         list[Path] | None,
         typer.Option(help="Folder with films.jsonl, of frontal films to learn from too; may be repeated."),
+    ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(help="IU X-RAY or MIMIC-CXR-JPG folder: make the word list anew of its train reports."),
     ] = None,
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
     guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
@@ -150,6 +156,8 @@ def revise(
     made = templates_of(manifest.image_findings, templates) if templates and manifest.image_findings else None
     if made is not None:
         new[TEMPLATES] = made.save
+    if words:
+        new[WORDS] = lexicon_of(words).save
     measured = manifest.quality.get("parity")
     keeps = TEMPLATES in new or (TEMPLATES in manifest.files and not no_templates)
     card = model_card(manifest, _parity(measured) if measured else None, keeps)

@@ -2,17 +2,18 @@ import re
 
 import pytest
 
-from cbedge.consistency import Watch
+from cbedge.consistency import SentenceFilter
 from cbedge.image_findings import ImageFindings
+from cbedge.lexicon import Lexicon
 from cbedge.report import Spoken
 from training.config import OPENINGS
 from training.openings import DENIALS, with_denials
 
 
 def written(text: str, denied: re.Pattern[str] | None) -> str:
-    watch = Watch(denied)
+    check = SentenceFilter(denied)
     words = [Spoken(piece, 0.9, None, i) for i, piece in enumerate(re.findall(r"\s*\S+", text))]
-    said = [said for word in words for said in watch.add(word)] + watch.end()
+    said = [said for word in words for said in check.add(word)] + [*check.end()]
     return "".join(word.piece for word in said)
 
 
@@ -50,15 +51,30 @@ def test_what_affirms_a_finding_stays():
         assert pattern and not pattern.search(sentence), sentence
 
 
-def test_without_anything_to_contradict_every_token_is_said_at_once():
-    watch = Watch(None)
-    assert watch.add(Spoken(" No", 0.9, None, 1)) == [Spoken(" No", 0.9, None, 1)]
-    assert watch.end() == []
+def test_a_sentence_is_held_back_until_it_is_whole():
+    check = SentenceFilter()
+    words = [Spoken(piece, 0.9, None, 1) for piece in (" No", " mass.", " Ribs")]
+    assert [[*check.add(word)] for word in words] == [[], [], words[:2]]
+    assert [*check.end()] == []
 
 
-def test_a_draft_that_ends_within_a_sentence_is_judged_by_what_there_is():
-    assert written(" The heart is large. No acute", told("opacity")) == " The heart is large. No acute"
+def test_a_sentence_without_its_end_is_left_out():
+    assert written(" The heart is large. No acute", told("opacity")) == " The heart is large."
     assert written(" The lungs are clear and", told("opacity")) == ""
+
+
+def test_a_section_says_nothing_twice():
+    assert written(" Lungs clear. Heart normal. LUNGS CLEAR. IMPRESSION: Lungs clear.", None) == (
+        " Lungs clear. Heart normal. IMPRESSION: Lungs clear."
+    )
+
+
+def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
+    lexicon = Lexicon.compile([" Lungs are clear. Heart normal."] * 10)
+    check = SentenceFilter(None, lexicon, given=("Herz normal.",))
+    words = [Spoken(piece, 0.9) for piece in re.findall(r"\s*\S+", " Lungs clear. Bapprastra clear. Herz normal.")]
+    said = [said.piece for word in words for said in check.add(word)] + [said.piece for said in check.end()]
+    assert "".join(said) == " Lungs clear. Herz normal." and check.unknown
 
 
 def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():

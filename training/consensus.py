@@ -49,7 +49,7 @@ class Pool:
 
     def __init__(self, rows: Sequence[list[Sentence]], others: Sequence[str]):
         unique = {_join(row): row for row in rows if row}
-        self.rows = [*unique.values()]
+        self.rows, self.others = [*unique.values()], others
         self.agreement = Agreement([*unique], others).matrix if unique else np.zeros((0, len(others)), np.float32)
 
     def best(self, weights: np.ndarray) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from cbedge.decoding import guide
+from cbedge.errors import DraftError
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening
 from cbedge.radiograph import Radiograph, load_radiograph
@@ -77,12 +78,15 @@ class RuntimeDrafter:
         texts = []
         for request in requests:
             c = request.context
-            report = self.generator.generate(
-                request.image, indication=c.indication, comparison=c.comparison, view=c.view,
-                lateral=request.lateral if self.generator.reads_lateral else None,
-                max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True, decoding=self.decoding,
-            )  # fmt: skip
-            texts.append(report.text)
+            try:
+                report = self.generator.generate(
+                    request.image, indication=c.indication, comparison=c.comparison, view=c.view,
+                    lateral=request.lateral if self.generator.reads_lateral else None,
+                    max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True, decoding=self.decoding,
+                )  # fmt: skip
+                texts.append(report.text)
+            except DraftError:  # users get none: it scores as an empty one
+                texts.append("")
             progress(1)
         return texts
 

@@ -7,7 +7,6 @@ again, or denies it. So a report is given the same beginning here, and its own w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 
 from cbedge.image_findings import ImageFindings
 from cbedge.prompt import build_opening, build_target, split_sections
+from cbedge.sentences import split_text
 from training.clinical import TAG_FINDINGS
 from training.datasets import Study
 from training.datasets.studies import TAGS
@@ -24,7 +24,6 @@ from training.findings import find_mentions
 
 # Finding → what is found in a sentence that contradicts it.
 DENIALS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
-_SENTENCE = re.compile(r"(?<=[.?!])\s+")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Sentence:
 
 def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
     """The sentences of each report."""
-    parted = [[text for text in _SENTENCE.split(report) if text] for report in reports]
+    parted = [split_text(report) for report in reports]
     unique = sorted({text for row in parted for text in row})
     known = {
         text: Sentence(text, frozenset(m.finding for m in found), frozenset(m.finding for m in found if not m.denied))

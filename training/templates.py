@@ -2,14 +2,18 @@
 
 They are chosen so that the best of them for each study agrees most with what is written of studies whose indication
 reads alike (:mod:`training.consensus`): a facility location problem, solved greedily (Nemhauser et al. 1978). None
-holds a sentence that fewer than :data:`SHARED` training reports have, so none is one patient's report.
+holds a sentence that fewer than :data:`SHARED` training reports have, and the sentences of none are those of a report,
+of any split: each is a normal report in which one sentence is left out, added, or said in another way. So no template
+is a report of the collection, whose licence (CC BY-NC-ND) lets nobody hand out its parts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +21,19 @@ from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
 from cbedge.image_findings import ImageFindings
-from cbedge.prompt import ClinicalContext, build_target
+from cbedge.prompt import ClinicalContext, build_target, split_sections
+from cbedge.sentences import normalize, split_text
 from cbedge.templates import BUCKETS, Templates, context_features, read_template
-from training.consensus import ConsensusReports
-from training.datasets.iu_xray import read_studies
+from training.consensus import ConsensusReports, Pool
+from training.datasets.iu_xray import read_studies, records
 from training.openings import Sentence
 
 # Chosen on validation studies (training/RUNS.md).
 COUNT = 48
 STRENGTH = 20.0  # of the classifier: the inverse of its L2 penalty
+ADDED = 60  # commonest sentences, which may be added
+REPLACED = 4  # of them, which may stand for another that speaks of the same
+COMPOSED = 4000  # templates to choose among
 SHARED = 3  # reports that a template's sentence is found in, at the least
 WITHHELD_WEIGHT = 0.3  # of a context with indication or comparison withheld, in learning the classifier
 # What compares with an earlier study or counts images, which no template knows; and slips of the pen.
@@ -33,24 +41,48 @@ _OF_ONE_STUDY = re.compile(
     r"\b(stable|unchanged|new|interval|increased|decreased|improved|again|previous|prior|otherwise)\b|\d|\.\.", re.I
 )
 
+_TOPICS = {
+    name: re.compile(words, re.I)
+    for name, words in {
+        "heart": r"heart|cardi|mediastin|aort|hil(a|ar|um)\b",
+        "lungs": r"lung|pulmon|airspace|air space|consolidat|opaci|infiltrat|pneumonia|alveolar|volume",
+        "vessels": r"vascul|edema|congest",
+        "pleura": r"pleura|effusion|pneumothora|costophrenic",
+        "bones": r"bon[ey]|osseous|rib|spine|skelet|fracture|thorax",
+        "other": r"diaphragm|soft tissue|nodule|mass|trachea|adenopathy",
+    }.items()
+}  # of a sentence: one is added on a topic that the template passes over
+
 
 def templates_of(findings: ImageFindings, data: Path) -> Templates | None:
     """The templates of the training studies at ``data``, for a model that is told such findings; ``None`` where their
     reports share no normal sentences."""
     sentences = dict(zip(findings.names, findings.openings, strict=False))
-    return learn_templates(ConsensusReports(read_studies(data, ("train",)), findings.names[1:], sentences))
+    reports = ConsensusReports(read_studies(data, ("train",)), findings.names[1:], sentences)
+    return learn_templates(reports, [record.findings or "" for record in records(data)])
 
 
-def learn_templates(reports: ConsensusReports) -> Templates | None:
-    """Choose templates among reports, and learn which is usual for a context; ``None`` where no sentence is shared."""
-    shared, closing = (
+def learn_templates(reports: ConsensusReports, findings: Iterable[str]) -> Templates | None:
+    """Compose templates of the sentences of reports, and learn which is usual for a context.
+
+    Args:
+        reports: training reports.
+        findings: of every report of the collection: no template has the sentences of one.
+
+    Returns:
+        ``None`` where too few sentences are shared to compose any.
+    """
+    taken = {sentence_set(text) for text in findings}
+    usual, closing = (
         [i for i, row in enumerate(pool.rows) if all(_is_usual(s, reports) for s in row)]
         for pool in (reports.rest, reports.impression)
     )
-    if len(reports.studies) < 2 or not shared or not closing:
+    composed = _compose([reports.rest.rows[i] for i in usual], reports, taken)
+    if len(reports.studies) < 2 or not composed or not closing:
         return None
     contexts, weights, counts = _examples(reports)
-    agreement = reports.rest.agreement[shared] @ weights.T
+    pool = Pool(composed, reports.rest.others)
+    agreement = pool.agreement @ weights.T
     chosen = _cover(agreement, COUNT)
     labels = agreement[chosen].argmax(0)
     closings = reports.impression.agreement[closing] @ weights.T
@@ -58,9 +90,48 @@ def learn_templates(reports: ConsensusReports) -> Templates | None:
     for place, candidate in enumerate(chosen):
         its = labels == place
         best = closing[int(closings[:, its if its.any() else slice(None)].sum(1).argmax())]
-        parts = (reports.rest.rows[shared[candidate]], reports.impression.rows[best])
+        parts = (pool.rows[candidate], reports.impression.rows[best])
         texts.append(read_template(build_target(*(" ".join(s.text for s in part) for part in parts))))
+    check_templates(texts, taken)
     return _learn(contexts, labels, counts, texts)
+
+
+def sentence_set(findings: str) -> frozenset[str]:
+    """The sentences of findings, normalized, in no order: what a template must not have in common with a report."""
+    return frozenset(filter(None, (normalize(sentence) for sentence in split_text(findings))))
+
+
+def check_templates(texts: Iterable[str], taken: Collection[frozenset[str]]) -> None:
+    """See that no template has the findings of a report.
+
+    Raises:
+        ValueError: one has.
+    """
+    for text in texts:
+        if sentence_set(split_sections(text)[0]) in taken:
+            raise ValueError("a template has the findings of a report of the collection: it is not written")
+
+
+def _compose(
+    rows: Sequence[list[Sentence]], reports: ConsensusReports, taken: Collection[frozenset[str]]
+) -> list[list[Sentence]]:
+    """Normal reports with one sentence less, more or other, that are nobody's report."""
+    counts = Counter({s: reports.reports_with[s.text] for row in rows for s in row})
+    topics = {s: frozenset(t for t, words in _TOPICS.items() if words.search(s.text)) for s in counts}
+    common = [s for s, _ in counts.most_common(ADDED)]
+    composed: dict[frozenset[str], list[Sentence]] = {}
+    for row in rows:
+        spoken = frozenset().union(*(topics[s] for s in row))
+        variants = [row, *([*row[:i], *row[i + 1 :]] for i in range(len(row)) if len(row) > 2)]
+        variants += [[*row, s] for s in common if topics[s] and not topics[s] & spoken]
+        for i, old in enumerate(row):
+            alike = (s for s in common if topics[s] == topics[old] and s not in row)
+            variants += [[*row[:i], s, *row[i + 1 :]] for s in islice(alike, REPLACED)]
+        for variant in variants:
+            key = sentence_set(" ".join(s.text for s in variant))
+            if key not in taken and len(key) == len(variant):
+                composed.setdefault(key, variant)
+    return sorted(composed.values(), key=lambda row: -min(counts[s] for s in row))[:COMPOSED]
 
 
 def _is_usual(sentence: Sentence, reports: ConsensusReports) -> bool:

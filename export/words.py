@@ -1,0 +1,13 @@
+"""What a bundle's word list is made of."""
+
+from pathlib import Path
+
+from cbedge.lexicon import Lexicon
+from cbedge.prompt import split_sections
+from training.datasets import open_studies
+
+
+def lexicon_of(data: Path, limit: int | None = None) -> Lexicon:
+    """The words of the training reports at ``data``, of the first ``limit`` studies."""
+    studies = open_studies(data, ("train",), limit)
+    return Lexicon.compile(" ".join(split_sections(study.target)) for study in studies)
