@@ -16,6 +16,7 @@ from cbedge import BundleError, ContextError, DeviceError, RadiographError, Repo
 from cbedge.backends import onnx as backend
 from cbedge.backends.onnx import CudaDecoder, OnnxDecoder
 from cbedge.decoding import Decoding
+from cbedge.generator import Look
 from cbedge.image_findings import ImageFindings
 from cbedge.phrasebook import Phrasebook
 from cbedge.topics import Topic
