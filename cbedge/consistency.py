@@ -44,12 +44,20 @@ class SentenceFilter:
 
     def add(self, word: Spoken) -> Iterator[Spoken]:
         """One more token; yields those that may be said now."""
-        text = self._text()
-        if word.piece[:1].isspace() and (
-            text.strip() in ("FINDINGS:", "IMPRESSION:") or len(sentence_spans(text + word.piece)) > 1
-        ):
+        if self._text().strip() in ("FINDINGS:", "IMPRESSION:"):
             yield from self._flush()
         self._held.append(word)
+        spans = sentence_spans(self._text())
+        if len(spans) < 2:
+            return
+        ended, length = 0, 0
+        for ended, one in enumerate(self._held):  # a space alone may be a token: it belongs to what follows
+            length += len(one.piece)
+            if length >= spans[0][1]:
+                break
+        rest, self._held = self._held[ended + 1 :], self._held[: ended + 1]
+        yield from self._flush()
+        self._held = rest
 
     def end(self) -> Iterator[Spoken]:
         """What is still held, where the draft ends: a whole sentence; what was begun is left out."""

@@ -10,7 +10,7 @@ import re
 
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
-_LIST_MARK = re.compile(r"\(?(?:\d{1,2}|[A-Za-z])")
+_LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z])$")  # also behind a heading or label
 _ABBREVIATIONS = frozenset(
     [
         "dr",
@@ -86,7 +86,7 @@ def _ends(text: str, start: int, found: re.Match[str]) -> bool:
     if found.group() != ".":
         return True
     before = text[start : found.start()]
-    if _LIST_MARK.fullmatch(before.strip()):
+    if _LIST_MARK.search(before):
         return False
     following = text[_skip(text, found.end()) :][:1]
     match = _LAST_WORD.search(before)

@@ -63,6 +63,13 @@ def test_a_sentence_without_its_end_is_left_out():
     assert written(" The lungs are clear and", told("opacity")) == ""
 
 
+def test_numbered_items_whose_tokens_are_single_characters_are_sentences():
+    pieces = [" IMPRESSION:", " ", "1", ".", " No mass", ".", " ", "2", ".", " Normal", "."]
+    check = SentenceFilter(given=("1. No mass.", "2. Normal."))
+    said = [one.piece for piece in pieces for one in check.add(Spoken(piece, 0.9))] + [one.piece for one in check.end()]
+    assert "".join(said) == " IMPRESSION: 1. No mass. 2. Normal."
+
+
 def test_a_section_says_nothing_twice():
     assert written(" Lungs clear. Heart normal. LUNGS CLEAR. IMPRESSION: Lungs clear.", None) == (
         " Lungs clear. Heart normal. IMPRESSION: Lungs clear."

@@ -10,6 +10,7 @@ from cbedge.sentences import ends_sentence, normalize, split_text
         ["A nodule of 1.5 cm is seen.", "Is it new?", "It is!"],
         ["Seen by Dr. Hall.", "A nodule of approx. 3 mm, e.g. a granuloma."],
         ["1. No acute disease.", "2. Normal film."],
+        ["IMPRESSION: 1. No acute disease.", "2. Normal film."],
         ["Fig. 2 shows it.", "Effusion: No.", "The rest, etc., is normal."],
         ["Das Herz ist ca. 12 cm breit.", "Kein Erguss."],
         ["肺野清晰。", "心影不大。"],
