@@ -283,7 +283,8 @@ class DraftConstraint:
             settled, text = state, state.text + self._text(token)
         lexicon = self.tokens.lexicon
         followed = lexicon.follow(settled.run, self._text(token)) if lexicon else ""
-        return settled._replace(forced=(), text=text, run=followed or "", ended=ends_sentence(text))
+        ended = ends_sentence(text) or (token == self._full_stop and len(state.text) > LONGEST_SENTENCE)
+        return settled._replace(forced=(), text=text, run=followed or "", ended=ended)
 
     def _allowed(self, state: _State, token: int) -> bool:
         leaving = self._leaving(state)
