@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cbedge.bundle import Bundle, open_bundle
-    from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, OutputError, RadiographError
+    from cbedge.errors import (
+        BundleError,
+        CbedgeError,
+        ContextError,
+        DeviceError,
+        DraftError,
+        OutputError,
+        RadiographError,
+    )
     from cbedge.generator import ReportGenerator, ReportStream
     from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import Radiograph, load_radiograph
@@ -38,6 +46,7 @@ _HOMES = {
     "ContextError": "errors",
     "BundleError": "errors",
     "DeviceError": "errors",
+    "DraftError": "errors",
     "OutputError": "errors",
 }
 
@@ -48,6 +57,7 @@ __all__ = [
     "ClinicalContext",
     "ContextError",
     "DeviceError",
+    "DraftError",
     "OutputError",
     "Radiograph",
     "RadiographError",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from cbedge.lexicon import Lexicon
 from cbedge.report import Spoken
@@ -50,12 +51,10 @@ class SentenceFilter:
         spans = sentence_spans(self._text())
         if len(spans) < 2:
             return
-        ended, length = 0, 0
-        for ended, one in enumerate(self._held):  # a space alone may be a token: it belongs to what follows
-            length += len(one.piece)
-            if length >= spans[0][1]:
-                break
-        rest, self._held = self._held[ended + 1 :], self._held[: ended + 1]
+        # A space alone may be a token: it belongs to what follows.
+        lengths = accumulate(len(one.piece) for one in self._held)
+        ended = 1 + next(at for at, length in enumerate(lengths) if length >= spans[0][1])
+        rest, self._held = self._held[ended:], self._held[:ended]
         yield from self._flush()
         self._held = rest
 
@@ -65,8 +64,8 @@ class SentenceFilter:
 
     def _flush(self) -> Iterator[Spoken]:
         held, text, self._held = self._held, self._text().strip(), []
-        for place, heading in enumerate(("FINDINGS:", "IMPRESSION:")):
-            if text == heading:
+        for place, name in enumerate(("FINDINGS:", "IMPRESSION:")):
+            if text == name:
                 self._section, self._heading = place, held
                 return
         if text.startswith("FINDINGS: "):  # tokens that hold the heading's end and a sentence's beginning

@@ -236,8 +236,8 @@ def header_indication(dataset: Dataset) -> str | None:
     for name in _INDICATIONS:
         text = str(dataset.get(name) or "").strip()
         try:
-            if text:
-                return ClinicalContext(indication=text).indication
+            if text and (said := ClinicalContext(indication=text).indication):
+                return said
         except ContextError:
             continue
     return None

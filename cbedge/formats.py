@@ -7,6 +7,7 @@ the extra ``hospital``; JSON and text need none (:class:`cbedge.report.Report`).
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbedge.dicom import read_header
+from cbedge.dicom_header import StudyHeader, read_study_header
 from cbedge.errors import OutputError, RadiographError
 from cbedge.report import DRAFT_STATEMENT, Report
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "sr", "fhir")
 SCHEMA = Path(__file__).parent / "report.schema.json"
 _MANUFACTURER = "cbedge"
-_NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
 _LOINC = "http://loinc.org"
 # LOINC codes; the SR names them with the scheme LN.
 _REPORT, _FINDINGS, _IMPRESSION = (
@@ -73,30 +75,33 @@ def render(report: Report, form: str, source: Path | bytes | None = None) -> byt
 def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> bytes:
     """An Enhanced SR document in the image's study: preliminary, partial, unverified.
 
+    Of the header, what is valid is copied, in Unicode; a comment names the attributes that were left out.
+
     Args:
         report: the draft.
         header: the image's, without pixels.
-        same_again: derive the document's identifiers from image and model, so that a document that is made again after
-            an interruption is the same one to whoever has it already.
+        same_again: derive the document's identifiers from all that makes its text, so that a document that is made
+            again after an interruption is the same one to whoever has it already, and any other draft is another.
 
     Raises:
-        RadiographError: there is none, or it lacks its identifiers.
+        RadiographError: there is none, or its identifiers are missing or malformed.
     """
     if header is None:
         raise RadiographError("a DICOM SR belongs to a study: give the radiograph as a DICOM file, or another --format")
-    missing = [name for name in _NEEDED if not header.get(name)]
-    if missing:
-        raise RadiographError(f"the DICOM header lacks {missing[0]}, which an SR must refer to: export it again")
+    study = read_study_header(header)
     import highdicom
     from pydicom.uid import generate_uid
 
-    entropy = [str(header.SOPInstanceUID), report.model, report.model_version, report.variant]
-    uids = [generate_uid(entropy_srcs=[*entropy, kind] if same_again else None) for kind in ("series", "document")]
+    identity = [study.sop_instance, _identity(report)]
+    uids = [generate_uid(entropy_srcs=[*identity, kind] if same_again else None) for kind in ("series", "document")]
+    # highdicom knows by the image's class what to copy; for one that it may not know, another stands for it.
+    stand_in = study.sop_class if study.sop_class.startswith(_CR_STORAGE) else _CR_STORAGE
     document = highdicom.sr.EnhancedSR(
-        evidence=[_evidence(header)], content=_content(report, header),
-        series_instance_uid=uids[0], series_number=_series_number(header), sop_instance_uid=uids[1],
+        evidence=[study.dataset(stand_in)], content=_content(report, study, stand_in),
+        series_instance_uid=uids[0], series_number=9000 + study.series_number % 900, sop_instance_uid=uids[1],
         instance_number=1, manufacturer=_MANUFACTURER, is_complete=False, is_final=False, is_verified=False,
     )  # fmt: skip
+    _refer_to(document, study, stand_in)
     document.ManufacturerModelName = report.model[:64]
     document.SoftwareVersions = report.model_version[:64]
     document.SpecificCharacterSet = "ISO_IR 192"  # whatever the header's was: a draft may hold any character
@@ -104,6 +109,27 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
     file = io.BytesIO()
     document.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def _identity(report: Report) -> str:
+    """A hash of all that makes a document's text."""
+    parts = [
+        report.text, report.notes(), report.image_sha256, report.lateral_sha256, report.view, report.template,
+        report.model, report.model_version, report.variant,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _refer_to(document: Dataset, study: StudyHeader, stand_in: str) -> None:
+    """Let references name the image's own class where another stood for it."""
+    if stand_in == study.sop_class:
+        return
+
+    def mend(dataset: Dataset, element: Any) -> None:
+        if element.keyword == "ReferencedSOPInstanceUID" and element.value == study.sop_instance:
+            dataset.ReferencedSOPClassUID = study.sop_class
+
+    document.walk(mend)
 
 
 def to_fhir(report: Report, header: Dataset | None = None) -> str:
@@ -145,22 +171,47 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
     }  # fmt: skip
     if report.impression:
         values["conclusion"] = report.impression
+    scores = _score_observation(report)
+    values["contained"].append(scores)
+    values["result"].append({"reference": "#image-scores"})
     values |= _study(header) if header is not None else {}
     return json.dumps(json.loads(DiagnosticReport(**values).model_dump_json()), indent=2, ensure_ascii=False)
 
 
+def _score_observation(report: Report) -> dict[str, Any]:
+    """The image scores, and what a reader should know beside the text."""
+    observation: dict[str, Any] = {
+        "resourceType": "Observation", "id": "image-scores", "status": "preliminary",
+        "code": {"text": "Image scores of a research model, 0 to 1; they rank findings and are not probabilities"},
+        "device": {"reference": "#software"},
+        "component": [
+            {"code": {"text": name}, "valueQuantity": {"value": round(score, 3)}}
+            for name, score in report.finding_scores.items()
+        ],
+        "note": [{"text": note} for note in report.notes()],
+    }  # fmt: skip
+    empty = [key for key in ("component", "note") if not observation[key]]
+    for key in empty:
+        del observation[key]
+    if "component" not in observation:
+        observation["valueString"] = "none"
+    return observation
+
+
 def _study(header: Dataset) -> dict[str, Any]:
-    """Whose study it is, by identifiers alone."""
-    found: dict[str, Any] = {}
-    if header.get("PatientID"):
-        found["subject"] = {"type": "Patient", "identifier": {"value": str(header.PatientID)}}
-    if header.get("StudyInstanceUID"):
-        uid = {"system": "urn:dicom:uid", "value": f"urn:oid:{header.StudyInstanceUID}"}
-        found["imagingStudy"] = [{"type": "ImagingStudy", "identifier": uid}]
-    if header.get("AccessionNumber"):
+    """Whose study it is, by identifiers alone; those that are malformed are left out."""
+    try:
+        study = read_study_header(header)
+    except RadiographError:
+        return {}
+    uid = {"system": "urn:dicom:uid", "value": f"urn:oid:{study.study}"}
+    found: dict[str, Any] = {"imagingStudy": [{"type": "ImagingStudy", "identifier": uid}]}
+    if patient := study.values.get("PatientID"):
+        found["subject"] = {"type": "Patient", "identifier": {"value": patient}}
+    if accession := study.values.get("AccessionNumber"):
         found["identifier"] = [{
             "type": {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}]},
-            "value": str(header.AccessionNumber),
+            "value": accession,
         }]  # fmt: skip
     return found
 
@@ -169,7 +220,7 @@ def _coding(code: str, display: str) -> dict[str, Any]:
     return {"coding": [{"system": _LOINC, "code": code, "display": display}]}
 
 
-def _content(report: Report, header: Dataset) -> Dataset:
+def _content(report: Report, study: StudyHeader, sop_class: str) -> Dataset:
     from highdicom.sr import (
         CodeContentItem,
         CodedConcept,
@@ -189,7 +240,7 @@ def _content(report: Report, header: Dataset) -> Dataset:
 
     def image() -> ImageContentItem:
         return ImageContentItem(
-            CodedConcept("111040", "DCM", "Original Source"), header.SOPClassUID, header.SOPInstanceUID,
+            CodedConcept("111040", "DCM", "Original Source"), sop_class, study.sop_instance,
             relationship_type=inferred,
         )  # fmt: skip
 
@@ -215,6 +266,10 @@ def _content(report: Report, header: Dataset) -> Dataset:
         TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
         TextContentItem(CodedConcept("121106", "DCM", "Comment"), DRAFT_STATEMENT, contains),
     ]  # fmt: skip
+    comments = [*report.notes(), *_scores(report)]
+    if study.left_out:
+        comments.append(f"Attributes of the image's header that could not be used: {', '.join(study.left_out)}.")
+    items += [TextContentItem(CodedConcept("121106", "DCM", "Comment"), text, contains) for text in comments]
     if report.findings:
         items.append(section(_FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
     if report.impression:
@@ -224,23 +279,10 @@ def _content(report: Report, header: Dataset) -> Dataset:
     return root
 
 
-def _evidence(header: Dataset) -> Dataset:
-    """The header with what a document copies from it, present even where the modality left it out."""
-    from pydicom import Dataset
-
-    copied = Dataset()
-    header.decode()
-    copied.update(header)
-    for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
-                 "StudyDate", "StudyTime", "ReferringPhysicianName"):  # fmt: skip
-        if name not in copied:
-            setattr(copied, name, None)
-    return copied
-
-
-def _series_number(header: Dataset) -> int:
-    """High enough not to meet the modality's own series."""
-    try:
-        return 9000 + int(header.get("SeriesNumber") or 0) % 900
-    except (TypeError, ValueError):
-        return 9000
+def _scores(report: Report) -> list[str]:
+    """A sentence for each finding that the image scores point to."""
+    return [
+        f"Image score of {name}: {report.finding_scores[name]:.2f} of 1; scores rank and are not probabilities."
+        for name in report.image_findings or ()
+        if name in report.finding_scores
+    ]

@@ -304,14 +304,21 @@ class ReportGenerator:
         wording = self._house_template if template is None else self._check_template(template)
         radiograph = load_radiograph(image)
         second = None if lateral is None else self._load_lateral(lateral, radiograph, context)
+        empty = [
+            f"The {name} says nothing and was left out."
+            for name, text in (("indication", indication), ("comparison", comparison))
+            if text is not None and getattr(context, name) is None
+        ]
+        source = "given" if context.indication else "DICOM header" if radiograph.indication else None
         context = ClinicalContext(
             context.indication or radiograph.indication,
             context.comparison,
             context.view or radiograph.view or "frontal",
         )
-        source = "given" if indication else "DICOM header" if radiograph.indication else None
         settings = self.choose_decoding(decoding)
-        return ReportStream(self, radiograph, context, limit, settings, source, accept_any_image, second, wording)
+        return ReportStream(
+            self, radiograph, context, limit, settings, source, accept_any_image, second, wording, empty
+        )
 
     def keep_to(self, template: str) -> None:
         """Keep every draft to a template from now on, a department's own, unless one is given with the radiograph.
@@ -723,7 +730,7 @@ def check_max_new_tokens(count: Any) -> int:
     """
     if isinstance(count, (bool, np.bool_)) or not isinstance(count, numbers.Integral):
         raise ContextError(f"max_new_tokens must be a whole number, not {type(count).__name__}")
-    if not 1 <= count <= MAX_NEW_TOKENS:
+    if not 1 <= int(count) <= MAX_NEW_TOKENS:
         raise ContextError(f"max_new_tokens is {count}; give 1 to {MAX_NEW_TOKENS:,}")
     return int(count)
 
@@ -765,8 +772,9 @@ class ReportStream(Iterator[str]):
     def __init__(
         self, generator: ReportGenerator, radiograph: Radiograph, context: ClinicalContext, limit: int | None,
         decoding: Decoding, indication_source: str | None = None, accept_any_image: bool = False,
-        lateral: Radiograph | None = None, template: str | None = None,
+        lateral: Radiograph | None = None, template: str | None = None, notes: Sequence[str] = (),
     ):  # fmt: skip
+        self._notes = tuple(notes)
         self._report: Report | None = None
         self._attention: np.ndarray | None = None
         self._complete = False
@@ -867,6 +875,7 @@ class ReportStream(Iterator[str]):
                 f"the model wrote no whole report of this radiograph (no {missing}): write it without draft"
             )
         told = ["A sentence was left out because it had a word that is in no training report."] if check.unknown else []
+        of_files = [warning for image in images for warning in image.warnings]
         marks = (start, read, vision, qformer, prefill, end)
         read_ms, vision_ms, qformer_ms, prefill_ms, decode_ms = (1000 * (b - a) for a, b in pairwise(marks))
         self._report = Report(
@@ -876,9 +885,7 @@ class ReportStream(Iterator[str]):
             image_findings=look.seen, finding_scores=look.scores, image_sha256=radiograph.sha256,
             lateral_sha256=lateral.sha256 if lateral else None,
             template=template, template_source=template_source,
-            warnings=tuple(
-                dict.fromkeys([*doubts, *(w for image in images for w in image.warnings), *plan.warnings, *told])
-            ),
+            warnings=tuple(dict.fromkeys([*self._notes, *doubts, *of_files, *plan.warnings, *told])),
             sentences=split_sentences(spoken),
             prompt_tokens=look.image_embeds.shape[1] + len(prompt_ids), new_tokens=len(spoken),
             opening_tokens=len(opening),

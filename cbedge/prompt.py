@@ -13,6 +13,10 @@ from cbedge.errors import ContextError
 PROMPT_VERSION = 2
 MAX_CONTEXT_CHARACTERS = 1000
 
+_NO_TEXT = frozenset((
+    "n/a", "na", "n.a", "none", "null", "nil", "nan", "unknown", "not known", "not available", "not given",
+    "not provided", "not specified", "unspecified", "no data", "k.a", "k. a", "keine angabe", "keine",
+))  # fmt: skip
 _TASK = "Describe the chest radiograph."
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
 SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")
@@ -30,8 +34,10 @@ class ClinicalContext:
         comparison: what earlier study it is compared with, at most 1,000 characters.
         view: ``"frontal"`` (PA or AP) or ``"lateral"``.
 
+    A field without any words, such as ``-``, ``n/a`` or ``XXXX`` of a worklist or table, is ``None``.
+
     Raises:
-        ContextError: a field is given but empty, too long or not text, or the view is unknown.
+        ContextError: a field is too long or not text, or the view is unknown.
     """
 
     indication: str | None = None
@@ -80,9 +86,14 @@ def _checked(field: str, text: str | None) -> str | None:
             f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are taken: shorten it"
         )
     cleaned = clean_context(text)
-    if not cleaned:
-        raise ContextError(f"the {field} is empty; leave it out, or give words")
-    return cleaned
+    says_none = field == "comparison" and cleaned.casefold() == "none"  # which is an answer there
+    return None if is_no_text(cleaned) and not says_none else cleaned
+
+
+def is_no_text(text: str) -> bool:
+    """Whether a field of a worklist, table or header says nothing: no letter or digit, or a word for nothing."""
+    words = " ".join(clean_context(text).casefold().split())
+    return words in _NO_TEXT or not any(c.isalnum() for c in words)
 
 
 def build_query_instruction(context: ClinicalContext) -> str:

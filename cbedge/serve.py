@@ -29,7 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from cbedge import __version__
 from cbedge.bundle import CARD
-from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, RadiographError
+from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, DraftError, RadiographError
 from cbedge.formats import SCHEMA, check_format, render
 from cbedge.generator import ReportGenerator, ReportStream
 from cbedge.heatmap import overlay, png
@@ -39,7 +39,8 @@ from cbedge.serve_form import DraftForm, form_schema, read_form
 from cbedge.serve_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
 
 MEDIA = {"json": "application/json", "text": "text/plain", "fhir": "application/fhir+json", "sr": "application/dicom"}
-_STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500}
+_STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500,
+                                         DraftError: 422}  # fmt: skip
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self'"

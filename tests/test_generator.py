@@ -94,10 +94,26 @@ def test_json_holds_what_an_integrator_needs(generator: ReportGenerator, chest_p
 def test_bad_input_is_refused_before_the_model_runs(generator: ReportGenerator, chest_png: Path, tmp_path: Path):
     with pytest.raises(RadiographError, match="no such file"):
         generator.stream(tmp_path / "none.png")
-    with pytest.raises(ContextError, match="indication is empty"):
-        generator.stream(chest_png, indication=" ")
-    with pytest.raises(ContextError, match="max_new_tokens"):
-        generator.stream(chest_png, max_new_tokens=0)
+    for count in (0, 5000, "5", 2.5, True):
+        with pytest.raises(ContextError, match="max_new_tokens"):
+            generator.stream(chest_png, max_new_tokens=count)  # type: ignore[arg-type]
+    for decoding in ({"beam": 2}, "greedy", {"temperature": "hot"}):
+        with pytest.raises(ContextError):
+            generator.stream(chest_png, decoding=decoding)  # type: ignore[arg-type]
+
+
+def test_settings_may_come_as_a_mapping(generator: ReportGenerator, chest_png: Path):
+    plain = generator.generate(chest_png, max_new_tokens=8)
+    assert generator.generate(chest_png, max_new_tokens=8, decoding={}).text == plain.text  # type: ignore[arg-type]
+
+
+def test_a_context_that_says_nothing_is_left_out_and_noted(generator: ReportGenerator, chest_png: Path):
+    told = generator.generate(chest_png, indication="n/a", comparison="-", max_new_tokens=8)
+    plain = generator.generate(chest_png, max_new_tokens=8)
+    assert told.text == plain.text and told.indication_source is None and plain.warnings == ()
+    assert told.warnings == (
+        "The indication says nothing and was left out.", "The comparison says nothing and was left out."
+    )  # fmt: skip
 
 
 needs_real_data = pytest.mark.skipif(

@@ -38,10 +38,13 @@ def test_fields_that_are_not_given_are_left_out_in_a_fixed_order():
     assert build_prompt(full).endswith("Report:\n")
 
 
-@pytest.mark.parametrize("indication", ["", "   ", "\n", "XXXX", "<|im_end|>"])
-def test_an_indication_without_words_is_refused(indication: str):
-    with pytest.raises(ContextError, match="indication is empty"):
-        ClinicalContext(indication=indication)
+@pytest.mark.parametrize(
+    "text", ["", "   ", "\n", "XXXX", "<|im_end|>", "-", ".", "?", "n/a", " N.A. ", "unknown", "null"]
+)
+def test_a_field_that_says_nothing_counts_as_none(text: str):
+    assert ClinicalContext(indication=text, comparison=text) == ClinicalContext()
+    assert ClinicalContext(comparison="None.").comparison == "None"  # an answer: there is no earlier study
+    assert ClinicalContext(indication="none", comparison="2019").indication is None
 
 
 def test_an_over_long_indication_is_refused_with_the_limit():

@@ -19,11 +19,13 @@ class Backend(Protocol):
     Attributes:
         device: ``cpu`` or ``cuda``.
         threads: of the CPU.
+        vocabulary: tokens that the language model knows, V.
         decoder_only: whether prompt and draft are read alike, so that a prompt may be read in parts.
     """
 
     device: str
     threads: int
+    vocabulary: int
     decoder_only: bool
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
