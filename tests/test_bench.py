@@ -48,7 +48,7 @@ def test_what_a_draft_leaves_out_again_was_decoded_all_the_same(tiny_bundle: Pat
     seeing = replace(findings, thresholds=(0.0,) * count, openings=("It is there.",) * count, denials=(".",) * count)
     generator.bundle = replace(generator.bundle, manifest=replace(manifest, image_findings=seeing))
     report = generator.generate(bench.drawn_chest(), max_new_tokens=60)
-    assert report.new_tokens == report.opening_tokens and report.passes > 0
+    assert report.new_tokens < report.opening_tokens and report.passes > 0  # what was said twice is left out
     row = bench._row(generator, [report], load=0.0, bandwidth=1e9)
     assert row["tokens_per_pass"] >= 1 and row["tokens_per_second"]["median"] > 0
 

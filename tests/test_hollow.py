@@ -22,8 +22,8 @@ def test_a_bundle_without_its_weights_gets_random_ones_and_drafts(tiny_bundle: P
     assert abs(size(hollow) - size(whole)) < 0.02 * size(whole)
     for variant in bundle.manifest.variants:
         generator = ReportGenerator.from_pretrained(hollow, variant, "cpu")
-        report = generator.generate(chest_png, max_new_tokens=6, accept_any_image=True)
-        assert report.new_tokens
+        report = generator.generate(chest_png, max_new_tokens=200, accept_any_image=True)
+        assert report.finding_scores
     refused = run("empty", whole, hollow)
     assert refused.returncode == 1 and "exists already" in refused.stderr
 

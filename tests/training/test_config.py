@@ -15,7 +15,9 @@ def test_the_mini_configuration_has_its_stages_in_order():
     assert config.data == Path("somewhere")
 
 
-@pytest.mark.parametrize("path", sorted(MINI.parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*MINI.parent.glob("*.yaml")} - {*MINI.parent.glob("encoder*.yaml")}), ids=lambda path: path.stem
+)
 def test_every_configuration_that_ships_is_valid(path: Path):
     assert load_config(path, data="somewhere").stages[-1].lora.part == "language"
 

@@ -9,17 +9,27 @@ from training.templates import learn_templates
 def test_templates_are_made_of_normal_sentences_that_many_reports_share():
     once = study(60, "dyspnea 7", "The thymus of little Ann is normal.", "No acute process.")
     compared = [study(70 + i, "dyspnea", "Heart size is stable.", "No change.") for i in range(4)]
-    templates = learn_templates(ConsensusReports([*known(), once, *compared], NAMES, OPENINGS))
+    templates = learn_templates(ConsensusReports([*known(), once, *compared], NAMES, OPENINGS), [])
     assert templates is not None
     shown = " ".join(templates.texts)
     assert SHORT in shown and LONG in shown
     assert not any(word in shown for word in ("Ann", "fracture", "degenerative", "stable"))
-    assert learn_templates(ConsensusReports(known()[:2], NAMES, OPENINGS)) is None
-    assert learn_templates(ConsensusReports([], NAMES, OPENINGS)) is None
+    assert learn_templates(ConsensusReports(known()[:2], NAMES, OPENINGS), []) is None
+    assert learn_templates(ConsensusReports([], NAMES, OPENINGS), []) is None
 
 
 def test_the_indication_chooses_the_template_also_where_it_was_never_met():
-    templates = learn_templates(ConsensusReports(known(), NAMES, OPENINGS))
+    templates = learn_templates(ConsensusReports(known(), NAMES, OPENINGS), [])
     assert templates is not None
     assert templates.choose(ClinicalContext("chest pain 77")) == f"FINDINGS: {SHORT} IMPRESSION: {NONE}"
     assert LONG in templates.choose(ClinicalContext("XX-year-old woman, dyspnea 42"))
+
+
+def test_no_template_has_the_findings_of_a_report():
+    reports = ConsensusReports(known(), NAMES, OPENINGS)
+    free = learn_templates(reports, [])
+    assert free is not None
+    taken = [text.partition("IMPRESSION:")[0].removeprefix("FINDINGS:").strip() for text in free.texts]
+    composed = learn_templates(reports, taken)
+    for text in composed.texts if composed is not None else ():
+        assert text.partition("IMPRESSION:")[0].removeprefix("FINDINGS:").strip() not in taken
