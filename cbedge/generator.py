@@ -902,6 +902,8 @@ class ReportStream(Iterator[str]):
         for word in opening:
             yield from check.add(word)
         stream = generator.decode_stream()
+        for word in opening:  # some tokenizers drop the space of the first token that they decode
+            generator.decode_piece(stream, word.token_id)
         for word in words:
             if word.token_id in generator.bundle.manifest.stop_ids:
                 self._complete = True

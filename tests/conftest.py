@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbedge import ClinicalContext, ReportGenerator, load_radiograph
 from cbedge.backends.int8 import multiplies_exactly
+from cbedge.decoding import Drafting
+from cbedge.preprocess import preprocess_radiograph
 
 if TYPE_CHECKING:
     import httpx
@@ -368,3 +372,20 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in folders:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def unconstrained_text(
+    generator: ReportGenerator, image: Path, context: ClinicalContext, limit: int, lateral: Path | None = None
+) -> str:
+    """What the language model writes by itself, token by token, behind the opening: what torch writes too."""
+    context = replace(context, view=context.view or "frontal")
+    films = [load_radiograph(path) for path in (image, lateral) if path is not None]
+    pixels = [preprocess_radiograph(film, generator.bundle.manifest.preprocessing) for film in films]
+    look = generator.look(*(generator.backend.encode_image(pixels[0]), context),
+                          *(generator.backend.encode_image(p) for p in pixels[1:]))  # fmt: skip
+    begun = [word.token_id for word in generator.opening(look)]
+    prompt = generator.prompt_ids(context, look.seen, look.lateral)
+    decoder, logits = generator.prefill(look, context, prompt, begun, limit)
+    plain = replace(generator.decoding, speculative=False)
+    tokens = generator.tokens(decoder, logits, limit - len(begun), plain, Drafting(), begun)
+    return generator.decode([*begun, *(token.id for token in tokens)]).strip()
