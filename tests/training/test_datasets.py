@@ -184,7 +184,7 @@ def test_mimic_is_joined_and_what_is_dropped_is_counted(mimic: Path, tmp_path: P
 
 def test_the_index_of_a_large_tree_is_built_in_little_memory(tmp_path: Path):
     peaks = []
-    for count in (50, 1000):
+    for count in (1000, 4000):
         folder = tmp_path / str(count)
         folder.mkdir()
         write_mimic(folder, count, pixels=False)
