@@ -7,6 +7,7 @@ keeps one.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ _SYNTAXES = [
 _SUCCESS, _NO_SPACE, _CANNOT_STORE = 0x0000, 0xA700, 0xC000
 _TAKEN = (_SUCCESS, 0xB000, 0xB006, 0xB007)
 _RESERVE_BYTES = 50 * 2**20
+_ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 _UID = re.compile(r"[0-9.]{1,64}")
 _log = logging.getLogger("cbedge.listen")
 
@@ -268,8 +270,12 @@ class Listener:
                     raise
                 report, lateral = self.generator.generate(path), None  # the lateral one is tried by itself, later
             document = to_sr(report, read_header(path), same_again=True)
-        except CbedgeError as error:
-            self.spool.put(self.spool.failed, f"{path.stem}.txt", f"{error}\n".encode())
+        except Exception as error:  # this image's trouble must not hold up the others
+            if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+                raise  # the machine's trouble: the image stays and is tried again
+            # The text of other exceptions may hold header values: only their kind is told.
+            reason = str(error) if isinstance(error, CbedgeError) else f"no draft: {type(error).__name__}"
+            self.spool.put(self.spool.failed, f"{path.stem}.txt", f"{reason}\n".encode())
             path.rename(self.spool.failed / path.name)
             _tell(f"no draft: {type(error).__name__}")
             return

@@ -158,6 +158,23 @@ def test_what_cannot_be_drafted_is_kept_with_the_reason(listen: Callable, film: 
     assert "modality CT" in next((tmp_path / "spool" / "failed").glob("*.txt")).read_text()
 
 
+def test_an_image_that_raises_an_unforeseen_error_fails_alone_and_the_next_one_is_drafted(
+    listen: Callable, film: Path, tmp_path: Path
+):
+    away = free_port()
+    port, _ = listen(away)
+    odd, good = another(film), another(film)
+    odd.PatientBirthDate = "1940"
+    assert send(port, odd) == 0x0000
+    assert send(port, good) == 0x0000
+    spool = tmp_path / "spool"
+    wait_for(lambda: (spool / "outgoing" / f"{good.SOPInstanceUID}.dcm").exists())
+    assert (spool / "failed" / f"{odd.SOPInstanceUID}.dcm").exists()
+    reason = (spool / "failed" / f"{odd.SOPInstanceUID}.txt").read_text()
+    assert reason.startswith("no draft: ") and "1940" not in reason
+    assert not list((spool / "incoming").iterdir())
+
+
 def test_on_a_full_disk_radiographs_are_refused_and_a_read_only_one_is_told(
     listen: Callable, tiny_bundle: Path, film: Path, tmp_path: Path, mounted: Callable
 ):
