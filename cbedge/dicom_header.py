@@ -64,7 +64,7 @@ def read_study_header(header: Dataset) -> StudyHeader:
         value = _single(header, keyword)
         if value is None:
             raise RadiographError(f"the DICOM header lacks {keyword}, which a result must refer to: export it again")
-        if not _UID.match(value):
+        if not is_uid(value):
             raise RadiographError(f"the DICOM attribute {keyword} is not a valid UID: export the radiograph again")
         uids[keyword] = value
     values, left_out = {}, []
@@ -82,6 +82,11 @@ def read_study_header(header: Dataset) -> StudyHeader:
         values, tuple(left_out), uids["SOPClassUID"], uids["SOPInstanceUID"], uids["SeriesInstanceUID"],
         uids["StudyInstanceUID"], int(number) if re.fullmatch(r"\d{1,9}", number) else 0,
     )  # fmt: skip
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text is a well-formed unique identifier (PS3.5 9.1)."""
+    return _UID.match(text) is not None
 
 
 def _is_there(header: Dataset, keyword: str) -> bool:

@@ -7,11 +7,12 @@ keeps one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -31,8 +32,10 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from cbedge.dicom import header_view, read_header
+from cbedge.dicom import header_view, read_header, silence_pydicom
+from cbedge.dicom_header import is_uid
 from cbedge.errors import CbedgeError, ContextError, OutputError, RadiographError
+from cbedge.files import lock_file, write_atomically
 from cbedge.formats import to_sr
 from cbedge.generator import ReportGenerator
 
@@ -48,7 +51,10 @@ _SUCCESS, _NO_SPACE, _CANNOT_STORE = 0x0000, 0xA700, 0xC000
 _TAKEN = (_SUCCESS, 0xB000, 0xB006, 0xB007)
 _RESERVE_BYTES = 50 * 2**20
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
-_UID = re.compile(r"[0-9.]{1,64}")
+MAX_OBJECT_BYTES = 512 * 2**20
+MAX_ATTEMPTS = 3  # at one image, also over several processes: one that needs too much memory ends its process
+MAX_ASSOCIATIONS = 200  # connections that have not associated yet count too
+ASSOCIATE_S, IDLE_S = 10, 60  # seconds until such a connection, or an association that says nothing, is closed
 _log = logging.getLogger("cbedge.listen")
 
 
@@ -87,6 +93,7 @@ class ListenSettings:
         first_retry_s, last_retry_s: seconds after a failed delivery, doubled up to the last.
         pair_wait_s: how long a frontal or lateral radiograph waits for its study's other one, to be drafted with it; 0
             drafts each by itself, as a model that reads no lateral one always does.
+        max_waiting: radiographs that may wait in the spool; one more is refused, and its sender keeps it.
     """
 
     aet: str
@@ -98,6 +105,7 @@ class ListenSettings:
     first_retry_s: float = 5.0
     last_retry_s: float = 600.0
     pair_wait_s: float = 10.0
+    max_waiting: int = 10_000
 
 
 class Spool:
@@ -111,39 +119,59 @@ class Spool:
         self.folder = folder
         self.incoming, self.outgoing, self.failed = (folder / n for n in ("incoming", "outgoing", "failed"))
         try:
-            for part in (self.incoming, self.outgoing, self.failed):
-                part.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "w")  # noqa: SIM115 - held as long as the process lives
+            self.make()
+            self._lock = lock_file(folder / "lock", f"another cbedge listen works in {folder}: give another --spool")
         except OSError as error:
             raise OutputError(f"cannot write the spool {folder}: {error.strerror}; give another --spool") from None
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise OutputError(f"another cbedge listen works in {folder}: give another --spool") from None
         for left in [*self.incoming.glob(".*"), *self.outgoing.glob(".*")]:
-            left.unlink()  # what was being written when a process died was acknowledged to nobody
+            with contextlib.suppress(OSError):  # a folder of somebody else's, say
+                left.unlink()  # what was being written when a process died was acknowledged to nobody
+
+    def make(self) -> None:
+        """Make the folders that are not there, also while working: somebody may have cleared the spool."""
+        for part in (self.incoming, self.outgoing, self.failed):
+            part.mkdir(parents=True, exist_ok=True)
 
     def put(self, folder: Path, name: str, content: bytes) -> None:
         """Write a file that is there wholly and durably, or not at all."""
-        partial = folder / f".{name}"
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / name)
-        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            write_atomically(folder / name, content)
+        except FileNotFoundError:
+            self.make()
+            write_atomically(folder / name, content)
 
     def waiting(self, folder: Path) -> list[Path]:
         """Its files, the oldest first."""
-        return sorted((p for p in folder.glob("*.dcm")), key=lambda p: p.stat().st_mtime_ns)
+        found = []
+        for path in folder.glob("*.dcm"):
+            with contextlib.suppress(OSError):  # it was taken away meanwhile
+                if path.is_file():
+                    found.append((path.stat().st_mtime_ns, path))
+        return [path for _, path in sorted(found)]
+
+    def is_full(self, most: int) -> bool:
+        """Whether so many radiographs wait."""
+        with os.scandir(self.incoming) as entries:
+            return sum(entry.name.endswith(".dcm") for entry in itertools.islice(entries, 2 * most + 2)) >= most
+
+    def fail(self, path: Path, reason: str, name: str | None = None) -> None:
+        """Move a file to ``failed``, with the reason beside it."""
+        self.put(self.failed, f"{path.stem}.txt", f"{reason}\n".encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, self.failed / (name or path.name))
+        self.forget_attempts(path)
+
+    def count_attempt(self, path: Path) -> int:
+        """Note that a file is being drafted, durably; returns how often that was tried before."""
+        count, beside = 0, path.with_suffix(".attempts")
+        with contextlib.suppress(OSError, ValueError):
+            count = int(beside.read_text())
+        beside.write_text(str(count + 1))
+        return count
+
+    def forget_attempts(self, path: Path) -> None:
+        """The file is dealt with."""
+        path.with_suffix(".attempts").unlink(missing_ok=True)
 
 
 class Listener:
@@ -161,6 +189,7 @@ class Listener:
         self._held: float | None = None  # seconds until a radiograph has waited long enough for another
         self._threads: list[threading.Thread] = []
         self._server: Any = None
+        self._refusal = ""  # why the last delivery did not come about
 
     def start(self) -> None:
         """Listen.
@@ -171,6 +200,8 @@ class Listener:
         node = AE(self.settings.aet)
         node.require_calling_aet = list(self.settings.known)
         node.require_called_aet = True
+        node.maximum_associations = MAX_ASSOCIATIONS
+        node.acse_timeout, node.network_timeout, node.dimse_timeout = ASSOCIATE_S, IDLE_S, IDLE_S
         node.add_supported_context(Verification)
         for kind in _IMAGES:
             node.add_supported_context(kind, _SYNTAXES)
@@ -200,14 +231,23 @@ class Listener:
     def _receive(self, event: evt.Event) -> int:
         """A radiograph has come: on disk first, acknowledged then."""
         try:
+            request: Any = event.request
+            uid = str(request.AffectedSOPInstanceUID)
+            if not is_uid(uid):  # it becomes a file's name
+                _tell("a radiograph whose SOP Instance UID is malformed was refused")
+                return _CANNOT_STORE
+            self.spool.make()
             if shutil.disk_usage(self.spool.folder).free < _RESERVE_BYTES:
                 _tell("no space left in the spool: a radiograph was refused")
                 return _NO_SPACE
-            request: Any = event.request
-            uid = str(request.AffectedSOPInstanceUID)
-            if not _UID.fullmatch(uid):  # it becomes a file's name
+            if self.spool.is_full(self.settings.max_waiting):
+                _tell(f"{self.settings.max_waiting:,} radiographs wait already: one more was refused")
+                return _NO_SPACE
+            content = event.encoded_dataset()
+            if len(content) > MAX_OBJECT_BYTES:
+                _tell(f"a radiograph of more than {MAX_OBJECT_BYTES:,} bytes was refused")
                 return _CANNOT_STORE
-            self.spool.put(self.spool.incoming, f"{uid}.dcm", event.encoded_dataset())
+            self.spool.put(self.spool.incoming, f"{uid}.dcm", content)
         except OSError as error:
             _tell(f"a radiograph could not be kept ({error.strerror}) and was refused")
             return _NO_SPACE
@@ -230,10 +270,16 @@ class Listener:
     def _draft_all(self) -> None:
         self._arrived.wait(self._held)
         self._arrived.clear()
+        trouble: OSError | None = None
         for path, lateral in self._studies(self.spool.waiting(self.spool.incoming)):
             if self._stop.is_set():
                 return
-            self._draft(path, lateral)
+            try:
+                self._draft(path, lateral)
+            except OSError as error:  # the machine's, such as a full disk: the others are tried, too
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def _studies(self, waiting: list[Path]) -> list[tuple[Path, Path | None]]:
         """What is to be drafted now: a radiograph, and the lateral one of its study beside it."""
@@ -250,7 +296,10 @@ class Listener:
             other = next(
                 (p for p, place in places.items() if study and view and place == wanted and p not in used), None
             )
-            left = self._pair_wait - (time() - path.stat().st_mtime)
+            try:
+                left = self._pair_wait - (time() - path.stat().st_mtime)
+            except OSError:  # it was taken away
+                continue
             if other is not None:
                 found.append((path, other) if view == "frontal" else (other, path))
                 used |= {path, other}
@@ -262,6 +311,10 @@ class Listener:
 
     def _draft(self, path: Path, lateral: Path | None = None) -> None:
         start = monotonic()
+        if self.spool.count_attempt(path) >= MAX_ATTEMPTS:
+            self.spool.fail(path, f"no draft: given up after {MAX_ATTEMPTS} attempts that ended the process")
+            _tell("no draft: given up after several attempts that ended the process")
+            return
         try:
             try:
                 report = self.generator.generate(path, lateral=lateral)
@@ -271,18 +324,21 @@ class Listener:
                 report, lateral = self.generator.generate(path), None  # the lateral one is tried by itself, later
             document = to_sr(report, read_header(path), same_again=True)
         except Exception as error:  # this image's trouble must not hold up the others
+            if not path.exists():  # somebody took it away
+                self.spool.forget_attempts(path)
+                return
             if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+                self.spool.forget_attempts(path)
                 raise  # the machine's trouble: the image stays and is tried again
             # The text of other exceptions may hold header values: only their kind is told.
             reason = str(error) if isinstance(error, CbedgeError) else f"no draft: {type(error).__name__}"
-            self.spool.put(self.spool.failed, f"{path.stem}.txt", f"{reason}\n".encode())
-            path.rename(self.spool.failed / path.name)
+            self.spool.fail(path, reason)
             _tell(f"no draft: {type(error).__name__}")
             return
         self.spool.put(self.spool.outgoing, path.name, document)
-        path.unlink()
-        if lateral is not None:
-            lateral.unlink()
+        for done in filter(None, (path, lateral)):
+            done.unlink(missing_ok=True)
+            self.spool.forget_attempts(done)
         _tell(f"drafted in {monotonic() - start:.2f} s")
         self._ready.set()
 
@@ -299,53 +355,75 @@ class Listener:
             if self._send(waiting):
                 pause = self.settings.first_retry_s
                 continue
-            _tell(f"{len(waiting)} drafts wait for the PACS: trying again in {pause:.0f} s")
+            why = f" ({self._refusal})" if self._refusal else ""
+            _tell(f"{len(waiting)} drafts wait for the PACS{why}: trying again in {pause:.0f} s")
             self._stop.wait(pause)
             pause = min(2 * pause, self.settings.last_retry_s)
 
     def _send(self, paths: list[Path]) -> bool:
-        """Deliver as many as the PACS takes; whether it took any."""
+        """Deliver as many as the PACS takes; whether any was dealt with."""
         import pydicom
 
         peer = self.settings.peer
         assert peer is not None
+        self._refusal = ""
         node = AE(self.settings.aet)
         node.acse_timeout = node.dimse_timeout = node.network_timeout = node.connection_timeout = 30
         node.add_requested_context(EnhancedSRStorage)
         association = node.associate(peer.host, peer.port, ae_title=peer.aet)
         if not association.is_established:
+            self._refusal = _why_not(association, peer)
             return False
-        taken = 0
+        dealt_with = 0
         try:
             for path in paths:
-                status = association.send_c_store(pydicom.dcmread(path)).get("Status")
+                try:
+                    dataset = pydicom.dcmread(path)
+                except Exception as error:  # damaged on disk, or taken away
+                    self.spool.fail(path, f"the draft cannot be read: {type(error).__name__}", f"sr-{path.name}")
+                    _tell("a draft in the spool cannot be read and was put aside")
+                    dealt_with += 1
+                    continue
+                status = association.send_c_store(dataset).get("Status")
                 if status in _TAKEN:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 elif status is None or 0xA700 <= status <= 0xA7FF:  # gone, or out of resources: later, then
+                    code = "" if status is None else f" with status {status:#06x}"
+                    self._refusal = f"{peer.aet} is out of resources{code}" if code else f"{peer.aet} hung up"
                     break
                 else:
-                    self.spool.put(
-                        self.spool.failed, f"{path.stem}.txt", f"the PACS refused it: {status:#06x}\n".encode()
-                    )
-                    path.rename(self.spool.failed / f"sr-{path.name}")
+                    self.spool.fail(path, f"the PACS refused it: {status:#06x}", f"sr-{path.name}")
                     _tell(f"the PACS refused a draft with status {status:#06x}")
-                taken += 1
+                dealt_with += 1
         finally:
             association.release()
-        if taken:
-            _tell(f"{taken} drafts dealt with by the PACS")
-        return taken > 0
+        if dealt_with:
+            _tell(f"{dealt_with} drafts dealt with by the PACS")
+        return dealt_with > 0
+
+
+def _why_not(association: Any, peer: Peer) -> str:
+    """Why a peer did not associate, in words."""
+    if association.is_rejected:
+        answer = association.acceptor.primitive
+        reason = getattr(answer, "reason_str", "") or "no reason given"
+        return f"{peer.aet} rejected the association: {reason.lower()}"
+    if association.rejected_contexts:
+        return f"{peer.aet} does not take Enhanced SR documents (SOP class {EnhancedSRStorage})"
+    if association.is_aborted and association.acceptor.primitive is not None:
+        return f"{peer.aet} aborted the association"
+    return f"nobody answers at {peer.host}:{peer.port}"
 
 
 def _study_and_view(path: Path) -> tuple[str | None, str | None]:
     """What a radiograph's header says of both; nothing where it cannot be read, which drafting it will tell."""
     try:
         header = read_header(path)
-    except CbedgeError:
-        header = None
-    if header is None:
+        if header is None:
+            return None, None
+        return str(header.get("StudyInstanceUID") or "") or None, header_view(header)
+    except Exception:  # whatever a damaged header raises
         return None, None
-    return str(header.get("StudyInstanceUID") or "") or None, header_view(header)
 
 
 def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:
@@ -356,6 +434,7 @@ def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:
     _log.setLevel(logging.INFO)
     _log.propagate = False
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # it logs what it is sent
+    silence_pydicom()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -1,9 +1,11 @@
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pydicom
@@ -14,6 +16,7 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, EnhancedSRStorage, Verification
 
 from cbedge import ContextError
+from cbedge.dicom_header import is_uid
 from cbedge.listen import Peer
 
 needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
@@ -115,7 +118,7 @@ def test_two_views_of_a_study_make_one_draft_and_the_rest_one_each(listen: Calla
     views = ("LL", "PA", "PA", None)
     studies = ("1.2.3", "1.2.3", "1.2.4", "1.2.3")  # a pair, a frontal one alone, and one of an unknown view
     for dataset, view, study in zip(sent, views, studies, strict=True):
-        dataset.ViewPosition, dataset.StudyInstanceUID = view, study
+        dataset.ViewPosition, dataset.StudyInstanceUID, dataset.PatientOrientation = view, study, None
         dataset.PixelData = dataset.PixelData[1:] + dataset.PixelData[:1] if view == "LL" else dataset.PixelData
         assert send(port, dataset) == 0
     wait_for(lambda: len(pacs.taken) == 3)
@@ -164,15 +167,109 @@ def test_an_image_that_raises_an_unforeseen_error_fails_alone_and_the_next_one_i
     away = free_port()
     port, _ = listen(away)
     odd, good = another(film), another(film)
-    odd.PatientBirthDate = "1940"
+    odd.StudyInstanceUID = "abc"
     assert send(port, odd) == 0x0000
     assert send(port, good) == 0x0000
     spool = tmp_path / "spool"
     wait_for(lambda: (spool / "outgoing" / f"{good.SOPInstanceUID}.dcm").exists())
     assert (spool / "failed" / f"{odd.SOPInstanceUID}.dcm").exists()
     reason = (spool / "failed" / f"{odd.SOPInstanceUID}.txt").read_text()
-    assert reason.startswith("no draft: ") and "1940" not in reason
-    assert not list((spool / "incoming").iterdir())
+    assert "StudyInstanceUID" in reason and "abc" not in reason
+    wait_for(lambda: not list((spool / "incoming").iterdir()))
+
+
+def test_an_odd_header_gives_a_draft_without_what_is_odd(listen: Callable, film: Path):
+    pacs_port = free_port()
+    pacs = Pacs(pacs_port)
+    port, _ = listen(pacs_port)
+    odd = another(film)
+    odd.PatientBirthDate, odd.PatientSex, odd.StudyTime = "1940", "U", "12:30:11"
+    assert send(port, odd) == 0
+    wait_for(lambda: pacs.taken)
+    document = pacs.taken[0]
+    assert document.PatientID == odd.PatientID and not document.PatientBirthDate and not document.PatientSex
+    told = " ".join(str(item.TextValue) for item in document.ContentSequence if "TextValue" in item)
+    assert "PatientBirthDate, PatientSex, StudyTime" in told
+    pacs.server.shutdown()
+
+
+def test_connections_that_say_nothing_keep_no_sender_out(listen: Callable, film: Path, tmp_path: Path):
+    port, _ = listen(free_port())
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(12)]
+    node = AE("MODALITY")
+    node.add_requested_context(Verification)
+    held = [node.associate("127.0.0.1", port, ae_title="CBEDGE") for _ in range(10)]
+    assert all(association.is_established for association in held)
+    assert send(port, another(film)) == 0
+    for connection in silent:
+        connection.close()
+    for association in held:
+        association.abort()
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log and "rror" not in log
+
+
+def test_one_image_sent_by_many_at_once_is_taken_from_each_and_drafted_once(listen: Callable, film: Path):
+    pacs_port = free_port()
+    pacs = Pacs(pacs_port)
+    port, _ = listen(pacs_port)
+    dataset = another(film)
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(lambda _: send(port, dataset), range(24))] == [0] * 24
+    wait_for(lambda: pacs.taken)
+    time.sleep(2)
+    assert len({d.SOPInstanceUID for d in pacs.taken}) == 1
+    pacs.server.shutdown()
+
+
+def test_a_spool_heals(listen: Callable, film: Path, tmp_path: Path):
+    pacs_port = free_port()
+    pacs = Pacs(pacs_port)
+    spool = tmp_path / "spool"
+    for part in ("incoming", "outgoing", "failed"):
+        (spool / part / "folder.dcm").mkdir(parents=True)
+        (spool / part / ".hidden").mkdir()
+    (spool / "incoming" / "1.2.3.dcm").touch()
+    (spool / "incoming" / "notes.txt").write_text("somebody's")
+    (spool / "outgoing" / "1.2.4.dcm").write_text("no draft")
+    (spool / "incoming" / "1.2.5.dcm").write_bytes(film.read_bytes())
+    (spool / "incoming" / "1.2.5.attempts").write_text("3")  # it ended three processes
+    port, _ = listen(pacs_port)
+    assert send(port, another(film)) == 0
+    wait_for(lambda: pacs.taken and {"1.2.3.txt", "1.2.4.txt", "1.2.5.txt"} <= {*names(spool / "failed")})
+    assert "3 attempts" in (spool / "failed" / "1.2.5.txt").read_text()
+    assert names(spool / "incoming") == {"folder.dcm", ".hidden", "notes.txt"}
+    shutil.rmtree(spool)
+    assert send(port, another(film)) == 0
+    wait_for(lambda: len(pacs.taken) == 2)
+    pacs.server.shutdown()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_log_says_why_the_pacs_takes_no_draft(listen: Callable, film: Path, tmp_path: Path):
+    pacs_port = free_port()
+    other = AE("PACS")
+    other.add_supported_context(Verification)
+    server = other.start_server(("127.0.0.1", pacs_port), block=False)
+    port, _ = listen(pacs_port)
+    assert send(port, another(film)) == 0
+    wait_for(lambda: "PACS does not take Enhanced SR documents" in (tmp_path / "log").read_text())
+    server.shutdown()
+    wait_for(lambda: f"nobody answers at 127.0.0.1:{pacs_port}" in (tmp_path / "log").read_text())
+    strict = AE("ELSEWHERE")
+    strict.require_called_aet = True
+    strict.add_supported_context(EnhancedSRStorage)
+    server = strict.start_server(("127.0.0.1", pacs_port), block=False)
+    wait_for(lambda: "rejected the association: called ae title" in (tmp_path / "log").read_text())
+    server.shutdown()
+
+
+@pytest.mark.parametrize("uid", ["..", "1..2", "1.02", "abc", "1." + "2" * 70])
+def test_a_malformed_uid_is_no_file_name(uid: str):
+    assert not is_uid(uid) and is_uid("1.2.840.0")
 
 
 def test_on_a_full_disk_radiographs_are_refused_and_a_read_only_one_is_told(
