@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from cbedge.errors import CbedgeError, OutputError, RadiographError
+from cbedge.files import lock_file, lock_path, open_atomically
 from cbedge.generator import ReportGenerator
+from cbedge.radiograph import printable
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ""})
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
+_DELIMITERS = (",", ";", "\t")
 _MAX_CSV_BYTES = 256 * 2**20
 
 
@@ -43,6 +49,37 @@ class Item:
     view: str | None = None
     lateral: Path | None = None
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether a draft that was written of this item is still of the same inputs."""
+        row = [str(self.image), self.indication, self.comparison, self.view, str(self.lateral or "")]
+        content = json.dumps(row).encode("utf-8", "surrogateescape")
+        files = [_state(path) for path in (self.image, self.lateral) if path is not None]
+        return {"row": hashlib.sha256(content).hexdigest()[:16], "files": files}
+
+
+def _state(path: Path) -> list[int] | None:
+    """Size and time of the last change of a file; ``None`` where it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder, pattern or table names.
+
+    Attributes:
+        items: the radiographs.
+        skipped: files of a folder that are none: neither by suffix nor, for DICOM, by content.
+        unreadable: folders that could not be read.
+    """
+
+    items: list[Item]
+    skipped: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
 
 @dataclass
 class Tally:
@@ -55,30 +92,61 @@ class Tally:
 
 
 def find_items(studies: str) -> list[Item]:
+    """The radiographs of :func:`find_studies`."""
+    return find_studies(studies).items
+
+
+def find_studies(studies: str) -> Found:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
-    A table is a ``.csv`` with a column ``image`` (paths relative to the table's folder) and, where known, ``id``,
-    ``indication``, ``comparison``, ``view`` and ``lateral`` (a path too).
+    Of a folder's files those with a suffix of an image are taken, and every DICOM file whatever its name. A table is a
+    ``.csv`` (also with semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and, where
+    known, ``id``, ``indication``, ``comparison``, ``view`` and ``lateral`` (a path too).
 
     Raises:
         RadiographError: nothing is found, two items share a name, or a table cannot be read.
     """
     path = Path(studies)
-    if path.is_dir():
-        items = [Item(str(f.relative_to(path)), f) for f in sorted(path.rglob("*")) if _may_be_image(f)]
-    elif path.suffix.lower() == ".csv":
-        items = _read_table(path)
-    else:
-        names = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(studies, recursive=True))]
-        items = [Item(str(name), name) for name in names if name.is_file()]
-    if not items:
-        raise RadiographError(f"no radiograph at {studies!r}: give a folder, a pattern, a file or a .csv table")
+    try:
+        if path.is_dir():
+            found = _read_folder(path)
+        elif path.suffix.lower() in (".csv", ".tsv"):
+            found = Found(_read_table(path))
+        else:
+            names = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(studies, recursive=True))]
+            found = Found([Item(str(name), name) for name in names if name.is_file()])
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise RadiographError(f"cannot read {printable(path.name)} ({reason}): check the path") from None
+    if not found.items:
+        skipped = f" ({len(found.skipped)} other files)" if found.skipped else ""
+        raise RadiographError(
+            f"no radiograph at {printable(studies)}{skipped}: give a folder, a pattern, a file or a .csv table"
+        )
     seen: set[str] = set()
-    for item in items:
+    for item in found.items:
         if item.id in seen:
-            raise RadiographError(f"{studies} names {item.id!r} twice: give every radiograph an id of its own")
+            raise RadiographError(
+                f"{printable(path.name)} names {printable(item.id)} twice: give every radiograph an id of its own"
+            )
         seen.add(item.id)
-    return items
+    return found
+
+
+def _read_folder(folder: Path) -> Found:
+    found = Found([])
+    for place, folders, names in os.walk(folder, onerror=lambda error: found.unreadable.append(str(error.filename))):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.startswith("."):
+                continue
+            if _may_be_image(path):
+                found.items.append(Item(str(path.relative_to(folder)), path))
+            else:
+                found.skipped.append(str(path.relative_to(folder)))
+    found.items.sort(key=lambda item: item.id)
+    return found
 
 
 # Drafts items, in any order: each with the values of its line.
@@ -159,40 +227,54 @@ def run_batch(
         OutputError: ``out`` is something else, was begun with another model, or cannot be written.
     """
     try:
-        done = _open_lines(out, model, retry_failed)
-        tally = Tally(0, 0, [])
-        with open(out, "ab") as file:
-            _lock(file, out)
-            for item in items:
-                if item.id in done:
-                    tally.skipped += 1
-                    if (error := done[item.id]) is not None:
-                        tally.failed.append((item.id, error))
-                    progress(tally)
-            for item, line in engine(item for item in items if item.id not in done):
-                if line["status"] == "ok":
-                    tally.written += 1
-                else:
-                    tally.failed.append((item.id, line["error"]))
-                _append(file, {"id": item.id, "batch_model": model, **line})
-                progress(tally)
+        _check_place(out)
+        lock = lock_file(
+            lock_path(out), f"another cbedge batch is writing {out.name}: wait for it, or give another --out"
+        )
+        try:
+            return _run_locked(items, out, model, engine, retry_failed, progress)
+        finally:
+            lock.release()
     except OSError as error:
         raise OutputError(
             f"cannot write {out.name}: {error.strerror}; what was written is kept, run it again to go on"
         ) from None
+
+
+def _run_locked(
+    items: Sequence[Item], out: Path, model: str, engine: Engine, retry_failed: bool, progress: Callable[[Tally], None]
+) -> Tally:
+    prints = {item.id: item.fingerprint() for item in items}
+    done = _open_lines(out, model, retry_failed, prints)
+    tally = Tally(0, 0, [])
+    for item in items:
+        if item.id in done:
+            tally.skipped += 1
+            if (error := done[item.id]) is not None:
+                tally.failed.append((item.id, error))
+            progress(tally)
+    with open(out, "ab") as file:
+        for item, line in engine(item for item in items if item.id not in done):
+            if line["status"] == "ok":
+                tally.written += 1
+            else:
+                tally.failed.append((item.id, line["error"]))
+            _append(file, {"id": item.id, "batch_model": model, "batch_input": prints[item.id], **line})
+            progress(tally)
     return tally
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a batch's output; one that a killed run left unfinished is passed over.
+    """The lines of a batch's output; blank ones, and what a killed run left of the last, are passed over.
 
     Raises:
         OutputError: the file holds something else.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
+            line = line.strip(b"\0 \t\r\n") if line.endswith(b"\n") else b""
+            if not line:
+                continue
             try:
                 values = json.loads(line)
                 _ = values["id"], values["batch_model"], values["status"]
@@ -219,14 +301,11 @@ def write_parquet(lines: Path, target: Path) -> None:
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, target)
+        with open_atomically(target) as file:
+            pyarrow.parquet.write_table(table, file)
     except OSError as error:
         raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _draft_some(
@@ -241,7 +320,7 @@ def _draft_some(
         drafts = generator.generate_many(requests)
     except MemoryError:
         if len(items) == 1:
-            name = items[0].image.name
+            name = printable(items[0].image.name)
             return [{"status": "failed", "error": f"{name} needs more memory than there is: scale it down"}]
         return [_draft_some([item], generator, max_new_tokens, accept_any_image)[0] for item in items]
     return [
@@ -251,90 +330,123 @@ def _draft_some(
     ]  # fmt: skip
 
 
-def _open_lines(out: Path, model: str, retry_failed: bool) -> dict[str, str | None]:
-    """Ids that need no draft any more, each with why it failed, or ``None``; the file then ends with a whole line."""
-    if not out.exists():
-        if not out.parent.is_dir():
-            raise OutputError(f"no such folder: {out.parent}; make it, or give another --out")
-        return {}
+def _check_place(out: Path) -> None:
     if out.is_dir():
         raise OutputError(f"{out} is a folder; give a file such as reports.jsonl")
+    if not out.parent.is_dir():
+        raise OutputError(f"no such folder: {out.parent}; make it, or give another --out")
+    if out.exists() and not out.is_file():
+        raise OutputError(f"{out} is not a regular file, which a batch can be resumed from: give another --out")
+
+
+def _open_lines(out: Path, model: str, retry_failed: bool, prints: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """Ids that need no draft any more, each with why it failed, or ``None``; the file then holds just these lines."""
+    if not out.exists():
+        return {}
     lines = list(read_lines(out))
     other = next((line["batch_model"] for line in lines if line["batch_model"] != model), None)
     if other is not None:
         raise OutputError(f"{out.name} was begun with {other}, this is {model}: give that model, or another --out")
-    kept = [line for line in lines if line["status"] == "ok" or not retry_failed]
-    if len(kept) < len(lines):
-        partial = out.with_name(f".{out.name}.partial")
-        with open(partial, "wb") as file:
-            for line in kept:
-                _append(file, line)
-        os.replace(partial, out)
-    else:
-        _cut_unfinished(out)
-    return {line["id"]: line.get("error") if line["status"] == "failed" else None for line in kept}
+    kept = {
+        line["id"]: line for line in lines
+        if (line["status"] == "ok" or not retry_failed) and _is_current(line, prints.get(line["id"]))
+    }  # fmt: skip
+    if sum(map(_size_of, kept.values())) != out.stat().st_size:
+        with open_atomically(out) as file:
+            for line in kept.values():
+                file.write(_encoded(line))
+    return {name: line.get("error") if line["status"] == "failed" else None for name, line in kept.items()}
 
 
-def _cut_unfinished(out: Path) -> None:
-    with open(out, "rb+") as file:
-        content_end = file.seek(0, os.SEEK_END)
-        position = content_end
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            at = file.read(position - start).rfind(b"\n")
-            if at >= 0:
-                file.truncate(start + at + 1)
-                return
-            position = start
-        file.truncate(0)
+def _is_current(line: dict[str, Any], now: dict[str, Any] | None) -> bool:
+    """Whether a line was written of the inputs that the item has now; lines of older versions do not say."""
+    before = line.get("batch_input")
+    return now is None or before is None or before == now
+
+
+def _size_of(line: dict[str, Any]) -> int:
+    return len(_encoded(line))
+
+
+def _encoded(values: dict[str, Any]) -> bytes:
+    # A file name that is no UTF-8 holds lone surrogates: as escapes they are JSON, and the same name again when read.
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _append(file: IO[bytes], values: dict[str, Any]) -> None:
-    file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+    file.write(_encoded(values))
     file.flush()
     os.fsync(file.fileno())
 
 
-def _lock(file: IO[bytes], out: Path) -> None:
-    """Two runs on one file would draft everything twice."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there a file that is open elsewhere can be written too; the user is trusted
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(f"another cbedge batch is writing {out.name}: wait for it, or give another --out") from None
-
-
 def _may_be_image(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in _SUFFIXES and not path.name.startswith((".", "DICOMDIR"))
+    if path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    if path.suffix.lower() in _SUFFIXES:
+        return True
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def _decode_table(data: bytes, name: str) -> str:
+    marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV in UTF-8") from None
+
+
+def _header(text: str, name: str) -> tuple[str, list[str]]:
+    """The delimiter and the column names, in lower case."""
+    first = text.partition("\n")[0].strip("\r\ufeff")
+    for delimiter in _DELIMITERS:
+        columns = [" ".join(cell.split()).casefold() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+        if "image" in columns:
+            break
+    else:
+        raise RadiographError(f"{name} has no column image; its columns may be: {', '.join(COLUMNS)}")
+    unknown = [column for column in columns if column not in COLUMNS]
+    if unknown:
+        shown = ", ".join(repr(column[:30]) for column in unknown[:5])
+        raise RadiographError(f"{name} has unknown columns ({shown}); its columns may be: {', '.join(COLUMNS)}")
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice:
+        raise RadiographError(f"{name} has the column {twice} twice: keep one")
+    return delimiter, columns
 
 
 def _read_table(path: Path) -> list[Item]:
+    name = printable(path.name)
     try:
         if path.stat().st_size > _MAX_CSV_BYTES:
-            raise RadiographError(f"{path.name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            rows = list(reader)
+            raise RadiographError(f"{name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
+        text = _decode_table(path.read_bytes(), name)
+        delimiter, columns = _header(text, name)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        next(reader)
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError:
-        raise RadiographError(f"no such file: {path.name}; check the path") from None
+        raise RadiographError(f"no such file: {name}; check the path") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise RadiographError(f"{path.name} cannot be read as a table ({error}): save it as CSV in UTF-8") from None
-    if "image" not in columns:
-        raise RadiographError(f"{path.name} has no column image; its columns may be: {', '.join(COLUMNS)}")
+        raise RadiographError(f"{name} cannot be read as a table ({error}): save it as CSV in UTF-8") from None
     items = []
-    for number, row in enumerate(rows, 2):
-        image = (row.get("image") or "").strip()
+    for number, row in rows:
+        if len(row) != len(columns):
+            raise RadiographError(
+                f"{name}, line {number}, has {len(row)} cells for {len(columns)} columns: put text with a "
+                f"{'tab' if delimiter == chr(9) else delimiter} in quotes"
+            )
+        cells = {column: cell.strip() for column, cell in zip(columns, row, strict=True)}
+        image, lateral = cells["image"], cells.get("lateral")
         if not image:
-            raise RadiographError(f"{path.name}, line {number}, names no image: fill it in, or take the line out")
-        told = {name: (row.get(name) or "").strip() or None for name in ("indication", "comparison", "view")}
-        lateral = (row.get("lateral") or "").strip()
+            raise RadiographError(f"{name}, line {number}, names no image: fill it in, or take the line out")
+        if "\0" in image or "\0" in (lateral or ""):
+            raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
+        told = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
         items.append(
-            Item((row.get("id") or "").strip() or image, path.parent / image, **told,
+            Item(cells.get("id") or image, path.parent / image, **told,
                  lateral=path.parent / lateral if lateral else None)
         )  # fmt: skip
     return items

@@ -1,8 +1,12 @@
 """The command line: parse, call, print."""
 
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -100,8 +104,13 @@ def generate(
         raise OutputError(f"--json and --format {form} exclude each other: give one of them")
     if form == "sr" and output is None and sys.stdout.isatty():
         raise OutputError("a DICOM SR is no text: give --output FILE, or pipe it on")
+    sources = [path for path in (image, lateral, template) if path is not None]
     for target in filter(None, (output, heatmap)):
-        _check_output(target, force)
+        _check_output(target, force, sources)
+    if output is not None and output == heatmap:
+        raise OutputError("--output and --heatmap name one file: give two")
+    if output is None and sys.__stdout__ is None:
+        raise OutputError("standard output is closed: give --output FILE")
     # Loading the radiograph first: a wrong path is told before the model is loaded.
     from cbedge.decoding import Decoding
     from cbedge.prompt import ClinicalContext
@@ -136,7 +145,7 @@ def generate(
     if heatmap is not None:
         from cbedge.heatmap import CAVEAT, overlay, png
 
-        _write(heatmap, png(overlay(radiograph, stream.attention)), force)
+        _write(heatmap, png(overlay(radiograph, stream.attention)), force, sources)
     if live:
         for note in report.notes():
             typer.echo(f"\n\n[{note}]", nl=False)
@@ -144,9 +153,9 @@ def generate(
     else:
         content = render(report, form, image)
         if output is not None:
-            _write(output, content, force)
+            _write(output, content, force, sources)
         else:
-            sys.stdout.buffer.write(content)
+            _print(content)
     if heatmap is not None:
         typer.echo(f"heat map: {heatmap}. {CAVEAT}", err=True)
     if not report.complete:
@@ -242,10 +251,19 @@ def batch_command(
 
     from cbedge import batch
     from cbedge.errors import RadiographError
+    from cbedge.radiograph import printable
 
     if parquet is not None:
-        _check_output(parquet, force)
-    items = [replace(item, image=item.image.absolute()) for item in batch.find_items(studies)]
+        _check_output(parquet, force, (out,))
+    found = batch.find_studies(studies)
+    items = [replace(item, image=item.image.absolute()) for item in found.items]
+    for kind, names in (("files that are no radiographs were skipped", found.skipped),
+                        ("folders could not be read", found.unreadable)):  # fmt: skip
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            typer.echo(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}", err=True)
+    inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
+    _check_not_input(out, [*inputs, Path(studies)])
     from cbedge.backends import choose_variant
     from cbedge.bundle import open_bundle
     from cbedge.generator import ReportGenerator, check_template
@@ -280,7 +298,7 @@ def batch_command(
     typer.echo(f"{tally.written} drafts written to {out}{skipped}", err=True)
     if tally.failed:
         for name, message in tally.failed:
-            typer.echo(f"failed: {name}: {message}", err=True)
+            typer.echo(f"failed: {printable(name)}: {message}", err=True)
         raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
 
 
@@ -430,20 +448,78 @@ def model_command(
     typer.echo("The whole card: cbedge model --card")
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C; no :class:`KeyboardInterrupt`, of which the command-line library makes a message of its own."""
+
+
 def main() -> NoReturn:
     """Run the command line; an expected failure is one line on standard error and its exit code."""
+    _prepare_streams()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        sys.exit(_run())
+    except BrokenPipeError:  # the reader went away, as with `| head`
+        _discard_output()
+        sys.exit(141)
+
+
+def _run() -> int:
+    try:
+        try:
+            app()
+        except SystemExit as end:
+            sys.stdout.flush()
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.stdout.flush()
+        return 0
     except CbedgeError as error:
         typer.echo(f"cbedge: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader went away, as with `| head`
-        sys.stderr.close()
-        sys.exit(141)
+        return error.exit_code
+    except BrokenPipeError:
+        raise
     except MemoryError:
         typer.echo("cbedge: not enough memory for this radiograph and model: close programs or scale it down", err=True)
-        sys.exit(1)
-    sys.exit(0)
+        return 1
+    except _Interrupted:
+        typer.echo("cbedge: interrupted", err=True)
+        return 130
+    except OSError as error:
+        if sys.stdout.closed or _can_flush():
+            raise
+        _discard_output()
+        typer.echo(f"cbedge: cannot write to standard output: {error.strerror}; give --output FILE", err=True)
+        return OutputError.exit_code
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _discard_output() -> None:
+    """Let Python not try again, at its end, to write what cannot be written."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):
+        os.dup2(sink, sys.stdout.fileno())
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise _Interrupted
+
+
+def _prepare_streams() -> None:
+    """Let no character, and no closed stream, end a command with a traceback."""
+    if sys.stdout is None:  # closed, as with `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -460,12 +536,17 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        if not path.is_file() and path.exists():
+            raise ContextError(f"{path} is not a regular file; pass a text file with a normal report")
+        with open(path, encoding="utf-8-sig") as file:
             return file.read(1 << 20)
     except FileNotFoundError:
-        raise ContextError(f"no such file: {path}; give a text file with a normal report") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContextError(f"{path} is no text in UTF-8 ({type(error).__name__}): give a normal report") from None
+        raise ContextError(f"no such file: {path}; pass a text file with a normal report") from None
+    except UnicodeDecodeError:
+        raise ContextError(f"{path} is not valid UTF-8; pass a text file with a normal report") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ContextError(f"cannot read {str(path)[:100]} ({reason}): pass a text file with a normal report") from None
 
 
 def _keeping(generator: "ReportGenerator", template: Path | None) -> "ReportGenerator":
@@ -474,38 +555,34 @@ def _keeping(generator: "ReportGenerator", template: Path | None) -> "ReportGene
     return generator
 
 
-def _check_output(output: Path, force: bool) -> None:
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; give a file")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already: give --force to replace it, or another name")
-    if not output.parent.is_dir():
-        raise OutputError(f"no such folder: {output.parent}; make it, or give another path")
-
-
-def _write(output: Path, content: bytes, force: bool) -> None:
-    import os
-    import tempfile
-
+def _print(content: bytes) -> None:
     try:
-        handle, partial = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-        try:
-            with open(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if force:
-                os.replace(partial, output)
-            else:
-                os.link(partial, output)  # fails where the file has come to be meanwhile
-                os.unlink(partial)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except FileExistsError:
-        raise OutputError(f"{output} exists already: give --force to replace it, or another name") from None
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror}") from None
+        _discard_output()
+        raise OutputError(f"cannot write to standard output: {error.strerror}; give --output FILE") from None
+
+
+def _check_output(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    from cbedge.files import check_output
+
+    check_output(output, force, inputs)
+
+
+def _check_not_input(output: Path, inputs: Sequence[Path]) -> None:
+    from cbedge.files import is_same_file
+
+    if any(is_same_file(output, path) for path in inputs):
+        raise OutputError(f"{output} is one of the inputs, which are never replaced: give another path")
+
+
+def _write(output: Path, content: bytes, force: bool, inputs: Sequence[Path] = ()) -> None:
+    from cbedge.files import write_output
+
+    write_output(output, content, force, inputs)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-import tempfile
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from cbedge.errors import OutputError
 
+_MAX_NAME_BYTES = 255
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
+_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+
+
+@contextmanager
+def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
+    """A new file to write to, which appears at ``path`` whole and synced to disk when the block ends without an error.
+
+    A new file's permissions follow the umask. A file that is replaced keeps its permissions.
+
+    Args:
+        path: the file; its folder must exist.
+        replace: whether a file that exists may be replaced.
+
+    Raises:
+        FileExistsError: the file exists and ``replace`` is false.
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            with suppress(OSError):  # a new file, or a file system without permissions
+                os.chmod(partial, path.stat().st_mode & 0o777)
+            os.replace(partial, path)
+        else:
+            _rename_new(partial, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):  # such as a disk that became read-only; the first error is the one to tell
+            partial.unlink(missing_ok=True)
+
 
 def write_atomically(path: Path, content: bytes, replace: bool = True) -> None:
-    """Write a file that appears whole and synced to disk, or not at all.
+    """Write a file that appears whole and synced to disk, or not at all; see :func:`open_atomically`.
 
     Args:
         path: the file; its folder must exist.
@@ -23,19 +66,85 @@ def write_atomically(path: Path, content: bytes, replace: bool = True) -> None:
         FileExistsError: the file exists and ``replace`` is false.
         OSError: it cannot be written.
     """
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
+    with open_atomically(path, replace) as file:
+        file.write(content)
+
+
+def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular: bool = False) -> None:
+    """Check before the work starts that :func:`write_output` can write there, and that it is not one of the inputs.
+
+    Args:
+        path: where the output is to be written.
+        replace: whether a file that exists may be replaced.
+        inputs: files that are read. No output may replace one of them, under whatever name or link.
+        regular: whether only a regular file will do, because it is read again.
+
+    Raises:
+        OutputError: the output cannot be written there.
+    """
+    number = None if regular else _descriptor(path)
     try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            os.replace(partial, path)
+        state = path.stat() if number is None else os.fstat(number)
+    except FileNotFoundError:
+        folder = _target(path).parent
+        if len(os.fsencode(_target(path).name)) > _MAX_NAME_BYTES:
+            raise OutputError(f"the file name {path.name[:40]}… is too long: give a shorter one") from None
+        if not folder.is_dir():
+            raise OutputError(f"no such folder: {folder}; make it, or give another path") from None
+        return
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {_short(path)}: {_reason(error)}; give another path") from None
+    kind = state.st_mode
+    if stat.S_ISDIR(kind):
+        raise OutputError(f"{path} is a folder; give a file")
+    if any(is_same_file(path, source) for source in inputs):
+        raise OutputError(f"{path} is one of the inputs, which are never replaced: give another path")
+    if number is not None:
+        return
+    if not stat.S_ISREG(kind):
+        if regular or not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
+            raise OutputError(f"{path} is not a regular file; give another path")
+        return
+    if not replace:
+        raise OutputError(f"{path} exists already: give --force to replace it, or another name")
+
+
+def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Path] = ()) -> None:
+    """Write an output that a user named. Pipes, terminals and other character devices are written to as they are; the
+    file behind a symbolic link is replaced and the link is kept.
+
+    Args:
+        path: where; see :func:`check_output`.
+        content: its bytes.
+        replace: whether a file that exists may be replaced.
+        inputs: files that are never replaced.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    check_output(path, replace, inputs)
+    try:
+        number = _descriptor(path)
+        if number is not None:
+            with open(os.dup(number), "wb") as stream:
+                stream.write(content)
+        elif path.exists() and not path.is_file():
+            with open(path, "wb") as stream:
+                stream.write(content)
         else:
-            _rename_new(partial, path)
-        sync_folder(path.parent)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+            write_atomically(_target(path), content, replace)
+    except FileExistsError:
+        raise OutputError(f"{path} exists already: give --force to replace it, or another name") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {_short(path)}: {_reason(error)}; give another path") from None
+
+
+def is_same_file(first: Path, second: Path) -> bool:
+    """Whether two paths name one file: by another spelling, a symbolic link or a hard link."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,29 +164,62 @@ def sync_folder(folder: Path) -> None:
 def lock_file(path: Path, busy: str) -> FileLock:
     """Take the lock of a file or folder for as long as the returned lock lives or until its ``release()``.
 
+    The lock ends with the process, however that ends: a lock file that was left behind locks nothing.
+
     Args:
         path: the lock file, made where it does not exist.
         busy: what to say where another process has the lock.
 
     Raises:
         OutputError: another process has the lock.
-        OSError: the lock file cannot be made.
+        OSError: the lock file cannot be made, or the file system cannot lock.
     """
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise OutputError(busy) from None
+    except NotImplementedError:
+        raise OSError(errno.ENOTSUP, "this file system cannot lock files") from None
     return lock
 
 
-def _rename_new(partial: str, path: Path) -> None:
+def lock_path(path: Path) -> Path:
+    """The lock file that belongs to a file: beside it, under a hidden name."""
+    name = f".{path.name}.lock"
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.lock"
+    return path.with_name(name)
+
+
+def _rename_new(partial: Path, path: Path) -> None:
     """Rename, but never over a file that appeared meanwhile."""
     try:
         os.link(partial, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: a small window remains
+    except (AttributeError, OSError):  # no hard links here: a small window remains
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(partial, path)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file that a path such as ``/dev/stdout`` or ``/dev/fd/3`` names."""
+    name = os.path.normpath(path)
+    match = _DESCRIPTOR.fullmatch(name)
+    return int(match[1]) if match else _STREAMS.get(name)
+
+
+def _target(path: Path) -> Path:
+    """The file behind symbolic links; it need not exist."""
+    return Path(os.path.realpath(path))
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:40]}…"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbedge import CbedgeError, RadiographError, batch
+from cbedge.files import lock_file, lock_path
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Pat
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("file,id\nx,1\n", "no column image"), ("image\n\n,\n", "names no image"), ("image,id\na,1\nb,1\n", "twice"),
-     ("image\n", "no radiograph"), ("image\n\x00\n", "no such file|cannot be read|failed")],
+    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "names no image"), ("image,id\n\n,\n", "no radiograph"), ("image,id\na,1\nb,1\n", "twice"),
+     ("image\n", "no radiograph"), ("image\n\x00\n", "NUL character")],
 )  # fmt: skip
 def test_a_table_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path):
     table = tmp_path / "t.csv"
@@ -157,6 +159,96 @@ def test_on_a_full_disk_it_says_so_and_goes_on_once_there_is_room(tiny_bundle: P
 def test_a_read_only_disk_is_told_in_one_line(tiny_bundle: Path, films: Path, mounted: Callable):
     done = run_batch(tiny_bundle, films, mounted("ro") / "reports.jsonl")
     assert done.returncode == 7 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+
+
+def write_table(path: Path, text: str, encoding: str = "utf-8") -> str:
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Image, Indication ,VIEW\n1.png,cough,PA\n", "utf-8"),
+        ("image;indication;view\n1.png;cough;PA\n", "utf-8-sig"),
+        ("image\tindication\tview\r\n1.png\tcough\tPA\r\n\r\n", "utf-16"),
+    ],
+)  # fmt: skip
+def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_path: Path):
+    (item,) = batch.find_items(write_table(tmp_path / "t.csv", text, encoding))
+    assert (item.image.name, item.indication, item.view) == ("1.png", "cough", "PA")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("image,history\n1.png,cough\n", "unknown columns ('history'); its columns may be: image, id"),
+        ("image,view,View\n1.png,PA,PA\n", "column view twice"),
+        ("image,indication\n1.png,a,b\n", "line 2, has 3 cells"),
+        ("image,indication\n1.png\n", "line 2, has 1 cells"), ("file\n1.png\n", "no column image"),
+    ],
+)  # fmt: skip
+def test_a_table_that_would_be_misread_is_refused_by_name(text: str, told: str, tmp_path: Path):
+    with pytest.raises(RadiographError, match=re.escape(told)):
+        batch.find_items(write_table(tmp_path / "t.csv", text))
+
+
+def test_a_corrected_row_is_drafted_anew_and_the_others_are_kept(tiny_bundle: Path, films: Path, tmp_path: Path):
+    names = ("more/0.png", "more/1.png")
+    table, out = films / "t.csv", tmp_path / "out.jsonl"
+    for indication, written in (("cough", 2), ("fever", 1), ("fever", 0)):
+        write_table(table, f"image,indication\n{names[0]},cough\n{names[1]},{indication}\n")
+        done = run_batch(tiny_bundle, table, out)
+        assert done.returncode == 0 and f"{written} drafts written" in done.stderr, done.stderr
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_a_folder_is_read_by_content_and_what_is_skipped_is_named(tmp_path: Path):
+    content = (EXAMPLES / "chest_pa.dcm").read_bytes()
+    for name in ("1.2.840.1", "IM0001", "x.dcm", "DICOMDIR"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "notes.doc").write_text("none")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    found = batch.find_studies(str(tmp_path))
+    assert [item.id for item in found.items] == ["1.2.840.1", "IM0001", "x.dcm"]
+    assert found.skipped == ["DICOMDIR", "notes.doc"] and not found.unreadable
+
+
+def test_file_names_that_are_no_text_are_drafted_and_resumed(tiny_bundle: Path, films: Path, tmp_path: Path):
+    source = films / "more" / "0.png"
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    odd = os.fsencode(folder) + b"/thorax_\xe4\xf6.png"
+    with open(odd, "wb") as file:
+        file.write(source.read_bytes())
+    (folder / "zwei_\u00e4.png").write_bytes(source.read_bytes())
+    for env, told in (({"LC_ALL": "C"}, "2 drafts written"), ({}, "0 drafts written")):
+        done = run_cli("cbedge.cli", "batch", folder, "--out", tmp_path / "o.jsonl", "--model", tiny_bundle, "--device",
+                       "cpu", "--accept-any-image", "--max-new-tokens", "8", **env)  # fmt: skip
+        assert done.returncode == 0 and told in done.stderr, done.stderr
+
+
+def test_an_output_that_ends_oddly_is_recovered(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    first = run_batch(tiny_bundle, films, out)
+    whole = out.read_bytes()
+    for tail in (b"\0" * 512, b"\n\n", b'{"id": "half', b"\0" * 100 + b"\n"):
+        out.write_bytes(whole + tail)
+        again = run_batch(tiny_bundle, films, out)
+        assert again.returncode == first.returncode and "Traceback" not in again.stderr
+        assert [*batch.read_lines(out)] == [json.loads(line) for line in whole.splitlines()]
+
+
+def test_a_second_run_beside_changes_nothing(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    run_batch(tiny_bundle, films, out)
+    before = out.read_bytes()
+    lock = lock_file(lock_path(out), "busy")
+    try:
+        done = run_batch(tiny_bundle, films, out, "--retry-failed")
+    finally:
+        lock.release()
+    assert done.returncode == 7 and "another cbedge batch" in done.stderr and out.read_bytes() == before
 
 
 def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):
