@@ -27,6 +27,7 @@ from PIL import Image
 from cbedge.backends import choose_variant
 from cbedge.backends.int8 import Table
 from cbedge.bundle import Bundle, open_bundle
+from cbedge.cores import usable_cores
 from cbedge.decoding import Decoding
 from cbedge.errors import OutputError
 from cbedge.generator import ReportGenerator
@@ -185,7 +186,7 @@ def cold_start(image: Path | None, model: Path | None, variant: str, repeat: int
 
 def machine(bandwidth: float | None = None) -> dict[str, Any]:
     """What the figures hold for: processor, cores that this process may use, memory, versions, date."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     return {
         "processor": _processor(), "cores": cores, "memory_gb": _memory_gb(), "gpu": _gpu(),
         "read_bandwidth_gb_s": None if bandwidth is None else round(bandwidth / 1e9, 1),
@@ -197,7 +198,7 @@ def machine(bandwidth: float | None = None) -> dict[str, Any]:
 
 def read_bandwidth(threads: int | None = None) -> float:
     """Bytes a second that all cores together read from memory: the best of five passes over 256 MB."""
-    count = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    count = threads or usable_cores()
     parts = np.array_split(np.ones(_BUFFER_BYTES // 8), count)
     best = 0.0
     with ThreadPoolExecutor(count) as pool:

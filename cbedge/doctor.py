@@ -15,6 +15,7 @@ from typing import Literal
 
 from cbedge.bench import drawn_chest, machine
 from cbedge.bundle import Bundle, open_bundle
+from cbedge.cores import cpu_quota
 from cbedge.errors import CbedgeError
 
 State = Literal["ok", "warning", "fault"]
@@ -48,6 +49,7 @@ def examine(model: Path | None = None) -> Iterator[Check]:
     yield runtime
     yield _memory()
     yield _disk()
+    yield _network()
     bundle = None
     try:
         bundle = open_bundle(model)
@@ -86,7 +88,9 @@ def _runtime() -> Check:
 
 def _memory() -> Check:
     where = machine()
-    told = f"{where['memory_gb']} GB, {where['cores']} cores, {where['processor']}"
+    quota = cpu_quota()
+    limit = "" if quota is None else f" (CPU quota {quota:.1f})"
+    told = f"{where['memory_gb']} GB, {where['cores']} cores{limit}, {where['processor']}"
     free = _free_memory_gb()
     if free is not None and free < _LEAST_MEMORY_GB:
         return Check("memory", "warning", f"{free:.1f} GB free of {told}", "close programs: a draft needs about 0.4 GB")
@@ -98,6 +102,12 @@ def _disk() -> Check:
     if free < _LEAST_DISK_GB:
         return Check("disk", "warning", f"{free:.1f} GB free in {tempfile.gettempdir()}", "make room there")
     return Check("disk", "ok", f"{free:.0f} GB free in {tempfile.gettempdir()}")
+
+
+def _network() -> Check:
+    if os.environ.get("ORT_DISABLE_TELEMETRY") != "1":
+        return Check("network", "warning", "ONNX Runtime's telemetry is on", "unset ORT_DISABLE_TELEMETRY")
+    return Check("network", "ok", "none is used to draft; ONNX Runtime's telemetry is off")
 
 
 def _files(bundle: Bundle) -> Check:
@@ -136,7 +146,7 @@ def _draft(device: str, model: Path | None) -> Check:
         loaded = perf_counter()
         report = generator.generate(drawn_chest(), max_new_tokens=_TOKENS, accept_any_image=True)
         return (
-            f"{report.variant}: loaded in {loaded - start:.1f} s, {report.new_tokens} tokens in "
+            f"{report.variant}: loaded in {loaded - start:.1f} s, a draft of at most {_TOKENS} tokens in "
             f"{report.timings.total:.0f} ms"
         )
 

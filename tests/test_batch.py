@@ -65,7 +65,8 @@ def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Pat
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "names no image"), ("image,id\n\n,\n", "no radiograph"), ("image,id\na,1\nb,1\n", "twice"),
+    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "names no image"),
+     ("image,id\n\n,\n", "no radiograph"), ("image,id\na,1\nb,1\n", "twice"),
      ("image\n", "no radiograph"), ("image\n\x00\n", "NUL character")],
 )  # fmt: skip
 def test_a_table_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path):

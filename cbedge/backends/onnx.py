@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import itertools
 import math
-import os
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from cbedge.backends.int8 import Table, multiplies_exactly
 from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
+from cbedge.cores import usable_cores
 from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError
 
@@ -117,7 +117,7 @@ class OnnxBackend:
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
         self.device = device
         self.shapes: Shapes = bundle.manifest.shapes
-        self.threads = threads or _cores()
+        self.threads = threads or usable_cores()
         self.decoder_only = ENCODER not in variant.graphs
         if device == "cuda":
             _load_cuda_libraries()
@@ -600,11 +600,6 @@ def is_installed(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _cores() -> int:
-    # What this process may use, which in a container is less than what the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _nvidia_driver() -> bool:
