@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from cbedge.errors import CbedgeError, OutputError, RadiographError
-from cbedge.files import lock_file, lock_path, open_atomically
+from cbedge.files import lock_file, lock_path, open_atomically, write_output
 from cbedge.generator import ReportGenerator
 from cbedge.radiograph import printable
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
 _DELIMITERS = (",", ";", "\t")
+_START = b'{"id": '  # of every line of an output
 _MAX_CSV_BYTES = 256 * 2**20
 
 
@@ -40,6 +41,7 @@ class Item:
         image: its file.
         indication, comparison, view: as of :meth:`ReportGenerator.generate`.
         lateral: file of the same study's lateral radiograph.
+        paths: the image and the lateral as the table names them, so that a table can be moved with its files.
     """
 
     id: str
@@ -48,11 +50,12 @@ class Item:
     comparison: str | None = None
     view: str | None = None
     lateral: Path | None = None
+    paths: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether a draft that was written of this item is still of the same inputs."""
-        row = [str(self.image), self.indication, self.comparison, self.view, str(self.lateral or "")]
-        content = json.dumps(row).encode("utf-8", "surrogateescape")
+        row = [self.paths, self.indication, self.comparison, self.view]
+        content = json.dumps(row).encode()
         files = [_state(path) for path in (self.image, self.lateral) if path is not None]
         return {"row": hashlib.sha256(content).hexdigest()[:16], "files": files}
 
@@ -64,6 +67,16 @@ def _state(path: Path) -> list[int] | None:
     except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def _name(path: str) -> str:
+    """A path as text that is the same under every locale; bytes that are no UTF-8 are lone surrogates."""
+    return path if os.name == "nt" else os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def _path(name: str) -> Path:
+    """The path that :func:`_name` names, under this locale."""
+    return Path(name if os.name == "nt" else os.fsdecode(name.encode("utf-8", "surrogateescape")))
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ def find_studies(studies: str) -> Found:
             found = Found(_read_table(path))
         else:
             names = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(studies, recursive=True))]
-            found = Found([Item(str(name), name) for name in names if name.is_file()])
+            found = Found([Item(_name(str(name)), name) for name in names if name.is_file()])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise RadiographError(f"cannot read {printable(path.name)} ({reason}): check the path") from None
@@ -137,14 +150,16 @@ def _read_folder(folder: Path) -> Found:
     found = Found([])
     for place, folders, names in os.walk(folder, onerror=lambda error: found.unreadable.append(str(error.filename))):
         folders.sort()
+        links = [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]  # may be loops
+        found.skipped.extend(_name(str(link.relative_to(folder))) for link in links)
         for name in sorted(names):
             path = Path(place, name)
             if name.startswith("."):
                 continue
             if _may_be_image(path):
-                found.items.append(Item(str(path.relative_to(folder)), path))
+                found.items.append(Item(_name(str(path.relative_to(folder))), path))
             else:
-                found.skipped.append(str(path.relative_to(folder)))
+                found.skipped.append(_name(str(path.relative_to(folder))))
     found.items.sort(key=lambda item: item.id)
     return found
 
@@ -227,6 +242,7 @@ def run_batch(
         OutputError: ``out`` is something else, was begun with another model, or cannot be written.
     """
     try:
+        out = Path(os.path.realpath(out))  # one lock for a file and the links to it; a link stays one
         _check_place(out)
         lock = lock_file(
             lock_path(out), f"another cbedge batch is writing {out.name}: wait for it, or give another --out"
@@ -245,7 +261,7 @@ def _run_locked(
     items: Sequence[Item], out: Path, model: str, engine: Engine, retry_failed: bool, progress: Callable[[Tally], None]
 ) -> Tally:
     prints = {item.id: item.fingerprint() for item in items}
-    done = _open_lines(out, model, retry_failed, prints)
+    done = _open_lines(out, model, retry_failed, {item.id: item for item in items}, prints)
     tally = Tally(0, 0, [])
     for item in items:
         if item.id in done:
@@ -272,8 +288,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.strip(b"\0 \t\r\n") if line.endswith(b"\n") else b""
-            if not line:
+            whole = line.endswith(b"\n")
+            line = line.strip(b"\0 \t\r\n")
+            begun = line[: len(_START)] == _START[: len(line)]
+            if not line or (begun and not whole):
+                continue
+            if begun and b"\0" in line:  # torn by a power cut, and written behind by an older version
                 continue
             try:
                 values = json.loads(line)
@@ -285,8 +305,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def write_parquet(lines: Path, target: Path) -> None:
+def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Iterable[Path] = ()) -> None:
     """Write a finished batch as one Parquet table, nested values as JSON text.
+
+    Args:
+        lines: a batch's output.
+        target, replace, inputs: as of :func:`cbedge.files.write_output`; ``lines`` is never replaced.
 
     Raises:
         OutputError: pyarrow is not installed, or the file cannot be written.
@@ -297,15 +321,19 @@ def write_parquet(lines: Path, target: Path) -> None:
     except ImportError:
         raise OutputError("Parquet needs pyarrow; type: pip install pyarrow") from None
     rows = [
-        {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in line.items()} for line in read_lines(lines)
+        {k: json.dumps(v) if isinstance(v, dict | list) else _valid(v) for k, v in line.items()}
+        for line in read_lines(lines)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    try:
-        with open_atomically(target) as file:
-            pyarrow.parquet.write_table(table, file)
-    except OSError as error:
-        raise OutputError(f"cannot write {target.name}: {error.strerror or error}") from None
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    write_output(target, content.getvalue(), replace, [*inputs, lines])
+
+
+def _valid(value: Any) -> Any:
+    """Text without lone surrogates, which Parquet cannot hold; they become escapes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _draft_some(
@@ -339,7 +367,9 @@ def _check_place(out: Path) -> None:
         raise OutputError(f"{out} is not a regular file, which a batch can be resumed from: give another --out")
 
 
-def _open_lines(out: Path, model: str, retry_failed: bool, prints: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+def _open_lines(
+    out: Path, model: str, retry_failed: bool, items: dict[str, Item], prints: dict[str, dict[str, Any]]
+) -> dict[str, str | None]:
     """Ids that need no draft any more, each with why it failed, or ``None``; the file then holds just these lines."""
     if not out.exists():
         return {}
@@ -349,7 +379,8 @@ def _open_lines(out: Path, model: str, retry_failed: bool, prints: dict[str, dic
         raise OutputError(f"{out.name} was begun with {other}, this is {model}: give that model, or another --out")
     kept = {
         line["id"]: line for line in lines
-        if (line["status"] == "ok" or not retry_failed) and _is_current(line, prints.get(line["id"]))
+        if (line["status"] == "ok" or not retry_failed)
+        and _is_current(line, items.get(line["id"]), prints.get(line["id"]))
     }  # fmt: skip
     if sum(map(_size_of, kept.values())) != out.stat().st_size:
         with open_atomically(out) as file:
@@ -358,10 +389,33 @@ def _open_lines(out: Path, model: str, retry_failed: bool, prints: dict[str, dic
     return {name: line.get("error") if line["status"] == "failed" else None for name, line in kept.items()}
 
 
-def _is_current(line: dict[str, Any], now: dict[str, Any] | None) -> bool:
-    """Whether a line was written of the inputs that the item has now; lines of older versions do not say."""
+def _is_current(line: dict[str, Any], item: Item | None, now: dict[str, Any] | None) -> bool:
+    """Whether a line was written of the inputs that the item has now; lines of older versions do not say.
+
+    A draft is also kept where a file cannot be read at present, as on a share that is offline: there is nothing to
+    draft it from. A file with another time of change, as in a copy, is compared by its content.
+    """
     before = line.get("batch_input")
-    return now is None or before is None or before == now
+    if item is None or now is None or before is None or before == now:
+        return True
+    if before["row"] != now["row"] or len(before["files"]) != len(now["files"]):
+        return False
+    if line["status"] != "ok":
+        return False
+    files = [path for path in (item.image, item.lateral) if path is not None]
+    hashes = (line["image_sha256"], line.get("lateral_sha256"))
+    for path, old, new, digest in zip(files, before["files"], now["files"], hashes, strict=False):
+        if old != new and new is not None and _sha256(path) not in (digest, None):
+            return False
+    return True
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _size_of(line: dict[str, Any]) -> int:
@@ -400,13 +454,15 @@ def _decode_table(data: bytes, name: str) -> str:
 
 def _header(text: str, name: str) -> tuple[str, list[str]]:
     """The delimiter and the column names, in lower case."""
-    first = text.partition("\n")[0].strip("\r\ufeff")
+    first = text.partition("\n")[0].strip("\r")
     for delimiter in _DELIMITERS:
         columns = [" ".join(cell.split()).casefold() for cell in next(csv.reader([first], delimiter=delimiter), [])]
         if "image" in columns:
             break
     else:
         raise RadiographError(f"{name} has no column image; its columns may be: {', '.join(COLUMNS)}")
+    while columns and not columns[-1]:  # some programs end every line with delimiters
+        columns.pop()
     unknown = [column for column in columns if column not in COLUMNS]
     if unknown:
         shown = ", ".join(repr(column[:30]) for column in unknown[:5])
@@ -422,17 +478,21 @@ def _read_table(path: Path) -> list[Item]:
     try:
         if path.stat().st_size > _MAX_CSV_BYTES:
             raise RadiographError(f"{name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
-        text = _decode_table(path.read_bytes(), name)
+        text = _decode_table(path.read_bytes(), name).lstrip("\ufeff")
+        hint = text[:4].lower() == "sep="  # a line by which spreadsheet programs are told the delimiter
+        text = text.partition("\n")[2] if hint else text
         delimiter, columns = _header(text, name)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         next(reader)
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        rows = [(reader.line_num + hint, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError:
         raise RadiographError(f"no such file: {name}; check the path") from None
     except (OSError, ValueError, csv.Error) as error:
         raise RadiographError(f"{name} cannot be read as a table ({error}): save it as CSV in UTF-8") from None
     items = []
     for number, row in rows:
+        while len(row) > len(columns) and not row[-1].strip():
+            row.pop()
         if len(row) != len(columns):
             raise RadiographError(
                 f"{name}, line {number}, has {len(row)} cells for {len(columns)} columns: put text with a "
@@ -446,7 +506,7 @@ def _read_table(path: Path) -> list[Item]:
             raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
         told = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
         items.append(
-            Item(cells.get("id") or image, path.parent / image, **told,
-                 lateral=path.parent / lateral if lateral else None)
+            Item(cells.get("id") or image, path.parent / _path(image), **told,
+                 lateral=path.parent / _path(lateral) if lateral else None, paths=(image, lateral or ""))
         )  # fmt: skip
     return items

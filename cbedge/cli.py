@@ -157,11 +157,11 @@ def generate(
         else:
             _print(content)
     if heatmap is not None:
-        typer.echo(f"heat map: {heatmap}. {CAVEAT}", err=True)
+        _tell(f"heat map: {heatmap}. {CAVEAT}")
     if not report.complete:
-        typer.echo(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more", err=True)
+        _tell(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more")
     if not format_sections(report.text):
-        typer.echo("note: the model wrote nothing for this radiograph", err=True)
+        _tell("note: the model wrote nothing for this radiograph")
 
 
 @app.command("bench")
@@ -253,17 +253,20 @@ def batch_command(
     from cbedge.errors import RadiographError
     from cbedge.radiograph import printable
 
-    if parquet is not None:
-        _check_output(parquet, force, (out,))
     found = batch.find_studies(studies)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
     for kind, names in (("files that are no radiographs were skipped", found.skipped),
                         ("folders could not be read", found.unreadable)):  # fmt: skip
         if names:
             more = ", ..." if len(names) > 5 else ""
-            typer.echo(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}", err=True)
+            _tell(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
     inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
-    _check_not_input(out, [*inputs, Path(studies)])
+    inputs += [Path(studies), *([template] if template else [])]
+    _check_not_input(out, inputs)
+    if parquet is not None:
+        _check_output(parquet, force, [*inputs, out])
+        if os.path.realpath(parquet) == os.path.realpath(out):
+            raise OutputError("--parquet and --out name one file: give two")
     from cbedge.backends import choose_variant
     from cbedge.bundle import open_bundle
     from cbedge.generator import ReportGenerator, check_template
@@ -293,13 +296,15 @@ def batch_command(
             items, out, drafted_by, drafting, retry_failed, progress=lambda tally: bar.advance(task)
         )
     if parquet is not None:
-        batch.write_parquet(out, parquet)
+        batch.write_parquet(out, parquet, force, inputs)
     skipped = f", {tally.skipped} were there already" if tally.skipped else ""
-    typer.echo(f"{tally.written} drafts written to {out}{skipped}", err=True)
+    _tell(f"{tally.written} drafts written to {out}{skipped}")
     if tally.failed:
         for name, message in tally.failed:
-            typer.echo(f"failed: {printable(name)}: {message}", err=True)
+            _tell(f"failed: {printable(name)}: {message}")
         raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
+    if found.unreadable:
+        raise RadiographError(f"{len(found.unreadable)} folders could not be read; change their permissions")
 
 
 @app.command("serve")
@@ -474,30 +479,28 @@ def _run() -> int:
         sys.stdout.flush()
         return 0
     except CbedgeError as error:
-        typer.echo(f"cbedge: {error}", err=True)
+        _tell(f"cbedge: {error}")
         return error.exit_code
     except BrokenPipeError:
         raise
     except MemoryError:
-        typer.echo("cbedge: not enough memory for this radiograph and model: close programs or scale it down", err=True)
+        _tell("cbedge: not enough memory for this radiograph and model: close programs or scale it down")
         return 1
     except _Interrupted:
-        typer.echo("cbedge: interrupted", err=True)
+        _tell("cbedge: interrupted")
         return 130
     except OSError as error:
-        if sys.stdout.closed or _can_flush():
+        if error.filename is not None or sys.stdout.closed:
             raise
         _discard_output()
-        typer.echo(f"cbedge: cannot write to standard output: {error.strerror}; give --output FILE", err=True)
+        _tell(f"cbedge: cannot write to standard output: {error.strerror}; give --output FILE")
         return OutputError.exit_code
 
 
-def _can_flush() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
+def _tell(text: str) -> None:
+    """Print on standard error; a message that cannot be printed changes neither the work nor the exit code."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def _discard_output() -> None:

@@ -1,9 +1,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,7 +214,7 @@ def test_a_folder_is_read_by_content_and_what_is_skipped_is_named(tmp_path: Path
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     found = batch.find_studies(str(tmp_path))
     assert [item.id for item in found.items] == ["1.2.840.1", "IM0001", "x.dcm"]
-    assert found.skipped == ["DICOMDIR", "notes.doc"] and not found.unreadable
+    assert sorted(found.skipped) == ["DICOMDIR", "loop", "notes.doc"] and not found.unreadable
 
 
 def test_file_names_that_are_no_text_are_drafted_and_resumed(tiny_bundle: Path, films: Path, tmp_path: Path):
@@ -285,3 +287,113 @@ def test_no_table_breaks_it(tmp_path: Path, content: bytes):
             assert str(error) and "\n" not in str(error)
         else:
             assert len({item.id for item in items}) == len(items)
+
+
+def count_drafts(bundle: Path, studies: object, out: Path) -> str:
+    """What a run over ``studies`` says on standard error."""
+    done = run_batch(bundle, studies, out)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_drafts_are_kept_where_films_are_copied_touched_or_offline(tiny_bundle: Path, films: Path, tmp_path: Path):
+    table, out = films / "studies.csv", tmp_path / "reports.jsonl"
+    table.write_text("image,lateral\nmore/0.png,more/2.png\nmore/1.png,\n", encoding="utf-8")
+    assert "2 drafts written" in count_drafts(tiny_bundle, table, out)
+    before = out.read_bytes()
+    os.utime(films / "more" / "0.png", (1, 1))
+    assert "0 drafts written" in count_drafts(tiny_bundle, table, out)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(films, copy, copy_function=shutil.copyfile)
+    assert "0 drafts written" in count_drafts(tiny_bundle, copy / "studies.csv", out)
+    (films / "more" / "1.png").unlink()
+    assert "0 drafts written" in count_drafts(tiny_bundle, table, out)
+    assert out.read_bytes() == before
+    Image.fromarray(draw_chest(7)).save(films / "more" / "1.png")
+    assert "1 drafts written" in count_drafts(tiny_bundle, table, out)
+
+
+@pytest.mark.parametrize("content", ["Dear colleague", "{}", "[1]", "x\0\0"])
+def test_a_foreign_file_without_a_last_newline_is_left_alone(
+    content: str, tiny_bundle: Path, films: Path, tmp_path: Path
+):
+    out = tmp_path / "letter.txt"
+    out.write_text(content)
+    done = run_batch(tiny_bundle, films / "more", out)
+    assert done.returncode == 7 and "was not written by cbedge batch" in done.stderr
+    assert out.read_text() == content
+
+
+def test_parquet_replaces_no_input_and_not_the_drafts(tiny_bundle: Path, films: Path, tmp_path: Path):
+    pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table, out, film = films / "studies.csv", tmp_path / "reports.jsonl", films / "more" / "0.png"
+    table.write_text("image\nmore/0.png\n", encoding="utf-8")
+    os.link(film, tmp_path / "hard.png")
+    for target in (out, tmp_path / "x" / ".." / "reports.jsonl", film, tmp_path / "hard.png", table):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        content = target.read_bytes() if target.exists() else None
+        done = run_batch(tiny_bundle, table, out, "--parquet", target, "--force")
+        assert done.returncode == 7 and "Traceback" not in done.stderr, (target, done.stderr)
+        assert (target.read_bytes() if target.exists() else None) == content
+
+
+def test_a_linked_output_stays_a_link_with_one_lock(tiny_bundle: Path, films: Path, tmp_path: Path):
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    run_batch(tiny_bundle, films / "more", real)
+    real.write_bytes(real.read_bytes() + b"\n")
+    link.symlink_to(real)
+    assert "0 drafts written" in count_drafts(tiny_bundle, films / "more", link)
+    assert link.is_symlink() and len(list(batch.read_lines(real))) == 3
+    lock = lock_file(lock_path(real), "busy")
+    try:
+        assert "another cbedge batch is writing" in run_batch(tiny_bundle, films / "more", link).stderr
+    finally:
+        lock.release()
+
+
+def test_a_file_has_one_name_under_every_locale(tiny_bundle: Path, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    films, out = tmp_path / "films", tmp_path / "reports.jsonl"
+    films.mkdir()
+    for name in ("ü.png".encode(), b"\xfc.png"):
+        with open(os.path.join(os.fsencode(films), name), "wb") as file:
+            Image.fromarray(draw_chest(0)).save(file, "png")
+    command = ("cbedge.cli", "batch", films, "--out", out, "--model", tiny_bundle, "--max-new-tokens", 4)
+    assert run_cli(*command).returncode == 0
+    plain = run_cli(*command, "--parquet", tmp_path / "t.parquet", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert plain.returncode == 0 and "0 drafts written" in plain.stderr, plain.stderr
+    names = {row["id"] for row in pyarrow.read_table(tmp_path / "t.parquet").to_pylist()}
+    assert names == {"ü.png", "\\udcfc.png"}
+
+
+@pytest.mark.parametrize("text", ["sep=;\nimage;indication\na.png;cough\n", "image,indication,,\na.png,cough,,\n"])
+def test_what_spreadsheet_programs_add_is_passed_over(text: str, tmp_path: Path):
+    table = tmp_path / "t.csv"
+    table.write_text(text, encoding="utf-8")
+    assert [(i.id, i.indication) for i in batch.find_items(str(table))] == [("a.png", "cough")]
+
+
+def test_links_to_folders_are_named_and_not_followed(tmp_path: Path):
+    Image.fromarray(draw_chest(0)).save(tmp_path / "a.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = batch.find_studies(str(tmp_path))
+    assert [item.id for item in found.items] == ["a.png"] and found.skipped == ["loop"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+def test_a_folder_without_permission_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "secret").mkdir()
+        Image.fromarray(draw_chest(0)).save(folder / "a.png")
+        (folder / "secret").chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:  # whom no permission stops
+                os.seteuid(65534)
+            found = batch.find_studies(name)
+        finally:
+            os.seteuid(user)
+            (folder / "secret").chmod(0o700)
+    assert [item.id for item in found.items] == ["a.png"] and found.unreadable == [str(folder / "secret")]

@@ -80,6 +80,8 @@ def film() -> Path:
     [
         ("{cbedge} generate {film} >&-", 7, "standard output is closed"),
         ("{cbedge} generate {film} > /dev/full", 7, "cannot write to standard output: No space left"),
+        ("{cbedge} schema > /dev/full", 7, "cannot write to standard output: No space left"),
+        ("{cbedge} batch {film} --out full.jsonl 2> /dev/full", 0, ""),
         ("{cbedge} generate {film} 2>&- | head -c 9", 0, ""),
         ("{cbedge} generate {film} -o {film} --force", 7, "one of the inputs"),
         ("{cbedge} generate {long}", 3, "cannot read"), ("{cbedge} batch {long} --out x.jsonl", 3, "cannot read"),
