@@ -95,7 +95,9 @@ def test_fhir_is_a_preliminary_report_that_the_library_reads(report: Report):
     assert told["conclusion"] == "Normal." and told["subject"]["identifier"]["value"] == "9RG1"
     text = base64.b64decode(told["presentedForm"][0]["data"]).decode()
     assert DRAFT_STATEMENT in text
-    assert {c["id"] for c in told["contained"]} == {"software", "findings", "impression"}
+    assert {c["id"] for c in told["contained"]} == {"software", "findings", "impression", "image-scores"}
+    scores = next(c for c in told["contained"] if c["id"] == "image-scores")
+    assert {c["code"]["text"] for c in scores["component"]} == {*report.finding_scores}
 
 
 def test_fhir_without_a_dicom_file_names_no_patient(report: Report, chest_png: Path):

@@ -17,7 +17,8 @@ def test_any_text_gives_a_clean_one_line_instruction_or_a_clear_refusal(text: st
         return
     instruction = build_instruction(context)
     assert "\n" not in instruction and "XXX" not in instruction and "<|im_end|>" not in instruction
-    assert context.indication in instruction
+    assert (context.indication or "") in instruction
+    assert ("Indication: " in instruction) or context.indication is None
 
 
 @given(words)
