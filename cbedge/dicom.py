@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import re
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbedge.dicom_header import UNREADABLE
 from cbedge.dicom_pixels import (
     Warnings,
     check_codestream,
@@ -40,6 +42,12 @@ _INDICATIONS = (
     "AdmittingDiagnosesDescription",
 )  # fmt: skip
 _DEFLATED, _DEFLATED_FRAMES = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1"
+_STARTS = (b"\x02\x00", b"\x08\x00")  # of a DICOM file without the preamble
+_TEXT = ("PN", "LO", "SH", "ST", "LT", "UC", "UT")
+_GB2312 = b"\x1b$)A"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_MAX_GB2312 = b"\x1b$)A"
+_PIXELS = 64_000_000  # of a deflated file whose header alone is read
 _MAX_HEADER_BYTES = 16 * 2**20  # beside the pixels, of a deflated file
 
 
@@ -70,8 +78,14 @@ def silence_pydicom() -> None:
     ``warnings.catch_warnings`` changes the filters of all threads and back again: with several threads a value slips
     through.
     """
+    from pydicom import charset
+
     warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    # Latin-9 has been in the standard since 2018 and is missing in pydicom 3.0.
+    charset.python_encoding.setdefault("ISO_IR 203", "iso8859_15")
+    charset.python_encoding.setdefault("ISO 2022 IR 203", "iso8859_15")
+    charset.CODES_TO_ENCODINGS.setdefault(charset.ESC + b"-b", "iso8859_15")
 
 
 def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
@@ -188,6 +202,12 @@ def _inflated(data: bytes, name: str, max_pixels: int) -> Dataset | None:
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
     """The header of a DICOM file without its pixels; ``None`` where ``source`` is none, or no DICOM file.
 
+    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.dicom_header.UNREADABLE`.
+
+    Args:
+        source: the file, with or without the preamble, or its bytes.
+        needed: raise where the file is a DICOM file that cannot be read; otherwise return ``None``.
+
     Raises:
         RadiographError: ``needed``, and it is a DICOM file that cannot be read.
     """
@@ -197,10 +217,17 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
         return None
     silence_pydicom()
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        return _decodable(pydicom.dcmread(file, stop_before_pixels=True))
-    except pydicom.errors.InvalidDicomError:
-        return None
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            start = file.read(2**12)
+            if start[128:132] != b"DICM" and start[:2] not in _STARTS:
+                return None
+            file.seek(0)
+            if _DEFLATED.encode() in start and (dataset := _inflated(file.read(), "the radiograph", _MAX_PIXELS)):
+                for name in _PIXELS:
+                    dataset.pop(name, None)
+                return _decodable(dataset)
+            file.seek(0)
+            return _decodable(pydicom.dcmread(file, stop_before_pixels=True, force=start[128:132] != b"DICM"))
     except Exception:
         if needed:
             raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
@@ -208,14 +235,49 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
 
 
 def _decodable(dataset: Dataset) -> Dataset:
-    """The same without elements whose values cannot be decoded: pydicom decodes one when it is asked for it, and raises
-    what it likes where a byte of its type is damaged."""
+    """The same with a mark in place of every value that cannot be decoded, in place.
+
+    pydicom decodes an element when it is asked for it, and raises what it likes where the bytes are damaged. Bytes beyond
+    ASCII that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence
+    of ISO 2022 IR 58 in the text.
+    """
+    from pydicom.dataelem import DataElement, RawDataElement
+    from pydicom.valuerep import PersonName
+
+    ascii_first = _starts_in_ascii(dataset)
     for tag in [*dataset.keys()]:
         try:
-            dataset[tag]
+            raw = dataset.get_item(tag)
+            element = dataset[tag]
+            if element.VR not in _TEXT or not isinstance(raw, RawDataElement) or raw.value is None:
+                continue
+            if not (ascii_first and _is_unnamed(raw.value, element.VR)):
+                if _GB2312 in raw.value and isinstance(element.value, str | PersonName):
+                    text = str(element.value).replace(_GB2312.decode(), "")
+                    dataset[tag] = DataElement(tag, element.VR, text)
+                continue
         except Exception:
-            del dataset[tag]
+            pass
+        dataset[tag] = DataElement(tag, "LO", UNREADABLE)
     return dataset
+
+
+def _starts_in_ascii(dataset: Dataset) -> bool:
+    """Whether text is ASCII up to the first escape sequence: no character set is named, or none that is known."""
+    from pydicom.charset import convert_encodings, default_encoding
+
+    try:
+        named = dataset.get("SpecificCharacterSet") or ""
+        names = [named] if isinstance(named, str) else [str(name) for name in named]
+        return convert_encodings(names)[0] == default_encoding
+    except Exception:
+        return True
+
+
+def _is_unnamed(raw: bytes, vr: str) -> bool:
+    """Whether bytes beyond ASCII stand where no escape sequence names their character set; delimiters end one."""
+    parts = re.split(rb"[\\\r\n\t\f^=]" if vr == "PN" else rb"[\\\r\n\t\f]", raw)
+    return any(not part.partition(b"\x1b")[0].isascii() for part in parts)
 
 
 def _copied(dataset: Dataset) -> Dataset:
@@ -232,7 +294,10 @@ def _copied(dataset: Dataset) -> Dataset:
 
 
 def header_indication(dataset: Dataset) -> str | None:
-    """Why the study was requested, as the header says: the first of four attributes that says anything."""
+    """Why the study was requested, as the header says: the first of four attributes that says anything.
+
+    ``-``, ``n/a``, ``none`` and the like say nothing (:func:`cbedge.prompt.is_no_text`).
+    """
     for name in _INDICATIONS:
         text = str(dataset.get(name) or "").strip()
         try:

@@ -1,9 +1,13 @@
-"""What a result may copy from an image's header: valid values alone, whatever the modality wrote."""
+"""The part of a DICOM header that a document about the image copies: patient, study, and which image it is.
+
+A value is copied where it is valid by the standard. Every other one is left out, and its attribute is named, never its
+value. Only an image whose study, series or instance UID is missing or unusable is refused.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -11,151 +15,212 @@ from typing import TYPE_CHECKING, Any
 from cbedge.errors import RadiographError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydicom import Dataset
 
-_UID = re.compile(r"(?=.{1,64}\Z)(0|[1-9]\d*)(\.(0|[1-9]\d*))+\Z")
-_TIME = re.compile(r"([01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?\Z")
+UNREADABLE = "\ufffd"  # stands in a header for a value whose bytes cannot be decoded
+
+_IDENTIFIERS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+_EMPTY_IF_MISSING = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
+    "StudyID", "AccessionNumber",
+)  # fmt: skip
+# The Patient, General Study and Patient Study modules, without what needs other attributes beside it; then the
+# equipment that acquired the image.
+_SCALARS = (
+    *_EMPTY_IF_MISSING, "IssuerOfPatientID", "TypeOfPatientID", "PatientBirthTime", "OtherPatientNames", "EthnicGroup",
+    "PatientComments", "StudyDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
+    "ConsultingPhysicianName",
+    "PatientAge", "PatientSize", "PatientWeight", "AdmittingDiagnosesDescription", "MedicalAlerts", "Allergies",
+    "SmokingStatus", "PregnancyStatus", "PatientState", "Occupation", "AdditionalPatientHistory", "AdmissionID",
+)  # fmt: skip
+_EQUIPMENT = (
+    "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber", "SoftwareVersions", "InstitutionName",
+    "InstitutionalDepartmentName", "InstitutionAddress", "StationName",
+)  # fmt: skip
+_CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
+PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
+_CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
+_ALLOWED = {
+    "PatientSex": ("M", "F", "O"), "SmokingStatus": ("YES", "NO", "UNKNOWN"),
+    "TypeOfPatientID": ("TEXT", "RFID", "BARCODE"),
+}  # fmt: skip
+_LONGEST = {"SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
+_CLASSES = {"CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1"}
+_UID = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
+_TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?", re.ASCII)
+_AGE = re.compile(r"\d{3}[DWMY]", re.ASCII)
+_CODE_STRING = re.compile(r"[A-Z0-9 _]{0,16}", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class StudyHeader:
-    """The part of a header that results copy.
+    """What of a header can be copied.
 
     Attributes:
-        values: keyword → text, of the attributes of :data:`COPIED` that are valid.
-        left_out: keywords of those that are there and cannot be used.
-        sop_class, sop_instance, series, study: UIDs of the image.
-        series_number: of the image's series, 0 where it has none.
+        values: valid elements only; those that a document must have are there, if need be empty. The identifiers of
+            study, series, image and class are there.
+        left_out: names of the attributes whose values were not usable.
     """
 
-    values: dict[str, str]
+    values: Dataset
     left_out: tuple[str, ...]
-    sop_class: str
-    sop_instance: str
-    series: str
-    study: str
-    series_number: int
-
-    def dataset(self, sop_class: str | None = None) -> Dataset:
-        """A dataset for libraries that copy from one, every attribute of :data:`COPIED` in it, in Unicode.
-
-        Args:
-            sop_class: stands for the image's own; default is that.
-        """
-        from pydicom import Dataset
-
-        made = Dataset()
-        made.SpecificCharacterSet = "ISO_IR 192"
-        made.SOPClassUID, made.SOPInstanceUID = sop_class or self.sop_class, self.sop_instance
-        made.SeriesInstanceUID, made.StudyInstanceUID = self.series, self.study
-        for keyword in COPIED:
-            setattr(made, keyword, self.values.get(keyword))
-        return made
 
 
-def read_study_header(header: Dataset) -> StudyHeader:
-    """Take what is valid of a header.
+def study_header(header: Dataset) -> StudyHeader:
+    """The usable part of a header for a document that refers to its image.
 
     Raises:
-        RadiographError: a UID that a result must refer to is missing or malformed; the message names the attribute.
+        RadiographError: the study, series or instance UID is missing or is no UID.
     """
-    uids = {}
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        value = _single(header, keyword)
-        if value is None:
-            raise RadiographError(f"the DICOM header lacks {keyword}, which a result must refer to: export it again")
-        if not is_uid(value):
-            raise RadiographError(f"the DICOM attribute {keyword} is not a valid UID: export the radiograph again")
-        uids[keyword] = value
-    values, left_out = {}, []
-    for keyword, valid in COPIED.items():
-        value = _single(header, keyword)
-        if value is None:
-            if _is_there(header, keyword):
-                left_out.append(keyword)
-        elif (usable := valid(value)) is not None:
-            values[keyword] = usable
-        else:
-            left_out.append(keyword)
-    number = _single(header, "SeriesNumber") or ""
-    return StudyHeader(
-        values, tuple(left_out), uids["SOPClassUID"], uids["SOPInstanceUID"], uids["SeriesInstanceUID"],
-        uids["StudyInstanceUID"], int(number) if re.fullmatch(r"\d{1,9}", number) else 0,
-    )  # fmt: skip
+    from pydicom import Dataset
+
+    for name in _IDENTIFIERS:
+        if not _plain(header, name, "UI"):
+            found = "lacks" if not holds(header, name) else "holds no valid"
+            raise RadiographError(f"the DICOM header {found} {name}, which an SR must refer to: export it again")
+    values, left_out = Dataset(), []
+    for name in _IDENTIFIERS:
+        setattr(values, name, usable(header, name))
+    values.SOPClassUID = usable(header, "SOPClassUID") or _class_of(header)
+    if not usable(header, "SOPClassUID"):
+        left_out.append("SOPClassUID")
+    for name in (*_SCALARS, *_EQUIPMENT):
+        value = usable(header, name)
+        if value is not None:
+            setattr(values, name, value)
+        elif name in _EMPTY_IF_MISSING:
+            setattr(values, name, None)
+        if value is None and holds(header, name):
+            left_out.append(name)
+    for name in _CODES:
+        codes = _usable_codes(header, name)
+        if codes:
+            setattr(values, name, codes)
+        elif holds(header, name):
+            left_out.append(name)
+    return StudyHeader(values, tuple(left_out))
 
 
 def is_uid(text: str) -> bool:
     """Whether a text is a well-formed unique identifier (PS3.5 9.1)."""
-    return _UID.match(text) is not None
+    return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
-def _is_there(header: Dataset, keyword: str) -> bool:
+def usable(header: Dataset, name: str) -> str | list[str] | None:
+    """An attribute's valid value as text, a list where the attribute can hold several; ``None`` where there is none."""
+    from pydicom.datadict import dictionary_VM, dictionary_VR
+
+    vr = dictionary_VR(name)
+    if dictionary_VM(name) == "1":
+        return _plain(header, name, vr)
+    value = _value(header, name)
+    texts = [_checked(name, vr, v) for v in (value if _is_list(value) else [value])]
+    return [text for text in texts if text] if all(texts) else None
+
+
+def _plain(header: Dataset, name: str, vr: str) -> str | None:
+    value = _value(header, name)
+    return None if _is_list(value) else _checked(name, vr, value)
+
+
+def _value(header: Dataset, name: str) -> Any:
     try:
-        value = header.get(keyword)
-    except Exception:  # pydicom raises what it likes on damaged values
-        return True
-    return value is not None and str(value) != "" and (not hasattr(value, "__len__") or len(value) > 0)
+        return header.get(name)
+    except Exception:  # pydicom raises what it likes where a value is damaged
+        return UNREADABLE
 
 
-def _single(header: Dataset, keyword: str) -> str | None:
-    """An attribute's text; ``None`` where it is missing, empty, of several values, or of no text."""
-    try:
-        value: Any = header.get(keyword)
-        if (
-            value is None
-            or isinstance(value, bytes | list | tuple)
-            or type(value).__name__ in ("MultiValue", "Sequence")
-        ):
-            return None
-        return str(value).strip(" \0") or None
-    except Exception:  # pydicom raises what it likes on damaged values
+def _is_list(value: Any) -> bool:
+    from pydicom.valuerep import PersonName
+
+    return not isinstance(value, str | bytes | PersonName) and hasattr(value, "__iter__")
+
+
+def holds(header: Dataset, name: str) -> bool:
+    """Whether an attribute has any value at all, valid or not."""
+    value = _value(header, name)
+    if value is None or (_is_list(value) and not len(value)):
+        return False
+    return isinstance(value, bytes) or bool(str(value).strip(" \0"))
+
+
+def _checked(name: str, vr: str, value: Any) -> str | None:
+    """The value as text of its type, or ``None``."""
+    from pydicom.valuerep import PersonName
+
+    if isinstance(value, bool) or not isinstance(value, str | int | float | PersonName):
         return None
-
-
-def _text(most: int) -> Callable[[str], str | None]:
-    def valid(value: str) -> str | None:
-        return value if len(value) <= most and _is_plain(value) else None
-
-    return valid
-
-
-def _is_plain(value: str) -> bool:
-    return value.isprintable() and "\\" not in value and "\ufffd" not in value
-
-
-def _person(value: str) -> str | None:
-    groups = value.split("=")
-    fits = len(groups) <= 3 and all(len(group) <= 64 and group.count("^") <= 4 for group in groups)
-    return value if fits and _is_plain(value) else None
-
-
-def _date(value: str) -> str | None:
-    if not re.fullmatch(r"\d{8}", value, re.ASCII):
+    if isinstance(value, int | float) and not isinstance(value, str) and vr not in ("DS", "IS", "US"):
         return None
+    text = str(getattr(value, "original_string", value) if vr == "DS" else value)
+    text = text.rstrip(" \0") if vr in ("ST", "LT") else text.strip(" \0")
+    if not text or UNREADABLE in text or not _is_printable(text, vr):
+        return None
+    if name in _ALLOWED and text not in _ALLOWED[name]:
+        return None
+    if len(text) > _LONGEST.get(vr, len(text)):
+        return None
+    check = _CHECKS.get(vr)
+    return text if check is None or check(text) else None
+
+
+def _is_printable(text: str, vr: str) -> bool:
+    allowed = "\r\n\t\f" if vr in ("ST", "LT") else ""
+    if "\\" in text and vr not in ("ST", "LT"):
+        return False
+    return not any((c < " " and c not in allowed) or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is_name(text: str) -> bool:
+    groups = text.split("=")
+    if len(groups) > 3 or any(len(group) > 64 or group.count("^") > 4 for group in groups):
+        return False
+    return bool(text.strip("^= "))
+
+
+def _is_date(text: str) -> bool:
+    if not re.fullmatch(r"\d{8}", text, re.ASCII):
+        return False
     try:
-        return value if date(int(value[:4]), int(value[4:6]), int(value[6:])).year > 0 else None
+        date(int(text[:4]), int(text[4:6]), int(text[6:]))
     except ValueError:
-        return None
+        return False
+    return True
 
 
-def _time(value: str) -> str | None:
-    return value if value.isascii() and _TIME.match(value) else None
+_CHECKS: dict[str, Callable[[str], Any]] = {
+    "PN": _is_name, "DA": _is_date, "TM": _TIME.fullmatch, "AS": _AGE.fullmatch, "CS": _CODE_STRING.fullmatch,
+    "UI": is_uid,
+    "DS": lambda text: len(text) <= 16 and _DECIMAL.fullmatch(text) and math.isfinite(float(text)),
+    "IS": lambda text: len(text) <= 12 and re.fullmatch(r"[+-]?\d+", text, re.ASCII),
+    "US": lambda text: text in ("1", "2", "3", "4"),  # PregnancyStatus is the only one
+}  # fmt: skip
 
 
-def _sex(value: str) -> str | None:
-    return value.upper() if value.upper() in ("M", "F", "O") else None
+def _class_of(header: Dataset) -> str:
+    """The image's SOP class where the header does not say it: that of the file, or the usual one of the modality."""
+    meta = getattr(header, "file_meta", None)
+    told = _plain(meta, "MediaStorageSOPClassUID", "UI") if meta is not None else None
+    return told or _CLASSES["CR" if _plain(header, "Modality", "CS") in ("CR", "RG") else "DX"]
 
 
-# Attributes that results copy, each with what makes its text valid.
-COPIED: dict[str, Callable[[str], str | None]] = {
-    "PatientName": _person,
-    "PatientID": _text(64),
-    "PatientBirthDate": _date,
-    "PatientSex": _sex,
-    "AccessionNumber": _text(16),
-    "StudyID": _text(16),
-    "StudyDate": _date,
-    "StudyTime": _time,
-    "StudyDescription": _text(64),
-    "ReferringPhysicianName": _person,
-}
+def _usable_codes(header: Dataset, name: str) -> list[Dataset]:
+    """The codes of a sequence, without anything else that its items hold; none where one is not usable."""
+    from pydicom import Dataset
+    from pydicom.sequence import Sequence
+
+    codes = []
+    items = _value(header, name)
+    for item in items if isinstance(items, Sequence) else ():
+        code = Dataset()
+        for part in _CODE:
+            value = usable(item, part)
+            if value is not None:
+                setattr(code, part, value)
+        if any(part not in code for part in _CODE if part != "CodingSchemeVersion"):
+            return []
+        codes.append(code)
+    return codes

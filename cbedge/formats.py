@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbedge.dicom import read_header
-from cbedge.dicom_header import StudyHeader, read_study_header
+from cbedge.dicom_header import PATIENT_AND_STUDY, StudyHeader, holds, study_header, usable
 from cbedge.errors import OutputError, RadiographError
 from cbedge.report import DRAFT_STATEMENT, Report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pydicom import Dataset
 
 FORMATS = ("text", "json", "sr", "fhir")
 SCHEMA = Path(__file__).parent / "report.schema.json"
 _MANUFACTURER = "cbedge"
-_CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
+_SCORE_MEANING = "Image finding score, 0 to 1: ranks, is no probability"
 _LOINC = "http://loinc.org"
 # LOINC codes; the SR names them with the scheme LN.
 _REPORT, _FINDINGS, _IMPRESSION = (
@@ -88,48 +90,62 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
     """
     if header is None:
         raise RadiographError("a DICOM SR belongs to a study: give the radiograph as a DICOM file, or another --format")
-    study = read_study_header(header)
     import highdicom
     from pydicom.uid import generate_uid
 
-    identity = [study.sop_instance, _identity(report)]
-    uids = [generate_uid(entropy_srcs=[*identity, kind] if same_again else None) for kind in ("series", "document")]
-    # highdicom knows by the image's class what to copy; for one that it may not know, another stands for it.
-    stand_in = study.sop_class if study.sop_class.startswith(_CR_STORAGE) else _CR_STORAGE
-    document = highdicom.sr.EnhancedSR(
-        evidence=[study.dataset(stand_in)], content=_content(report, study, stand_in),
-        series_instance_uid=uids[0], series_number=9000 + study.series_number % 900, sop_instance_uid=uids[1],
+    study = study_header(header)
+    content = _content(report, study)
+    identity = _identity(report, study, content)
+    uids = [generate_uid(entropy_srcs=[identity, kind] if same_again else None) for kind in ("series", "document")]
+
+    class Document(highdicom.sr.EnhancedSR):
+        """Copies patient and study of the checked header, also of an image whose SOP class highdicom does not know."""
+
+        def copy_patient_and_study_information(self, dataset: Dataset) -> None:
+            for name in PATIENT_AND_STUDY:
+                if name in dataset:
+                    self.add(dataset[name])
+
+    document = Document(
+        evidence=[study.values], content=content,
+        series_instance_uid=uids[0], series_number=_series_number(header), sop_instance_uid=uids[1],
         instance_number=1, manufacturer=_MANUFACTURER, is_complete=False, is_final=False, is_verified=False,
+        specific_character_set="ISO_IR 192",  # whatever the header's was: a draft may hold any character
     )  # fmt: skip
-    _refer_to(document, study, stand_in)
-    document.ManufacturerModelName = report.model[:64]
-    document.SoftwareVersions = report.model_version[:64]
-    document.SpecificCharacterSet = "ISO_IR 192"  # whatever the header's was: a draft may hold any character
+    document.ManufacturerModelName = _long_string(report.model)
+    document.SoftwareVersions = _long_string(report.model_version)
     document.SeriesDescription = "Draft report, unreviewed"
     file = io.BytesIO()
     document.save_as(file, enforce_file_format=True)
     return file.getvalue()
 
 
-def _identity(report: Report) -> str:
-    """A hash of all that makes a document's text."""
+def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:
+    """A hash of all that makes a document: what it copies, the images, what wrote it and every word that it says."""
     parts = [
-        report.text, report.notes(), report.image_sha256, report.lateral_sha256, report.view, report.template,
-        report.model, report.model_version, report.variant,
+        {str(element.tag): str(element.value) for element in study.values}, content.to_json(), report.text,
+        report.complete, report.image_sha256, report.lateral_sha256, report.view, report.template, report.model,
+        report.model_version, report.variant,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _refer_to(document: Dataset, study: StudyHeader, stand_in: str) -> None:
-    """Let references name the image's own class where another stood for it."""
-    if stand_in == study.sop_class:
-        return
+def _long_string(text: str) -> str:
+    """Text that fits an attribute of type LO."""
+    return "".join(c if c.isprintable() and c != "\\" else " " for c in text)[:64].strip() or "unknown"
 
-    def mend(dataset: Dataset, element: Any) -> None:
-        if element.keyword == "ReferencedSOPInstanceUID" and element.value == study.sop_instance:
-            dataset.ReferencedSOPClassUID = study.sop_class
 
-    document.walk(mend)
+def _series_number(header: Dataset) -> int:
+    """High enough not to meet the modality's own series."""
+    number = usable(header, "SeriesNumber")
+    return 9000 + int(str(number or 0)) % 900
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    """A sentence on the attributes that were not usable, where there are any."""
+    return (
+        [f"Left out of what is copied from the DICOM header, because not usable: {', '.join(names)}."] if names else []
+    )
 
 
 def to_fhir(report: Report, header: Dataset | None = None) -> str:
@@ -171,14 +187,15 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
     }  # fmt: skip
     if report.impression:
         values["conclusion"] = report.impression
-    scores = _score_observation(report)
+    told, left_out = _study(header) if header is not None else ({}, [])
+    scores = _score_observation(report, [*report.notes(), *_left_out(left_out)])
     values["contained"].append(scores)
     values["result"].append({"reference": "#image-scores"})
-    values |= _study(header) if header is not None else {}
+    values |= told
     return json.dumps(json.loads(DiagnosticReport(**values).model_dump_json()), indent=2, ensure_ascii=False)
 
 
-def _score_observation(report: Report) -> dict[str, Any]:
+def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
     """The image scores, and what a reader should know beside the text."""
     observation: dict[str, Any] = {
         "resourceType": "Observation", "id": "image-scores", "status": "preliminary",
@@ -188,7 +205,7 @@ def _score_observation(report: Report) -> dict[str, Any]:
             {"code": {"text": name}, "valueQuantity": {"value": round(score, 3)}}
             for name, score in report.finding_scores.items()
         ],
-        "note": [{"text": note} for note in report.notes()],
+        "note": [{"text": note} for note in notes],
     }  # fmt: skip
     empty = [key for key in ("component", "note") if not observation[key]]
     for key in empty:
@@ -198,35 +215,37 @@ def _score_observation(report: Report) -> dict[str, Any]:
     return observation
 
 
-def _study(header: Dataset) -> dict[str, Any]:
-    """Whose study it is, by identifiers alone; those that are malformed are left out."""
-    try:
-        study = read_study_header(header)
-    except RadiographError:
-        return {}
-    uid = {"system": "urn:dicom:uid", "value": f"urn:oid:{study.study}"}
-    found: dict[str, Any] = {"imagingStudy": [{"type": "ImagingStudy", "identifier": uid}]}
-    if patient := study.values.get("PatientID"):
+def _study(header: Dataset) -> tuple[dict[str, Any], list[str]]:
+    """Whose study it is, by identifiers alone; and the attributes of those that are not usable."""
+    names = ("PatientID", "StudyInstanceUID", "AccessionNumber")
+    patient, study, accession = (usable(header, name) for name in names)
+    found: dict[str, Any] = {}
+    if patient:
         found["subject"] = {"type": "Patient", "identifier": {"value": patient}}
-    if accession := study.values.get("AccessionNumber"):
+    if study:
+        uid = {"system": "urn:dicom:uid", "value": f"urn:oid:{study}"}
+        found["imagingStudy"] = [{"type": "ImagingStudy", "identifier": uid}]
+    if accession:
         found["identifier"] = [{
             "type": {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}]},
             "value": accession,
         }]  # fmt: skip
-    return found
+    return found, [name for name in names if holds(header, name) and not usable(header, name)]
 
 
 def _coding(code: str, display: str) -> dict[str, Any]:
     return {"coding": [{"system": _LOINC, "code": code, "display": display}]}
 
 
-def _content(report: Report, study: StudyHeader, sop_class: str) -> Dataset:
+def _content(report: Report, study: StudyHeader) -> Dataset:
+    """The content tree: what wrote it, that it is a draft, what to check first, the sections, the finding scores."""
     from highdicom.sr import (
         CodeContentItem,
         CodedConcept,
         ContainerContentItem,
         ContentSequence,
         ImageContentItem,
+        NumContentItem,
         RelationshipTypeValues,
         TextContentItem,
         UIDRefContentItem,
@@ -237,10 +256,11 @@ def _content(report: Report, study: StudyHeader, sop_class: str) -> Dataset:
     contains, context = RelationshipTypeValues.CONTAINS, RelationshipTypeValues.HAS_OBS_CONTEXT
     modifier, inferred = RelationshipTypeValues.HAS_CONCEPT_MOD, RelationshipTypeValues.INFERRED_FROM
     dcm = codes.DCM
+    comment = CodedConcept("121106", "DCM", "Comment")
 
     def image() -> ImageContentItem:
         return ImageContentItem(
-            CodedConcept("111040", "DCM", "Original Source"), sop_class, study.sop_instance,
+            CodedConcept("111040", "DCM", "Original Source"), study.values.SOPClassUID, study.values.SOPInstanceUID,
             relationship_type=inferred,
         )  # fmt: skip
 
@@ -264,25 +284,30 @@ def _content(report: Report, study: StudyHeader, sop_class: str) -> Dataset:
         TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
         TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
         TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
-        TextContentItem(CodedConcept("121106", "DCM", "Comment"), DRAFT_STATEMENT, contains),
     ]  # fmt: skip
-    comments = [*report.notes(), *_scores(report)]
-    if study.left_out:
-        comments.append(f"Attributes of the image's header that could not be used: {', '.join(study.left_out)}.")
-    items += [TextContentItem(CodedConcept("121106", "DCM", "Comment"), text, contains) for text in comments]
+    comments = [DRAFT_STATEMENT, *report.notes(), *_left_out(study.left_out)]
+    items += [TextContentItem(comment, text, contains) for text in comments]
     if report.findings:
         items.append(section(_FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
     if report.impression:
         items.append(section(_IMPRESSION, CodedConcept("121073", "DCM", "Impression"), report.impression))
+    for name, score in _scores(report):
+        item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
+        number = NumContentItem(
+            CodedConcept("score", "99CBEDGE", _SCORE_MEANING), score, CodedConcept("1", "UCUM", "no units"),
+            relationship_type=RelationshipTypeValues.HAS_PROPERTIES,
+        )  # fmt: skip
+        item.ContentSequence = ContentSequence([number, image()])
+        items.append(item)
     root = ContainerContentItem(CodedConcept(_REPORT[0], "LN", _REPORT[1]), False, template_id="2000")
     root.ContentSequence = ContentSequence(items)
     return root
 
 
-def _scores(report: Report) -> list[str]:
-    """A sentence for each finding that the image scores point to."""
+def _scores(report: Report) -> list[tuple[str, float]]:
+    """The findings whose image scores are above their thresholds, with these."""
     return [
-        f"Image score of {name}: {report.finding_scores[name]:.2f} of 1; scores rank and are not probabilities."
+        (name, round(float(report.finding_scores[name]), 3))
         for name in report.image_findings or ()
         if name in report.finding_scores
     ]
