@@ -1,0 +1,296 @@
+"""``python -m benchmarks.templates``: what becomes of twelve templates of different style in the drafts of real films.
+
+Every film is drafted with every template of ``benchmarks/template_styles`` and every variant for CPUs. The sentences
+that a draft should hold are written down by hand beside the templates, in ``sentences.json``, so the parser is judged
+too. Counted are broken drafts, and the share of sentences that stand word for word in their section. A sentence counts
+as left out with a reason only where a warning names it and its reason can be true: a finding that the image scores
+point to contradicts it, or it is of an impression and something was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cbedge import CbedgeError, ContextError, Report, ReportGenerator
+from cbedge.backends.int8 import multiplies_exactly
+from cbedge.bench import machine
+from cbedge.bundle import IN_INT8
+from cbedge.lexicon import Lexicon
+from cbedge.prompt import ClinicalContext
+from cbedge.sentences import normalize, split_text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+STYLES = Path(__file__).parent / "template_styles"
+RESULTS = Path(__file__).parent / "results" / "templates"
+FAULTS = ("no draft", "unknown word", "repeated sentence", "headings", "not complete", "left out untold")
+_ROOT = Path(__file__).parent.parent
+_SECTION = {"findings": "FINDINGS:", "impression": "IMPRESSION:"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """A template and, written down by hand, the sentences that a reader finds in it.
+
+    Attributes:
+        name: of its file.
+        text: as a user gives it.
+        findings, impression: its sentences, each with its end.
+    """
+
+    name: str
+    text: str
+    findings: tuple[str, ...]
+    impression: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of a template in one draft.
+
+    Attributes:
+        faults: each of :data:`FAULTS` and what shows it; empty for a whole draft.
+        wanted: how many of its sentences nothing contradicts.
+        found: how many of these stand word for word in their section.
+        reasons: warnings that say what was left out.
+    """
+
+    faults: tuple[tuple[str, str], ...]
+    wanted: int
+    found: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the draft's text is broken; a sentence that is missing alone breaks no text."""
+        return any(name != "left out untold" for name, _ in self.faults)
+
+
+@dataclass
+class Row:
+    """Sums of one template and variant over films."""
+
+    template: str
+    variant: str
+    drafts: int = 0
+    broken: int = 0
+    wanted: int = 0
+    found: int = 0
+    contradicted: int = 0
+    seconds: float = 0.0
+    refused: str | None = None
+    faults: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of the uncontradicted sentences, those found word for word, 0 to 1."""
+        return self.found / self.wanted if self.wanted else 1.0
+
+    def add(self, style: Style, judged: Judged, film: str, seconds: float = 0.0) -> None:
+        """Count one draft."""
+        self.drafts += 1
+        self.broken += judged.broken
+        self.wanted += judged.wanted
+        self.found += judged.found
+        self.contradicted += len(style.findings) + len(style.impression) - judged.wanted
+        self.seconds += seconds
+        self.faults.update({name for name, _ in judged.faults})
+        self.reasons.update(judged.reasons)
+        self.examples += [f"{film}: {name}: {what}" for name, what in judged.faults]
+
+
+def read_styles(folder: Path = STYLES) -> list[Style]:
+    """All templates of a folder, by name."""
+    known = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
+    return [
+        Style(path.stem, path.read_text(encoding="utf-8"), *(tuple(known[path.stem][name]) for name in _SECTION))
+        for path in sorted(folder.glob("*.txt"))
+    ]
+
+
+def cpu_variants() -> list[str]:
+    """Names of the embedded model's variants for CPUs that this processor can run."""
+    return ["int4", *([IN_INT8] if multiplies_exactly() else [])]
+
+
+def judge(style: Style, report: Report, generator: ReportGenerator, context: ClinicalContext) -> Judged:
+    """Compare a draft with the template that it should keep to."""
+    findings = generator.bundle.manifest.image_findings
+    seen = report.image_findings or ()
+    openings = [*findings.open(seen).values()] if findings else []
+    texts = [style.text, *openings, *filter(None, (context.indication, context.comparison))]
+    faults = broken_by(report, generator.lexicon, texts)
+    denied = findings.contradicting(seen) if findings else None
+    wanted = found = 0
+    for section, sentences in (("findings", style.findings), ("impression", style.impression)):
+        for sentence in sentences:
+            there = stands_in(sentence, getattr(report, section) or "")
+            could = bool(denied and denied.search(sentence)) or bool(seen and section == "impression")
+            if not there and could and _told(sentence, section, report.warnings):
+                continue
+            wanted += 1
+            found += there
+            if not there:
+                faults.append(("left out untold", f"{section}: {sentence}"))
+    left_out = tuple(_without_names(w) for w in report.warnings if "left out" in w)
+    return Judged(tuple(faults), wanted, found, left_out)
+
+
+def broken_by(report: Report, lexicon: Lexicon | None, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """What is wrong with a draft's text, each of :data:`FAULTS` and what shows it.
+
+    Args:
+        report: the draft.
+        lexicon: words of the training reports.
+        texts: whose words it may have as well.
+    """
+    faults = []
+    known = lexicon.extended(texts) if lexicon else None
+    words = re.findall(r"[^\W\d_]+", re.sub("FINDINGS:|IMPRESSION:", " ", report.text))
+    if known and (strange := sorted({word for word in words if not known.knows(word)})):
+        faults.append(("unknown word", ", ".join(strange)))
+    for section in _SECTION:
+        said = Counter(map(normalize, split_text(getattr(report, section) or "")))
+        faults += [("repeated sentence", f"{section}: {text}") for text, count in said.items() if count > 1]
+    places = [report.text.find(heading) for heading in _SECTION.values()]
+    once = all(report.text.count(heading) == 1 for heading in _SECTION.values()) and places == sorted(places)
+    if not once or places[0] != 0 or not report.findings or not report.impression:
+        faults.append(("headings", report.text[:300]))
+    if not report.complete:
+        faults.append(("not complete", report.text[-100:]))
+    return faults
+
+
+def stands_in(sentence: str, section: str) -> bool:
+    """Whether a sentence stands in a text word for word, between spaces."""
+    return f" {sentence} " in f" {section} "
+
+
+def draft(
+    generator: ReportGenerator, image: Any, styles: Sequence[Style], context: ClinicalContext, film: str,
+    rows: dict[tuple[str, str], Row],
+) -> None:  # fmt: skip
+    """Draft one film with every template, and add what became of it to the rows of the generator's variant."""
+    for style in styles:
+        row = rows.setdefault((style.name, generator.variant), Row(style.name, generator.variant))
+        start = time.perf_counter()
+        try:
+            report = generator.generate(image, template=style.text, accept_any_image=True, **vars(context))
+        except ContextError as error:
+            row.refused = str(error)
+            continue
+        except CbedgeError as error:
+            count = len(style.findings) + len(style.impression)
+            row.add(style, Judged((("no draft", str(error)),), count, 0), film)
+            continue
+        row.add(style, judge(style, report, generator, context), film, time.perf_counter() - start)
+
+
+def _told(sentence: str, section: str, warnings: Iterable[str]) -> bool:
+    """Whether a warning says that a sentence, or the whole impression, was left out."""
+    whole = "The template's impression was left out because "
+    one = f"The template's sentence {sentence!r} was left out because "
+    return any(w.startswith(one) or (section == "impression" and w.startswith(whole)) for w in warnings)
+
+
+def _without_names(warning: str) -> str:
+    """A warning without the findings that it names, so that equal reasons are counted together."""
+    return re.sub(r"point to .*?(?= and none of its sentences|\.$|$)", "point to …", warning)
+
+
+def to_record(rows: Iterable[Row], films: int, command: str, seconds: float) -> dict[str, Any]:
+    """What was counted, as JSON."""
+    rows = list(rows)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    wanted, found = sum(row.wanted for row in rows), sum(row.found for row in rows)
+    return {
+        "command": command, "commit": commit, "machine": machine(), "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("numpy", "onnxruntime", "tokenizers")},
+        "films": films, "drafts": sum(row.drafts for row in rows), "broken": sum(row.broken for row in rows),
+        "uncontradicted": wanted, "found": found, "share": found / wanted if wanted else 1.0,
+        "rows": [{**vars(row), "share": row.share, "examples": row.examples[:5]} for row in rows],
+    }  # fmt: skip
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as a page."""
+    lines = [
+        f"# Templates of {len({row['template'] for row in record['rows']})} styles", "",
+        f"`{record['command']}`, commit {record['commit'][:12]}, {record['machine']['date']}", "",
+        f"{record['drafts']} drafts of {record['films']} films: {record['broken']} broken; "
+        f"{record['found']:,} of {record['uncontradicted']:,} uncontradicted sentences of the templates stand in them "
+        f"word for word ({record['share']:.1%}).", "",
+        "| template | variant | drafts | broken | word for word | left out with a reason | seconds a draft | faults |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        if row["refused"]:
+            lines.append(f"| {row['template']} | {row['variant']} | refused | | | | | {row['refused']} |")
+            continue
+        faults = ", ".join(f"{name} {count}" for name, count in row["faults"].items()) or "none"
+        each = row["seconds"] / max(1, row["drafts"])
+        lines.append(
+            f"| {row['template']} | {row['variant']} | {row['drafts']} | {row['broken']} | "
+            f"{row['found']} of {row['wanted']} ({row['share']:.1%}) | {row['contradicted']} | {each:.2f} | {faults} |"
+        )
+    reasons: Counter[str] = Counter()
+    for row in record["rows"]:
+        reasons.update(row["reasons"])
+    lines += ["", "Sentences left out, by reason:", "", *[f"- {n} × {text}" for text, n in reasons.most_common()]]
+    if examples := [f"- {r['template']}, {r['variant']}, {what}" for r in record["rows"] for what in r["examples"]]:
+        lines += ["", "Faults (at most five a row):", "", *examples]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines += ["", f"Machine: {json.dumps(record['machine'])}; {versions}; {record['seconds'] / 60:.1f} minutes."]
+    return "\n".join(lines) + "\n"
+
+
+@app.command(help=__doc__)
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
+    films: Annotated[int, typer.Option(min=1, help="Validation studies that are drafted.")] = 20,
+    variant: Annotated[list[str] | None, typer.Option(help="Only these variants; may be repeated.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")] = None,
+    output: Annotated[Path, typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.")] = RESULTS,
+) -> None:
+    """Draft, print the table, write the record, and end with 1 where a draft is broken or a sentence is missing."""
+    from training.datasets.iu_xray import read_studies
+
+    start, styles = time.monotonic(), read_styles()
+    studies = read_studies(data, ("val",))[:films]
+    rows: dict[tuple[str, str], Row] = {}
+    for name in variant or cpu_variants():
+        generator = ReportGenerator.from_pretrained(model, name, "cpu")
+        for study in studies:
+            draft(generator, study.image, styles, study.context, study.study_id, rows)
+    words = [f"--films {len(studies)}", *[f"--variant {name}" for name in variant or ()]]
+    command = " ".join(["python -m benchmarks.templates --data IU_XRAY", *words])
+    record = to_record(rows.values(), len(studies), command, time.monotonic() - start)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (
+        (".json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"),
+        (".md", to_markdown(record)),
+    ):
+        (output.parent / f"{output.name}{suffix}").write_text(text, encoding="utf-8")
+    typer.echo(to_markdown(record))
+    if record["broken"] or record["share"] < 1:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()
