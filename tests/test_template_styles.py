@@ -90,3 +90,12 @@ def test_a_sentence_counts_as_kept_only_word_for_word_in_its_section(kept: tuple
         judged = judge(style, changed, generator, ClinicalContext())
         assert judged.wanted == whole.wanted and judged.found == whole.found - 1
         assert ("left out untold", f"findings: {sentence}") in judged.faults
+
+
+def test_a_sentence_that_denies_a_finding_seen_is_counted(kept: tuple[ReportGenerator, Style, Report]):
+    generator, style, report = kept
+    sentence = "No pleural fluid or pneumothorax is shown."
+    for seen, count in (((), 0), (("device",), 0), (("effusion",), 1)):
+        changed = replace(report, image_findings=seen, findings=f"Heart normal. {sentence}")
+        found = judge(style, changed, generator, ClinicalContext()).kept_denials
+        assert found == (sentence,) * count
