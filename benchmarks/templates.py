@@ -129,8 +129,8 @@ def read_styles(folder: Path = STYLES) -> list[Style]:
     known = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
     return [
         Style(
-            path.stem, path.read_text(encoding="utf-8"), *(tuple(known[path.stem][name]) for name in _SECTION),
-            denies=known[path.stem]["denies"],
+            path.stem, path.read_text(encoding="utf-8"), tuple(known[path.stem]["findings"]),
+            tuple(known[path.stem]["impression"]), known[path.stem]["denies"],
         )
         for path in sorted(folder.glob("*.txt"))
     ]  # fmt: skip
@@ -263,8 +263,8 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"`{record['command']}`, commit {record['commit'][:12]}, {record['machine']['date']}", "",
         f"{record['drafts']} drafts of {record['films']} films: {record['broken']} broken; "
         f"{record['found']:,} of {record['uncontradicted']:,} uncontradicted sentences of the templates stand in them "
-        f"word for word ({record['share']:.1%}); with those of impressions that were left out whole although no finding "
-        f"contradicts them, of {record['with_whole_impressions']:,} ({record['strict_share']:.1%}). "
+        f"word for word ({record['share']:.1%}); with those of impressions that were left out whole although no "
+        f"finding contradicts them, of {record['with_whole_impressions']:,} ({record['strict_share']:.1%}). "
         f"{record['kept_denials']} sentences stand in a draft and plainly deny a finding that was seen.", "",
         "| template | variant | drafts | broken | word for word | left out with a reason "
         "| of these uncontradicted, in the impression | kept, but deny a finding | seconds a draft | faults |",
@@ -285,8 +285,15 @@ def to_markdown(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         reasons.update(row["reasons"])
     lines += ["", "Sentences left out, by reason:", "", *[f"- {n} × {text}" for text, n in reasons.most_common()]]
-    kept = [f"- {n} × {row['template']}: {s}" for row in record["rows"] for s, n in row["kept_denials"].items()]
-    lines += ["", "Kept beside a finding that they plainly deny (labels by hand):", "", *(sorted({*kept}) or ["none"])]
+    kept: Counter[str] = Counter()
+    for row in record["rows"]:
+        kept.update({f"{row['template']}: {text}": n for text, n in row["kept_denials"].items()})
+    lines += [
+        "",
+        "Kept beside a finding that they plainly deny (labels by hand):",
+        "",
+        *([f"- {n} × {text}" for text, n in kept.most_common()] or ["none"]),
+    ]
     if examples := [f"- {r['template']}, {r['variant']}, {what}" for r in record["rows"] for what in r["examples"]]:
         lines += ["", "Faults (at most five a row):", "", *examples]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
