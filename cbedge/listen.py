@@ -262,7 +262,8 @@ class Listener:
             try:
                 work()
             except Exception as error:  # a full disk, say: nothing is lost, and it is tried again
-                _tell(f"{type(error).__name__}: trying again in {self.settings.first_retry_s:.0f} s")
+                reason = error.strerror if isinstance(error, OSError) else None  # without the file's name
+                _tell(f"{reason or type(error).__name__}: trying again in {self.settings.first_retry_s:.0f} s")
                 self._stop.wait(self.settings.first_retry_s)
                 self._arrived.set()
                 self._ready.set()
@@ -315,6 +316,7 @@ class Listener:
             self.spool.fail(path, f"no draft: given up after {MAX_ATTEMPTS} attempts that ended the process")
             _tell("no draft: given up after several attempts that ended the process")
             return
+        read = {image: _version(image) for image in (path, lateral) if image is not None}
         try:
             try:
                 report = self.generator.generate(path, lateral=lateral)
@@ -327,9 +329,10 @@ class Listener:
             if not path.exists():  # somebody took it away
                 self.spool.forget_attempts(path)
                 return
-            if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+            trouble = _machine_trouble(error)
+            if trouble is not None:
                 self.spool.forget_attempts(path)
-                raise  # the machine's trouble: the image stays and is tried again
+                raise trouble from None  # the image stays and is tried again
             # The text of other exceptions may hold header values: only their kind is told.
             reason = str(error) if isinstance(error, CbedgeError) else f"no draft: {type(error).__name__}"
             self.spool.fail(path, reason)
@@ -337,7 +340,8 @@ class Listener:
             return
         self.spool.put(self.spool.outgoing, path.name, document)
         for done in filter(None, (path, lateral)):
-            done.unlink(missing_ok=True)
+            if _version(done) == read[done]:  # else it was sent again meanwhile, and is drafted again
+                done.unlink(missing_ok=True)
             self.spool.forget_attempts(done)
         _tell(f"drafted in {monotonic() - start:.2f} s")
         self._ready.set()
@@ -379,17 +383,32 @@ class Listener:
             for path in paths:
                 try:
                     dataset = pydicom.dcmread(path)
-                except Exception as error:  # damaged on disk, or taken away
+                except FileNotFoundError:  # somebody took it away
+                    continue
+                except Exception as error:  # damaged on disk
+                    if _machine_trouble(error) is not None:
+                        raise
                     self.spool.fail(path, f"the draft cannot be read: {type(error).__name__}", f"sr-{path.name}")
                     _tell("a draft in the spool cannot be read and was put aside")
                     dealt_with += 1
                     continue
-                status = association.send_c_store(dataset).get("Status")
+                try:
+                    status = association.send_c_store(dataset).get("Status")
+                except Exception as error:  # a file that is no draft, such as one with another SOP class
+                    if not association.is_established:
+                        self._refusal = f"{peer.aet} hung up"
+                        break
+                    self.spool.fail(path, f"the draft cannot be sent: {type(error).__name__}", f"sr-{path.name}")
+                    _tell("a file among the drafts cannot be sent and was put aside")
+                    dealt_with += 1
+                    continue
                 if status in _TAKEN:
                     path.unlink(missing_ok=True)
                 elif status is None or 0xA700 <= status <= 0xA7FF:  # gone, or out of resources: later, then
                     code = "" if status is None else f" with status {status:#06x}"
                     self._refusal = f"{peer.aet} is out of resources{code}" if code else f"{peer.aet} hung up"
+                    with contextlib.suppress(OSError):
+                        os.utime(path)  # the next attempt starts with another draft
                     break
                 else:
                     self.spool.fail(path, f"the PACS refused it: {status:#06x}", f"sr-{path.name}")
@@ -413,6 +432,24 @@ def _why_not(association: Any, peer: Peer) -> str:
     if association.is_aborted and association.acceptor.primitive is not None:
         return f"{peer.aet} aborted the association"
     return f"nobody answers at {peer.host}:{peer.port}"
+
+
+def _machine_trouble(error: BaseException | None) -> OSError | None:
+    """The error behind an error where the machine is the cause, not the file: a full disk, too many open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Tells a file from one that replaced it."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 def _study_and_view(path: Path) -> tuple[str | None, str | None]:

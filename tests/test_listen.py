@@ -1,3 +1,6 @@
+import dataclasses
+import io
+import os
 import shutil
 import signal
 import socket
@@ -15,9 +18,9 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, EnhancedSRStorage, Verification
 
-from cbedge import ContextError
+from cbedge import ContextError, ReportGenerator
 from cbedge.dicom_header import is_uid
-from cbedge.listen import Peer
+from cbedge.listen import Listener, ListenSettings, Peer
 
 needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
 
@@ -265,6 +268,96 @@ def test_the_log_says_why_the_pacs_takes_no_draft(listen: Callable, film: Path, 
     server = strict.start_server(("127.0.0.1", pacs_port), block=False)
     wait_for(lambda: "rejected the association: called ae title" in (tmp_path / "log").read_text())
     server.shutdown()
+
+
+@pytest.mark.parametrize("trouble", ["another SOP class", "no UID", "no space for this one"])
+def test_a_draft_that_cannot_be_sent_holds_up_no_other(tiny_bundle: Path, film: Path, tmp_path: Path, trouble: str):
+    spool = tmp_path / "spool"
+    settings = ListenSettings("CBEDGE", "127.0.0.1", free_port(), ("X",), None, spool, pair_wait_s=0)
+    listener = Listener(ReportGenerator.from_pretrained(tiny_bundle, device="cpu"), settings)
+    for uid in ("1.2.1", "1.2.2"):
+        (spool / "incoming" / f"{uid}.dcm").write_bytes(another_bytes(film, uid))
+        listener._draft(spool / "incoming" / f"{uid}.dcm")
+    first, second = (spool / "outgoing" / f"{uid}.dcm" for uid in ("1.2.1", "1.2.2"))
+    bad = pydicom.dcmread(first)
+    if trouble == "another SOP class":
+        shutil.copy(film, first)
+    elif trouble == "no UID":
+        del bad.SOPInstanceUID
+        bad.save_as(first)
+    os.utime(first, (1, 1))  # the oldest is sent first
+    good = pydicom.dcmread(second).SOPInstanceUID
+    taken = []
+
+    def take(event: evt.Event) -> int:
+        if event.request.AffectedSOPInstanceUID == bad.SOPInstanceUID:
+            return 0xA700
+        taken.append(event.request.AffectedSOPInstanceUID)
+        return 0
+
+    if trouble != "no space for this one":
+        bad.SOPInstanceUID = "1.2.9"
+    node, port = AE("PACS"), free_port()
+    node.add_supported_context(EnhancedSRStorage)
+    server = node.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, take)])
+    listener.settings = dataclasses.replace(settings, peer=Peer("PACS", "127.0.0.1", port))
+    for _ in range(2):
+        listener._send(listener.spool.waiting(listener.spool.outgoing))
+    server.shutdown()
+    assert taken == [good]
+    if trouble == "no space for this one":
+        assert names(spool / "outgoing") == {"1.2.1.dcm"}  # kept for later
+    else:
+        assert names(spool / "outgoing") == set() and "sr-1.2.1.dcm" in names(spool / "failed")
+
+
+def another_bytes(film: Path, uid: str) -> bytes:
+    dataset, buffer = another(film), io.BytesIO()
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def test_an_image_that_is_sent_again_while_it_is_drafted_is_drafted_again(
+    tiny_bundle: Path, film: Path, tmp_path: Path
+):
+    class SentMeanwhile(ReportGenerator):
+        def generate(self, *args, **kwargs):
+            report = super().generate(*args, **kwargs)
+            listener.spool.put(path.parent, path.name, another_bytes(film, "1.2.3"))
+            return report
+
+    settings = ListenSettings("CBEDGE", "127.0.0.1", free_port(), ("X",), None, tmp_path / "spool")
+    listener = Listener(SentMeanwhile.from_pretrained(tiny_bundle, device="cpu"), settings)
+    path = listener.spool.incoming / "1.2.3.dcm"
+    path.write_bytes(another_bytes(film, "1.2.3"))
+    listener._draft(path)
+    assert path.exists() and names(listener.spool.outgoing) == {"1.2.3.dcm"}
+
+
+def test_too_many_open_files_keep_the_image(tiny_bundle: Path, film: Path, tmp_path: Path):
+    resource = pytest.importorskip("resource")
+    settings = ListenSettings("CBEDGE", "127.0.0.1", free_port(), ("X",), None, tmp_path / "spool")
+    listener = Listener(ReportGenerator.from_pretrained(tiny_bundle, device="cpu"), settings)
+    path = listener.spool.incoming / "1.2.3.dcm"
+    path.write_bytes(another_bytes(film, "1.2.3"))
+    listener.spool.count_attempt(path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(open(film, "rb"))  # noqa: SIM115
+        with pytest.raises(OSError, match="Too many open files"):
+            listener._draft(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in held:
+            file.close()
+    assert path.exists() and names(listener.spool.failed) == set()
+    listener._draft(path)
+    assert names(listener.spool.outgoing) == {"1.2.3.dcm"} and names(listener.spool.incoming) == set()
 
 
 @pytest.mark.parametrize("uid", ["..", "1..2", "1.02", "abc", "1." + "2" * 70])

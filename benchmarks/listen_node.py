@@ -1,0 +1,175 @@
+"""A real ``cbedge listen`` with a store of Structured Reports as its PACS, for the benchmarks of the DICOM node."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom import dcmwrite
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
+from pydicom.uid import UID, ExplicitVRLittleEndian
+from pynetdicom import AE, _config, evt
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    DigitalXRayImageStorageForPresentation,
+    EnhancedSRStorage,
+)
+
+from benchmarks.mutations import film
+
+_ROOT = Path(__file__).parent.parent
+_START_S = 240
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Pacs:
+    """Takes Structured Reports and counts them.
+
+    Attributes:
+        images: deliveries by SOP Instance UID of the radiograph that a document is about.
+        documents: SOP Instance UIDs of the documents for each radiograph.
+    """
+
+    def __init__(self, port: int):
+        self.images: Counter[str] = Counter()
+        self.documents: dict[str, set[str]] = {}
+        self._lock = threading.Lock()
+        node = AE("PACS")
+        node.add_supported_context(EnhancedSRStorage)
+        handlers: Any = [(evt.EVT_C_STORE, self._take)]
+        self._server: Any = node.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+
+    def _take(self, event: evt.Event) -> int:
+        document = event.dataset
+        series = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+        image = str(series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
+        with self._lock:
+            self.images[image] += 1
+            self.documents.setdefault(image, set()).add(str(document.SOPInstanceUID))
+        return 0x0000
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._server.shutdown()
+
+
+class Node:
+    """A process of ``cbedge listen`` with the embedded model, on a spool that outlives it."""
+
+    def __init__(self, folder: Path, pacs_port: int):
+        self.port, self.spool, self.log = free_port(), folder / "spool", folder / "log"
+        command = [sys.executable, "-m", "cbedge.cli", "listen", "--known", "SENDER", "--spool", str(self.spool)]
+        command += ["--peer", f"PACS@127.0.0.1:{pacs_port}", "--port", str(self.port), "--device", "cpu"]
+        command += ["--retry", "0.5", "--pair-wait", "0"]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        end = time.monotonic() + _START_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"cbedge listen does not start; see {self.log}")
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 2).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it at once, as a loss of power does."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End it as a service manager does."""
+        self.process.terminate()
+        self.process.wait(90)
+
+    def failed(self) -> set[str]:
+        """SOP Instance UIDs of the radiographs that were put aside."""
+        return {path.stem for path in (self.spool / "failed").glob("*.dcm")}
+
+    def unfinished(self) -> int:
+        """Radiographs and drafts that wait."""
+        return sum(1 for part in ("incoming", "outgoing") for _ in (self.spool / part).glob("*.dcm"))
+
+
+def radiograph(number: int) -> Dataset:
+    """A Digital X-Ray object of the example film, a little different by number; its identifiers are to be set."""
+    values = np.round(film(number) * 255).astype(np.uint8)
+    dataset = Dataset()
+    dataset.SOPClassUID = DigitalXRayImageStorageForPresentation
+    dataset.Modality, dataset.ViewPosition, dataset.BodyPartExamined = "DX", "PA", "CHEST"
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate, dataset.PatientSex = "A^B", "1", "19700101", "F"
+    dataset.StudyDate, dataset.StudyTime, dataset.AccessionNumber, dataset.StudyID = "20260102", "101112", "1", "1"
+    dataset.ReferringPhysicianName, dataset.SeriesNumber, dataset.InstanceNumber = "", 1, 1
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 0
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit = 7
+    dataset.PixelData = values.tobytes() + b"\0" * (values.size % 2)
+    return dataset
+
+
+def encode(dataset: Dataset) -> bytes:
+    """The data set's bytes as they go over the network, without a file's header."""
+    buffer = io.BytesIO()
+    dcmwrite(buffer, Dataset(dict(dataset)), implicit_vr=False, little_endian=True)
+    return buffer.getvalue()
+
+
+def send(port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120) -> list[int | None]:
+    """Send objects over one association, whatever their bytes are.
+
+    Args:
+        port: the node's.
+        objects: SOP Instance UID and encoded data set of each.
+        timeout_s: seconds to wait for each answer.
+
+    Returns:
+        A status for each; ``None`` where the node did not answer.
+    """
+    _config.STORE_SEND_CHUNKED_DATASET = True  # files are sent as their bytes are
+    objects = list(objects)
+    node = AE("SENDER")
+    node.acse_timeout = node.dimse_timeout = node.network_timeout = timeout_s
+    node.add_requested_context(DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian)
+    association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
+    answers: list[int | None] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (uid, content) in enumerate(objects):
+            meta = FileMetaDataset()
+            meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+            meta.MediaStorageSOPInstanceUID = UID(uid)
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            path = Path(folder) / f"{number}.dcm"
+            header = DicomBytesIO()
+            write_file_meta_info(header, meta)
+            path.write_bytes(b"\0" * 128 + b"DICM" + header.getvalue() + content)
+            try:
+                answers.append(association.send_c_store(path).get("Status"))
+            except RuntimeError:  # the association has ended
+                break
+    if association.is_established:
+        association.release()
+    return answers + [None] * (len(objects) - len(answers))
