@@ -46,8 +46,7 @@ _STARTS = (b"\x02\x00", b"\x08\x00")  # of a DICOM file without the preamble
 _TEXT = ("PN", "LO", "SH", "ST", "LT", "UC", "UT")
 _GB2312 = b"\x1b$)A"
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-_MAX_GB2312 = b"\x1b$)A"
-_PIXELS = 64_000_000  # of a deflated file whose header alone is read
+_MAX_PIXELS = 64_000_000  # of a deflated file whose header alone is read
 _MAX_HEADER_BYTES = 16 * 2**20  # beside the pixels, of a deflated file
 
 
@@ -237,9 +236,9 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
 def _decodable(dataset: Dataset) -> Dataset:
     """The same with a mark in place of every value that cannot be decoded, in place.
 
-    pydicom decodes an element when it is asked for it, and raises what it likes where the bytes are damaged. Bytes beyond
-    ASCII that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence
-    of ISO 2022 IR 58 in the text.
+    pydicom decodes an element when asked for it, and raises what it likes where the bytes are damaged. Bytes beyond ASCII
+    that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence of
+    ISO 2022 IR 58 in the text.
     """
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.valuerep import PersonName
