@@ -236,9 +236,9 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
 def _decodable(dataset: Dataset) -> Dataset:
     """The same with a mark in place of every value that cannot be decoded, in place.
 
-    pydicom decodes an element when asked for it, and raises what it likes where the bytes are damaged. Bytes beyond ASCII
-    that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence of
-    ISO 2022 IR 58 in the text.
+    pydicom decodes an element when asked for it, and raises what it likes where the bytes are damaged. Bytes beyond
+    ASCII that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence
+    of ISO 2022 IR 58 in the text.
     """
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.valuerep import PersonName
