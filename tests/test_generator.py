@@ -401,7 +401,7 @@ def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
         ):
             how = replace(how, stop_bias=-20)  # what is drawn first could be the stop token
             text = generator.generate(draw_chest(seed), max_new_tokens=24, decoding=how).text
-            assert text and "\ufffd" not in text
+            assert "\ufffd" not in text  # a random model may end no sentence in so few tokens
 
 
 def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png: Path):
@@ -409,11 +409,11 @@ def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png:
     beams = generator.generate(chest_png, max_new_tokens=24, decoding=Decoding(beams=3))
     drawn = {
         generator.generate(
-            chest_png, max_new_tokens=24, decoding=Decoding(temperature=2.0, seed=seed, keep_to_template=False)
+            chest_png, max_new_tokens=450, decoding=Decoding(temperature=2.0, seed=seed, keep_to_template=False)
         ).text
         for seed in range(4)
     }
-    assert beams.new_tokens <= 24 and len(drawn) > 1
+    assert beams.new_tokens <= 24 and len(drawn) > 1 and "" not in drawn
 
 
 def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
