@@ -72,15 +72,16 @@ class DicomFilm:
 
 
 def silence_pydicom() -> None:
-    """Keep pydicom from printing header values, which are patient data, in any thread and for good.
+    """Keep pydicom and highdicom from printing header values, which are patient data, in any thread and for good.
 
     ``warnings.catch_warnings`` changes the filters of all threads and back again: with several threads a value slips
     through.
     """
     from pydicom import charset
 
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    for library in ("pydicom", "highdicom"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     # Latin-9 has been in the standard since 2018 and is missing in pydicom 3.0.
     charset.python_encoding.setdefault("ISO_IR 203", "iso8859_15")
     charset.python_encoding.setdefault("ISO 2022 IR 203", "iso8859_15")

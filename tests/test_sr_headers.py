@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -344,3 +345,13 @@ def test_a_file_without_the_preamble_has_a_header(tmp_path: Path):
         header = read_header(source)
         assert header is not None and header.PatientID == "9RG1"
     assert read_header(b"\x89PNG\r\n\x1a\n" + bytes(200)) is None
+
+
+def test_no_library_prints_a_name_of_one_component():
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_sr_headers import REPORT, header_bytes, render;"
+        "render(REPORT, 'sr', header_bytes({'PatientName': 'Secretname'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Secretname" not in done.stdout + done.stderr
