@@ -172,8 +172,10 @@ def _variants(names: list[str], told: Callable[[str], None]) -> tuple[str, ...]:
             raise ValueError(f"unknown variant {one!r}; give one of: {', '.join(VARIANTS)}, or all")
     if IN_INT8 in wanted and not multiplies_exactly():  # nor could it be compared with torch here
         if "all" not in names:
-            raise ValueError(f"{IN_INT8} needs a CPU with VNNI; or add it to a bundle with int4: export.revise --vnni")
-        told(f"{IN_INT8} is left out: this CPU has no VNNI instructions; export.revise --vnni adds it")
+            raise ValueError(
+                f"{IN_INT8} needs an x86 processor with AVX2; or add it to a bundle with int4: export.revise --vnni"
+            )
+        told(f"{IN_INT8} is left out: this is no x86 processor with AVX2; export.revise --vnni adds it")
         wanted = [one for one in wanted if one != IN_INT8]
     return tuple(dict.fromkeys(wanted))
 

@@ -41,7 +41,7 @@ DESCRIPTIONS = {
     "fp16": "16 bit weights and activations, for GPUs",
     "int8": "8 bit weights, fp32 activations, for CPUs",
     "int4": "4 and 8 bit weights, fp32 activations, for CPUs",
-    "q4a8": "int4's weights, multiplied in 8-bit integers, for CPUs with VNNI",
+    "q4a8": "int4's weights, multiplied in 8-bit integers, for x86 processors",
     "q4f16": "4 and 8 bit weights, 16 bit activations, for GPUs",
     "nf4": "4 bit NormalFloat in torch (bitsandbytes), 16 bit activations",
 }

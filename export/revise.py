@@ -100,7 +100,7 @@ def revise(
     vnni: Annotated[
         bool,
         typer.Option(
-            "--vnni", help="Add q4a8, for CPUs with VNNI, on int4's own weights: graphs that multiply 8-bit integers."
+            "--vnni", help="Add q4a8, for x86 processors, on int4's own weights: graphs that multiply 8-bit integers."
         ),
     ] = False,
     parity: Annotated[

@@ -274,7 +274,7 @@ def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
     return out
 
 
-IN_INT8 = {"q4a8"} if multiplies_exactly() else set()  # what "all" leaves out on a CPU without VNNI
+IN_INT8 = {"q4a8"} if multiplies_exactly() else set()  # what "all" leaves out on processors that are not x86
 USUAL_VARIANT = "q4a8" if IN_INT8 else "int4"
 needs_default_model = pytest.mark.skipif(
     not (DEFAULT_BUNDLE / "manifest.json").is_file(), reason="the embedded default model is not in this checkout"

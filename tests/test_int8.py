@@ -15,7 +15,7 @@ from cbedge.backends.int8 import Product, Table, read_files
 from export.int8 import multiply_in_int8, write_probe
 from export.quantize import Int4Settings, quantize_language_model
 
-needs_vnni = pytest.mark.skipif(not IN_INT8, reason="this processor has no VNNI instructions")
+needs_x86 = pytest.mark.skipif(not IN_INT8, reason="no x86 processor with AVX2")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_nothing_is_stored_twice(bundle: Path):
         assert {*Table.read(bundle / f"{kind}_q4a8.json").sources} <= {*variant.data}
 
 
-@needs_vnni
+@needs_x86
 def test_graphs_compute_what_int4_computes(bundle: Path):
     opened = open_bundle(bundle)
     exact, quick = (open_backend(opened, opened.variant(name)[1], "cpu", 2) for name in ("int4", "q4a8"))
@@ -120,14 +120,14 @@ def test_a_token_hangs_on_no_other_of_its_pass(variant: str, bundle: Path):
     assert together.length == alone.length == 9 + len(tokens)
 
 
-@needs_vnni
+@needs_x86
 def test_it_is_taken_on_such_a_processor_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch):
     opened = open_bundle(bundle)
     assert choose_variant(opened) == ("q4a8", "cpu") and choose_variant(opened, "int4") == ("int4", "cpu")
     monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
     monkeypatch.setattr("cbedge.backends.onnx.multiplies_exactly", lambda: False)
     assert choose_variant(opened) == ("int4", "cpu")
-    with pytest.raises(DeviceError, match="VNNI"):
+    with pytest.raises(DeviceError, match="AVX2"):
         ReportGenerator.from_pretrained(bundle, "q4a8")
 
 
@@ -137,7 +137,7 @@ def test_without_such_a_processor_it_is_not_exported(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
     told: list[str] = []
     assert "q4a8" not in _variants(["all"], told.append) and "q4a8 is left out" in told[0]
-    with pytest.raises(ValueError, match="VNNI"):
+    with pytest.raises(ValueError, match="AVX2"):
         _variants(["q4a8"], told.append)
 
 
@@ -158,7 +158,7 @@ def test_a_damaged_table_is_told(damage: str, bundle: Path, tmp_path: Path):
         Table.read(path)
 
 
-@needs_vnni
+@needs_x86
 def test_files_that_are_not_verified_are_not_read(bundle: Path):
     opened = open_bundle(bundle)
     variant = opened.variant("q4a8")[1]

@@ -1,4 +1,4 @@
-"""Linear layers multiplied in 8-bit integers, on processors that do so exactly (VNNI).
+"""Linear layers multiplied in 8-bit integers, exactly, on x86 processors.
 
 ONNX Runtime multiplies 8-bit activations by 8-bit weights several times as fast as it multiplies by blocks of 4- or
 8-bit weights, where more than a few tokens are read at a time. A bundle stores no weights for that: a variant of this
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _PROBE = Path(__file__).parent / "int8_probe.onnx"
 _LIMIT = 127  # of weights' absolute values
+PROBE_DEPTH = 64  # inputs of the probe's layer, whose weights are all 127
+EXACT = ("session.x64quantprecision", "1")  # session option: no sums of products in 16 bits
 _COLUMNS = 128  # of weights that are rounded at a time
 Files = Mapping[str, np.ndarray]  # the bytes of files by name, as read_files gives them
 
@@ -189,10 +191,12 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 @cache
 def multiplies_exactly() -> bool:
-    """Whether this processor multiplies 8-bit numbers exactly in ONNX Runtime, and is of a kind where that is faster.
+    """Whether ONNX Runtime multiplies 8-bit integers exactly on this processor, and faster than blocks of 4-bit weights.
 
-    x86 processors without VNNI (before 2019, and AMD's before Zen 4) add pairs of products in 16 bits, which do not
-    hold the largest. So the largest are multiplied here, and the result is looked at.
+    x86 processors without VNNI (before 2019, and AMD's before Zen 4) add pairs of products of unsigned and signed
+    numbers in 16 bits, which overflow. :data:`EXACT` makes ONNX Runtime store the weights as unsigned numbers there,
+    whose products it adds in 32 bits; processors with VNNI are not affected. To be sure, the largest numbers are
+    multiplied here and the result is compared.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -200,8 +204,7 @@ def multiplies_exactly() -> bool:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry(*EXACT)
     session = onnxruntime.InferenceSession(str(_PROBE), options, providers=["CPUExecutionProvider"])
-    depth = 64
-    left, right = np.full((8, depth), 255, np.uint8), np.full((depth, 32), _LIMIT, np.int8)
-    products = session.run(None, {"left": left, "right": right})[0]
-    return bool((products == 255 * _LIMIT * depth).all())
+    products = session.run(None, {"left": np.full((8, PROBE_DEPTH), 255, np.uint8)})[0]
+    return bool((products == 255 * _LIMIT * PROBE_DEPTH).all())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cbedge.backends.int8 import Table, multiplies_exactly
+from cbedge.backends.int8 import EXACT, Table, multiplies_exactly
 from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoder
@@ -191,11 +191,12 @@ class OnnxBackend:
         table = Table.path(path)
         if table.name in self._data:
             if self.device == "cuda" or not multiplies_exactly():
-                raise DeviceError("this variant is for CPUs with VNNI instructions: name another, or no variant")
+                raise DeviceError("this variant is for x86 processors with AVX2: name another variant, or none")
             read = Table.read(table)
             if not {*read.sources} <= {*self._data}:  # which alone are verified
                 raise BundleError(f"{table.name} names files that the variant does not: export the bundle again")
             made = read.initializers(path.parent)
+            options.add_session_config_entry(*EXACT)
             options.add_external_initializers([*made], [*made.values()])
         try:
             session = None
