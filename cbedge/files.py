@@ -54,12 +54,12 @@ def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
             partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes, replace: bool = True) -> None:
+def write_atomically(path: Path, *content: bytes | memoryview, replace: bool = True) -> None:
     """Write a file that appears whole and synced to disk, or not at all; see :func:`open_atomically`.
 
     Args:
         path: the file; its folder must exist.
-        content: its bytes.
+        content: its bytes, in one piece or in several.
         replace: whether a file that exists may be replaced.
 
     Raises:
@@ -67,7 +67,7 @@ def write_atomically(path: Path, content: bytes, replace: bool = True) -> None:
         OSError: it cannot be written.
     """
     with open_atomically(path, replace) as file:
-        file.write(content)
+        file.writelines(content)
 
 
 def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular: bool = False) -> None:
@@ -132,7 +132,7 @@ def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Pat
             with open(path, "wb") as stream:
                 stream.write(content)
         else:
-            write_atomically(_target(path), content, replace)
+            write_atomically(_target(path), content, replace=replace)
     except FileExistsError:
         raise OutputError(f"{path} exists already: give --force to replace it, or another name") from None
     except OSError as error:

@@ -24,6 +24,7 @@ from time import monotonic, time
 from typing import Any
 
 from pynetdicom import AE, evt
+from pynetdicom.dsutils import encode_file_meta
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
@@ -38,6 +39,7 @@ from cbedge.errors import CbedgeError, ContextError, OutputError, RadiographErro
 from cbedge.files import lock_file, write_atomically
 from cbedge.formats import to_sr
 from cbedge.generator import ReportGenerator
+from cbedge.listen_guard import GuardedAE, ReceptionLimit
 
 _IMAGES = (
     ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, DigitalXRayImageStorageForProcessing,
@@ -47,11 +49,10 @@ _SYNTAXES = [
     "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80",
     "1.2.840.10008.1.2.4.81", "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91",
 ]  # fmt: skip
-_SUCCESS, _NO_SPACE, _CANNOT_STORE = 0x0000, 0xA700, 0xC000
+_SUCCESS, _NO_SPACE, _OTHER_CLASS, _CANNOT_STORE = 0x0000, 0xA700, 0xA900, 0xC000
 _TAKEN = (_SUCCESS, 0xB000, 0xB006, 0xB007)
 _RESERVE_BYTES = 50 * 2**20
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
-MAX_OBJECT_BYTES = 512 * 2**20
 MAX_ATTEMPTS = 3  # at one image, also over several processes: one that needs too much memory ends its process
 MAX_ASSOCIATIONS = 200  # connections that have not associated yet count too
 ASSOCIATE_S, IDLE_S = 10, 60  # seconds until such a connection, or an association that says nothing, is closed
@@ -94,6 +95,8 @@ class ListenSettings:
         pair_wait_s: how long a frontal or lateral radiograph waits for its study's other one, to be drafted with it; 0
             drafts each by itself, as a model that reads no lateral one always does.
         max_waiting: radiographs that may wait in the spool; one more is refused, and its sender keeps it.
+        max_object_bytes: largest radiograph; a sender of a larger one is cut off before it is in memory.
+        max_received_bytes: of all radiographs that are being received at a time.
     """
 
     aet: str
@@ -106,6 +109,8 @@ class ListenSettings:
     last_retry_s: float = 600.0
     pair_wait_s: float = 10.0
     max_waiting: int = 10_000
+    max_object_bytes: int = 512 * 2**20
+    max_received_bytes: int = 1024 * 2**20
 
 
 class Spool:
@@ -132,13 +137,13 @@ class Spool:
         for part in (self.incoming, self.outgoing, self.failed):
             part.mkdir(parents=True, exist_ok=True)
 
-    def put(self, folder: Path, name: str, content: bytes) -> None:
+    def put(self, folder: Path, name: str, *parts: bytes | memoryview) -> None:
         """Write a file that is there wholly and durably, or not at all."""
         try:
-            write_atomically(folder / name, content)
+            write_atomically(folder / name, *parts)
         except FileNotFoundError:
             self.make()
-            write_atomically(folder / name, content)
+            write_atomically(folder / name, *parts)
 
     def waiting(self, folder: Path) -> list[Path]:
         """Its files, the oldest first."""
@@ -189,6 +194,7 @@ class Listener:
         self._held: float | None = None  # seconds until a radiograph has waited long enough for another
         self._threads: list[threading.Thread] = []
         self._server: Any = None
+        self._reception = ReceptionLimit(settings.max_object_bytes, settings.max_received_bytes, _tell)
         self._refusal = ""  # why the last delivery did not come about
 
     def start(self) -> None:
@@ -197,7 +203,7 @@ class Listener:
         Raises:
             ContextError: the address is taken.
         """
-        node = AE(self.settings.aet)
+        node = GuardedAE(self.settings.aet)
         node.require_calling_aet = list(self.settings.known)
         node.require_called_aet = True
         node.maximum_associations = MAX_ASSOCIATIONS
@@ -207,7 +213,8 @@ class Listener:
             node.add_supported_context(kind, _SYNTAXES)
         address = (self.settings.host, self.settings.port)
         try:
-            self._server = node.start_server(address, block=False, evt_handlers=[(evt.EVT_C_STORE, self._receive)])
+            handlers: Any = [(evt.EVT_C_STORE, self._receive), *self._reception.handlers()]
+            self._server = node.start_server(address, block=False, evt_handlers=handlers)
         except OSError as error:
             reason = f"cannot listen on {address[0]}:{address[1]}: {error.strerror}; give another --port"
             raise ContextError(reason) from None
@@ -230,12 +237,16 @@ class Listener:
 
     def _receive(self, event: evt.Event) -> int:
         """A radiograph has come: on disk first, acknowledged then."""
+        request: Any = event.request
+        content = request.DataSet.getbuffer() if request.DataSet is not None else b""
         try:
-            request: Any = event.request
             uid = str(request.AffectedSOPInstanceUID)
             if not is_uid(uid):  # it becomes a file's name
                 _tell("a radiograph whose SOP Instance UID is malformed was refused")
                 return _CANNOT_STORE
+            if request.AffectedSOPClassUID != event.context.abstract_syntax:
+                _tell("an object of another SOP class than was agreed on was refused")
+                return _OTHER_CLASS
             self.spool.make()
             if shutil.disk_usage(self.spool.folder).free < _RESERVE_BYTES:
                 _tell("no space left in the spool: a radiograph was refused")
@@ -243,17 +254,16 @@ class Listener:
             if self.spool.is_full(self.settings.max_waiting):
                 _tell(f"{self.settings.max_waiting:,} radiographs wait already: one more was refused")
                 return _NO_SPACE
-            content = event.encoded_dataset()
-            if len(content) > MAX_OBJECT_BYTES:
-                _tell(f"a radiograph of more than {MAX_OBJECT_BYTES:,} bytes was refused")
-                return _CANNOT_STORE
-            self.spool.put(self.spool.incoming, f"{uid}.dcm", content)
+            header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
+            self.spool.put(self.spool.incoming, f"{uid}.dcm", header, content)
         except OSError as error:
             _tell(f"a radiograph could not be kept ({error.strerror}) and was refused")
             return _NO_SPACE
         except Exception as error:
             _tell(f"a radiograph could not be kept ({type(error).__name__}) and was refused")
             return _CANNOT_STORE
+        finally:
+            self._reception.kept(event.assoc, len(content))
         self._arrived.set()
         return _SUCCESS
 
@@ -472,6 +482,7 @@ def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:
     _log.propagate = False
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # it logs what it is sent
     silence_pydicom()
+    threading.excepthook = lambda ended: _tell(f"a connection was ended by a {ended.exc_type.__name__}")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -1,0 +1,165 @@
+"""What stands before the DICOM node: limits of size and time for its peers, for those that have not associated too.
+
+pynetdicom reads a PDU of any length whole, waits for its end without a limit, and holds every object in memory until it
+is complete. All three are bounded here, so that no peer can fill the memory or keep others out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from pynetdicom import AE, evt
+from pynetdicom.pdu import P_DATA_TF
+from pynetdicom.transport import ThreadedAssociationServer
+
+MAX_PDU_BYTES = 2**20  # many times what is offered to peers; a request for many presentation contexts needs 150 kB
+MAX_QUEUED_MESSAGES = 64  # a peer sends the next one after the answer to the last
+MAX_CONNECTIONS = 400
+PDU_S = 20.0  # seconds from the first byte of a PDU to its last, and at most as many again for one part
+_HEADER = struct.Struct(">BxL")  # type, length of what follows
+_log = logging.getLogger("cbedge.listen")
+
+
+class PeerSocket(socket.socket):
+    """A connection that ends when a PDU is longer, or takes more time, than it may.
+
+    Args:
+        connection: the connection, which this object takes over.
+    """
+
+    def __init__(self, connection: socket.socket):
+        super().__init__(fileno=connection.detach())
+        self.settimeout(PDU_S)
+        self._header = b""
+        self._left = 0  # bytes of the PDU behind its header
+        self._due = 0.0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive at most so many bytes of one PDU.
+
+        Raises:
+            TimeoutError: the PDU is not complete in time.
+            ConnectionError: it is too long.
+        """
+        if not self._left and not self._header:
+            self._due = monotonic() + PDU_S
+        elif monotonic() > self._due:
+            raise TimeoutError("the PDU is not complete in time")
+        received = super().recv(min(size, self._left or _HEADER.size - len(self._header)), flags)
+        if self._left:
+            self._left -= len(received)
+            return received
+        self._header += received
+        if len(self._header) == _HEADER.size:
+            _, self._left = _HEADER.unpack(self._header)
+            self._header = b""
+            if self._left > MAX_PDU_BYTES:
+                raise ConnectionError("the PDU is too long")
+        return received
+
+
+class _Server(ThreadedAssociationServer):
+    """Connections as :class:`PeerSocket`, and no more than :data:`MAX_CONNECTIONS`."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        return PeerSocket(connection), address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return len(self.active_associations) < MAX_CONNECTIONS
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.info(json.dumps("a connection could not be served"))
+
+
+class GuardedAE(AE):
+    """An application entity whose servers bound what peers may do."""
+
+    def make_server(self, *args: Any, **options: Any) -> Any:
+        """See :meth:`pynetdicom.AE.make_server`."""
+        return super().make_server(*args, **{**options, "server_class": _Server})
+
+
+@dataclass
+class _Held:
+    """Bytes in memory that came over one association."""
+
+    command: int = 0
+    data: int = 0
+    refused: bool = False
+
+
+class ReceptionLimit:
+    """Counts the bytes of objects while they are received, and aborts the association that sends too many.
+
+    Args:
+        most_each: bytes that one association may have in memory.
+        most_together: bytes that all may have.
+        on_refusal: is given the reason in words.
+    """
+
+    def __init__(self, most_each: int, most_together: int, on_refusal: Callable[[str], None]):
+        self.most_each, self.most_together, self.on_refusal = most_each, most_together, on_refusal
+        self.together = 0
+        self._held: dict[Any, _Held] = {}
+        self._lock = threading.Lock()
+
+    def handlers(self) -> list[tuple[Any, Callable[[evt.Event], None]]]:
+        """What a server's associations have to call."""
+        return [(evt.EVT_PDU_RECV, self._add), (evt.EVT_CONN_CLOSE, self._forget)]
+
+    def kept(self, association: Any, size: int) -> None:
+        """An object of so many bytes is no longer in memory."""
+        with self._lock:
+            held = self._held.get(association)
+            if held is not None:
+                size = min(size, held.data)
+                held.data -= size
+                self.together -= size
+
+    def _add(self, event: evt.Event) -> None:
+        if not isinstance(event.pdu, P_DATA_TF):
+            return
+        with self._lock:
+            held = self._held.setdefault(event.assoc, _Held())
+            if held.refused:  # what still comes is discarded
+                return
+            for item in event.pdu.presentation_data_value_items:
+                value = item.presentation_data_value or b"\0"
+                control, size = value[0], len(value) - 1
+                if control & 1:  # a command, which is gone when it is complete
+                    held.command = 0 if control & 2 else held.command + size
+                else:
+                    held.data += size
+                    self.together += size
+            reason = self._reason(held, event.assoc.dimse.msg_queue.qsize())
+            if not reason:
+                return
+            held.refused = True
+            self.together -= held.data
+            held.data = 0
+        event.assoc.abort()
+        self.on_refusal(reason)
+
+    def _reason(self, held: _Held, queued: int) -> str:
+        if held.command + held.data > self.most_each:
+            return f"a radiograph of more than {self.most_each:,} bytes was refused"
+        if self.together > self.most_together:
+            return f"more than {self.most_together:,} bytes are being received at once: one sender was refused"
+        if queued > MAX_QUEUED_MESSAGES:
+            return "a sender that does not wait for answers was refused"
+        return ""
+
+    def _forget(self, event: evt.Event) -> None:
+        with self._lock:
+            held = self._held.pop(event.assoc, None)
+            if held is not None:
+                self.together -= held.data
