@@ -152,7 +152,8 @@ def send(port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120
     _config.STORE_SEND_CHUNKED_DATASET = True  # files are sent as their bytes are
     objects = list(objects)
     node = AE("SENDER")
-    node.acse_timeout = node.dimse_timeout = node.network_timeout = timeout_s
+    node.acse_timeout = 15  # where the node is killed meanwhile, nobody tells that it will not answer
+    node.dimse_timeout = node.network_timeout = timeout_s
     node.add_requested_context(DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian)
     association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
     answers: list[int | None] = []

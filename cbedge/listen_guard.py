@@ -6,8 +6,6 @@ is complete. All three are bounded here, so that no peer can fill the memory or 
 
 from __future__ import annotations
 
-import json
-import logging
 import socket
 import struct
 import threading
@@ -20,12 +18,13 @@ from pynetdicom import AE, evt
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.transport import ThreadedAssociationServer
 
+from cbedge.listen_log import tell
+
 MAX_PDU_BYTES = 2**20  # many times what is offered to peers; a request for many presentation contexts needs 150 kB
 MAX_QUEUED_MESSAGES = 64  # a peer sends the next one after the answer to the last
 MAX_CONNECTIONS = 400
 PDU_S = 20.0  # seconds from the first byte of a PDU to its last, and at most as many again for one part
 _HEADER = struct.Struct(">BxL")  # type, length of what follows
-_log = logging.getLogger("cbedge.listen")
 
 
 class PeerSocket(socket.socket):
@@ -77,7 +76,7 @@ class _Server(ThreadedAssociationServer):
         return len(self.active_associations) < MAX_CONNECTIONS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        _log.info(json.dumps("a connection could not be served"))
+        tell("a connection could not be served")
 
 
 class GuardedAE(AE):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other in circles
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["dicom_node"]  # fixtures of the DICOM node
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 DEFAULT_BUNDLE = ROOT / "cbedge" / "models" / "default"
