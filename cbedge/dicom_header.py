@@ -1,7 +1,7 @@
 """The part of a DICOM header that a document about the image copies: patient, study, and which image it is.
 
-A value is copied where it is valid by the standard. Every other one is left out, and its attribute is named, never its
-value. Only an image whose study, series or instance UID is missing or unusable is refused.
+A value is copied where it is valid by the standard; codes in lower case and the words for a sex are put right, as they
+can mean only one thing. Every other one is left out, and its attribute is named, never its value. Only an image whose study, series or instance UID is missing or unusable is refused.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _ALLOWED = {
     "PatientSex": ("M", "F", "O"), "SmokingStatus": ("YES", "NO", "UNKNOWN"),
     "TypeOfPatientID": ("TEXT", "RFID", "BARCODE"),
 }  # fmt: skip
+_WORDS = {"PatientSex": {"MALE": "M", "FEMALE": "F", "OTHER": "O"}}
 _LONGEST = {"SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
 _CLASSES = {"CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1"}
 _UID = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
@@ -159,6 +160,9 @@ def _checked(name: str, vr: str, value: Any) -> str | None:
     text = text.rstrip(" \0") if vr in ("ST", "LT") else text.strip(" \0")
     if not text or UNREADABLE in text or not _is_printable(text, vr):
         return None
+    if vr in ("CS", "AS") and text.isascii():  # these are upper case
+        text = text.upper()
+    text = _WORDS.get(name, {}).get(text, text)
     if name in _ALLOWED and text not in _ALLOWED[name]:
         return None
     if len(text) > _LONGEST.get(vr, len(text)):

@@ -20,6 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cbedge import RadiographError, Report
 from cbedge.dicom import header_indication, read_header
+from cbedge.dicom_header import study_header
 from cbedge.formats import render, to_sr
 from cbedge.report import Sentence, Timings
 
@@ -39,7 +40,7 @@ REPORT = Report(
 )  # fmt: skip
 
 LEFT_OUT: dict[str, list[Any]] = {  # values that are not valid, a str as it stands in the file
-    "PatientSex": ["U", "f", "male", "M\\F", "X", "Ü", b"\xff", "M F"],
+    "PatientSex": ["U", "MF", "man", "M\\F", "X", "Ü", b"\xff", "M F", "F\n", "ｆ", "1", "unknown"],
     "PatientBirthDate": ["1940", "00000000", "1940-03-05", "19401305", "19400230", "20200101\\20200102", "?"],
     "StudyDate": ["2020-01-01", "20201301", "99999999", "01/02/2020", "2020010", "202001011"],
     "StudyTime": ["12:30:11", "2530", "126000", "noon", "123011.1234567", "12 30", "-1"],
@@ -49,7 +50,9 @@ LEFT_OUT: dict[str, list[Any]] = {  # values that are not valid, a str as it sta
     "StudyID": ["1" * 17, "1\\2"],
     "ReferringPhysicianName": ["Who\\Else", "B" * 70],
     "StudyDescription": ["D" * 65, "THORAX\\PA", b"R\xf6ntgen"],
-    "PatientAge": ["64", "64Y", "064y", "ABCD"],
+    "PatientAge": ["64", "64Y", "64y", "064yy", "064ÿ", "ABCD"],
+    "SmokingStatus": ["maybe", "Y"],
+    "TypeOfPatientID": ["TEXTS", "ﬁ"],
     "PatientWeight": ["heavy", "1e999", "70,5", "7" * 17],
     "PatientSize": ["1.80m", "NaN"],
     "SOPClassUID": ["", "not a UID", "1.2.3.", "1.2\\1.3"],
@@ -63,6 +66,14 @@ REFUSED = [
 COPIED: list[tuple[str, str, str]] = [  # attribute, as in the file, as in the document
     ("PatientSex", "O", "O"),
     ("PatientSex", "M ", "M"),
+    ("PatientSex", "f", "F"),
+    ("PatientSex", " m\0", "M"),
+    ("PatientSex", "Female", "F"),
+    ("PatientSex", "MALE ", "M"),
+    ("PatientSex", " other", "O"),
+    ("SmokingStatus", "yes", "YES"),
+    ("TypeOfPatientID", "Barcode", "BARCODE"),
+    ("PatientAge", "064y", "064Y"),
     ("PatientBirthDate", "20000229", "20000229"),
     ("StudyTime", "12", "12"),
     ("StudyTime", "123011.123456", "123011.123456"),
@@ -259,6 +270,14 @@ def test_a_name_that_does_not_decode_is_left_out(character_set: str, tmp_path: P
     content = header_bytes({"SpecificCharacterSet": character_set, "PatientName": b"M\xfcller^\xff\xc3"})
     document = document_of(content, tmp_path)
     assert not document.PatientName and left_out_of(document) == {"PatientName"}
+
+
+@pytest.mark.parametrize(("modality", "kind"), [("CR", "1"), ("cr ", "1"), ("rg", "1"), ("dx", "1.1"), (None, "1.1")])
+def test_a_modality_in_any_case_tells_a_missing_class(modality: str | None, kind: str):
+    header = _base()
+    header.Modality = modality
+    del header.SOPClassUID, header.file_meta
+    assert study_header(header).values.SOPClassUID == f"1.2.840.10008.5.1.4.1.1.{kind}"
 
 
 def test_several_faults_at_once_are_all_named_and_the_rest_is_copied(tmp_path: Path):
