@@ -1,7 +1,8 @@
 """The part of a DICOM header that a document about the image copies: patient, study, and which image it is.
 
 A value is copied where it is valid by the standard; codes in lower case and the words for a sex are put right, as they
-can mean only one thing. Every other one is left out, and its attribute is named, never its value. Only an image whose study, series or instance UID is missing or unusable is refused.
+can mean only one thing. Every other one is left out, and its attribute is named, never its value. Only an image whose
+study, series or instance UID is missing or unusable is refused.
 """
 
 from __future__ import annotations
