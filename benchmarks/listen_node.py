@@ -138,23 +138,31 @@ def encode(dataset: Dataset) -> bytes:
     return buffer.getvalue()
 
 
-def send(port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120) -> list[int | None]:
+def send(
+    port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120, title: str = "SENDER",
+    syntax: str = ExplicitVRLittleEndian,
+) -> list[int | None]:  # fmt: skip
     """Send objects over one association, whatever their bytes are.
 
     Args:
         port: the node's.
         objects: SOP Instance UID and encoded data set of each.
         timeout_s: seconds to wait for each answer.
+        title: the sender's application entity title.
+        syntax: transfer syntax that the data sets are said to be in.
 
     Returns:
         A status for each; ``None`` where the node did not answer.
+
+    Raises:
+        ValueError: the transfer syntax is none.
     """
     _config.STORE_SEND_CHUNKED_DATASET = True  # files are sent as their bytes are
     objects = list(objects)
-    node = AE("SENDER")
+    node = AE(title)
     node.acse_timeout = 15  # where the node is killed meanwhile, nobody tells that it will not answer
     node.dimse_timeout = node.network_timeout = timeout_s
-    node.add_requested_context(DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian)
+    node.add_requested_context(DigitalXRayImageStorageForPresentation, UID(syntax))
     association = node.associate("127.0.0.1", port, ae_title="CBEDGE")
     answers: list[int | None] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +170,7 @@ def send(port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120
             meta = FileMetaDataset()
             meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
             meta.MediaStorageSOPInstanceUID = UID(uid)
-            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            meta.TransferSyntaxUID = UID(syntax)
             path = Path(folder) / f"{number}.dcm"
             header = DicomBytesIO()
             write_file_meta_info(header, meta)

@@ -31,6 +31,7 @@ import httpx
 import typer
 from PIL import Image
 
+from benchmarks.listen_node import send
 from benchmarks.mutations import KINDS, MARKER, Input, describe, make_input, plan
 from benchmarks.robustness_worker import copies, middle, peak_bytes, reset_peak
 from cbedge.bench import machine
@@ -360,39 +361,17 @@ class _Listen(_ServiceRoute):
     def _store(self, made: Input) -> int | None:
         """Send an object's bytes as they are; the status, or ``None`` where the association did not carry it."""
         import pydicom
-        from pynetdicom import AE
-        from pynetdicom.dimse_primitives import C_STORE
-        from pynetdicom.sop_class import DigitalXRayImageStorageForPresentation  # type: ignore[attr-defined]
 
-        syntax, start = pydicom.uid.ExplicitVRLittleEndian, 132
+        syntax, start = str(pydicom.uid.ExplicitVRLittleEndian), 132
         with contextlib.suppress(Exception):
             meta = pydicom.dcmread(io.BytesIO(made.data), stop_before_pixels=True, force=True).file_meta
             start = 144 + int(meta.FileMetaInformationGroupLength)
-            syntax = pydicom.uid.UID(meta.TransferSyntaxUID)
-        node = AE("CAMPAIGN")
-        node.acse_timeout = node.dimse_timeout = node.network_timeout = self.limit_s
+            syntax = str(meta.TransferSyntaxUID)
+        uid = pydicom.uid.generate_uid(entropy_srcs=[made.kind, str(made.index)])
         try:
-            node.add_requested_context(DigitalXRayImageStorageForPresentation, [syntax])
+            return send(self.port, [(uid, made.data[start:])], self.limit_s, "CAMPAIGN", syntax)[0]
         except ValueError:
             return None
-        association = node.associate("127.0.0.1", self.port, ae_title="CBEDGE")
-        if not association.is_established:
-            return None
-        try:
-            request = C_STORE()
-            request.MessageID, request.Priority = 1, 2
-            request.AffectedSOPClassUID = DigitalXRayImageStorageForPresentation
-            uid = pydicom.uid.generate_uid(entropy_srcs=[made.kind, str(made.index)])
-            request.AffectedSOPInstanceUID = uid
-            request.DataSet = io.BytesIO(made.data[start:])
-            context = association.accepted_contexts[0].context_id
-            if context is None:
-                return None
-            association.dimse.send_msg(request, context)
-            _, answer = association.dimse.get_msg(block=True)
-            return None if answer is None else answer.Status
-        finally:
-            association.release()
 
 
 def run_campaign(

@@ -1,12 +1,17 @@
 """A short run of the campaign, and of killed batches: none of what they count may happen."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_default_model
+from conftest import free_port, needs_default_model
+from pydicom.uid import ImplicitVRLittleEndian
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import DigitalXRayImageStorageForPresentation
 
 from benchmarks.kill_batch import kill_rounds
+from benchmarks.listen_node import send
 from benchmarks.mutations import KINDS, MARKER, film, make_input
 from benchmarks.robustness import COUNTS, judge, run_campaign, to_markdown, to_record
 
@@ -42,6 +47,20 @@ def test_faults_are_counted():
 
 def test_films_differ_and_use_the_whole_range():
     assert abs(film(0).mean() - film(3).mean()) > 0.01 and film(1).min() == 0 and film(1).max() == 1
+
+
+def test_a_slow_node_is_waited_for_and_one_that_takes_nothing_is_no_hang():
+    def take(event: evt.Event) -> int:
+        time.sleep(0.5)
+        return 0xA700 if event.request.AffectedSOPInstanceUID == "1.2.2" else 0
+
+    node, port = AE("CBEDGE"), free_port()
+    node.add_supported_context(DigitalXRayImageStorageForPresentation, ImplicitVRLittleEndian)
+    server = node.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, take)])
+    objects = [(f"1.2.{number}", b"whatever") for number in range(1, 4)]
+    assert send(port, objects, 10, syntax=ImplicitVRLittleEndian) == [0, 0xA700, 0]
+    assert send(port, objects[:1], 10) == [None]
+    server.shutdown()
 
 
 def test_a_short_campaign_finds_nothing(tmp_path: Path):
