@@ -50,7 +50,7 @@ from cbedge.decoding import (
 from cbedge.errors import BundleError, CbedgeError, ContextError, DraftError, RadiographError
 from cbedge.film_view import FilmView
 from cbedge.gate import Gate, NotAChestRadiograph
-from cbedge.image_findings import OTHER, scores_of
+from cbedge.image_findings import scores_of
 from cbedge.lexicon import Lexicon
 from cbedge.phrasebook import GuessSource, Phrasebook
 from cbedge.preprocess import preprocess_radiograph
@@ -415,8 +415,8 @@ class ReportGenerator:
     ) -> DraftPlan:  # fmt: skip
         """What a draft is to say: a template's sentences, but for those that contradict what was seen.
 
-        Its impression says what opened the findings. Where something was seen that no sentence opens them with, or a
-        template that is not in English meets anything seen, the template concludes nothing.
+        Its impression says what opened the findings. A template that is not in English cannot be checked: it concludes
+        nothing where anything was seen, and its findings stay with a warning.
 
         Args:
             template: of :func:`cbedge.templates.read_template`, or of a bundle; ``None`` keeps to none.
@@ -435,7 +435,7 @@ class ReportGenerator:
         def uncontradicted(sentences: Sequence[str], said: Sequence[str]) -> list[str]:
             kept = []
             for text in sentences:
-                against = [n for n in seen if (found := self.contradicting([n])) is not None and found.search(text)]
+                against = [n for n in checked if (found := self.contradicting([n])) is not None and found.search(text)]
                 if against:
                     reason = f"because the image scores point to {', '.join(against)}"
                     warnings.append(f"The template's sentence {text!r} was left out {reason}.")
@@ -443,13 +443,15 @@ class ReportGenerator:
                     kept.append(text)
             return kept
 
-        unsaid = [*seen] if seen and not house.english else [n for n in seen if n not in opened and n != OTHER]
+        checked = seen if house.english else ()  # the patterns are in English
+        concludes = house.english or not seen
         findings = [] if conclusion else uncontradicted(house.findings, opening)
-        impression = [] if unsaid else uncontradicted(house.impression, opening)
-        if unsaid and house.impression:
-            why = "says so" if house.english else "could be checked, for they are not in English"
-            reason = f"the image scores point to {', '.join(unsaid)} and none of its sentences {why}"
-            warnings.append(f"The template's impression was left out because {reason}.")
+        impression = uncontradicted(house.impression, opening) if concludes else []
+        if house.impression and not concludes:
+            warnings.append(
+                f"The template's impression was left out because the image scores point to {', '.join(seen)} and it "
+                "could not be checked, for it is not in English."
+            )
         if seen and not house.english:
             warnings.append(
                 "The template is not in English: its sentences could not be checked against what the image scores "

@@ -81,11 +81,13 @@ class ImageFindings:
 
     def contradicting(self, told: Sequence[str]) -> re.Pattern[str] | None:
         """What is found in a sentence that contradicts a finding told; ``None`` where nothing is known to.
+        :data:`OTHER` is contradicted by what contradicts the first name, "abnormal".
 
         Raises:
             ValueError: a denial is no regular expression.
         """
-        return any_of([text for name, text in zip(self.names, self.denials, strict=False) if name in told])
+        known = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ("",))[0]}
+        return any_of([known.get(name, "") for name in told])
 
 
 def any_of(denials: Sequence[str]) -> re.Pattern[str] | None:

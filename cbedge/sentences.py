@@ -1,7 +1,8 @@
 """Split report text into sentences: the one splitter that drafts, templates and training share.
 
-It knows abbreviations (``Dr.``, ``approx.``, ``e.g.``), decimal numbers (``1.5 cm``), numbered items (``1. No acute
-disease.`` is one sentence) and the full stops of Chinese and Japanese.
+It knows abbreviations (``Dr.``, ``approx.``, ``e.g.``), initials and other single letters (``J. Hall``, ``z. B.``),
+decimal numbers (``1.5 cm``), numbered items (``1. No acute disease.`` is one sentence) and the full stops of Chinese
+and Japanese.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
 _LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z])$")  # also behind a heading or label
+_WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(
     [
         "dr",
@@ -91,6 +93,10 @@ def _ends(text: str, start: int, found: re.Match[str]) -> bool:
     following = text[_skip(text, found.end()) :][:1]
     match = _LAST_WORD.search(before)
     word = match.group().lower() if match else ""
+    if _WITHOUT_FINDING.search(before):
+        return not following.islower()
+    if len(word) == 1 and word.isalpha():  # an initial, "z. B.", "p. 3"
+        return not following
     if word in _ABBREVIATIONS:
         return not following
     if word in _BEFORE_NUMBER:

@@ -43,6 +43,7 @@ from export.phrases import phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
 from export.words import lexicon_of
 from training.fetch import DEFAULT_CACHE
+from training.openings import with_denials
 from training.templates import templates_of
 from training.trained import load_adapted
 
@@ -57,6 +58,10 @@ def revise(
     openings: Annotated[
         Path | None, typer.Option(help="YAML of finding: sentence that opens a draft; an empty one for none.")
     ] = None,
+    denials: Annotated[
+        bool,
+        typer.Option("--denials", help="Take what contradicts each finding anew from training/denials.yaml."),
+    ] = False,
     topics: Annotated[
         Path | None,
         typer.Option(help="YAML of topics that drafts cover, as export/topics.yaml; empty for none."),
@@ -140,6 +145,10 @@ def revise(
     if vnni:
         manifest = _with_int8(manifest)
     manifest = _told(manifest, version, openings, topics, guidance, quality)
+    if denials:
+        if manifest.image_findings is None:
+            raise ValueError(f"{manifest.name} has no image scores: nothing can contradict them")
+        manifest = replace(manifest, image_findings=with_denials(manifest.image_findings))
     if parity:
         compared = _compare(source, parity, parity_data)
         manifest = replace(manifest, quality=manifest.quality | {"parity": compared})

@@ -184,7 +184,8 @@ def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
 
 def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportGenerator):
     template = "FINDINGS: The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
-    denials = tuple("heart.*normal" if n == "cardiomegaly" else "" for n in findings_of(generator).names)
+    patterns = {"cardiomegaly": "heart.*normal", "effusion": "ribs.*intact|normal chest"}
+    denials = tuple(patterns.get(name, "") for name in findings_of(generator).names)
     told = copy(generator)
     told.bundle = replace(generator.bundle, manifest=replace(
         generator.bundle.manifest, image_findings=replace(findings_of(generator), denials=denials)))  # fmt: skip
@@ -200,12 +201,15 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     text, warnings = planned(("cardiomegaly",), f"FINDINGS: {large}")
     assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large} Normal chest."
     assert len(warnings) == 1 and "'The heart is normal.'" in warnings[0] and "cardiomegaly" in warnings[0]
-    text, warnings = planned(("cardiomegaly", "fracture"), f"FINDINGS: {large}")
-    assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large}"
-    assert "impression" in warnings[1] and "fracture" in warnings[1]
+    text, warnings = planned(("cardiomegaly", "effusion"), f"FINDINGS: {large}")
+    assert text == f"FINDINGS: {large}", "all of the template's findings are contradicted: the model writes them"
+    assert all("effusion" in warning for warning in warnings[1:]) and len(warnings) == 3
+    text, warnings = planned(("cardiomegaly", "device"), f"FINDINGS: {large}")
+    assert text.endswith(f"IMPRESSION: {large} Normal chest."), "a device alone takes no conclusion away"
     text, _ = planned(("cardiomegaly",), f"FINDINGS: {large}", conclusion=True)
     assert text == f"FINDINGS: {large}", "the findings are the language model's"
-    assert planned(("fracture",))[0] == "FINDINGS: The heart is normal. Ribs are intact.", "it may add what was seen"
+    text, _ = planned(("effusion",))
+    assert text == "FINDINGS: The heart is normal. IMPRESSION: There is a pleural effusion."
 
 
 def findings_of(generator: ReportGenerator) -> ImageFindings:
@@ -385,8 +389,8 @@ def test_two_prompts_of_unlike_length_are_read_in_one_pass(exact_generator: Repo
 
 def test_the_consensus_of_candidates_is_the_same_again(generator: ReportGenerator, chest_png: Path):
     settings = Decoding(candidates=5, temperature=0.9, stop_bias=-20)  # what is drawn first could be the stop token
-    first, second = (generator.generate(chest_png, max_new_tokens=12, decoding=settings) for _ in range(2))
-    assert first.text and first.text == second.text and first.new_tokens <= 12
+    first, second = (generator.generate(chest_png, max_new_tokens=200, decoding=settings) for _ in range(2))
+    assert first.text and first.text == second.text
 
 
 def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
@@ -502,7 +506,7 @@ def test_a_draft_never_goes_on_with_what_contradicts_its_opening(generator: Repo
         changed = replace(findings, thresholds=(0.0,) * count, openings=(opening,) * count, denials=(denial,) * count)
         copied = copy(generator)
         copied.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, image_findings=changed))
-        return copied.generate(draw_chest(0), indication="cough", max_new_tokens=60)
+        return copied.generate(draw_chest(0), indication="cough", max_new_tokens=900)
 
     whole, opened = draft("(?!)"), draft(".")
     assert opened.text == "FINDINGS: There it is. IMPRESSION: There it is."

@@ -13,6 +13,8 @@ from cbedge.sentences import ends_sentence, normalize, split_text
         ["IMPRESSION: 1. No acute disease.", "2. Normal film."],
         ["Fig. 2 shows it.", "Effusion: No.", "The rest, etc., is normal."],
         ["Das Herz ist ca. 12 cm breit.", "Kein Erguss."],
+        ["Read by J. A. Hall.", "Compare p. 3, fig. 2.", "Clear."],
+        ["Kein Erguss, z. B. im Randwinkel, d. h. frei.", "Herz o. B.", "Lunge o. B. im Liegen."],
         ["肺野清晰。", "心影不大。"],
         ["The lungs are clear", ],
     ],

@@ -22,8 +22,23 @@ from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.findings import find_mentions
 
-# Finding → what is found in a sentence that contradicts it.
-DENIALS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
+
+def read_denials() -> dict[str, str]:
+    """``denials.yaml``, its parts filled in: finding → regular expression of sentences that contradict it."""
+    values = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
+    parts: dict[str, str] = {}
+
+    def fill(text: str) -> str:
+        for name, part in parts.items():
+            text = text.replace(f"<{name}>", f"(?:{part})")
+        return text
+
+    for name, text in values["parts"].items():  # a part may hold the ones before it
+        parts[name] = fill(text)
+    return {name: fill(text) for name, text in values["denials"].items()}
+
+
+DENIALS = read_denials()
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,8 @@ def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
 
 
 def with_denials(findings: ImageFindings) -> ImageFindings:
-    """The same findings, with the denials of :data:`DENIALS` for those that have an opening sentence."""
-    opened = zip(findings.names, findings.openings, strict=False)
-    return replace(findings, denials=tuple(DENIALS.get(name, "") if text else "" for name, text in opened))
+    """The same findings, with the denials of :data:`DENIALS`."""
+    return replace(findings, denials=tuple(DENIALS.get(name, "") for name in findings.names))
 
 
 class Opener:

@@ -191,7 +191,7 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 @cache
 def multiplies_exactly() -> bool:
-    """Whether ONNX Runtime multiplies 8-bit integers exactly on this processor, and faster than blocks of 4-bit weights.
+    """Whether ONNX Runtime multiplies 8-bit integers exactly on this processor, and faster than 4-bit weights.
 
     x86 processors without VNNI (before 2019, and AMD's before Zen 4) add pairs of products of unsigned and signed
     numbers in 16 bits, which overflow. :data:`EXACT` makes ONNX Runtime store the weights as unsigned numbers there,
