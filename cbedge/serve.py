@@ -26,6 +26,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.requests import ClientDisconnect
 
 from cbedge import __version__
 from cbedge.bundle import CARD
@@ -35,7 +36,7 @@ from cbedge.generator import ReportGenerator, ReportStream
 from cbedge.heatmap import overlay, png
 from cbedge.radiograph import load_radiograph
 from cbedge.report import Report
-from cbedge.serve_form import DraftForm, form_schema, read_form
+from cbedge.serve_form import DraftForm, form_schema, open_form, read_form
 from cbedge.serve_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
 
 MEDIA = {"json": "application/json", "text": "text/plain", "fhir": "application/fhir+json", "sr": "application/dicom"}
@@ -61,6 +62,8 @@ class ServeSettings:
         deadline_s: seconds from a request's arrival to its last token, after which it is given up with 503.
         idle_s: seconds in which the next part of a request has to come, else it is answered 408.
         hosts: names by which the service may be addressed; empty allows any.
+        max_together: bytes of all requests that are read or wait at a time; one more is answered 503. They lie in the
+            folder for temporary files.
     """
 
     token: str | None = None
@@ -69,6 +72,7 @@ class ServeSettings:
     deadline_s: float = 60.0
     idle_s: float = 10.0
     hosts: tuple[str, ...] = ()
+    max_together: int = 1024 * 2**20
 
 
 class Overloaded(Exception):
@@ -244,12 +248,14 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     app.state.drafter = drafter
     app.add_middleware(
         RequestGuard, max_bytes=settings.max_bytes, idle_s=settings.idle_s, body_s=settings.deadline_s,
-        hosts=settings.hosts,
+        max_together=settings.max_together, hosts=settings.hosts,
     )  # fmt: skip
     app.add_exception_handler(CbedgeError, _refuse)
     app.add_exception_handler(Overloaded, _later)
     app.add_exception_handler(GivenUp, _late)
     app.add_exception_handler(RequestValidationError, _explain)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _report)
     allowed = Depends(token_check(settings.token))
     app.include_router(_drafting(generator, drafter, metrics, allowed))
     app.include_router(_telling(generator, drafter, metrics, settings, allowed))
@@ -278,6 +284,16 @@ async def _late(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
 
 
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def _report(request: Request, error: Exception) -> Response:
+    kind = type(error).__name__
+    _log.error(json.dumps({"event": "error", "kind": kind}))  # the text of an error may hold patient data
+    return JSONResponse({"detail": f"an unforeseen error ({kind}): please report it"}, 500)
+
+
 def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
     """What drafts a report."""
     router = APIRouter(dependencies=[allowed])
@@ -295,7 +311,8 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
             422: {"description": "The radiograph or its context cannot be used."},
             429: {"description": "The queue is full: come again after Retry-After; the answer's Queue-Ticket, sent "
                                  "as a header, lets you in before others."},
-            503: {"description": "The deadline passed, or the service is shutting down."},
+            503: {"description": "The deadline passed, the service is shutting down, or it has no room for the request "
+                                 "at present: come again after Retry-After."},
         },
         openapi_extra={"requestBody": form_schema()},
     )  # fmt: skip
@@ -304,9 +321,7 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
     ) -> Response:
         if drafter.draining:
             raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise ContextError("the body is not a multipart form: send one, such as curl -F image=@study.dcm")
-        async with request.form(max_files=8, max_fields=16) as sent:
+        async with open_form(request) as sent:
             return await answer(request, await read_form(sent), queue_ticket)
 
     async def answer(request: Request, form: DraftForm, queue_ticket: str | None) -> Response:
@@ -468,12 +483,14 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
+    for library in ("python_multipart", "asyncio"):  # they print parts of what is sent, and are no JSON
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if not settings.hosts and settings.token is None:  # else the token keeps other sites out
         settings = replace(settings, hosts=(*LOOPBACK, host))
     app = create_app(generator, settings)
     server = uvicorn.Server(uvicorn.Config(
         app, host=host, port=port, log_level="critical", access_log=False, timeout_keep_alive=20,
-        http=patient_protocol(settings.idle_s), ws="none",
+        http=patient_protocol(settings.idle_s, settings.deadline_s), ws="none",
         timeout_graceful_shutdown=int(settings.deadline_s), h11_max_incomplete_event_size=64 * 1024,
     ))  # fmt: skip
     _log.info(json.dumps(f"serving on http://{host}:{port}"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import FormData, UploadFile
+from fastapi import HTTPException, Request
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cbedge.errors import ContextError, RadiographError
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS
@@ -16,6 +20,7 @@ SWITCHES = ("stream", "heatmap", "accept_any_image")
 FORMATS = ("json", "text", "fhir", "sr")
 _FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+_MAX_FILES, _MAX_FIELDS = 8, 16
 MAX_TEXT_BYTES = 4 * MAX_CONTEXT_CHARACTERS
 
 
@@ -39,15 +44,44 @@ class DraftForm:
     accept_any_image: bool
 
 
+@asynccontextmanager
+async def open_form(request: Request) -> AsyncIterator[FormData]:
+    """The multipart form of a request. Names and texts hold the bytes that came, a character each, as the parser would
+    guess at bytes that are no UTF-8.
+
+    Raises:
+        ContextError: the request holds no multipart form.
+        HTTPException: the form is malformed (400), or there is no space for its files (503).
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise ContextError("the body is not a multipart form: send one, such as curl -F image=@study.dcm")
+    parts = [part for part in kind.split(";") if not part.strip().lower().startswith("charset=")]
+    headers = Headers({"content-type": ";".join([*parts, " charset=latin-1"])})
+    parser = MultiPartParser(headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"the multipart form is malformed: {error.message}") from None
+    except OSError as error:
+        reason = f"no space for the files of the form ({error.strerror}): come again later"
+        raise HTTPException(503, reason, {"Retry-After": "30"}) from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 async def read_form(form: FormData) -> DraftForm:
-    """Read a multipart form.
+    """Read a form of :func:`open_form`.
 
     Raises:
         ContextError: a field is unknown, comes twice, or has a value that cannot be used.
         RadiographError: there is no file ``image``.
     """
     fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
+    for raw_name, value in form.multi_items():
+        name = raw_name.encode("latin-1").decode("utf-8", "backslashreplace")
         if name not in _FIELDS:
             raise ContextError(f"unknown form field {_shown(name)}; the fields are: {', '.join(_FIELDS)}")
         if name in fields:
@@ -71,15 +105,18 @@ async def read_form(form: FormData) -> DraftForm:
 
 async def _text(name: str, value: str | UploadFile | None) -> str | None:
     """A text field, which may also come as a text file."""
-    if value is None or isinstance(value, str):
-        return value
-    content = await value.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise ContextError(f"the file given as {name} has more than {MAX_TEXT_BYTES:,} bytes: shorten it")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        content, what, how = value.encode("latin-1"), f"the form field {name}", "send it as UTF-8"
+    else:
+        content, what, how = await value.read(MAX_TEXT_BYTES + 1), f"the file given as {name}", "pass a text file"
+        if len(content) > MAX_TEXT_BYTES:
+            raise ContextError(f"{what} has more than {MAX_TEXT_BYTES:,} bytes: shorten it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ContextError(f"the file given as {name} is not valid UTF-8; pass a text file") from None
+        raise ContextError(f"{what} is not valid UTF-8; {how}") from None
 
 
 def _switch(name: str, text: str | None) -> bool:

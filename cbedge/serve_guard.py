@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_OPEN_REQUESTS = 256
+MAX_CONNECTIONS = 512
+UNREAD_S = 30.0  # until a client that does not read its answer is cut off
+
+
+_LATER, _CLOSE = {"Retry-After": "5"}, {"Connection": "close"}
+
+
+@dataclass
+class _Body:
+    """How much of a request's body has come, in bytes."""
+
+    read: int = 0
 
 
 class RequestGuard:
@@ -24,57 +37,67 @@ class RequestGuard:
         max_bytes: of a request's body, by what it announces and by what comes.
         idle_s: seconds in which the next part of a body has to come.
         body_s: seconds in which a whole body has to come.
+        max_together: bytes of all bodies that are held at a time; they lie in the folder for temporary files.
         hosts: names by which the service may be addressed, without ports; empty allows any. A page of another site can
             make a browser send requests to this machine under a name of its own (DNS rebinding); this stops it.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float, body_s: float, hosts: tuple[str, ...] = ()):
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, idle_s: float, body_s: float, max_together: int,
+        hosts: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.app, self.max_bytes, self.idle_s, self.body_s = app, max_bytes, idle_s, body_s
-        self.hosts = frozenset(host.lower() for host in hosts)
-        self._open = 0
+        self.max_together, self.hosts = max_together, frozenset(host.lower() for host in hosts)
+        self._open = self._together = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        scope, host = _origin_form(scope)
+        refusal = self._refusal(scope, host)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server sends no body, as it knows the request as it came
+            scope = {**scope, "method": "GET"}
         self._open += 1
+        body = _Body()
         try:
-            await self.app(scope, self._limited(receive), send)
+            await self.app(scope, self._limited(receive, body), send)
         finally:
             self._open -= 1
+            self._together -= body.read
 
-    def _refusal(self, scope: Scope) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, host: str | None) -> JSONResponse | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self._open >= MAX_OPEN_REQUESTS:
-            return JSONResponse({"detail": "too many requests are open: come again in 5 s"}, 503, {"Retry-After": "5"})
-        if self.hosts and host_name(headers.get(b"host", "")) not in self.hosts:
+            return JSONResponse({"detail": "too many requests are open: come again in 5 s"}, 503, _LATER)
+        if self.hosts and host is not None and host not in self.hosts:
             return JSONResponse(
                 {"detail": "the Host header names another machine: use this service's own address"}, 421
             )
         origin = headers.get(b"origin")
-        if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            ours = host_name(headers.get(b"host", ""))
-            if urlsplit(origin).hostname != ours:
-                return JSONResponse({"detail": "the request comes from a page of another site"}, 403)
+        if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and _site(origin) != host:
+            return JSONResponse({"detail": "the request comes from a page of another site"}, 403)
         announced = headers.get(b"content-length", "0")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # A proxy before this service may go by the other one, and take the body's end for a request.
+            return JSONResponse({"detail": "send Content-Length or Transfer-Encoding, not both"}, 400, _CLOSE)
         if not announced.isdigit():
             return JSONResponse({"detail": "Content-Length is not a number"}, 400)
         if int(announced) > self.max_bytes:
             return JSONResponse({"detail": self._too_large()}, 413)
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, body: _Body) -> Receive:
         """``receive`` with limits on size and time until the body is complete."""
-        read, complete = 0, False
+        complete = False
         deadline = asyncio.get_running_loop().time() + self.body_s
 
         async def limited() -> Message:
-            nonlocal read, complete
+            nonlocal complete
             if complete:
                 return await receive()
             try:
@@ -82,13 +105,15 @@ class RequestGuard:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(
-                    408, "the request came too slowly: send it again", {"Connection": "close"}
-                ) from None
-            read += len(message.get("body", b""))
+                raise HTTPException(408, "the request came too slowly: send it again", _CLOSE) from None
+            size = len(message.get("body", b""))
+            body.read += size
+            self._together += size
             complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if read > self.max_bytes:
+            if body.read > self.max_bytes:
                 raise HTTPException(413, self._too_large())
+            if self._together > self.max_together:
+                raise HTTPException(503, "too much is being sent at once: come again in 5 s", _LATER)
             return message
 
         return limited
@@ -103,6 +128,28 @@ def host_name(header: str) -> str:
     if name.startswith("["):  # IPv6
         return name[1:].partition("]")[0]
     return name.partition(":")[0]
+
+
+def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
+    """The scope with the target's path alone, and the name by which the service is addressed, if any.
+
+    A client may send the whole address as the target (RFC 9112, 3.2.2), which then counts instead of the Host header.
+    One of HTTP/1.0, such as a health check of a load balancer, need not name a host. A browser always does.
+    """
+    host = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"), None)
+    if scope["path"].startswith("/") or "://" not in scope["path"]:
+        return scope, None if host is None else host_name(host)
+    authority, _, path = scope["path"].partition("://")[2].partition("/")
+    raw = scope.get("raw_path", b"").partition(b"://")[2].partition(b"/")[2]
+    return {**scope, "path": f"/{path}", "raw_path": b"/" + raw}, host_name(authority)
+
+
+def _site(origin: str) -> str | None:
+    """The name of the machine that an Origin header names, in lower case."""
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None
 
 
 def token_check(token: str | None) -> Callable[[Request], None]:
@@ -128,26 +175,72 @@ def _fits(text: str, encoding: str) -> bool:
     return True
 
 
-def patient_protocol(header_s: float) -> Any:
-    """A uvicorn protocol that closes connections on which no request is complete after some seconds: those of port
-    checks, and of clients that send their headers a byte at a time."""
+def patient_protocol(header_s: float, body_s: float) -> Any:
+    """A uvicorn protocol that closes connections which keep a place without using it.
+
+    These are: port checks, clients that send the headers of a request a byte at a time, those that go on sending a body
+    after they were answered, and those that do not read the answer.
+
+    Args:
+        header_s: seconds in which a request's headers have to come.
+        body_s: seconds in which the rest of a body that is not needed is thrown away: who reads the answer only after
+            having sent all would not see it on a closed connection.
+    """
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class HeaderTimeoutProtocol(H11Protocol):
-        """HTTP/1.1 with a limit on the time that the first request's headers take."""
+    class PatientProtocol(H11Protocol):
+        """HTTP/1.1 with limits on the time that everything but the answer takes."""
 
         def connection_made(self, transport: Any) -> None:
             """Start the clock."""
             super().connection_made(transport)
-            self._headers_due = self.loop.call_later(header_s, self._close_if_silent)
+            self._unread: asyncio.TimerHandle | None = None
+            self._due: asyncio.TimerHandle | None = self.loop.call_later(header_s, transport.abort)
+            if len(self.connections) > MAX_CONNECTIONS:
+                transport.abort()
 
-        def _close_if_silent(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
+        def data_received(self, data: bytes) -> None:
+            """Go on with the request, or begin the next one."""
+            super().data_received(data)
+            self._watch(True)
+
+        def on_response_complete(self) -> None:
+            """Wait for the next request."""
+            super().on_response_complete()
+            self._watch(bool(self.conn.trailing_data[0]))
+
+        def _watch(self, more: bool) -> None:
+            """Stop the clock while a request is answered; start it when more comes than was asked for."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop()
+            elif self._due is None:
+                if self.conn.their_state is h11.SEND_BODY:
+                    self._due = self.loop.call_later(body_s, self.transport.abort)
+                elif more:
+                    self._due = self.loop.call_later(header_s, self.transport.abort)
+
+        def _stop(self) -> None:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+
+        def pause_writing(self) -> None:
+            """The client does not read."""
+            super().pause_writing()
+            self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            """The client reads again."""
+            super().resume_writing()
+            if self._unread is not None:
+                self._unread.cancel()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Stop the clock."""
-            self._headers_due.cancel()
+            """Stop the clocks."""
+            self._stop()
+            if self._unread is not None:
+                self._unread.cancel()
             super().connection_lost(exc)
 
-    return HeaderTimeoutProtocol
+    return PatientProtocol
