@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cbedge.errors import CbedgeError, OutputError, RadiographError
-from cbedge.files import lock_file, lock_path, open_atomically, write_output
+from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
 from cbedge.generator import ReportGenerator
 from cbedge.radiograph import printable
 
@@ -243,7 +243,7 @@ def run_batch(
     """
     try:
         out = Path(os.path.realpath(out))  # one lock for a file and the links to it; a link stays one
-        _check_place(out)
+        check_output(out, True, regular=True)  # it is read again
         lock = lock_file(
             lock_path(out), f"another cbedge batch is writing {out.name}: wait for it, or give another --out"
         )
@@ -356,15 +356,6 @@ def _draft_some(
         else {"status": "ok", **json.loads(draft.to_json())}
         for draft in drafts
     ]  # fmt: skip
-
-
-def _check_place(out: Path) -> None:
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder; give a file such as reports.jsonl")
-    if not out.parent.is_dir():
-        raise OutputError(f"no such folder: {out.parent}; make it, or give another --out")
-    if out.exists() and not out.is_file():
-        raise OutputError(f"{out} is not a regular file, which a batch can be resumed from: give another --out")
 
 
 def _open_lines(

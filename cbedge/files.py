@@ -16,7 +16,9 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from cbedge.errors import OutputError
+from cbedge.file_names import MAX_WINDOWS_PATH, windows_fault
 
+ON_WINDOWS = os.name == "nt"
 _MAX_NAME_BYTES = 255
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
 _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
@@ -36,7 +38,7 @@ def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
         FileExistsError: the file exists and ``replace`` is false.
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.partial")
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")  # short: Windows allows 259 characters for a path
     try:
         with open(partial, "xb") as file:
             yield file
@@ -83,6 +85,9 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
         OutputError: the output cannot be written there.
     """
     number = None if regular else _descriptor(path)
+    fault = windows_fault(path.name) if ON_WINDOWS else None
+    if fault:
+        raise OutputError(f"Windows has no files like {_short(path)}: the name {fault}; give another one")
     try:
         state = path.stat() if number is None else os.fstat(number)
     except FileNotFoundError:
@@ -90,6 +95,9 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
         if len(os.fsencode(_target(path).name)) > _MAX_NAME_BYTES:
             raise OutputError(f"the file name {path.name[:40]}… is too long: give a shorter one") from None
         if not folder.is_dir():
+            if ON_WINDOWS and len(os.path.abspath(path)) > MAX_WINDOWS_PATH:
+                long = f"longer than the {MAX_WINDOWS_PATH} characters that Windows allows"
+                raise OutputError(f"the path {_short(path)} is {long}: give a shorter one") from None
             raise OutputError(f"no such folder: {folder}; make it, or give another path") from None
         return
     except (OSError, ValueError) as error:

@@ -29,6 +29,7 @@ from cbedge.delivery import RESCAN_S, Delivery, Peer
 from cbedge.dicom import header_view, read_header
 from cbedge.dicom_header import is_uid
 from cbedge.errors import CbedgeError, ContextError, RadiographError
+from cbedge.file_names import safe_name
 from cbedge.formats import to_sr
 from cbedge.generator import ReportGenerator
 from cbedge.listen_guard import GuardedAE, ReceptionLimit
@@ -163,7 +164,7 @@ class Listener:
                 tell(f"{self.settings.max_waiting:,} radiographs wait already: one more was refused")
                 return _NO_SPACE
             header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
-            self.spool.put(self.spool.incoming, f"{uid}.dcm", header, content)
+            self.spool.put(self.spool.incoming, f"{safe_name(uid)}.dcm", header, content)
         except OSError as error:
             tell(f"a radiograph could not be kept ({error.strerror}) and was refused")
             return _NO_SPACE
