@@ -42,6 +42,7 @@ _EQUIPMENT = (
 )  # fmt: skip
 _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
+COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # what is read of a header here
 _CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
 _ALLOWED = {
     "PatientSex": ("M", "F", "O"), "SmokingStatus": ("YES", "NO", "UNKNOWN"),

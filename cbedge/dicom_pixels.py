@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbedge.codestream import Codestream, CodestreamError, check_run_lengths, read_jpeg, read_jpeg2000
 from cbedge.errors import RadiographError
-from cbedge.intensity import stretch, stretch_levels
+from cbedge.intensity import Transform, blocks, stretch
+from cbedge.memory import kept_bytes, reduction
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 _MOST_STRAY = 0.05  # share of the pixels above BitsStored that can be an overlay; more, and BitsStored is wrong
 _LUT_ITEMS = 65536
+_DECODER_BYTES = 4  # of a sample in the decoders of pylibjpeg, beside what they return
 
 
 class Warnings(list[str]):
@@ -85,6 +88,54 @@ def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
     dataset.PhotometricInterpretation = photometric
 
 
+def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
+    """The pixels of a dataset after :func:`repair_pixel_attributes`, in grey; its Photometric Interpretation is made to
+    fit, and compressed Pixel Data are removed.
+
+    Returns:
+        integers [rows, columns], in memory that may be the dataset's own; and how colourful they are, 0 to 1.
+
+    Raises:
+        RadiographError: they are damaged, of several frames, or of another size than the header says.
+    """
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    decoder = get_decoder(syntax)
+    options: dict[str, Any] = {"raw": True, "correct_unused_bits": False, "allow_excess_frames": False}
+    options |= {"view_only": True} if decoder.is_native else {"index": 0}
+    try:
+        decoded, properties = decoder.as_array(dataset, **options)
+    except Exception:
+        raise RadiographError(
+            f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+        ) from None
+    if syntax.is_encapsulated:
+        del dataset.PixelData
+    decoded = decoded.astype(decoded.dtype.newbyteorder("="), copy=False)
+    if decoded.ndim == 2:
+        return decoded, 0.0
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    return _in_grey(decoded, str(properties["photometric_interpretation"]).startswith("YBR_FULL"))
+
+
+def _in_grey(decoded: np.ndarray, is_ybr: bool) -> tuple[np.ndarray, float]:
+    """Grey values of colour pixels, integers [rows, columns, 3], and how colourful they are, 0 to 1."""
+    from pydicom.pixels.processing import convert_color_space
+
+    grey = np.empty(decoded.shape[:2], decoded.dtype)
+    most, colour = 1.0, 0.0
+    for rows in blocks(decoded):
+        block = decoded[rows]
+        if is_ybr:
+            block = convert_color_space(np.ascontiguousarray(block), "YBR_FULL", "RGB")
+        channels = block.astype(np.float32)
+        most = max(most, float(channels.max()))
+        colour += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
+        grey[rows] = np.rint(channels @ np.array([0.299, 0.587, 0.114], np.float32))
+    return grey, colour / grey.size / most
+
+
 def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> np.ndarray:
     """Decoded pixels without the bits that are no part of them (overlays), with their sign.
 
@@ -99,31 +150,39 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
     signed = dataset.PixelRepresentation == 1
     raw = decoded.view(f"u{decoded.dtype.itemsize}")
     shift = int(dataset.HighBit) + 1 - bits
-    if shift and not dataset.file_meta.TransferSyntaxUID.is_compressed:
-        raw = raw >> raw.dtype.type(shift)
-    mask = raw.dtype.type((1 << bits) - 1)
-    if signed:
-        sign = raw.dtype.type(1 << (bits - 1))
-        masked = ((raw & mask) ^ sign).astype(f"i{4 if raw.dtype.itemsize < 4 else 8}") - int(sign)
-        stray = np.count_nonzero(masked != decoded) if not shift else 0
-    else:
-        masked = raw & mask
-        stray = np.count_nonzero(masked != raw)
+    shift = 0 if dataset.file_meta.TransferSyntaxUID.is_compressed else shift
+    mask, sign = raw.dtype.type((1 << bits) - 1), raw.dtype.type(1 << (bits - 1))
+    values, stray = np.empty(raw.shape, f"{'i' if signed else 'u'}{raw.dtype.itemsize}"), 0
+    for rows in blocks(raw):
+        block = raw[rows] >> raw.dtype.type(shift)
+        masked = block & mask
+        values[rows] = ((masked ^ sign) - sign if signed else masked).view(values.dtype)
+        if not shift:  # bits above are a sign, nothing, or something else
+            stray += int(np.count_nonzero((block != masked) & (block != values[rows].view(raw.dtype))))
     if stray > _MOST_STRAY * raw.size and not _has_embedded_overlay(dataset):
         warnings.say("BitsStored", "is smaller than the stored values; all bits were taken")
         return decoded
-    return masked
+    return values
 
 
-def padding_mask(dataset: Dataset, decoded: np.ndarray) -> np.ndarray | None:
+def padding_mask(dataset: Dataset, decoded: np.ndarray, values: np.ndarray) -> np.ndarray | None:
     """Where pixels are padding by PixelPaddingValue and PixelPaddingRangeLimit, bool [rows, columns]; ``None`` for
-    nowhere."""
+    nowhere.
+
+    Args:
+        dataset: the header.
+        decoded: pixels with all bits, which padding may take more of than the film does.
+        values: of :func:`stored_values`.
+    """
     first = _raw_value(dataset, "PixelPaddingValue", decoded)
     if first is None:
         return None
     last = _raw_value(dataset, "PixelPaddingRangeLimit", decoded)
     low, high = (first, first) if last is None else (min(first, last), max(first, last))
-    padded = (decoded >= low) & (decoded <= high)
+    padded = np.zeros(decoded.shape, bool)
+    for rows in blocks(decoded):
+        for array in (decoded, values):
+            padded[rows] |= (array[rows] >= low) & (array[rows] <= high)
     count = int(np.count_nonzero(padded))
     return padded if 0 < count < 0.98 * decoded.size else None
 
@@ -135,68 +194,99 @@ def crop_box(padded: np.ndarray) -> tuple[slice, slice]:
 
 
 def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None, warnings: Warnings) -> np.ndarray:
-    """Stored values after modality and VOI transform, stretched to 0..1 by the film's own range, float32.
+    """Stored values as they are shown: after modality and VOI transform, stretched by the film's own range, inverted
+    where the header says so.
 
     Args:
         dataset: the header.
         values: of :func:`stored_values`.
         film: which pixels are no padding, bool [rows, columns]; ``None`` for all.
         warnings: get what could not be applied.
+
+    Returns:
+        float32 in 0..1, padding dark; of the largest films averaged as in :attr:`cbedge.radiograph.Radiograph.pixels`.
     """
-    if values.dtype.kind not in "iu" or int(values.max()) - int(values.min()) >= 2**20:
-        shown = _transformed(dataset, values.astype(np.float64), warnings)
-        return stretch(shown, film)
-    least = int(values.min())
-    levels = np.arange(least, int(values.max()) + 1, dtype=np.float64)
-    return stretch_levels(values, least, _transformed(dataset, levels, warnings), film)
+    rows, columns = values.shape
+    return stretch(
+        values, film, transform=_transform(dataset, values, warnings), inverted=_is_inverted(dataset),
+        factor=reduction(rows, columns, 4),
+    )  # fmt: skip
 
 
-def is_inverted(dataset: Dataset) -> bool:
+def _is_inverted(dataset: Dataset) -> bool:
     """Whether small values are bright: MONOCHROME1, or Presentation LUT Shape INVERSE, which says the same."""
     shape = str(dataset.get("PresentationLUTShape") or "").strip(" \0").upper()
     return dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE"
 
 
-def check_codestream(dataset: Dataset, name: str) -> None:
-    """See that compressed pixels have the size that the header tells, before they are decoded.
+def check_pixels(dataset: Dataset, name: str) -> int:
+    """See that there are as many pixels as the header tells, before they are decoded.
+
+    Args:
+        dataset: after :func:`repair_pixel_attributes`.
+        name: what to call it in a message.
+
+    Returns:
+        Bytes of memory that decoding and mapping them takes, with Pixel Data themselves.
 
     Raises:
-        RadiographError: they have another size, which could need any amount of memory.
+        RadiographError: they have another size or several frames, or none can be found.
     """
+    rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
+    count, wide, length = rows * columns * samples, -(-int(dataset.BitsAllocated) // 8), len(dataset.PixelData)
+    pixels, kept = rows * columns, kept_bytes(rows, columns)
+    mask = pixels if "PixelPaddingValue" in dataset else 0
+    is_copied = samples > 1 or int(dataset.BitsStored) < 8 * wide  # by stored_values and the like
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-        return
+        frames = 8 * length // (count * int(dataset.BitsAllocated))
+        if frames > 1:
+            raise RadiographError(f"{name} holds pixels for {frames:,} frames; give a single radiograph")
+        unpacked = count * wide if dataset.PhotometricInterpretation == "YBR_FULL_422" else 0
+        copied = pixels * wide if is_copied else 0
+        return max(length + unpacked + copied, (copied or length) + kept) + mask
+    frame = _only_frame(dataset.PixelData, name)
+    try:
+        found = _codestream(dataset, frame)
+    except CodestreamError:
+        raise RadiographError(
+            f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+        ) from None
+    if (found.rows, found.columns) != (rows, columns):
+        raise RadiographError(
+            f"{name} has compressed pixels of {found.columns:,} x {found.rows:,}, but Columns and Rows say "
+            f"{columns:,} x {rows:,}: export it again"
+        )
+    if found.components != samples:
+        raise RadiographError(
+            f"{name} has compressed pixels of {found.components} components, but SamplesPerPixel says {samples}: "
+            "export it again"
+        )
+    wide = max(wide, -(-found.bits // 8))
+    decoding = length + len(frame) + count * (_DECODER_BYTES + 2 * wide) + found.overhead
+    return max(decoding, (count + pixels) * wide + mask + kept)
+
+
+def _only_frame(data: bytes, name: str) -> bytes:
     from pydicom.encaps import generate_frames
 
-    frame = next(iter(generate_frames(dataset.PixelData, number_of_frames=1)), b"")
-    size = _codestream_size(frame)
-    if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-        raise RadiographError(
-            f"{name} has compressed pixels of {size[1]:,} x {size[0]:,}, but Columns and Rows say "
-            f"{int(dataset.Columns):,} x {int(dataset.Rows):,}: export it again"
-        )
+    offsets = int.from_bytes(data[4:8], "little") // 4
+    if offsets > 1:
+        raise RadiographError(f"{name} holds {offsets:,} frames; give a single radiograph")
+    try:
+        return next(generate_frames(data, number_of_frames=1), b"")
+    except Exception:
+        return b""
 
 
-def _codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 codestream announces; ``None`` for others."""
-    if frame[4:8] == b"jP  " or frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000, in its box file or bare
-        start = frame.find(b"\xff\x4f\xff\x51")
-        if start < 0 or len(frame) < start + 24:
-            return None
-        columns, rows, left, top = (int.from_bytes(frame[start + 8 + 4 * i : start + 12 + 4 * i], "big")
-                                    for i in range(4))  # fmt: skip
-        return rows - top, columns - left
-    if frame[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 <= len(frame) and frame[at] == 0xFF:
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
-        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return None
+def _codestream(dataset: Dataset, frame: bytes) -> Codestream:
+    from pydicom.uid import JPEG2000TransferSyntaxes, RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax == RLELossless:
+        rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
+        check_run_lengths(frame, rows * columns, samples * int(dataset.BitsAllocated) // 8)
+        return Codestream(rows, columns, samples, int(dataset.BitsAllocated))
+    return read_jpeg2000(frame) if syntax in JPEG2000TransferSyntaxes else read_jpeg(frame)
 
 
 def _has_embedded_overlay(dataset: Dataset) -> bool:
@@ -219,33 +309,43 @@ def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
     return found - (1 << bits) if decoded.dtype.kind == "i" and found >= 1 << (bits - 1) else found
 
 
-def _transformed(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> np.ndarray:
-    rescaled = _modality(dataset, values, warnings)
-    shown = _voi(dataset, rescaled, warnings)
-    if shown is not None and (values.size < 2 or np.ptp(shown) > 0):
-        return shown
-    if shown is not None:
-        warnings.say("WindowCenter", "leaves one value of the whole image; the image's own range was taken")
-    return rescaled
+def _transform(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> Transform:
+    """Modality and VOI transform of these values."""
+    modality = _modality(dataset, warnings)
+    voi = _voi(dataset, warnings)
+    if voi is None:
+        return modality
+
+    def both(levels: np.ndarray) -> np.ndarray:
+        return voi(modality(levels))
+
+    lowest, highest = math.inf, -math.inf
+    for rows in blocks(values):
+        shown = both(values[rows].astype(np.float64))
+        lowest, highest = min(lowest, shown.min()), max(highest, shown.max())
+        if highest > lowest:
+            return both
+    warnings.say("WindowCenter", "leaves one value of the whole image; the image's own range was taken")
+    return modality
 
 
-def _modality(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> np.ndarray:
+def _modality(dataset: Dataset, warnings: Warnings) -> Transform:
     table = _lut(dataset, "ModalityLUTSequence", warnings)
     if table is not None:
-        return _looked_up(values, *table)
+        return lambda values: _looked_up(values, *table)
     slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
     if "RescaleSlope" in dataset and not slope:
         warnings.say("RescaleSlope", "is empty or unusable; 1 was taken")
     if "RescaleIntercept" in dataset and intercept is None:
         warnings.say("RescaleIntercept", "is empty or unusable; 0 was taken")
-    return values * (slope or 1.0) + (intercept or 0.0)
+    return lambda values: values * (slope or 1.0) + (intercept or 0.0)
 
 
-def _voi(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> np.ndarray | None:
-    """After the first VOI LUT or the first usable window; ``None`` where the header has none."""
+def _voi(dataset: Dataset, warnings: Warnings) -> Transform | None:
+    """The first VOI LUT or the first usable window; ``None`` where the header has none."""
     table = _lut(dataset, "VOILUTSequence", warnings)
     if table is not None:
-        return _looked_up(values, *table)
+        return lambda values: _looked_up(values, *table)
     if "WindowCenter" not in dataset and "WindowWidth" not in dataset:
         return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
@@ -258,13 +358,17 @@ def _voi(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> np.ndarray
             break
         if centre is None or width is None or width <= 0:
             continue
-        if function == "SIGMOID":
-            return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -60, 60)))
-        if function == "LINEAR" and width >= 1:
-            centre, width = centre - 0.5, max(width - 1, 1e-3)
-        return np.clip((values - centre) / width + 0.5, 0, 1)
+        return _window(function, centre, width)
     warnings.say("WindowWidth", "gives no usable window; the image's own range was taken")
     return None
+
+
+def _window(function: str, centre: float, width: float) -> Transform:
+    if function == "SIGMOID":
+        return lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -60, 60)))
+    if function == "LINEAR" and width >= 1:
+        centre, width = centre - 0.5, max(width - 1, 1e-3)
+    return lambda values: np.clip((values - centre) / width + 0.5, 0, 1)
 
 
 def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarray] | None:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbedge.dicom import read_header
+from cbedge.dicom_file import read_header
 from cbedge.dicom_header import PATIENT_AND_STUDY, StudyHeader, holds, study_header, usable
 from cbedge.errors import OutputError, RadiographError
 from cbedge.report import DRAFT_STATEMENT, Report

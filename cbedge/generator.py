@@ -827,6 +827,9 @@ class ReportStream(Iterator[str]):
         images = [image for image in (radiograph, lateral) if image is not None]
         start = perf_counter() - sum(image.read_ms for image in images) / 1000
         pixels = [preprocess_radiograph(image, manifest.preprocessing) for image in images]
+        # The pixels of a large film are not held while its draft is written.
+        images = [replace(image, pixels=np.empty((0, 0), np.float32), stored=None) for image in images]
+        radiograph, lateral = images[0], images[1] if lateral else None
         read = perf_counter()
         study = generator.recent.study(pixels, context.view)
         image_reused = bool(study.queried)

@@ -12,6 +12,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from cbedge.intensity import to_uint8
 from cbedge.radiograph import Radiograph
 
 CAVEAT = (
@@ -36,7 +37,7 @@ def overlay(radiograph: Radiograph, attention: np.ndarray, strength: float = 0.5
         attention: of patches, [rows, columns]: :attr:`cbedge.generator.ReportStream.attention`.
         strength: of the colour where most was looked, 0 to 1.
     """
-    grey = Image.fromarray((255 * np.clip(radiograph.pixels, 0, 1)).astype(np.uint8))
+    grey = Image.fromarray(to_uint8(radiograph.pixels))
     grey.thumbnail((MAX_SIDE, MAX_SIDE))
     levels = scaled_map(attention, grey.size)[..., None]
     base = np.asarray(grey, np.float32)[..., None].repeat(3, axis=2)

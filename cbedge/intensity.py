@@ -1,71 +1,120 @@
 """Map pixel values of any depth to 0 (air, dark) to 1 (bone, bright), in one way for every kind of input.
 
 The range is taken between two quantiles of the film's own values, so that a single saturated pixel, an unused part of
-the file's range or another number of bits changes nothing.
+the file's range or another number of bits changes nothing. Everything is computed some rows at a time: a large film
+needs no second array of its size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
+from PIL import Image
 
 TAIL = 0.0002  # share of the pixels that may lie below, and as many above, the range
+_MAX_LEVELS = 2**20
+Transform = Callable[[np.ndarray], np.ndarray]
 
 
-def stretch(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+def stretch(
+    values: np.ndarray, counted: np.ndarray | None = None, *, transform: Transform | None = None,
+    inverted: bool = False, factor: int = 1,
+) -> np.ndarray:  # fmt: skip
     """Stretch values to 0..1 by their own robust range; what lies outside is clipped.
 
     Args:
         values: integers or floats [rows, columns], finite.
-        counted: bool [rows, columns], the pixels that determine the range; default is all.
+        counted: bool [rows, columns], the pixels that determine the range, the others become 0; default is all.
+        transform: applied before, element by element, float64 to finite float64.
+        inverted: small values become bright.
+        factor: average so many rows and columns at last; the ones left over at the edges by themselves.
 
     Returns:
-        float32 [rows, columns]; all zero where the pixels counted have one value.
+        float32 [ceil(rows / factor), ceil(columns / factor)]; all zero, or one if inverted, where the pixels counted
+        have one value.
     """
-    if values.dtype == np.uint8 or (values.dtype.kind in "iu" and values.dtype.itemsize == 2):
-        least = int(values.min())
-        levels = np.arange(least, int(values.max()) + 1, dtype=np.float64)
-        return stretch_levels(values, least, levels, counted)
-    chosen = values if counted is None else values[counted]
-    low, high = quantiles(chosen)
-    return _scaled(values, low, high)
+    if values.dtype.kind in "iu":
+        least, most = int(values.min()), int(values.max())
+        if most - least < _MAX_LEVELS:
+            levels = np.arange(least, most + 1, dtype=np.float64)
+            levels = levels if transform is None else transform(levels)
+            unit = _unit_levels(values, least, levels, counted)
+            unit = 1 - unit if inverted else unit
+            return _rendered(values, lambda block: unit[block.astype(np.intp) - least], counted, factor)
+    low, high = _quantiles(values, counted, transform)
+
+    def to_unit(block: np.ndarray) -> np.ndarray:
+        unit = _scaled(block if transform is None else transform(block.astype(np.float64)), low, high)
+        return 1 - unit if inverted else unit
+
+    return _rendered(values, to_unit, counted, factor)
 
 
-def stretch_levels(values: np.ndarray, least: int, levels: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """The same as :func:`stretch` of ``levels[values - least]``, computed on the few levels, not on the many pixels.
+def blocks(values: np.ndarray, factor: int = 1, pixels: int = 2**20) -> Iterator[slice]:
+    """Rows, some at a time and a multiple of ``factor``, so that what is computed of them stays small."""
+    rows = factor * max(1, pixels // max(1, values.shape[1] * factor))
+    return (slice(start, start + rows) for start in range(0, values.shape[0], rows))
 
-    Args:
-        values: integers [rows, columns].
-        least: the smallest of them.
-        levels: what each value from ``least`` on means, float64 [L], finite, in any order.
-        counted: as for :func:`stretch`.
-    """
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """0..1, float of any shape, → 0 to 255."""
+    eight_bits = np.empty(pixels.shape, np.uint8)
+    for rows in blocks(pixels):
+        eight_bits[rows] = np.rint(np.clip(pixels[rows], 0, 1) * 255)
+    return eight_bits
+
+
+def averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Means over so many rows and columns of float32 or uint8 [rows, columns] or uint8 [rows, columns, 3]."""
+    return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
+def _unit_levels(values: np.ndarray, least: int, levels: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
+    """What each value from ``least`` on becomes, float32 [L], by what it means, float64 [L] in any order."""
     counts = np.zeros(len(levels), np.int64)
-    for rows in _blocks(values):
+    for rows in blocks(values):
         block = values[rows] if counted is None else values[rows][counted[rows]]
         counts += np.bincount(block.ravel().astype(np.intp) - least, minlength=len(levels))
     order = np.argsort(levels, kind="stable")
     below = np.cumsum(counts[order])
     total = int(below[-1])
     if not total:
-        return np.zeros(values.shape, np.float32)
+        return np.zeros(len(levels), np.float32)
     tail = int(TAIL * total)
     low = levels[order[np.searchsorted(below, tail, side="right")]]
     high = levels[order[np.searchsorted(below, total - tail, side="left")]]
-    unit = _scaled(levels, float(low), float(high))
-    pixels = np.empty(values.shape, np.float32)
-    for rows in _blocks(values):
-        pixels[rows] = unit[values[rows].astype(np.intp) - least]
-    return pixels
+    return _scaled(levels, float(low), float(high))
 
 
-def quantiles(values: np.ndarray) -> tuple[float, float]:
+def _quantiles(values: np.ndarray, counted: np.ndarray | None, transform: Transform | None) -> tuple[float, float]:
     """The values between which all but two tails of :data:`TAIL` lie."""
-    flat = values.ravel()
-    if not flat.size:
+    total = values.size if counted is None else int(np.count_nonzero(counted))
+    if not total:
         return 0.0, 0.0
-    tail = int(TAIL * flat.size)
-    sorted_ends = np.partition(flat, (tail, flat.size - 1 - tail))
-    return float(sorted_ends[tail]), float(sorted_ends[flat.size - 1 - tail])
+    tail = int(TAIL * total)
+    lowest = highest = np.empty(0)
+    for rows in blocks(values):
+        block = values[rows].ravel() if counted is None else values[rows][counted[rows]]
+        block = block if transform is None else transform(block.astype(np.float64))
+        lowest, highest = np.concatenate([lowest, block]), np.concatenate([highest, block])
+        if len(lowest) > tail + 1:
+            lowest = np.partition(lowest, tail)[: tail + 1]
+            highest = np.partition(highest, len(highest) - 1 - tail)[-1 - tail :]
+    return float(lowest.max()), float(highest.min())
+
+
+def _rendered(values: np.ndarray, to_unit: Transform, counted: np.ndarray | None, factor: int) -> np.ndarray:
+    rows, columns = values.shape
+    pixels = np.empty((-(-rows // factor), -(-columns // factor)), np.float32)
+    for part in blocks(values, factor):
+        unit = to_unit(values[part])
+        if counted is not None:
+            unit[~counted[part]] = 0
+        start = part.start // factor
+        unit = averaged(unit, factor)
+        pixels[start : start + len(unit)] = unit
+    return pixels
 
 
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -74,9 +123,3 @@ def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     scaled = np.subtract(values, low, dtype=np.float64 if values.ndim == 1 else np.float32)
     scaled /= high - low
     return np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)
-
-
-def _blocks(values: np.ndarray, pixels: int = 2**20) -> list[slice]:
-    """Rows, some at a time, so that what is computed of them stays small."""
-    rows = max(1, pixels // max(1, values.shape[1]))
-    return [slice(start, start + rows) for start in range(0, values.shape[0], rows)]

@@ -26,7 +26,8 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from cbedge.delivery import RESCAN_S, Delivery, Peer
-from cbedge.dicom import header_view, read_header
+from cbedge.dicom import header_view
+from cbedge.dicom_file import read_header
 from cbedge.dicom_header import is_uid
 from cbedge.errors import CbedgeError, ContextError, RadiographError
 from cbedge.file_names import safe_name

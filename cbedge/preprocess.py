@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cbedge.intensity import to_uint8
 from cbedge.radiograph import Radiograph
 
 RESAMPLING = {
@@ -102,12 +103,12 @@ def preprocess(pixels: np.ndarray, settings: Preprocessing) -> np.ndarray:
         raise ValueError(f"pixels have shape {pixels.shape}; colour is {settings.colour}")
     planes = np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None]
     if settings.resize_dtype == "uint8":
-        eight_bits = planes if planes.dtype == np.uint8 else np.rint(np.clip(planes, 0, 1) * 255).astype(np.uint8)
+        eight_bits = (plane if plane.dtype == np.uint8 else to_uint8(plane) for plane in planes)
         resized = np.stack([_resize(plane, settings) for plane in eight_bits])
         # transformers rescales in float64 and normalizes in float32
         values = (resized.astype(np.float64) * settings.rescale_factor).astype(np.float32)
     else:
-        unit = planes / np.float32(255) if planes.dtype == np.uint8 else planes.astype(np.float32, copy=False)
+        unit = (p / np.float32(255) if p.dtype == np.uint8 else p.astype(np.float32, copy=False) for p in planes)
         resized = np.clip(np.stack([_resize(plane, settings) for plane in unit]), 0.0, 1.0)
         values = resized * np.float32(255 * settings.rescale_factor)
     mean = np.asarray(settings.mean, np.float32)[:, None, None]

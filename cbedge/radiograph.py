@@ -8,6 +8,8 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -16,16 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from cbedge.dicom_file import is_dicom
 from cbedge.errors import RadiographError
-from cbedge.intensity import stretch
-from cbedge.raster import check_size, decode_raster, image_values, stored_values
+from cbedge.intensity import averaged, blocks, stretch
+from cbedge.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduction, working_memory
+from cbedge.raster import MIN_SIDE, check_size, decode_raster, image_values, stored_values
 
 if TYPE_CHECKING:
     from cbedge.dicom import DicomFilm
-
-MAX_PIXELS = 64_000_000  # the largest digitizers and detectors give some 30 million
-MAX_BYTES = 512 * 1024 * 1024
-MIN_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Radiograph:
     """A decoded radiograph.
 
     Attributes:
-        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright).
+        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright). Of films of more than 36 megapixels (29 of
+            8 bits, 20 in colour) each holds the mean of 2 x 2, or more, so that no film takes more than 144 MB.
         view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
         sha256: hash of the input file's bytes (of the raw pixels for an array).
         indication: what a DICOM header says of why the study was requested, else ``None``.
@@ -44,7 +45,7 @@ class Radiograph:
             sentence each, without patient data.
         stored: an 8-bit file's own values, uint8 [rows, columns] or in colour [rows, columns, 3], where ``pixels`` do
             not hold them: the file is in colour, or its range was stretched. For models whose preprocessing takes
-            stored values (:mod:`cbedge.preprocess`). ``None`` otherwise, and above 50 megapixels.
+            stored values (:mod:`cbedge.preprocess`); averaged as they are. ``None`` otherwise.
     """
 
     pixels: np.ndarray
@@ -83,13 +84,12 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
     if isinstance(source, Image.Image):
         check_size(source.size, "the image", max_pixels, MIN_SIDE)
         pixels, chroma, stored = image_values(source, "the image")
-        digest = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-        return Radiograph(_checked(pixels, "the image"), None, digest, chroma=chroma, stored=stored)
+        return Radiograph(_checked(pixels, "the image"), None, _digest(pixels), chroma=chroma, stored=stored)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the input", max_pixels)
+        with file_memory(memoryview(source).nbytes):
+            return _decode(bytes(source), "the input", max_pixels)
     if isinstance(source, str | os.PathLike):
-        path = Path(os.fsdecode(source))
-        return _decode(_read_bytes(path), printable(path.name), max_pixels)
+        return _read_file(Path(os.fsdecode(source)), max_pixels)
     pydicom = sys.modules.get("pydicom")
     if pydicom is not None and isinstance(source, pydicom.Dataset):
         from cbedge.dicom import decode_dataset
@@ -97,7 +97,9 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
         digest = hashlib.sha256(source.get("PixelData") or b"").hexdigest()
         return _from_dicom(decode_dataset(source, "the dataset", max_pixels), digest, "the dataset")
     if callable(getattr(source, "read", None)):
-        return _decode(_read_stream(source), "the input", max_pixels)
+        data = _read_stream(source)
+        with file_memory(len(data)):
+            return _decode(data, "the input", max_pixels)
     raise RadiographError(
         f"cannot read a radiograph from a {type(source).__name__}; give a path, bytes, a file object, a PIL image, a "
         "pydicom dataset or a NumPy array"
@@ -119,17 +121,27 @@ def preprocess(pixels: np.ndarray) -> np.ndarray:
     return preprocess(pixels, Preprocessing())
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_file(path: Path, max_pixels: int) -> Radiograph:
     name = printable(path.name)
-    try:
+    with _file_errors(name):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise RadiographError(f"{name} is a folder; give one image file")
         if not stat.S_ISREG(status.st_mode):
             raise RadiographError(f"{name} is not a regular file; give one image file")
         if status.st_size > MAX_BYTES:
-            raise RadiographError(f"{name} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-        return path.read_bytes()
+            raise RadiographError(f"{name} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read: scale it down")
+    with file_memory(status.st_size):
+        with _file_errors(name):
+            data = path.read_bytes()
+        return _decode(data, name, max_pixels)
+
+
+@contextmanager
+def _file_errors(name: str) -> Iterator[None]:
+    """Say in one line why a file cannot be read."""
+    try:
+        yield
     except FileNotFoundError:
         raise RadiographError(f"no such file: {name}; check the path") from None
     except PermissionError:
@@ -155,12 +167,11 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
     if not data:
         raise RadiographError(f"{name} is empty (0 bytes); export it again")
     digest = hashlib.sha256(data).hexdigest()
-    if data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00"):
+    if is_dicom(data[:132]):
         from cbedge.dicom import read_dicom
 
         return _from_dicom(read_dicom(data, name, max_pixels), digest, name)
     pixels, chroma, stored = decode_raster(data, name, max_pixels)
-    check_size(pixels.shape[::-1], name, max_pixels, MIN_SIDE)
     return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored)
 
 
@@ -179,21 +190,39 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise RadiographError(f"{name} has dtype {array.dtype}; give bool, integers or float in 0..1")
     check_size((array.shape[1], array.shape[0]), name, max_pixels, MIN_SIDE)
-    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    values = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if values.dtype.kind == "f" and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise RadiographError(f"{name} is float but not within 0..1; scale it, or give integers")
-    chroma, grey = 0.0, values if values.ndim == 2 else values[..., 0]
-    if values.ndim == 3 and values.shape[2] >= 3:
-        channels = values[..., :3].astype(np.float32)
-        grey = channels if np.ptp(channels, axis=2).max() > 0 else grey
-        if grey is channels:
-            most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
-            chroma = float(np.ptp(channels, axis=2).mean()) / most
-            grey = channels @ np.array([0.299, 0.587, 0.114], np.float32)
-    grey = grey.astype(np.uint8) if grey.dtype.kind == "b" else grey
-    pixels = stretch(grey)
-    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored_values(array, pixels))
+    rows, columns = array.shape[:2]
+    coloured = array.ndim == 3 and array.shape[2] >= 3
+    with working_memory((4 * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7), name,
+                        (columns, rows)):  # fmt: skip
+        values = array.astype(array.dtype.newbyteorder("="), copy=False)
+        for part in blocks(values):
+            block = values[part]
+            if values.dtype.kind == "f" and not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
+                raise RadiographError(f"{name} is float but not within 0..1; scale it, or give integers")
+        grey, chroma = _in_grey(values) if coloured else (values.reshape(rows, columns), 0.0)
+        grey = grey.view(np.uint8) if grey.dtype.kind == "b" else grey
+        is_stored = values.dtype == np.uint8
+        factor = reduction(rows, columns, 4 + (values.size // (rows * columns) if is_stored else 0))
+        pixels = stretch(grey, factor=factor)
+        eight_bits = values[..., :3] if coloured else values.reshape(rows, columns)
+        stored = stored_values(averaged(eight_bits, factor), pixels) if is_stored else None
+        return Radiograph(_checked(pixels, name), None, _digest(array), chroma=chroma, stored=stored)
+
+
+def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Grey values of an array [rows, columns, 3 or 4], float32 if it is in colour, and how colourful it is, 0 to 1."""
+    grey, spread = np.empty(values.shape[:2], np.float32), 0.0
+    for part in blocks(values):
+        channels = values[part][..., :3].astype(np.float32)
+        spread += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
+        grey[part] = channels @ np.array([0.299, 0.587, 0.114], np.float32)
+    most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    return (grey, spread / grey.size / most) if spread else (values[..., 0], 0.0)
+
+
+def _digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes, without a copy of them."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _checked(pixels: np.ndarray, name: str) -> np.ndarray:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
+from PIL import Image, UnidentifiedImageError
 
 from cbedge.errors import RadiographError
-from cbedge.intensity import stretch
+from cbedge.intensity import averaged, blocks, stretch, to_uint8
+from cbedge.memory import PartedFile, kept_bytes, reduction, working_memory
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG brings MPO, of cameras
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV", "LAB")
+MIN_SIDE = 32
+_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # a RIFF file can be anything
 # Pillow warns of large and of damaged images; what matters is said here in one line. For good, since
 # warnings.catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-_MAX_STORED = 50_000_000  # pixels
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag
+_ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
+_MAX_READS = 1_000_000  # of the parts of a file: a PNG of 60 MB has 40,000
+_MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # of 64 KB in a JPEG
+_MAX_TAG_BYTES = 2**22  # of a TIFF's tags that hold numbers, of which Pillow makes an object each
+_TAG_BYTES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by a tag's type
+_MAX_FRAMES = 100  # counted for a message
+
+
+@dataclass
+class _Picture:
+    """A decoded image as it is stored.
+
+    Attributes:
+        grey: integers or floats [rows, columns].
+        colour: uint8 [rows, columns, 3], averaged like the radiograph's pixels, of an image in colour.
+        chroma: how colourful it is, 0 to 1.
+        orientation: as in EXIF, 1 to 8.
+        is_negative: whether small values are bright.
+    """
+
+    grey: np.ndarray
+    colour: np.ndarray | None
+    chroma: float
+    orientation: int
+    is_negative: bool
 
 
 def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -34,7 +69,13 @@ def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
     Raises:
         RadiographError: no image of a known format, damaged, too large, or of several frames.
     """
-    return image_values(_open(data, name, max_pixels), name)
+    _silence_libtiff()
+    image = _open(data, name, max_pixels)
+    copies = 3 if image.format == "WEBP" else 1
+    with working_memory(_needed(image) + copies * len(data), name, image.size):
+        picture = _picture(image, name)
+        image.close()
+        return _shown(picture)
 
 
 def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -47,36 +88,19 @@ def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.n
     Raises:
         RadiographError: damaged, or of a pixel type that is not supported.
     """
-    try:
-        white_is_zero = _is_white_zero(image)  # loading forgets the tags
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        grey = _grey(image, name)
-        if white_is_zero:
-            grey = grey.max() - grey
-        pixels = stretch(grey)
-        return pixels, _chroma(image), stored_values(image, pixels)
-    except RadiographError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged data
-        raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+    _silence_libtiff()
+    with working_memory(_needed(image), name, image.size):
+        return _shown(_picture(image, name))
 
 
-def stored_values(source: Image.Image | np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
-    """What :attr:`Radiograph.stored` holds of an 8-bit image, or of an array [rows, columns(, channels)]."""
-    if pixels.size > _MAX_STORED:
-        return None
-    if isinstance(source, np.ndarray):
-        values = source[..., :3] if source.ndim == 3 else source
-    elif source.mode == "L" or source.mode in EIGHT_BIT_MODES:
-        values = np.asarray(source if source.mode == "L" else _opaque(source).convert("RGB"))
-    else:
-        return None
+def stored_values(values: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+    """What :attr:`Radiograph.stored` holds of an array [rows, columns(, channels)], averaged like the pixels."""
     if values.dtype != np.uint8:
         return None
-    if values.ndim == 3 and all(np.array_equal(values[..., 0], values[..., i]) for i in range(1, values.shape[2])):
-        values = values[..., 0]
-    if values.ndim == 2 and np.array_equal(np.rint(pixels * 255), values):
+    if values.ndim == 3:
+        grey = all(np.array_equal(values[..., 0], values[..., i]) for i in range(1, min(3, values.shape[2])))
+        values = values[..., 0] if grey else values[..., :3]
+    if values.ndim == 2 and np.array_equal(to_uint8(pixels), values):
         return None
     return np.ascontiguousarray(values)
 
@@ -94,11 +118,27 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int)
         raise RadiographError(f"{name} has {columns} x {rows} pixels, too few for a radiograph (at least {min_side})")
 
 
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing to stderr what is wrong with a file, as Pillow does for its warnings only."""
+    package = Path(PIL.__file__).parent
+    for path in (*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(str(path)).TIFFSetErrorHandler(None)
+
+
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    tiff_frames = _check_tags(data, name)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO's others are previews
-    except UnidentifiedImageError:
+        image = Image.open(PartedFile(io.BytesIO(data), name, _MAX_READS), formats=FORMATS)  # type: ignore[arg-type]
+        # An MPO's further frames are previews; Pillow would read every frame of a TIFF to count them.
+        frames = tiff_frames or (1 if image.format == "MPO" else getattr(image, "n_frames", 1))
+        exif = len(image.info.get("exif") or image.info.get("Raw profile type exif") or "")
+    except RadiographError:
+        raise
+    except UnidentifiedImageError as error:
+        if data.startswith(_STARTS):
+            raise RadiographError(f"{name} has a damaged header: export it again") from error
         raise RadiographError(
             f"{name} is not an image that cbedge reads; give PNG, JPEG, TIFF, WebP or DICOM (CR or DX)"
         ) from None
@@ -106,10 +146,123 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise RadiographError(f"{name} has far too many pixels; at most {max_pixels:,} in all: scale it down") from None
     except Exception as error:  # likewise on damaged headers
         raise RadiographError(f"{name} has a damaged header: export it again") from error
-    check_size(image.size, name, max_pixels, 1)
+    check_size(image.size, name, max_pixels, MIN_SIDE)
     if frames > 1:
-        raise RadiographError(f"{name} holds {frames} frames; give a single radiograph")
+        raise RadiographError(
+            f"{name} holds {frames if frames < _MAX_FRAMES else 'very many'} frames; give a single radiograph"
+        )
+    if exif > _MAX_EXIF_BYTES:
+        raise RadiographError(f"{name} holds {exif:,} bytes of EXIF data; at most {_MAX_EXIF_BYTES:,} are read")
     return image
+
+
+def _check_tags(data: bytes, name: str) -> int:
+    """See that Pillow can afford to read a file's tags, and count a TIFF's frames, which it would do by reading all."""
+    if data[:2] == b"\xff\xd8" and data.count(b"Exif\0\0") > _MAX_EXIF_PARTS:
+        raise RadiographError(f"{name} holds too many parts of EXIF data: export it again")
+    if data[:2] not in (b"II", b"MM"):
+        return 0
+    frames = size = 0
+    with suppress(struct.error):  # a damaged file, which Pillow refuses
+        following, further = _first_directory(data), []
+        seen: set[int] = set()
+        while following and following not in seen and frames < _MAX_FRAMES:
+            seen.add(following)
+            frames += 1
+            found, following, inner = _read_directory(data, following)
+            if frames == 1:  # the only one that Pillow is to read
+                size, further = found, inner
+        while further and len(seen) < 2 * _MAX_FRAMES:
+            seen.add(len(seen))
+            found, _, inner = _read_directory(data, further.pop())
+            size, further = size + found, further + inner
+    if size > _MAX_TAG_BYTES:
+        raise RadiographError(
+            f"{name} holds {size:,} bytes of numbers in its tags; at most {_MAX_TAG_BYTES:,} are read"
+        )
+    return max(frames, 1)
+
+
+def _first_directory(data: bytes) -> int:
+    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"\x2b"
+    return int(struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)[0])
+
+
+def _read_directory(data: bytes, at: int) -> tuple[int, int, list[int]]:
+    """A TIFF's directory: bytes of its numbers, where the next one is, and where those are that belong to it."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"\x2b"
+    entry = struct.Struct(order + ("HHQQ" if big else "HHLL"))
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
+    at, size = at + (8 if big else 2), 0
+    further = []
+    if count > 2**16:
+        raise struct.error
+    for _ in range(count):
+        tag, kind, values, value = entry.unpack_from(data, at)
+        size += values * _TAG_BYTES.get(kind, 0)
+        further += [value] if tag in _FURTHER_TAGS else []
+        at += entry.size
+    return size, int(struct.unpack_from(order + ("Q" if big else "L"), data, at)[0]), further
+
+
+def _needed(image: Image.Image) -> int:
+    """Bytes that decoding an image and mapping its values take."""
+    (columns, rows), mode = image.size, image.mode
+    stored = 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
+    grey = stored if mode.startswith("I") or mode == "F" else 1
+    kept = kept_bytes(rows, columns, _kept_per_pixel(mode))
+    copy = 4 if _kept_per_pixel(mode) == 7 and mode not in ("RGB", "1", "LA", "La") else 0  # of _chroma
+    decoding, tile, tags = stored, 0, getattr(image, "tag_v2", {})
+    if image.format == "WEBP":
+        decoding = 16  # two canvases, the frame and its bytes
+    elif image.format in ("JPEG", "MPO"):
+        decoding += 2 * len(image.getbands())  # coefficients, of all but the simplest
+    elif tags:
+        decoding *= 2  # a strip that is all of it, or the image turned
+        across, down = tags.get(_TILE_WIDTH), tags.get(_TILE_LENGTH)
+        tile = 4 * across * down if isinstance(across, int) and isinstance(down, int) else 0
+    pixels = rows * columns
+    return max(pixels * decoding + tile, pixels * (stored + grey + copy) + kept * 3 // 7, pixels * grey + kept)
+
+
+def _kept_per_pixel(mode: str) -> int:
+    """Bytes of a radiograph's pixels and stored values, by the mode of the image."""
+    return 4 if mode.startswith("I") or mode == "F" else 5 if mode == "L" else 7
+
+
+def _picture(image: Image.Image, name: str) -> _Picture:
+    try:
+        white_is_zero = _is_white_zero(image)  # loading forgets the tags
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
+        return _Picture(
+            _grey(image, name), colour, _chroma(image), orientation if orientation in range(1, 9) else 1, white_is_zero
+        )
+    except RadiographError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged data
+        raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+
+
+def _shown(picture: _Picture) -> tuple[np.ndarray, float, np.ndarray | None]:
+    grey, colour = picture.grey, picture.colour
+    rows, columns = grey.shape
+    factor = reduction(rows, columns, 7 if colour is not None else 5 if grey.dtype == np.uint8 else 4)
+    pixels = stretch(grey, inverted=picture.is_negative, factor=factor)
+    values = averaged(grey, factor) if colour is None and grey.dtype == np.uint8 else colour
+    stored = None if values is None else stored_values(values, pixels)
+    turned = [None if a is None else _turned(a, picture.orientation) for a in (pixels, stored)]
+    assert turned[0] is not None
+    return turned[0], picture.chroma, turned[1]
+
+
+def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """An array as the EXIF tag says that it is shown."""
+    turned = array.swapaxes(0, 1) if orientation > 4 else array
+    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
+    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+    return np.ascontiguousarray(turned)
 
 
 def _is_white_zero(image: Image.Image) -> bool:
@@ -119,17 +272,41 @@ def _is_white_zero(image: Image.Image) -> bool:
     return tags is not None and deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
+def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[slice, Image.Image]]:
+    """An image some rows at a time, so that what is made of them stays small."""
+    columns, rows = image.size
+    for part in blocks(np.broadcast_to(np.uint8(0), (rows, columns)), factor):
+        yield part, image.crop((0, part.start, columns, min(part.stop, rows)))
+
+
 def _grey(image: Image.Image, name: str) -> np.ndarray:
-    if image.mode in EIGHT_BIT_MODES:
-        image = _opaque(image).convert("L")
-    if image.mode == "L":
-        return np.asarray(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
+    """Grey values [rows, columns]."""
+    known = image.mode == "L" or image.mode in EIGHT_BIT_MODES or image.mode.startswith("I") or image.mode == "F"
+    if not known:
+        raise RadiographError(
+            f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey"
+        )
+    grey: np.ndarray | None = None
+    for rows, part in _parts(image):
+        values = np.asarray(_opaque(part).convert("L") if image.mode in EIGHT_BIT_MODES else part)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise RadiographError(f"{name} holds values that are not finite; export it again")
-        return values.astype(values.dtype.newbyteorder("="), copy=False)
-    raise RadiographError(f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey")
+        if grey is None:
+            grey = np.empty(image.size[::-1], values.dtype.newbyteorder("="))
+        grey[rows] = values
+    assert grey is not None
+    return grey
+
+
+def _colour(image: Image.Image) -> np.ndarray | None:
+    """An 8-bit image's values uint8 [rows, columns, 3], over black where it is transparent."""
+    factor = reduction(image.size[1], image.size[0], _kept_per_pixel(image.mode))
+    colour = np.empty((-(-image.size[1] // factor), -(-image.size[0] // factor), 3), np.uint8)
+    for rows, part in _parts(image, factor):
+        values = np.asarray(_opaque(part).convert("RGB").reduce(factor))
+        start = rows.start // factor
+        colour[start : start + len(values)] = values
+    return colour
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -143,7 +320,9 @@ def _opaque(image: Image.Image) -> Image.Image:
 def _chroma(image: Image.Image) -> float:
     if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
         return 0.0
-    small = image.convert("RGB")
-    small.thumbnail((256, 256))
-    channels = np.asarray(small, np.float32) / 255
+    columns, rows = image.size
+    scale = min(1, 256 / max(columns, rows))
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    small = image if image.mode == "RGB" else image.convert("RGB")
+    channels = np.asarray(small.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0), np.float32) / 255
     return float((channels.max(2) - channels.min(2)).mean())

@@ -12,6 +12,7 @@ import re
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
 _LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z])$")  # also behind a heading or label
+_HEADING = re.compile(r"\s*(?:FINDINGS|IMPRESSION):")
 _WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(
     [
@@ -85,7 +86,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _ends(text: str, start: int, found: re.Match[str]) -> bool:
-    if found.group() != ".":
+    if found.group() != "." or _HEADING.match(text, found.end()):
         return True
     before = text[start : found.start()]
     if _LIST_MARK.search(before):

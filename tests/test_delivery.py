@@ -14,7 +14,7 @@ from pynetdicom.sop_class import EnhancedSRStorage, Verification
 
 from cbedge import ReportGenerator, delivery
 from cbedge.delivery import MAX_REFUSALS, Delivery
-from cbedge.dicom import read_header
+from cbedge.dicom_file import read_header
 from cbedge.formats import to_sr
 from cbedge.listen import Listener, ListenSettings, Peer
 from cbedge.report import Report, Timings

@@ -1,5 +1,6 @@
 import io
 import shutil
+import struct
 import subprocess
 import warnings
 import zlib
@@ -15,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cbedge import RadiographError, load_radiograph
-from cbedge.dicom import read_header
+from cbedge.dicom_file import read_header
 
 CHEST = draw_chest(2).astype(np.uint16) * 16  # 12 bits
 
@@ -275,14 +276,97 @@ def test_a_deflated_bomb_is_refused_with_little_memory():
         load_radiograph(head + packer.compress(content[start:]) + packer.flush())
 
 
-def test_a_file_without_preamble_or_meta_information_is_read():
-    plain = load_radiograph(make_dicom()).pixels
-    content = make_dicom()
-    bare = content[144 + int.from_bytes(content[140:144], "little") :]
-    for data in (content[128:], bare):
-        assert np.array_equal(load_radiograph(data).pixels, plain) if data is bare else True
-    with pytest.raises(RadiographError):
-        load_radiograph(b"\x08\x00" + bytes(400))
+def written(syntax: str, values: np.ndarray = CHEST) -> tuple[bytes, int]:
+    """A file in an uncompressed transfer syntax, and where its data set begins."""
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(values, ViewPosition="LL")))
+    dataset.file_meta.TransferSyntaxUID = uid = pydicom.uid.UID(syntax)
+    little = uid.is_little_endian
+    dataset.PixelData = values.astype("<u2" if little else ">u2").tobytes()
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, implicit_vr=uid.is_implicit_VR, little_endian=little, force_encoding=True)
+    content = file.getvalue()
+    return content, 144 + int.from_bytes(content[140:144], "little")
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("left_out", ["nothing", "preamble", "preamble and mark", "all meta information"])
+def test_a_file_is_read_without_preamble_or_meta_information(syntax: str, left_out: str, tmp_path: Path):
+    content, start = written(syntax)
+    content = content[
+        {"nothing": 0, "preamble": 128, "preamble and mark": 132, "all meta information": start}[left_out] :
+    ]
+    film = load_radiograph(content)
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom()).pixels)
+    assert film.view == "lateral" and film.warnings == ()
+    (tmp_path / "film").write_bytes(content)
+    header = read_header(tmp_path / "film")
+    assert header is not None and header.PatientName == "Secret^Name" and "PixelData" not in header
+
+
+def test_a_message_over_the_network_is_read_as_it_was_recorded():
+    command = struct.pack("<HHIIHHIH", 0, 0, 4, 10, 0, 0x100, 2, 1)
+    content, start = written(ImplicitVRLittleEndian)
+    assert np.array_equal(load_radiograph(command + content[start:]).pixels, load_radiograph(make_dicom()).pixels)
+
+
+@pytest.mark.parametrize("content", [b"\x08\x00" + bytes(400), b"DICM" + bytes(400), b"\x02\x00" + bytes(range(256))])
+def test_what_only_begins_like_a_dicom_file_is_refused(content: bytes):
+    with pytest.raises(RadiographError) as caught:
+        load_radiograph(content)
+    assert "\n" not in str(caught.value)
+
+
+SIGNED = CHEST.astype(np.int16) - 2000
+
+
+@pytest.mark.parametrize(
+    ("values", "bits"),
+    [
+        (SIGNED, {}),
+        (SIGNED & 0x0FFF, {}),
+        (SIGNED << 4, {"HighBit": 15}),
+        ((SIGNED << 4) | 0x0009, {"HighBit": 15}),
+        (SIGNED, {"BitsStored": 16, "HighBit": 15}),
+        (SIGNED.astype(np.int32), {"BitsAllocated": 32}),
+        (SIGNED.astype(np.int32) & 0x0FFF, {"BitsAllocated": 32}),
+    ],
+    ids=["extended", "zeros above", "shifted", "shifted with an overlay", "16 bits", "32 bits", "32 bits, zeros above"],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_signed_values_are_read_by_their_stored_bits(values: np.ndarray, bits: dict, padded: bool):
+    elements = {"PixelRepresentation": 1, "RescaleSlope": 2, "RescaleIntercept": -50, **bits}
+    if padded:
+        values = np.pad(values, 20, constant_values=int(values.min()) - 1)
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(values, **elements)))
+    if padded:
+        dataset.add_new("PixelPaddingValue", "SS", int(values[0, 0]))
+    file = io.BytesIO()
+    dataset.save_as(file)
+    film = load_radiograph(file.getvalue())
+    assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 1e-5 and film.warnings == ()
+
+
+def test_padding_is_found_among_signed_values_that_are_not_extended():
+    values = np.pad(SIGNED & 0x0FFF, 20, constant_values=-2048 & 0x0FFF)
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(values, PixelRepresentation=1)))
+    dataset.add_new("PixelPaddingValue", "SS", -2048)
+    file = io.BytesIO()
+    dataset.save_as(file)
+    assert np.array_equal(load_radiograph(file.getvalue()).pixels, load_radiograph(make_dicom()).pixels)
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL"])
+def test_colour_is_read_by_its_luminance(photometric: str, planar: int):
+    grey = draw_chest(3)
+    colour = np.stack([grey, np.roll(grey, 9, 0), grey // 2], 2)
+    stored = colour if photometric == "RGB" else np.asarray(Image.fromarray(colour).convert("YCbCr"))
+    film = load_radiograph(make_dicom(
+        grey, SamplesPerPixel=3, PhotometricInterpretation=photometric, PlanarConfiguration=planar, BitsAllocated=8,
+        BitsStored=8, HighBit=7, PixelData=(stored.transpose(2, 0, 1) if planar else stored).tobytes(),
+    ))  # fmt: skip
+    assert np.abs(film.pixels - load_radiograph(colour).pixels).max() < 0.01
+    assert film.chroma == pytest.approx(np.ptp(colour, axis=2).mean() / colour.max(), abs=0.01)
 
 
 def test_a_dataset_in_memory_is_read_and_left_as_it_is():

@@ -103,6 +103,28 @@ def test_arrays_that_mean_nothing_are_refused(array: np.ndarray):
         load_radiograph(array)
 
 
+@pytest.mark.parametrize("values", [CHEST, CHEST.astype(np.int32) * 9000, CHEST / 255, CHEST.astype(np.uint16) * 256])
+def test_the_largest_films_are_averaged(values: np.ndarray):
+    odd = values[:239, :199]
+    small = stretch(odd, factor=2)
+    assert small.shape == (120, 100) and small.dtype == np.float32
+    whole = stretch(odd)
+    assert np.allclose(small[:119, :99], whole[:238, :198].reshape(119, 2, 99, 2).mean((1, 3)), atol=1e-6)
+    assert np.allclose(small[119, :99], whole[238, :198].reshape(99, 2).mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [CHEST, CHEST.astype(np.int32) * 9000, CHEST / 255])
+def test_what_is_not_counted_is_dark_and_no_part_of_the_range(values: np.ndarray):
+    counted = np.ones(values.shape, bool)
+    counted[:40] = False
+    marked = values.copy()
+    marked[:40] = values.max() * 2
+    for inverted in (False, True):
+        film = stretch(marked, counted, transform=lambda v: 3 * v + 1, inverted=inverted)
+        wanted = stretch(values[40:], inverted=inverted)
+        assert (film[:40] == 0).all() and np.abs(film[40:] - wanted).max() < 1e-5
+
+
 def test_one_saturated_pixel_changes_nothing_else():
     hot = CHEST.astype(np.uint16) * 16
     hot[5, 5] = 65535

@@ -9,6 +9,7 @@ from cbedge.sentences import ends_sentence, normalize, split_text
         ["The lungs are clear.", "No effusion."],
         ["A nodule of 1.5 cm is seen.", "Is it new?", "It is!"],
         ["Seen by Dr. Hall.", "A nodule of approx. 3 mm, e.g. a granuloma."],
+        ["A nodule, approx.", "IMPRESSION: A nodule."],
         ["1. No acute disease.", "2. Normal film."],
         ["IMPRESSION: 1. No acute disease.", "2. Normal film."],
         ["Fig. 2 shows it.", "Effusion: No.", "The rest, etc., is normal."],

@@ -19,7 +19,8 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cbedge import RadiographError, Report
-from cbedge.dicom import header_indication, read_header
+from cbedge.dicom import header_indication
+from cbedge.dicom_file import read_header
 from cbedge.dicom_header import study_header
 from cbedge.formats import render, to_sr
 from cbedge.report import Sentence, Timings

@@ -1,0 +1,253 @@
+"""Read DICOM files as they are: with or without the preamble and the file meta information, inflated, and no more of
+them than cbedge uses.
+
+pydicom holds every element of a file, makes objects of whatever a header's parts are, and inflates without an end; a
+file of a few megabytes can so take gigabytes. Here it is given the elements that are used, of bounded size and number.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from cbedge.dicom_header import COPIED, UNREADABLE
+from cbedge.errors import RadiographError
+from cbedge.memory import MAX_BYTES, PartedFile
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.tag import BaseTag
+
+INDICATIONS = (
+    "ReasonForStudy", "ReasonForTheRequestedProcedure", "RequestedProcedureDescription",
+    "AdmittingDiagnosesDescription",
+)  # fmt: skip
+_SEQUENCES = (
+    "ModalityLUTSequence", "VOILUTSequence", "ViewCodeSequence", "ProcedureCodeSequence",
+    "AdmittingDiagnosesCodeSequence",
+)  # fmt: skip
+_USED = (
+    *COPIED, *INDICATIONS, *_SEQUENCES, "SpecificCharacterSet", "TransferSyntaxUID", "MediaStorageSOPClassUID",
+    "SeriesNumber", "Modality", "BodyPartExamined", "ViewPosition", "PatientOrientation", "NumberOfFrames", "Rows",
+    "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
+    "PhotometricInterpretation", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope",
+    "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape", "PixelData",
+)  # fmt: skip
+_OVERLAY_BIT_POSITIONS = tuple(0x60000102 + 0x20000 * i for i in range(16))
+_PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
+_MAX_VALUE, _MAX_SEQUENCE = 2**16, 2**22  # bytes of one attribute
+_MAX_READS = 200_000  # of parts: elements, items of sequences and fragments, two or three for each
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_MARK = b"DICM"
+# The first element of a file without the mark is of the file meta information, of the data set in either byte order, or
+# of the message by which it came.
+_STARTS = (b"\x02\0", b"\x08\0", b"\0\x08", b"\0\0\0\0\x04\0\0\0")
+_TEXT = ("PN", "LO", "SH", "ST", "LT", "UC", "UT")
+_GB2312 = b"\x1b$)A"
+
+
+def silence_pydicom() -> None:
+    """Keep pydicom and highdicom from printing header values, which are patient data, in any thread and for good.
+
+    ``warnings.catch_warnings`` changes the filters of all threads and back again: with several threads a value slips
+    through.
+    """
+    from pydicom import charset
+
+    for library in ("pydicom", "highdicom"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    # Latin-9 has been in the standard since 2018 and is missing in pydicom 3.0.
+    charset.python_encoding.setdefault("ISO_IR 203", "iso8859_15")
+    charset.python_encoding.setdefault("ISO 2022 IR 203", "iso8859_15")
+    charset.CODES_TO_ENCODINGS.setdefault(charset.ESC + b"-b", "iso8859_15")
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file is a DICOM file by its first 132 bytes: its mark, or the first element of one without it."""
+    return start[128:132] == _MARK or start[:4] == _MARK or start.startswith(_STARTS)
+
+
+def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
+    """The elements of a DICOM file that cbedge uses, with its ``file_meta``.
+
+    Args:
+        file: read from its start.
+        name: what to call it in a message.
+        pixels: whether Pixel Data are read, too.
+
+    Raises:
+        RadiographError: it is no DICOM file, damaged, or its parts are too large or too many.
+    """
+    from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    silence_pydicom()
+    try:
+        start = file.read(132)
+        file.seek(132 if start[128:] == _MARK else 4 if start[:4] == _MARK else 0)
+        parts = PartedFile(file, name, _MAX_READS)
+        meta = _file_meta(parts, name)
+        syntax = str(meta.get("TransferSyntaxUID") or "").strip(" \0")
+        if syntax == _DEFLATED:
+            parts, syntax = parts.within(_inflated(file.read(MAX_BYTES), name)), ExplicitVRLittleEndian
+        _elements(parts, name, True, True, group=0)  # of a message over the network
+        if not syntax:
+            first = parts.read(6)
+            parts.seek(-len(first), io.SEEK_CUR)
+            explicit = ExplicitVRLittleEndian if first[:1] != b"\0" else ExplicitVRBigEndian
+            syntax = explicit if first[4:].isalpha() and first[4:].isupper() else ImplicitVRLittleEndian
+        implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
+        dataset = _elements(parts, name, implicit, little, pixels=pixels)
+        meta.TransferSyntaxUID = UID(syntax)
+        dataset.file_meta = meta
+    except RadiographError:
+        raise
+    except Exception:
+        raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
+    return dataset
+
+
+def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
+    """What cbedge uses of a DICOM file's header, without pixels; ``None`` where ``source`` is none, or no DICOM file.
+
+    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.dicom_header.UNREADABLE`.
+
+    Args:
+        source: the file, with or without the preamble, or its bytes.
+        needed: raise where the file is a DICOM file that cannot be read; otherwise return ``None``.
+
+    Raises:
+        RadiographError: ``needed``, and it is a DICOM file that cannot be read.
+    """
+    if source is None:
+        return None
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            if not is_dicom(file.read(132)):
+                return None
+            file.seek(0)
+            return _decodable(parse_dicom(file, "the radiograph", pixels=False))
+    except Exception:
+        if needed:
+            raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
+        return None
+
+
+@cache
+def _used_tags() -> tuple[frozenset[int], frozenset[int]]:
+    """Tags of what is used, and those among them that are sequences."""
+    from pydicom.datadict import tag_for_keyword
+
+    tags = [frozenset(tag for name in names if (tag := tag_for_keyword(name))) for names in (_USED, _SEQUENCES)]
+    return tags[0] | frozenset(_OVERLAY_BIT_POSITIONS), tags[1]
+
+
+def _file_meta(parts: PartedFile, name: str) -> FileMetaDataset:
+    from pydicom.dataset import FileMetaDataset
+
+    return FileMetaDataset(_elements(parts, name, False, True, group=2))
+
+
+def _elements(
+    parts: PartedFile, name: str, implicit: bool, little: bool, group: int | None = None, pixels: bool = True
+) -> Dataset:
+    """The used elements that follow, those of one group only or all; before Pixel Data only, or with them."""
+    from pydicom.datadict import keyword_for_tag
+    from pydicom.filereader import read_dataset
+
+    used, sequences = _used_tags()
+
+    def ends(tag: BaseTag, vr: str | None, length: int) -> bool:
+        if (group is not None and tag >> 16 != group) or (tag == _PIXEL_DATA and not pixels):
+            return True
+        most = _MAX_SEQUENCE if tag in sequences else _MAX_VALUE
+        if tag in used and tag != _PIXEL_DATA and most < length < _UNDEFINED:
+            raise RadiographError(
+                f"{name} holds {length:,} bytes in the attribute {keyword_for_tag(tag)}; at most {most:,} are read: "
+                "export it again"
+            )
+        return False
+
+    dataset = read_dataset(parts, implicit, little, stop_when=ends, specific_tags=[*used])  # type: ignore[arg-type]
+    for tag in sequences:
+        _part(dataset, tag, parts)
+    return dataset
+
+
+def _part(dataset: Dataset, tag: int, parts: PartedFile) -> None:
+    """Part a sequence, which pydicom would do when it is asked for it, without an end."""
+    from pydicom.dataelem import DataElement, RawDataElement
+    from pydicom.filereader import read_sequence
+
+    raw = dataset.get_item(tag) if tag in dataset else None
+    if not isinstance(raw, RawDataElement):
+        return
+    value = raw.value or b""
+    try:
+        items = read_sequence(
+            parts.within(value), raw.is_implicit_VR, raw.is_little_endian, len(value), dataset._character_set
+        )
+        dataset[tag] = DataElement(tag, "SQ", items)
+    except Exception:  # pydicom raises what it likes where a sequence is damaged
+        dataset[tag] = DataElement(tag, "LO", UNREADABLE)
+
+
+def _inflated(data: bytes, name: str) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = inflater.decompress(data, MAX_BYTES)
+    if not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1):
+        raise RadiographError(f"{name} is deflated and holds more than {MAX_BYTES:,} bytes: export it uncompressed")
+    return content
+
+
+def _decodable(dataset: Dataset) -> Dataset:
+    """The same with a mark in place of every value that cannot be decoded, in place.
+
+    pydicom decodes an element when asked for it, and raises what it likes where the bytes are damaged. Bytes beyond
+    ASCII that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence
+    of ISO 2022 IR 58 in the text.
+    """
+    from pydicom.dataelem import DataElement, RawDataElement
+    from pydicom.valuerep import PersonName
+
+    ascii_first = _starts_in_ascii(dataset)
+    for tag in [*dataset.keys()]:
+        try:
+            raw = dataset.get_item(tag)
+            element = dataset[tag]
+            if element.VR not in _TEXT or not isinstance(raw, RawDataElement) or raw.value is None:
+                continue
+            if not (ascii_first and _is_unnamed(raw.value, element.VR)):
+                if _GB2312 in raw.value and isinstance(element.value, str | PersonName):
+                    text = str(element.value).replace(_GB2312.decode(), "")
+                    dataset[tag] = DataElement(tag, element.VR, text)
+                continue
+        except Exception:
+            pass
+        dataset[tag] = DataElement(tag, "LO", UNREADABLE)
+    return dataset
+
+
+def _starts_in_ascii(dataset: Dataset) -> bool:
+    """Whether text is ASCII up to the first escape sequence: no character set is named, or none that is known."""
+    from pydicom.charset import convert_encodings, default_encoding
+
+    try:
+        named = dataset.get("SpecificCharacterSet") or ""
+        names = [named] if isinstance(named, str) else [str(name) for name in named]
+        return convert_encodings(names)[0] == default_encoding
+    except Exception:
+        return True
+
+
+def _is_unnamed(raw: bytes, vr: str) -> bool:
+    """Whether bytes beyond ASCII stand where no escape sequence names their character set; delimiters end one."""
+    parts = re.split(rb"[\\\r\n\t\f^=]" if vr == "PN" else rb"[\\\r\n\t\f]", raw)
+    return any(not part.partition(b"\x1b")[0].isascii() for part in parts)
