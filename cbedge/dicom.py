@@ -140,7 +140,7 @@ def header_indication(dataset: Dataset) -> str | None:
 
 def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> None:
     _check_modality(dataset, name, found)
-    if "PixelData" not in dataset:
+    if not dataset.get("PixelData"):
         raise RadiographError(f"{name} holds no image (no Pixel Data); export it with its pixels")
     frames = integer(dataset, "NumberOfFrames", 1)
     rows, columns = integer(dataset, "Rows", 0), integer(dataset, "Columns", 0)

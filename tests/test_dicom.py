@@ -115,6 +115,7 @@ def test_jpeg_ls_is_read(option: str, tmp_path: Path):
         ({"NumberOfFrames": 3}, "3 frames"),
         ({"Rows": 20_000, "Columns": 20_000}, "at most 64,000,000"),
         ({"PixelData": b"\0" * 100}, "damaged or cut short"),
+        ({"PixelData": b""}, "holds no image"),
     ],
 )
 def test_what_is_no_single_radiograph_is_named(elements: dict, told: str):
