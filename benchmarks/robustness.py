@@ -40,8 +40,8 @@ from cbedge.errors import CbedgeError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 COUNTS = ("crash", "hang", "traceback", "unexplained exit", "5xx", "unequal", "memory", "patient data", "lost")
 NEAR = 0.03  # of a finding's score, between equivalents
-# Of a JPEG or 16-bit floats, whose pixels are not quite the film's: 6e-8 more in every pixel moves a score of the 8-bit variant by
-# up to .019 already.
+# Of a JPEG or 16-bit floats, whose pixels are not quite the film's: 6e-8 more in every pixel moves a score of the
+# 8-bit variant by up to .019 already.
 NEAR_LOSSY = 0.05
 MOST_BYTES = 2**30
 RESULTS = Path(__file__).parent / "results" / "robustness"
