@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+from syrupy.assertion import SnapshotAssertion
+from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from cbedge import ClinicalContext, ReportGenerator, load_radiograph
 from cbedge.backends.int8 import multiplies_exactly
@@ -44,6 +46,18 @@ REPORTS = (
     ("There is an opacity in the right lower lobe.", "Possible pneumonia."),
 )
 TAGS = (["normal"], ["Cardiomegaly/mild", "Pleural Effusion/left"], ["normal"], ["Opacity/lung/lower lobe/right"])
+
+
+class TextFile(SingleFileSnapshotExtension):
+    """A snapshot is a text file of its own, so that its diff reads like any other."""
+
+    file_extension = "txt"
+    _write_mode = WriteMode.TEXT
+
+
+@pytest.fixture
+def snapshot(snapshot: SnapshotAssertion) -> SnapshotAssertion:
+    return snapshot.use_extension(TextFile)
 
 
 def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
