@@ -35,6 +35,7 @@ class Codestream:
         components: of each pixel.
         bits: of the deepest component.
         overhead: bytes that its division into blocks and tiles costs beside the pixels.
+        is_signed: whether a component is signed.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Codestream:
     components: int
     bits: int
     overhead: int = 0
+    is_signed: bool = False
 
 
 def read_jpeg(data: bytes) -> Codestream:
@@ -91,7 +93,8 @@ def read_jpeg2000(data: bytes) -> Codestream:
     block = _smallest_block(data, at + 4 + int.from_bytes(data[at + 4 : at + 6], "big"))
     tiles = -(-right // tile_columns) * -(-bottom // tile_rows)
     overhead = components * rows * columns * _BLOCK_BYTES // block + tiles * components * _TILE_BYTES
-    return Codestream(rows, columns, components, max(depth & 0x7F for depth in depths) + 1, overhead)
+    bits = max(depth & 0x7F for depth in depths) + 1
+    return Codestream(rows, columns, components, bits, overhead, any(depth & 0x80 for depth in depths))
 
 
 def _jp2_codestream(data: bytes) -> int:

@@ -84,7 +84,8 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, held: int) -> DicomFi
     if meta is not None:
         dataset.file_meta = copy.deepcopy(meta)
     _check_header(dataset, name, max_pixels, found)
-    with working_memory(check_pixels(dataset, name) + held, name, (int(dataset.Columns), int(dataset.Rows))):
+    needed = check_pixels(dataset, name, found) + held
+    with working_memory(needed, name, (int(dataset.Columns), int(dataset.Rows))):
         pixels, chroma = _film(dataset, name, found)
         view = view_of(dataset, found)
         pixels = orient(pixels, view)

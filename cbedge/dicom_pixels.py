@@ -219,12 +219,13 @@ def _is_inverted(dataset: Dataset) -> bool:
     return dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE"
 
 
-def check_pixels(dataset: Dataset, name: str) -> int:
+def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
     """See that there are as many pixels as the header tells, before they are decoded.
 
     Args:
-        dataset: after :func:`repair_pixel_attributes`.
+        dataset: after :func:`repair_pixel_attributes`; signed compressed pixels are signed in the header afterwards.
         name: what to call it in a message.
+        warnings: get what contradicts the compressed pixels.
 
     Returns:
         Bytes of memory that decoding and mapping them takes, with Pixel Data themselves.
@@ -261,6 +262,9 @@ def check_pixels(dataset: Dataset, name: str) -> int:
             f"{name} has compressed pixels of {found.components} components, but SamplesPerPixel says {samples}: "
             "export it again"
         )
+    if found.is_signed and dataset.PixelRepresentation == 0:
+        warnings.say("PixelRepresentation", "contradicts the compressed pixels, which are signed: so they were taken")
+        dataset.PixelRepresentation = 1
     wide = max(wide, -(-found.bits // 8))
     decoding = length + len(frame) + count * (_DECODER_BYTES + 2 * wide) + found.overhead
     return max(decoding, (count + pixels) * wide + mask + kept)

@@ -28,6 +28,7 @@ _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") 
 # warnings.catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag
+_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # another one
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
 _MAX_READS = 1_000_000  # of the parts of a file: a PNG of 60 MB has 40,000
 _MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # of 64 KB in a JPEG
@@ -138,7 +139,9 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         if data.startswith(_STARTS):
-            raise RadiographError(f"{name} has a damaged header: export it again") from error
+            raise RadiographError(
+                f"{name} has a damaged header, or pixels of a kind that is not supported; save it as 8 or 16 bit grey"
+            ) from error
         raise RadiographError(
             f"{name} is not an image that cbedge reads; give PNG, JPEG, TIFF, WebP or DICOM (CR or DX)"
         ) from None
@@ -232,13 +235,15 @@ def _kept_per_pixel(mode: str) -> int:
 
 def _picture(image: Image.Image, name: str) -> _Picture:
     try:
-        white_is_zero = _is_white_zero(image)  # loading forgets the tags
+        white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # loading forgets the tags
         image.load()
         orientation = image.getexif().get(_ORIENTATION, 1)
         colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
+        grey = _grey(image, name)
         return _Picture(
-            _grey(image, name), colour, _chroma(image), orientation if orientation in range(1, 9) else 1, white_is_zero
-        )
+            grey if stored is None else grey.view(stored), colour, _chroma(image),
+            orientation if orientation in range(1, 9) else 1, white_is_zero,
+        )  # fmt: skip
     except RadiographError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged data
@@ -270,6 +275,13 @@ def _is_white_zero(image: Image.Image) -> bool:
     tags = getattr(image, "tag_v2", None)
     deep = image.mode.startswith("I") or image.mode == "F"
     return tags is not None and deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
+def _stored_type(image: Image.Image) -> str | None:
+    """The type of a TIFF's samples where Pillow takes their bits for another one's; ``None`` elsewhere."""
+    tags = getattr(image, "tag_v2", None)
+    found = (image.mode, tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) if tags is not None else None
+    return "u4" if found == ("I", (_UNSIGNED,)) else "i1" if found == ("L", (_SIGNED,)) else None
 
 
 def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[slice, Image.Image]]:

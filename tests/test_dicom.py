@@ -58,6 +58,18 @@ def test_monochrome1_is_turned_round():
     assert np.allclose(plain + inverted, 1, atol=1e-5)
 
 
+def test_signed_compressed_pixels_are_signed_whatever_the_header_says():
+    signed = CHEST.astype(np.int16) - 2048
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(signed, PixelRepresentation=1)))
+    dataset.compress(pydicom.uid.JPEG2000Lossless)
+    dataset.PixelRepresentation = 0
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    radiograph = load_radiograph(buffer.getvalue())
+    assert np.abs(radiograph.pixels - load_radiograph(make_dicom()).pixels).max() < 1e-3
+    assert any("PixelRepresentation" in warning for warning in radiograph.warnings)
+
+
 def test_rescale_and_window_are_applied():
     rescaled = load_radiograph(
         make_dicom(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=2000, WindowWidth=1000)

@@ -155,6 +155,28 @@ def test_a_tiff_with_white_as_zero_is_inverted_once(dtype: type, tmp_path: Path)
     assert np.abs(load_radiograph(tmp_path / "x.tif").pixels - STRETCHED).max() < 0.01
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        (CHEST.astype(np.int16) - 128).astype(np.int8), CHEST.astype(np.int16) * 100 - 12000,
+        CHEST.astype(np.uint32) * 16843009, CHEST.astype(np.int32) * 5000 - 600000, CHEST.astype(np.float32),
+    ],
+)  # fmt: skip
+def test_a_tiff_of_any_sample_format_gives_the_same_picture(values: np.ndarray):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack")
+    assert np.abs(load_radiograph(file.getvalue()).pixels - STRETCHED).max() < 0.01
+
+
+def test_a_tiff_of_samples_that_are_not_read_is_not_called_damaged_alone():
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, CHEST.astype(np.float64), photometric="minisblack")
+    with pytest.raises(RadiographError, match="not supported; save it as 8 or 16 bit grey"):
+        load_radiograph(file.getvalue())
+
+
 def test_the_preview_of_a_camera_file_is_passed_over():
     image = Image.fromarray(CHEST).convert("RGB")
     data = encoded(image, "MPO", save_all=True, append_images=[image.resize((80, 96))])
