@@ -41,6 +41,8 @@ REPORT = """                                 FINAL REPORT
  {impression}
 """
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 
 def write_tree(folder: Path, images: int, seed: int = 0) -> None:
     """Write tables, reports and empty image files for so many images, as PhysioNet lays them out."""
@@ -84,6 +86,7 @@ def _write_studies(folder: Path, images: int, rng: random.Random, tables: dict[s
         tables["chexpert"].writerow([subject, number, *labels])
 
 
+@app.command()
 def main(
     images: Annotated[int, typer.Option(min=1, help="Rows of the split table.")] = IMAGES,
     output: Annotated[Path | None, typer.Option(help="JSON record to write.")] = None,
@@ -123,4 +126,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

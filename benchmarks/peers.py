@@ -525,7 +525,7 @@ def main(
         typer.Option(help="Its checkpoint, as for python -m export.", show_default="the bundle's fp32, restored"),
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
-    image: Annotated[Path, typer.Option(help="Radiograph.")] = EXAMPLE,
+    image: Annotated[Path, typer.Option(help="Radiograph.", show_default="examples/chest_pa.png")] = EXAMPLE,
     indication: Annotated[str, typer.Option(help="In the prompt.")] = INDICATION,
     data: Annotated[
         Path | None, typer.Option(help="Instead: the first validation studies of this collection, one a round.")

@@ -27,6 +27,7 @@ TOKENS, PROMPT = 100, 80  # of the report that models are compared by
 BATCHES = (1, 4, 16)
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)
 STUDIES = 50_000
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def to_markdown(record: dict[str, Any], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@app.command()
 def scale_command(
     latency: Annotated[Path, typer.Option(help="What `cbedge bench --format json` wrote.")],
     output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
@@ -202,7 +204,7 @@ def scale_command(
 def main() -> None:
     """Run the command line; an expected failure is one line and exit code 1."""
     try:
-        typer.run(scale_command)
+        app()
     except (CbedgeError, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -307,7 +307,10 @@ def main(
     films: Annotated[int, typer.Option(min=1, help="Validation studies that are drafted.")] = 20,
     variant: Annotated[list[str] | None, typer.Option(help="Only these variants; may be repeated.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")] = None,
-    output: Annotated[Path, typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.")] = RESULTS,
+    output: Annotated[
+        Path,
+        typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.", show_default="benchmarks/results/templates"),
+    ] = RESULTS,
 ) -> None:
     """Draft, print the table, write the record, and end with 1 where a draft is broken or a sentence is missing."""
     from training.datasets.iu_xray import read_studies
