@@ -63,7 +63,7 @@ def normalize_view(view: str | None) -> str | None:
         return "frontal"
     if name in ("lateral", "ll", "rl", "lat"):
         return "lateral"
-    raise ContextError(f"unknown view {str(view)[:40]!r}; give frontal (or PA, AP) or lateral (or LL, RL)")
+    raise ContextError("unknown view; give frontal (or PA, AP) or lateral (or LL, RL)")  # a name may stand there
 
 
 def clean_context(text: str) -> str:
