@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from cbedge.dicom_file import is_dicom
 from cbedge.errors import CbedgeError, OutputError, RadiographError
 from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
 from cbedge.generator import ReportGenerator
@@ -430,7 +431,7 @@ def _may_be_image(path: Path) -> bool:
     if path.suffix.lower() in _SUFFIXES:
         return True
     with suppress(OSError), open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return is_dicom(file.read(132))
     return False
 
 
@@ -438,16 +439,18 @@ def _decode_table(data: bytes, name: str) -> str:
     marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV in UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # of Windows, and of Excel's CSV (Macintosh)
 
 
 def _header(text: str, name: str) -> tuple[str, list[str]]:
     """The delimiter and the column names, in lower case."""
-    first = text.partition("\n")[0].strip("\r")
+    first = text.partition("\n")[0]
     for delimiter in _DELIMITERS:
-        columns = [" ".join(cell.split()).casefold() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+        cells = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
+        columns = [" ".join(cell.split()).casefold() for cell in cells]
         if "image" in columns:
             break
     else:
@@ -473,7 +476,7 @@ def _read_table(path: Path) -> list[Item]:
         hint = text[:4].lower() == "sep="  # a line by which spreadsheet programs are told the delimiter
         text = text.partition("\n")[2] if hint else text
         delimiter, columns = _header(text, name)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
         next(reader)
         rows = [(reader.line_num + hint, row) for row in reader if any(cell.strip() for cell in row)]
     except FileNotFoundError:

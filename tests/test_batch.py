@@ -175,6 +175,8 @@ def write_table(path: Path, text: str, encoding: str = "utf-8") -> str:
         ("Image, Indication ,VIEW\n1.png,cough,PA\n", "utf-8"),
         ("image;indication;view\n1.png;cough;PA\n", "utf-8-sig"),
         ("image\tindication\tview\r\n1.png\tcough\tPA\r\n\r\n", "utf-16"),
+        ("image,indication,view\r1.png,cough,PA\r", "utf-8"),
+        ('"image", "indication", "view"\n"1.png", "cough", "PA"\n', "utf-8"),
     ],
 )  # fmt: skip
 def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_path: Path):
@@ -210,10 +212,11 @@ def test_a_folder_is_read_by_content_and_what_is_skipped_is_named(tmp_path: Path
     content = (EXAMPLES / "chest_pa.dcm").read_bytes()
     for name in ("1.2.840.1", "IM0001", "x.dcm", "DICOMDIR"):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "without_preamble").write_bytes(content[132:])
     (tmp_path / "notes.doc").write_text("none")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     found = batch.find_studies(str(tmp_path))
-    assert [item.id for item in found.items] == ["1.2.840.1", "IM0001", "x.dcm"]
+    assert [item.id for item in found.items] == ["1.2.840.1", "IM0001", "without_preamble", "x.dcm"]
     assert sorted(found.skipped) == ["DICOMDIR", "loop", "notes.doc"] and not found.unreadable
 
 
