@@ -111,6 +111,8 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
         raise
     except Exception:
         raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
+    if not dataset:  # pydicom drops all elements of a file that ends within one
+        raise RadiographError(f"{name} is cut short, or holds no radiograph: export it again")
     return dataset
 
 

@@ -122,7 +122,7 @@ def preprocess(pixels: np.ndarray) -> np.ndarray:
 
 
 def _read_file(path: Path, max_pixels: int) -> Radiograph:
-    name = printable(path.name)
+    name = printable(path.name or str(path))
     with _file_errors(name):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):

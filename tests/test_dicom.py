@@ -150,6 +150,13 @@ def test_a_cut_off_file_is_named_without_patient_data(capfd):
     assert "Secret" not in captured.out + captured.err
 
 
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_a_compressed_file_that_is_cut_off_is_called_so(share: float):
+    content = (EXAMPLES / "chest_pa.dcm").read_bytes()
+    with pytest.raises(RadiographError, match="cut short"):
+        load_radiograph(content[: int(share * len(content))])
+
+
 def test_lateral_is_read_from_the_header():
     film = load_radiograph(make_dicom(ViewPosition="LL", StudyInstanceUID="1.2.3"))
     assert film.view == "lateral" and film.study_uid == "1.2.3"

@@ -72,6 +72,11 @@ def test_unusable_files_are_named(data: bytes, told: str):
         load_radiograph(data)
 
 
+def test_a_folder_without_a_name_of_its_own_is_named():
+    with pytest.raises(RadiographError, match=r"^\. is a folder"):
+        load_radiograph(".")
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     bomb = encoded(Image.new("L", (20_000, 20_000)), "PNG")
     assert len(bomb) < 500_000
