@@ -37,6 +37,7 @@ class SentenceFilter:
     ):  # fmt: skip
         self._denied, self._lexicon, self._affirming = denied, lexicon, affirming
         self._given = {normalize(sentence) for sentence in given}
+        self._whole = {"FINDINGS:", "IMPRESSION:", *given}  # these end where they end, also with "Dr. X."
         self.said: tuple[list[str], list[str]] = ([], [])
         self.unknown = False
         self._section = 0
@@ -45,7 +46,7 @@ class SentenceFilter:
 
     def add(self, word: Spoken) -> Iterator[Spoken]:
         """One more token; yields those that may be said now."""
-        if self._text().strip() in ("FINDINGS:", "IMPRESSION:"):
+        if self._text().strip() in self._whole:
             yield from self._flush()
         self._held.append(word)
         spans = sentence_spans(self._text())
@@ -78,10 +79,12 @@ class SentenceFilter:
 
     def _passes(self, text: str) -> bool:
         known = normalize(text)
-        if not known or not ends_sentence(text) or known in self.said[self._section]:
+        if not known or known in self.said[self._section]:
             return False
         if known in self._given:
             return True
+        if not ends_sentence(text):
+            return False
         if self._denied is not None and self._denied.search(text):
             return False
         if self._affirming and self._section == 0 and DENIES.search(text):

@@ -93,7 +93,9 @@ _RESULT = frozenset(
 _HEADING = re.compile(r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})\s*[:：]\s*")
 _LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}[:：](?=\s|$)")
 _ITEM = re.compile(r"\(?\d{1,2}[.)]\s")
-_BULLET = re.compile(r"^\s*[-*•·‣◦▪–—]+\s+")
+_BULLET = re.compile(r"^\s*[-*•·‣◦▪–—#]+\s+")
+_EMPHASIS = re.compile(r"\*{2,}")  # of Markdown
+_DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
 _BLANK = re.compile(r"_{2,}|X{3,}|\[\s*\]|<[A-Za-z][^<>|]{0,40}>")
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
 _WRAPPED = 50  # characters: a line as long as this, without an end, goes on in the next
@@ -195,10 +197,12 @@ def parse_template(text: str) -> Template:
 
     Headings that stand for FINDINGS and IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) are taken as these;
     any other heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without an end gets a
-    full stop, bullets are dropped, and a sentence that a section says twice is taken once. No other character changes.
+    full stop, bullets and Markdown's marks are dropped, and a sentence that a section says twice is taken once. No
+    other character changes.
 
     Raises:
-        ContextError: it is not text, has no findings, is too long or has blanks to fill in.
+        ContextError: it is not text, has no findings, is too long, has blanks to fill in, or a heading inside a
+            sentence.
     """
     if not isinstance(text, str):
         raise ContextError(f"the template must be text, not {type(text).__name__}")
@@ -229,6 +233,12 @@ def parse_template(text: str) -> Template:
             sentence = sentence if _ENDED.search(sentence) else f"{sentence.rstrip(' ,;')}."
             if normalize(sentence) not in map(normalize, sections[place]):
                 sections[place].append(sentence)
+    for sentence in (*sections[0], *sections[1]):
+        if inner := _DRAFTS_HEADING.search(sentence):
+            raise ContextError(
+                f"the template has {inner.group()} inside a sentence: give it as plain text, with the heading on a "
+                "line of its own"
+            )
     if not sections[0]:
         raise ContextError("the template has no findings: give the sentences of a normal report")
     words = [word for part in sections for s in part for word in re.findall(r"[^\W\d_]+", s.lower())]
@@ -251,7 +261,8 @@ def _lines(text: str) -> list[str]:
     fresh = True
     for raw in text.splitlines():
         bullet = bool(_BULLET.match(raw))
-        line = "".join(" " if unicodedata.category(c).startswith("C") else c for c in _BULLET.sub("", raw))
+        line = _EMPHASIS.sub("", _BULLET.sub("", raw))
+        line = "".join(" " if unicodedata.category(c).startswith("C") else c for c in line)
         line = re.sub(r"\s+", " ", line).strip()
         if not line:
             fresh = True

@@ -54,8 +54,10 @@ def test_what_affirms_a_finding_stays():
 @pytest.mark.parametrize(
     ("finding", "denials", "others"),
     [
-        (OTHER, ["Normal chest.", "Unremarkable examination of the chest.", "No abnormality."],
-         ["No acute bony abnormality.", "The heart is normal in size.", "No acute cardiopulmonary process."]),
+        (OTHER, ["Normal chest.", "Unremarkable examination of the chest.", "No abnormality.", "Normal.", "normal",
+                 "1. Unremarkable.", "Entirely normal.", "Chest: Normal.", "Normal CXR.", "Within normal limits."],
+         ["Heart: Normal.", "Bones: Unremarkable.", "Normal heart.", "No acute bony abnormality.",
+          "The heart is normal in size.", "No acute cardiopulmonary process."]),
         ("cardiomegaly", ["Heart size and pulmonary vascularity are within normal limits.", "Cardiac size: Normal.",
                           "The heart is not enlarged.", "Normal cardiomediastinal silhouette."],
          ["No acute cardiopulmonary process.", "The mediastinum is midline."]),
@@ -80,6 +82,15 @@ def test_denials_of_a_finding_in_radiologists_words(finding: str, denials: list[
     assert pattern is not None
     assert [text for text in denials if not pattern.search(text)] == []
     assert [text for text in others if pattern.search(text)] == []
+
+
+def test_a_given_sentence_that_ends_with_an_initial_is_said():
+    given = ("Read by Dr. X.", "No fracture.")
+    text = "FINDINGS: No mass. Read by Dr. X. No fracture. Ribs intact. IMPRESSION: Read by Dr. X."
+    check = SentenceFilter(given=given)
+    pieces = re.findall(r"\s*\S+", text)
+    said = [one.piece for piece in pieces for one in check.add(Spoken(piece, 0.9))] + [one.piece for one in check.end()]
+    assert "".join(said) == text
 
 
 def test_a_sentence_is_held_back_until_it_is_whole():

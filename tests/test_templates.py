@@ -111,6 +111,21 @@ def test_the_language_of_a_template_is_told_by_its_words(text: str, english: boo
     assert parse_template(text).english == english
 
 
+def test_marks_of_markdown_are_dropped_and_its_headings_known():
+    template = parse_template("## Findings\n**Lungs:** clear.\n- Heart normal.\n\n# **Impression**\nNo acute disease.")
+    assert template.findings == ("Lungs: clear.", "Heart normal.")
+    assert template.impression == ("No acute disease.",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["FINDINGS: The lungs are clear IMPRESSION: Normal.", r"{\rtf1 FINDINGS: Lungs are clear.\par IMPRESSION: None.}"],
+)  # fmt: skip
+def test_a_heading_inside_a_sentence_is_refused(text: str):
+    with pytest.raises(ContextError, match="inside a sentence: give it as plain text, with the heading on a line"):
+        parse_template(text)
+
+
 def test_a_sentence_that_a_section_says_twice_is_taken_once():
     assert parse_template("Lungs clear. Heart normal. LUNGS CLEAR! ").findings == ("Lungs clear.", "Heart normal.")
 
