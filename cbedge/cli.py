@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cbedge import __version__
-from cbedge.errors import CbedgeError, ContextError, DeviceError, OutputError
+from cbedge.errors import CbedgeError, ContextError, DeviceError, OutputError, RadiographError
 
 if TYPE_CHECKING:
     from cbedge.generator import ReportGenerator
@@ -197,6 +197,8 @@ def bench_command(
         _check_output(target, force)
     before = bench.read_record(compare) if compare else None
     paths = [f for path in image or [] for f in (sorted(path.iterdir()) if path.is_dir() else [path])][:limit]
+    if image and not paths:
+        raise RadiographError(f"no radiograph in {image[0]}: give a file, or a folder that holds some")
     for path in paths[:1]:
         load_radiograph(path)  # or the first one's time would hold that of importing what reads it
     radiographs = [load_radiograph(path) for path in paths] or [bench.drawn_chest()]
@@ -250,7 +252,6 @@ def batch_command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cbedge import batch
-    from cbedge.errors import RadiographError
     from cbedge.radiograph import printable
 
     found = batch.find_studies(studies)

@@ -91,3 +91,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tiny_bundle: Path, tmp_p
         done = run_bench(tiny_bundle, *arguments)
         assert done.returncode != 0 and reason in done.stderr and "Traceback" not in done.stderr, arguments
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_without_files_is_refused_and_no_drawn_film_measured_instead(tiny_bundle: Path, tmp_path: Path):
+    done = run_bench(tiny_bundle, "--image", tmp_path)
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.startswith("cbedge: no radiograph in ") and done.stderr.count("\n") == 1
