@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -179,6 +180,8 @@ def send(
                 answers.append(association.send_c_store(path).get("Status"))
             except RuntimeError:  # the association has ended
                 break
+            except struct.error:  # the sender itself cannot read such an object
+                answers.append(None)
     if association.is_established:
         association.release()
     return answers + [None] * (len(objects) - len(answers))
