@@ -11,12 +11,10 @@ import glob
 import hashlib
 import io
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -165,77 +163,38 @@ def _read_folder(folder: Path) -> Found:
     return found
 
 
-# Drafts items, in any order: each with the values of its line.
-Engine = Callable[[Iterable[Item]], Iterator[tuple[Item, dict[str, Any]]]]
+# Drafts one item: the values of its line.
+Draft = Callable[[Item], dict[str, Any]]
 
 
-def local_engine(
-    generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool, together: int = 1
-) -> Engine:
-    """Draft in this process, so many radiographs at a time; see :meth:`ReportGenerator.generate_many`."""
-
-    def draft_all(items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        waiting = iter(items)
-        while some := list(islice(waiting, together)):
-            yield from zip(some, _draft_some(some, generator, max_new_tokens, accept_any_image), strict=True)
-
-    return draft_all
-
-
-def ray_engine(
-    model: Path | None, variant: str | None, device: str, max_new_tokens: int | None, accept_any_image: bool,
-    workers: int | None = None, template: str | None = None,
-) -> Engine:  # fmt: skip
-    """Draft on a Ray cluster (the one that ``RAY_ADDRESS`` names, else one started here), a generator in every worker.
-
-    Images and the bundle must be at the same paths on all of its machines.
-
-    Args:
-        model, variant, device: as of :meth:`ReportGenerator.from_pretrained`.
-        max_new_tokens, accept_any_image: as of :meth:`ReportGenerator.generate`.
-        workers: how many; default is one for every two of the cluster's CPUs.
-        template: that every draft keeps to, see :meth:`ReportGenerator.keep_to`.
-
-    Raises:
-        OutputError: Ray is not installed.
-    """
+def draft_item(
+    item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool
+) -> dict[str, Any]:
+    """Draft one radiograph: the values of its line, with ``status`` ``ok`` or ``failed`` and the error then."""
     try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError:
-        raise OutputError("--engine ray needs the package ray; type: pip install ray") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
-
-    class Worker:
-        def __init__(self) -> None:
-            self.generator = ReportGenerator.from_pretrained(model, variant, device, threads=2 if count > 1 else None)
-            if template is not None:
-                self.generator.keep_to(template)
-
-        def draft(self, item: Item) -> tuple[Item, dict[str, Any]]:
-            return item, _draft_some([item], self.generator, max_new_tokens, accept_any_image)[0]
-
-    def draft_all(items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        remote = ray.remote(num_cpus=1)(Worker)
-        pool = ActorPool([remote.remote() for _ in range(count)])
-        yield from pool.map_unordered(lambda worker, item: worker.draft.remote(item), list(items))  # type: ignore[misc, arg-type]
-
-    return draft_all
+        report = generator.generate(
+            item.image, indication=item.indication, comparison=item.comparison, view=item.view, lateral=item.lateral,
+            max_new_tokens=max_new_tokens, accept_any_image=accept_any_image,
+        )  # fmt: skip
+    except CbedgeError as error:
+        return {"status": "failed", "error": str(error)}
+    except MemoryError:
+        name = printable(item.image.name)
+        return {"status": "failed", "error": f"{name} needs more memory than there is: scale it down"}
+    return {"status": "ok", **json.loads(report.to_json())}
 
 
 def run_batch(
-    items: Sequence[Item], out: Path, model: str, engine: Engine, retry_failed: bool = False,
+    items: Sequence[Item], out: Path, model: str, draft: Draft, retry_failed: bool = False,
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:  # fmt: skip
     """Draft every item that ``out`` does not hold yet, and add a line for each.
 
     Args:
         items: see :func:`find_items`.
-        out: JSON lines; a file that an earlier run began is gone on with.
+        out: JSON lines; an existing file of an earlier run is resumed.
         model: name, version and variant of the model (and what else drafts hang on); one file holds drafts of one.
-        engine: writes the drafts.
+        draft: drafts one item.
         retry_failed: try again what failed before; its old lines are taken out.
         progress: is told after every item.
 
@@ -249,7 +208,7 @@ def run_batch(
             lock_path(out), f"another cbedge batch is writing {out.name}: wait for it, or give another --out"
         )
         try:
-            return _run_locked(items, out, model, engine, retry_failed, progress)
+            return _run_locked(items, out, model, draft, retry_failed, progress)
         finally:
             lock.release()
     except OSError as error:
@@ -259,7 +218,7 @@ def run_batch(
 
 
 def _run_locked(
-    items: Sequence[Item], out: Path, model: str, engine: Engine, retry_failed: bool, progress: Callable[[Tally], None]
+    items: Sequence[Item], out: Path, model: str, draft: Draft, retry_failed: bool, progress: Callable[[Tally], None]
 ) -> Tally:
     prints = {item.id: item.fingerprint() for item in items}
     done = _open_lines(out, model, retry_failed, {item.id: item for item in items}, prints)
@@ -271,7 +230,8 @@ def _run_locked(
                 tally.failed.append((item.id, error))
             progress(tally)
     with open(out, "ab") as file:
-        for item, line in engine(item for item in items if item.id not in done):
+        for item in (item for item in items if item.id not in done):
+            line = draft(item)
             if line["status"] == "ok":
                 tally.written += 1
             else:
@@ -335,28 +295,6 @@ def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Itera
 def _valid(value: Any) -> Any:
     """Text without lone surrogates, which Parquet cannot hold; they become escapes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-
-def _draft_some(
-    items: Sequence[Item], generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool
-) -> list[dict[str, Any]]:
-    requests = [
-        {"image": item.image, "indication": item.indication, "comparison": item.comparison, "view": item.view,
-         "lateral": item.lateral, "max_new_tokens": max_new_tokens, "accept_any_image": accept_any_image}
-        for item in items
-    ]  # fmt: skip
-    try:
-        drafts = generator.generate_many(requests)
-    except MemoryError:
-        if len(items) == 1:
-            name = printable(items[0].image.name)
-            return [{"status": "failed", "error": f"{name} needs more memory than there is: scale it down"}]
-        return [_draft_some([item], generator, max_new_tokens, accept_any_image)[0] for item in items]
-    return [
-        {"status": "failed", "error": str(draft)} if isinstance(draft, CbedgeError)
-        else {"status": "ok", **json.loads(draft.to_json())}
-        for draft in drafts
-    ]  # fmt: skip
 
 
 def _open_lines(

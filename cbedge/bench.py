@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -53,7 +52,7 @@ print(json.dumps([seconds, _peak_memory(children=True), done.returncode, done.st
 def bench(
     images: Sequence[Radiograph], *, model: Path | None = None, variants: Sequence[str] = (), device: str = "auto",
     threads: int | None = None, indication: str | None = None, tokens: int | None = None, warm_up: int = 2,
-    repeat: int = 5, batch: int = 1, speculative: bool = True, progress: Progress = lambda text: None,
+    repeat: int = 5, speculative: bool = True, progress: Progress = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draft every radiograph several times with each variant, in this process.
 
@@ -67,7 +66,6 @@ def bench(
         tokens: end every draft after so many tokens; ``None`` lets the model end its reports.
         warm_up: drafts before any is timed.
         repeat: times that every radiograph is drafted.
-        batch: above 1, also draft so many together, as often.
         speculative: let the phrasebook guess ahead.
         progress: is told what is being measured.
 
@@ -107,36 +105,11 @@ def bench(
         generator.recent = Recent(1)
         rows[-1]["redraft_ms"] = _spread([draft(image).timings.total for image in images for _ in range(2)][1::2])
         generator.recent = Recent(0)
-        if batch > 1:
-            progress(f"{name}: {batch} together")
-            requests = [
-                {"image": image, "indication": indication, "max_new_tokens": tokens, "accept_any_image": True}
-                for image, _ in zip(cycle(images), range(batch), strict=False)
-            ]
-            rows[-1]["together"] = _together(generator, requests, repeat)
         del generator
     return {
         "machine": machine(bandwidth), "model": f"{bundle.manifest.name} {bundle.manifest.version}", "variants": rows,
         "images": len(images), "repeat": repeat, "warm_up": warm_up, "max_new_tokens": tokens,
         "speculative": speculative,
-    }  # fmt: skip
-
-
-def _together(generator: ReportGenerator, requests: list[dict[str, Any]], repeat: int) -> dict[str, Any]:
-    """Seconds of many drafts together, and of the same one after another, in turn."""
-    together, alone = [], []
-    generator.generate_many(requests)
-    for _ in range(repeat):
-        start = perf_counter()
-        generator.generate_many(requests)
-        middle = perf_counter()
-        for request in requests:
-            generator.generate(**request)
-        together.append(middle - start)
-        alone.append(perf_counter() - middle)
-    return {
-        "studies": len(requests), "s": _spread(together), "alone_s": _spread(alone),
-        "times_faster": _spread([b / a for a, b in zip(together, alone, strict=True)]),
     }  # fmt: skip
 
 
@@ -328,8 +301,6 @@ def _table(record: dict[str, Any], before: dict[str, Any] | None) -> list[list[s
     add("tokens a pass (guesses accepted)", _guessing)
     add("MB read a pass", lambda row: f"{row['bytes_per_pass'] / 1e6:.1f}")
     add("share of memory bandwidth", lambda row: _or_dash(row["bandwidth_share"], "{:.0%}"))
-    if batch := next((row["together"] for row in record["variants"] if "together" in row), None):
-        add(f"s a draft, {batch['studies']} together (alone)", _in_company)
     add("loading, s", lambda row: f"{row['load_s']:.2f}")
     add("peak memory, MB", lambda row: f"{row['peak_memory_mb']:.0f}")
     if any(row["gpu_memory_mb"] for row in record["variants"]):
@@ -350,11 +321,6 @@ def _cell(row: dict[str, Any], old: dict[str, Any] | None, stage: str) -> str:
 
 def _guessing(row: dict[str, Any]) -> str:
     return f"{_or_dash(row['tokens_per_pass'], '{:.2f}')} ({_or_dash(row['guesses_accepted'], '{:.0%}')})"
-
-
-def _in_company(row: dict[str, Any]) -> str:
-    found = row["together"]
-    return f"{found['s']['median'] / found['studies']:.3f} ({found['alone_s']['median'] / found['studies']:.3f})"
 
 
 def _or_dash(value: float | None, form: str) -> str:

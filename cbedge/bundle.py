@@ -19,7 +19,6 @@ from cbedge.errors import BundleError, OutputError
 from cbedge.image_findings import ImageFindings
 from cbedge.preprocess import Preprocessing
 from cbedge.prompt import PROMPT_VERSION
-from cbedge.topics import Topic
 
 FORMAT_VERSION = 2
 READABLE_FORMATS = (1, 2)  # format 1 has the default preprocessing and no suffix_ids
@@ -90,8 +89,7 @@ class Manifest:
         suffix_ids: token ids right after the prompt (an end-of-text token for an encoder such as Flan-T5's, or none).
         stop_ids: token ids that end a report.
         start_ids: token ids that a decoder with an encoder before it begins with.
-        decoding: defaults: ``max_new_tokens``; ``guidance``, how much what is seen weighs (see
-            :class:`cbedge.decoding.GuidedDecoder`; 1 is none); ``no_repeat`` and ``stop_bias`` of
+        decoding: defaults: ``max_new_tokens``, and ``no_repeat`` and ``stop_bias`` of
             :class:`cbedge.decoding.Decoding`.
         default_variant: the variant that is taken when none is named.
         variants, files: what is in the folder.
@@ -99,7 +97,6 @@ class Manifest:
         quality: measured scores, each with its control rows.
         image_findings: what the Q-Former's graph scores (its output ``finding_logits``), the prompt tells, and drafts
             are opened with; ``None`` for a model that is not told.
-        topics: what the findings of a draft speak of before they end, see :mod:`cbedge.topics`.
         reads_lateral: the model was trained to read a lateral radiograph beside the frontal one.
         never_ids: tokens that a draft never holds: pieces of characters that no training report has.
     """
@@ -118,12 +115,11 @@ class Manifest:
     start_ids: tuple[int, ...] = ()
     prompt_version: int = PROMPT_VERSION
     format_version: int = FORMAT_VERSION
-    decoding: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 160, "guidance": 1.0})
+    decoding: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 160})
     training_data: tuple[dict[str, str], ...] = ()
     base_weights: tuple[dict[str, str], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
     image_findings: ImageFindings | None = None
-    topics: tuple[Topic, ...] = ()
     reads_lateral: bool = False
     never_ids: tuple[int, ...] = ()
 
@@ -277,6 +273,8 @@ def _fsync(path: Path) -> None:
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:
+    if values.get("topics") or values.get("decoding", {}).get("guidance", 1) != 1:
+        raise ValueError("it was made for guided decoding or topics, which cbedge no longer has")
     known = {f.name for f in fields(Manifest)}
     values = {key: value for key, value in values.items() if key in known}
     values["shapes"] = shapes = Shapes(**values["shapes"])
@@ -297,7 +295,6 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         thresholds = tuple(map(float, told["thresholds"]))
         shares = tuple(map(float, told.get("lateral_shares", ())))
         values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials, shares)
-    values["topics"] = tuple(Topic(t["name"], tuple(t["words"]), t["start"]) for t in values.get("topics", ()))
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")

@@ -66,18 +66,10 @@ def generate(
     variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 takes the likeliest token; above it tokens are drawn.", show_default="0; 0.7 for --candidates"
-        ),
-    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
-    candidates: Annotated[
-        int, typer.Option(help="Above 1: write so many drafts and keep the one that the others support most; slower.")
-    ] = 1,
     no_repeat: Annotated[
         int | None,
         typer.Option(help="Never write a run of so many tokens twice; 0 allows it.", show_default="the model's"),
@@ -121,10 +113,8 @@ def generate(
     if template and no_template:
         raise ContextError("--template and --no-template exclude each other: give one of them")
     wording = read_template(_read_text(template)) if template else None
-    if temperature is None:
-        temperature = 0.7 if candidates > 1 else 0.0
     chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
-                              "candidates": candidates, "keep_to_template": not no_template}  # fmt: skip
+                              "keep_to_template": not no_template}  # fmt: skip
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # what is wrong is told before the model is loaded
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
@@ -177,7 +167,6 @@ def bench_command(
     repeat: Annotated[int, typer.Option(min=1, help="Times that every radiograph is drafted.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Drafts before any is timed.")] = 2,
     indication: Annotated[str, typer.Option(help="Given with every radiograph.")] = "cough",
-    batch: Annotated[int, typer.Option(min=1, max=64, help="Above 1, also draft so many together.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="End every draft after so many tokens.")] = None,
     no_speculative: Annotated[bool, typer.Option("--no-speculative", help="One token a pass.")] = False,
     cold: Annotated[int, typer.Option(min=0, help="Also run the whole command so often in a new process.")] = 0,
@@ -205,7 +194,7 @@ def bench_command(
     with _status() as tell:
         record = bench.bench(
             radiographs, model=model, variants=[v for v in (variants or "").split(",") if v], device=device,
-            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat, batch=batch,
+            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat,
             speculative=not no_speculative, progress=tell,
         )  # fmt: skip
         if cold:
@@ -229,13 +218,6 @@ def batch_command(
     variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: spread over a Ray cluster.")] = "local",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Of --engine ray.", show_default="one for two CPUs")
-    ] = None,
-    together: Annotated[
-        int, typer.Option(min=1, max=64, help="Radiographs drafted at a time (local); for models without a phrasebook.")
-    ] = 1,
     template: Template = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     accept_any_image: Annotated[
@@ -272,30 +254,21 @@ def batch_command(
     from cbedge.bundle import open_bundle
     from cbedge.generator import ReportGenerator, check_template
 
-    if engine not in ("local", "ray"):
-        raise OutputError(f"unknown engine {engine[:20]!r}; give local or ray")
     bundle = open_bundle(model)
-    name = bundle.variant(variant)[0]  # with Ray, whose machines differ, every one takes the bundle's own
-    if engine == "local":
-        name, device = choose_variant(bundle, variant, device)
+    name, device = choose_variant(bundle, variant, device)
     wording = None if template is None else check_template(bundle, _read_text(template))
-    if engine == "ray":
-        bundle.verify()
-        drafting = batch.ray_engine(
-            bundle.folder.absolute(), name, device, max_new_tokens, accept_any_image, workers, wording
-        )
-    else:
-        generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
-        drafting = batch.local_engine(generator, max_new_tokens, accept_any_image, together)
+    generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
+
+    def draft(item: batch.Item) -> dict[str, Any]:
+        return batch.draft_item(item, generator, max_new_tokens, accept_any_image)
+
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
     columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(items))
-        tally = batch.run_batch(
-            items, out, drafted_by, drafting, retry_failed, progress=lambda tally: bar.advance(task)
-        )
+        tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=lambda tally: bar.advance(task))
     if parquet is not None:
         batch.write_parquet(out, parquet, force, inputs)
     skipped = f", {tally.skipped} were there already" if tally.skipped else ""

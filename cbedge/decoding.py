@@ -1,11 +1,11 @@
-"""Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search, the
-consensus of many samples, and lossless speculative decoding with a phrasebook or a template."""
+"""Choose tokens from logits, over a small protocol that any backend can offer: greedy, sampling, beam search,
+and lossless speculative decoding with a phrasebook or a template."""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -15,11 +15,10 @@ from cbedge.errors import ContextError
 from cbedge.phrasebook import GuessSource
 
 MAX_BEAMS = 8
-MAX_CANDIDATES = 32
 MAX_GUESSES = 32
 _HOPE = 0.9  # how often a guess holds, before any was made
-PLAUSIBLE = 0.2  # of the likeliest token's probability: the least that a guided token has
-MIN_P = 0.02  # the same, of a token that is drawn (min-p sampling, Nguyen et al. 2024), however high the temperature
+# Least probability of a drawn token, as a share of the likeliest one's (min-p sampling, Nguyen et al. 2024).
+MIN_P = 0.02
 
 
 class Decoder(Protocol):
@@ -93,8 +92,6 @@ class Decoding:
         top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
         seed: of the draws.
         beams: above 1, beam search with so many hypotheses, compared by mean log-probability.
-        candidates: above 1, so many drafts are written, the likeliest and others drawn at ``temperature``, and the one
-            that says most of what the others say is kept; see :func:`consensus`.
         repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
             (Keskar et al. 2019); 1 is none. In a report it acts on tokens that begin a word, so that no word is broken.
         no_repeat: never begin a word that would repeat a run of so many tokens; 0 allows it.
@@ -104,7 +101,7 @@ class Decoding:
             (:mod:`cbedge.templates`); where there is none it does nothing.
         constraint: what may be written; the generator sets it (:mod:`cbedge.constraints`).
         speculative: let the template and the bundle's phrasebook guess ahead where that is faster. It changes no token,
-            and is used where the likeliest token is taken and nothing guides the draft.
+            and is used where the likeliest token is taken.
 
     Raises:
         ContextError: a value is out of its range, or two exclude each other.
@@ -114,7 +111,6 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     beams: int = 1
-    candidates: int = 1
     repetition_penalty: float = 1.0
     no_repeat: int = 0
     stop_bias: float = 0.0
@@ -126,7 +122,7 @@ class Decoding:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty", "stop_bias"):
             self._check_type(name, numbers.Real, "a number")
-        for name in ("seed", "beams", "candidates", "no_repeat"):
+        for name in ("seed", "beams", "no_repeat"):
             self._check_type(name, numbers.Integral, "a whole number")
         for name in ("speculative", "keep_to_template"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
@@ -136,7 +132,6 @@ class Decoding:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("beams", 1 <= self.beams <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
-            ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}"),
             ("repetition_penalty", 1 <= self.repetition_penalty <= 10, "1 to 10"),
             ("no_repeat", self.no_repeat >= 0, "0 or more"),
             ("stop_bias", -20 <= self.stop_bias <= 20, "-20 to 20"),
@@ -146,8 +141,6 @@ class Decoding:
                 raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
         if self.beams > 1 and self.temperature > 0:
             raise ContextError("beams and temperature exclude each other: give one of them")
-        if self.candidates > 1 and (self.beams > 1 or self.temperature == 0):
-            raise ContextError("candidates are drawn: give a temperature above 0, such as 0.7, and no beams")
 
     def _check_type(self, name: str, kind: type, wanted: str) -> None:
         value = getattr(self, name)
@@ -175,89 +168,6 @@ class Drafting:
     steps: int = 0
     guessed: int = 0
     accepted: int = 0
-
-
-class GuidedDecoder:
-    """Two decoders that read the same draft under two prompts: one is told what is seen, one that nothing is.
-
-    What they expect is weighed as by classifier-free guidance (Ho and Salimans 2022; for text Sanchez et al. 2023):
-    ``untold + weight (told - untold)``, among tokens that the told one finds plausible (Li et al. 2023). So the draft
-    says what was seen, where a small language model left to itself falls back on the usual normal report.
-
-    Where the backend can join the two (``join``), they read each token in one pass from the first one on.
-
-    Args:
-        told, untold: each has read its own prompt; they are not to be used beside this.
-        weight: 1 is the told one alone.
-    """
-
-    def __init__(self, told: Decoder, untold: Decoder, weight: float):
-        self.told, self.untold, self.weight = told, untold, weight
-        self._both: Decoder | None = None
-
-    @property
-    def length(self) -> int:
-        """What the told one has read."""
-        return (self._both or self.told).length
-
-    @property
-    def capacity(self) -> int:
-        """What can be read, of the tighter one, counted as the told one's."""
-        if self._both is not None:
-            return self._both.capacity
-        return self.told.length + min(d.capacity - d.length for d in (self.told, self.untold))
-
-    def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        """Read the same embeddings after both prompts."""
-        return self.weigh(self.told.prefill(embeds), self.untold.prefill(embeds))
-
-    def read(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Read more tokens; return the weighed logits after each, float32 [tokens, V]."""
-        if len(token_ids) == 1:
-            return self.read_each(token_ids)
-        if self._both is not None:  # which reads one at a time
-            return np.concatenate([self.read_each([token_id]) for token_id in token_ids])
-        return self.weigh(self.told.read(token_ids), self.untold.read(token_ids))
-
-    def rewind(self, length: int) -> None:
-        """Forget all that was read after the first ``length`` of the told one."""
-        if self._both is not None:
-            self._both.rewind(length)
-            return
-        forgotten = max(0, self.told.length - length)
-        self.untold.rewind(self.untold.length - forgotten)
-        self.told.rewind(length)
-
-    def spread(self, rows: Sequence[int]) -> GuidedDecoder:
-        """A pair of many drafts at once."""
-        if self._both is None:
-            return GuidedDecoder(self.told.spread(rows), self.untold.spread(rows), self.weight)
-        other = GuidedDecoder(self.told, self.untold, self.weight)
-        count = self._both.drafts // 2  # type: ignore[attr-defined]
-        other._both = self._both.spread([*rows, *(count + row for row in rows)])
-        return other
-
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Read one more token in each draft; return the weighed logits after it, float32 [drafts, V]."""
-        if self._both is None:
-            join = getattr(self.told, "join", None)
-            if join is None:
-                return self.weigh(self.told.read_each(token_ids), self.untold.read_each(token_ids))
-            self._both = join(self.untold)
-        logits = self._both.read_each([*token_ids, *token_ids])
-        return self.weigh(logits[: len(token_ids)], logits[len(token_ids) :])
-
-    def weigh(self, told: np.ndarray, untold: np.ndarray) -> np.ndarray:
-        """Logits of both, float32 [..., V] → what is to be chosen from."""
-        return guide(told, untold, self.weight)
-
-
-def guide(told: np.ndarray, untold: np.ndarray, weight: float) -> np.ndarray:
-    """Logits under both prompts, float32 [..., V], weighed; what the told prompt finds implausible comes after all
-    else, in the told prompt's order."""
-    weighed = untold + np.float32(weight) * (told - untold)
-    least = told.max(-1, keepdims=True) + np.float32(np.log(PLAUSIBLE))
-    return np.where(told >= least, weighed, told - np.float32(1e4))
 
 
 def greedy(decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
@@ -427,71 +337,6 @@ def beam_search(
         alive = going_on
         rows = decoder.read_each([written[-1].id for _, written in alive])
     return max(finished, key=lambda pair: pair[0])[1]
-
-
-def consensus(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, settings: Decoding,
-    begun: Sequence[int] = (),
-) -> list[Token]:  # fmt: skip
-    """Of ``settings.candidates`` drafts, the one that the others support most; the stop token is its last one.
-
-    Minimum Bayes risk decoding (Kumar and Byrne 2004; with samples Eikema and Aziz 2022): a draft is as good as it is,
-    on average, as the answer to each of the others, by :func:`support`. The first candidate is the likeliest draft, the
-    rest are drawn. All are written in one batch; one that is finished leaves it. ``begun`` is as for :func:`sample`.
-    """
-    count = settings.candidates
-    plain = replace(settings, temperature=0.0, candidates=1)
-    generators = [np.random.default_rng((settings.seed, row)) for row in range(count)]
-    written: list[list[Token]] = [[] for _ in range(count)]
-    alive = list(range(count))
-    decoder = decoder.spread([0] * count)
-    rows = np.repeat(logits[None], count, 0)
-    places = list(range(count))  # of those alive, in the decoder's batch
-    while True:
-        for row, place in zip(alive, places, strict=True):
-            so_far = [*begun, *(token.id for token in written[row])]
-            chosen = settings if row else plain
-            written[row].append(_next(rows[place], so_far, stop_ids, chosen, generators[row]))
-        going_on = [
-            (row, place)
-            for row, place in zip(alive, places, strict=True)
-            if written[row][-1].id not in stop_ids and len(written[row]) < max_new_tokens
-        ]
-        if not going_on:
-            break
-        alive, places = [row for row, _ in going_on], [place for _, place in going_on]
-        batch = len(rows)
-        if len(alive) <= 0.75 * batch:
-            decoder = decoder.spread(places)
-            batch, places = len(alive), list(range(len(alive)))
-        tokens = np.zeros(batch, np.int64)  # of finished drafts that are still in it, any token
-        tokens[places] = [written[row][-1].id for row in alive]
-        rows = decoder.read_each(tokens.tolist())
-    drafts = [[token.id for token in draft if token.id not in stop_ids] for draft in written]
-    means = [
-        np.mean([support(draft, other) for j, other in enumerate(drafts) if j != i]) for i, draft in enumerate(drafts)
-    ]
-    return written[int(np.argmax(means))]
-
-
-def support(draft: Sequence[int], other: Sequence[int]) -> float:
-    """How well a draft says what another says, 0 to 2: the share of the other's tokens that it holds, and how much of
-    both is the same in the same order (the F-score of the longest common subsequence, Lin 2004)."""
-    if not draft or not other:
-        return 0.0
-    held = set(draft)
-    common = _common_length(draft, other)
-    return sum(token in held for token in other) / len(other) + 2 * common / (len(draft) + len(other))
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common subsequence."""
-    best = np.zeros(len(b) + 1, np.int64)
-    sequence = np.asarray(b)
-    for token in a:
-        best[1:] = np.maximum(best[1:], best[:-1] + (sequence == token))
-        best = np.maximum.accumulate(best)
-    return int(best[-1])
 
 
 def _control(logits: np.ndarray, written: list[int], stop_ids: Sequence[int], settings: Decoding) -> np.ndarray:

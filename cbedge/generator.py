@@ -40,10 +40,8 @@ from cbedge.decoding import (
     Decoding,
     Drafting,
     GuessLength,
-    GuidedDecoder,
     Token,
     beam_search,
-    consensus,
     sample,
     speculate,
 )
@@ -60,7 +58,6 @@ from cbedge.recent import Recent, Study
 from cbedge.report import Report, Spoken, Timings, split_sentences
 from cbedge.sentences import normalize
 from cbedge.templates import Template, Templates, parse_template
-from cbedge.topics import left_out
 
 if TYPE_CHECKING:
     from cbedge.backends.onnx import Queried
@@ -161,7 +158,6 @@ class ReportGenerator:
         self._last_parsed: tuple[str, Template] | None = None
         self._guess_length = GuessLength()
         self._token_texts: dict[int, str] = {}
-        self._impression_id = self._encode(self._tokenizer, " IMPRESSION:", False)[0]
 
     @classmethod
     def from_pretrained(
@@ -243,27 +239,25 @@ class ReportGenerator:
         return stream.report
 
     def generate_many(self, requests: Sequence[Mapping[str, Any]]) -> list[Report | CbedgeError]:
-        """Draft the reports of several studies, in the way that takes least time.
-
-        Where tokens are guessed ahead, as the bundle's maker chose, that is one after another. Else every pass of the
-        language model reads a token of each, by other kernels than a pass over one; so a draft can, seldom, differ in a
-        word from the one that is written alone.
+        """Draft the reports of several studies, one after another.
 
         Args:
-            requests: for each study the arguments of :meth:`generate`, ``image`` among them; at most 64.
+            requests: for each study the arguments of :meth:`generate`, ``image`` among them.
 
         Returns:
             For each study its report, or the error that :meth:`generate` would raise.
 
-        Raises:
-            ContextError: there are too many, or one asks for beams or candidates.
-
         Example:
             >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
         """
-        from cbedge.together import draft_together
 
-        return draft_together(self, requests)
+        def draft(request: Mapping[str, Any]) -> Report | CbedgeError:
+            try:
+                return self.generate(**request)
+            except CbedgeError as error:
+                return error
+
+        return [draft(request) for request in requests]
 
     async def generate_async(self, image: Any, **options: Any) -> Report:
         """:meth:`generate` for an event loop: the work is done in a thread, and a draft that is cancelled ends with the
@@ -395,11 +389,7 @@ class ReportGenerator:
         settings = replace(settings, never=(*settings.never, *self.bundle.manifest.never_ids), constraint=constraint)
         if settings.beams > 1:
             return iter(beam_search(decoder, logits, stop, limit, settings, begun))
-        if settings.candidates > 1:
-            return iter(consensus(decoder, logits, stop, limit, settings, begun))
-        # Weighing two prompts' logits against each other shows how a pass over many tokens rounds otherwise than a pass
-        # over one: a guided draft is written one token at a time.
-        plain = not (settings.is_greedy and settings.speculative) or isinstance(decoder, GuidedDecoder)
+        plain = not (settings.is_greedy and settings.speculative)
         guesser: GuessSource | None = self.phrasebook or (_NO_GUESSES if constraint else None)
         if plain or guesser is None:
             return sample(decoder, logits, stop, limit, settings, begun=begun)
@@ -511,50 +501,6 @@ class ReportGenerator:
         manifest = self.bundle.manifest
         return [*manifest.prefix_ids, *self._encode(self._tokenizer, prompt, False), *manifest.suffix_ids]
 
-    def write(
-        self, decoder: Decoder, logits: np.ndarray, limit: int, settings: Decoding, drafting: Drafting,
-        opening: list[Spoken], plan: DraftPlan,
-    ) -> Iterator[Spoken]:  # fmt: skip
-        """What follows the opening, token by token, the stop token as well.
-
-        Where the findings would end and leave out one of the bundle's topics, the first words of a sentence on it are
-        given to the language model (:mod:`cbedge.topics`); beams and candidates are written without.
-
-        Args:
-            decoder: has read the opening; ``logits``, float32 [V], follow it.
-            limit: tokens at most.
-            settings: how tokens are chosen.
-            drafting: is filled in where tokens are guessed ahead.
-            opening: what the draft began with.
-            plan: of :meth:`plan`.
-        """
-        written = [word.token_id for word in opening]
-        start, most = decoder.length - len(written), len(written) + limit
-        alone = settings.beams == settings.candidates == 1 and not plan.keeps_findings  # a template speaks of them all
-        topics = list(self.bundle.manifest.topics) if alone else []
-        ends = {*self.bundle.manifest.stop_ids, self._impression_id}
-        while len(written) < most:
-            given: list[int] = []
-            for token in self.tokens(
-                decoder, logits, most - len(written), settings, drafting, [*written], plan.constraint
-            ):
-                if topics and token.id in ends:
-                    missing = left_out(topics, self.decode(written))[:1]
-                    topics = topics[topics.index(missing[0]) + 1 :] if missing else []
-                    given = self._encode(self._tokenizer, f" {missing[0].start}", False) if missing else []
-                    if given:
-                        break
-                written.append(token.id)
-                yield Spoken("", token.probability, None, token.id)
-            if not given:
-                return
-            given = given[: most - len(written)]
-            decoder.rewind(start + len(written))
-            logits = decoder.read(given)[-1].copy()
-            written += given
-            for token_id in given:
-                yield Spoken("", None, None, token_id)
-
     def opening(self, look: Look) -> list[Spoken]:
         """What the draft begins with, token by token, for what was seen; empty where nothing opens it."""
         findings = self.bundle.manifest.image_findings
@@ -567,47 +513,19 @@ class ReportGenerator:
         return spoken
 
     def prefill(
-        self, look: Look, context: ClinicalContext, prompt_ids: list[int], begun: list[int], limit: int,
-        guided: bool = True, study: Study | None = None,
-    ) -> tuple[Decoder, np.ndarray]:  # fmt: skip
+        self, look: Look, prompt_ids: list[int], begun: list[int], limit: int, study: Study | None = None
+    ) -> tuple[Decoder, np.ndarray]:
         """A decoder that has read image, prompt and what the draft begins with, and the logits after it, float32 [V].
-
-        Where the draft is guided, the two prompts are the same up to what was seen, and that much is read once.
 
         Args:
             look: what was seen.
-            context: that the prompt was built for.
             prompt_ids: of :meth:`prompt_ids`.
             begun: tokens of the draft.
             limit: tokens of the draft at most, ``begun`` among them.
-            guided: ``False`` leaves guidance out.
             study: may keep a decoder that has read a prompt of the same image embeddings.
         """
-        guidance = self.bundle.manifest.decoding.get("guidance", 1)
-        count = look.image_embeds.shape[1] + limit
-        if not look.seen or guidance == 1 or not guided:
-            capacity = count + len(prompt_ids)
-            decoder = study.take_decoder(capacity) if study else None
-            return self._read(decoder or self.backend.new_decoder(capacity), look, prompt_ids, begun)
-        untold_ids = self.prompt_ids(context, (), look.lateral)
-        capacity = count + max(len(prompt_ids), len(untold_ids))
-        if self.backend.decoder_only:
-            pairs = enumerate(zip(prompt_ids, untold_ids, strict=False))
-            shared = next((i for i, (a, b) in pairs if a != b), 0)  # "Seen: none." is never what was seen
-            told, _ = self._read(self.backend.new_decoder(capacity), look, prompt_ids[:shared], [])
-            untold = told.spread([0])
-            rows = [d.read([*ids[shared:], *begun])[-1] for d, ids in ((told, prompt_ids), (untold, untold_ids))]
-        else:
-            (told, first), (untold, second) = (
-                self._read(self.backend.new_decoder(capacity), look, ids, begun) for ids in (prompt_ids, untold_ids)
-            )
-            rows = [first, second]
-        pair = GuidedDecoder(told, untold, guidance)
-        return pair, pair.weigh(*rows)
-
-    def _read(
-        self, decoder: Decoder, look: Look, prompt_ids: list[int], begun: list[int]
-    ) -> tuple[Decoder, np.ndarray]:
+        capacity = look.image_embeds.shape[1] + limit + len(prompt_ids)
+        decoder = (study.take_decoder(capacity) if study else None) or self.backend.new_decoder(capacity)
         if self.backend.decoder_only:  # else an encoder reads the prompt
             prompt_ids, begun = [*prompt_ids, *begun], []
         embeds = self.backend.embed_tokens(np.array([prompt_ids], np.int64))
@@ -856,10 +774,11 @@ class ReportStream(Iterator[str]):
             needed = len(begun) + plan.tokens + ROOM_FOR_OWN
             limit = min(MAX_NEW_TOKENS, max(manifest.decoding["max_new_tokens"], needed if self._template else 0))
         opening, begun = opening[:limit], begun[:limit]
-        decoder, logits = generator.prefill(look, context, prompt_ids, begun, limit, not template, study)
+        decoder, logits = generator.prefill(look, prompt_ids, begun, limit, study)
         prefill = perf_counter()
         drafting = Drafting()
-        words = generator.write(decoder, logits, limit - len(begun), decoding, drafting, opening, plan)
+        tokens = generator.tokens(decoder, logits, limit - len(begun), decoding, drafting, begun, plan.constraint)
+        words = (Spoken("", token.probability, None, token.id) for token in tokens)
         check = SentenceFilter(
             generator.contradicting(look.seen), plan.constraint.tokens.lexicon, plan.given, plan.affirming
         )

@@ -44,14 +44,8 @@ def export(
     common: Annotated[
         int, typer.Option(min=0, help="With --vocabulary domain, how many of the language's first merges are kept.")
     ] = 12_000,
-    guidance: Annotated[
-        float, typer.Option(min=1, max=5, help="How much the findings seen weigh in decoding; 1 is none.")
-    ] = 1.0,
     no_repeat: Annotated[int, typer.Option(min=0, help="Drafts never hold a run of so many tokens twice.")] = 0,
     stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0 drafts become longer.")] = 0.0,
-    topics: Annotated[
-        Path | None, typer.Option(help="YAML of topics that drafts cover before they end, such as export/topics.yaml.")
-    ] = None,
     block_size: Annotated[
         int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
     ] = 32,
@@ -85,13 +79,11 @@ def export(
     if algorithm == "gptq" and data is None:
         raise ValueError("--algorithm gptq rounds on prompts and reports of train studies: give --data")
     from cbedge.bundle import check_target, open_bundle
-    from export.bundle import read_topics
 
     check_target(out, force)
     language = open_bundle(language_from) if language_from else None
     if language is not None:
         language.verify()
-    chosen_topics = read_topics(topics) if topics else ()
     measured: dict[str, Any] = json.loads(quality.read_text(encoding="utf-8")) if quality else {}
     console = Console(stderr=True)
     from export.bundle import Origin, pack
@@ -144,8 +136,8 @@ def export(
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
             parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
-            quality=measured, decoding={"guidance": guidance, "no_repeat": no_repeat, "stop_bias": stop_bias},
-            data=data, merge_error=merge_error, topics=chosen_topics, force=force, console=console,
+            quality=measured, decoding={"no_repeat": no_repeat, "stop_bias": stop_bias},
+            data=data, merge_error=merge_error, force=force, console=console,
         )  # fmt: skip
     typer.echo(parity.to_markdown())
     if record:

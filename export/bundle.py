@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress
 
@@ -34,7 +33,6 @@ from cbedge.bundle import (
 from cbedge.film_view import FilmView
 from cbedge.gate import Gate
 from cbedge.phrasebook import Phrasebook
-from cbedge.topics import Topic
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate
@@ -109,7 +107,7 @@ def pack(
     parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
     wanted: tuple[str, ...], out: Path, *, name: str,
     version: str, licence: str, origin: Origin, quality: dict[str, Any], decoding: dict[str, float],
-    data: Path | None, merge_error: float, topics: tuple[Topic, ...],
+    data: Path | None, merge_error: float,
     force: bool, console: Console,
 ) -> Parity:  # fmt: skip
     """Compare the graphs with torch and write the bundle; returns the comparison.
@@ -124,12 +122,11 @@ def pack(
         decoding: the manifest's, but for ``max_new_tokens``.
         data: IU X-RAY's folder, to compare on its validation studies; its train reports make the phrasebook.
         merge_error: what :func:`export.merge.merge` returned.
-        topics: what drafts cover.
         force: replace a bundle at ``out``.
     """
     manifest = describe(
         parts, graphs, extra, wanted, name=name, version=version, licence=licence, origin=origin, quality=quality,
-        decoding=decoding, topics=topics, data=data,
+        decoding=decoding, data=data,
     )  # fmt: skip
     cases, source = parity_cases(manifest.preprocessing, data, PARITY_CASES)
     files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
@@ -148,7 +145,7 @@ def pack(
 def describe(
     parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
     wanted: tuple[str, ...], *, name: str, version: str, licence: str, origin: Origin, quality: dict[str, Any],
-    decoding: dict[str, float], topics: tuple[Topic, ...], data: Path | None, layers: int | None = None,
+    decoding: dict[str, float], data: Path | None, layers: int | None = None,
 ) -> Manifest:  # fmt: skip
     """The manifest of a bundle, its files not yet listed.
 
@@ -156,7 +153,7 @@ def describe(
         parts: the merged model.
         data: IU X-RAY's folder, or ``None``: then no token is withheld.
         layers: of the language model, where ``parts`` hold fewer than the decoder's graph.
-        graphs, extra, wanted, name, version, licence, origin, quality, decoding, topics: as of :func:`pack`.
+        graphs, extra, wanted, name, version, licence, origin, quality, decoding: as of :func:`pack`.
     """
     shapes = _shapes(parts)
     return Manifest(
@@ -168,7 +165,7 @@ def describe(
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
         training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
-        image_findings=with_denials(parts.finding_head.findings) if parts.finding_head else None, topics=topics,
+        image_findings=with_denials(parts.finding_head.findings) if parts.finding_head else None,
         reads_lateral=parts.reads_lateral, never_ids=unseen_fragments(parts, data),
     )  # fmt: skip
 
@@ -224,19 +221,6 @@ def write_packed(
         return manifest
 
     write_bundle(out, fill, force)
-
-
-def read_topics(path: Path) -> tuple[Topic, ...]:
-    """Topics from a YAML file of ``name: {words: [...], start: ...}``.
-
-    Raises:
-        ValueError: the file is none such.
-    """
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    try:
-        return tuple(Topic(name, tuple(map(str, t["words"])), str(t["start"])) for name, t in values.items())
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{path} is no mapping of topics to words and start: see export/topics.yaml") from None
 
 
 def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:

@@ -42,7 +42,6 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
     """
     quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
     side = manifest.preprocessing.image_size
-    topics = [topic.name for topic in manifest.topics]
     opened = findings is not None and any(findings.openings)
     lines = [
         f"# {manifest.name} {manifest.version}", "",
@@ -56,9 +55,6 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         *([_OPENED] if opened else []),
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([_TEMPLATES] if templates else []),
-        *([f"Before its findings end it is asked for what they left out of: {', '.join(topics)}. The sentences begin "
-           "with fixed words, which for the pleura deny; the language model writes the rest, and can be wrong."]
-          if topics else []),
         "", "## Licence",
         f"{manifest.license}; research use. The licences of the base weights and of the training data (below) hold "
         "too; no image or report is in the weights as a file. The software around them is Apache-2.0.", "",

@@ -356,7 +356,7 @@ def bundle_by_layers(
         progress("packing")
         manifest = describe(
             parts, {variant: graphs}, {}, (variant,), name=name, version=version, licence=licence,
-            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, topics=(), data=data,
+            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, data=data,
             layers=layers,
         )  # fmt: skip
         files = [file for graph in graphs.values() for file in (graph, graph.with_suffix(".onnx_data"))]
@@ -378,7 +378,6 @@ def main_command(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "see the checkpoint's own card",
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, for phrasebook and gate.")] = None,
-    guidance: Annotated[float, typer.Option(min=1, max=5, help="How much the findings seen weigh; 1 is none.")] = 1.0,
 ) -> None:
     """Write the bundle, or the decoder."""
     if variant not in ("fp32", "int8", "int4", "q4f16"):
@@ -398,7 +397,7 @@ def main_command(
     if whole:
         bundle_by_layers(
             checkpoint, adapters or [], out, variant, at_once, name=name, version=version, licence=licence, data=data,
-            decoding={"guidance": guidance}, progress=tell, settings=settings,
+            decoding={}, progress=tell, settings=settings,
         )  # fmt: skip
     elif variant == "q4f16":
         raise ExportError("q4f16 is for a whole model, and this is a language model alone: give fp32, int8 or int4")

@@ -33,7 +33,7 @@ from cbedge.bundle import (
     open_bundle,
     write_bundle,
 )
-from export.bundle import PARITY, PARITY_CASES, read_topics
+from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
 from export.command import run
 from export.film_view import collect_films, fit_film_view
@@ -62,10 +62,6 @@ def revise(
         bool,
         typer.Option("--denials", help="Take what contradicts each finding anew from training/denials.yaml."),
     ] = False,
-    topics: Annotated[
-        Path | None,
-        typer.Option(help="YAML of topics that drafts cover, as export/topics.yaml; empty for none."),
-    ] = None,
     templates: Annotated[
         Path | None, typer.Option(help="IU X-RAY folder: make the templates anew of its train reports.")
     ] = None,
@@ -92,7 +88,6 @@ def revise(
         typer.Option(help="IU X-RAY or MIMIC-CXR-JPG folder: make the word list anew of its train reports."),
     ] = None,
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
-    guidance: Annotated[float | None, typer.Option(min=1, max=5, help="How much the findings seen weigh.")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="Only this variant; may be repeated, the first becomes the default.")
     ] = None,
@@ -144,7 +139,7 @@ def revise(
         new[manifest.variants["q4f16"].graphs[DECODER]] = lambda path: onnx.save(half, str(path))
     if vnni:
         manifest = _with_int8(manifest)
-    manifest = _told(manifest, version, openings, topics, guidance, quality)
+    manifest = _told(manifest, version, openings, quality)
     if denials:
         if manifest.image_findings is None:
             raise ValueError(f"{manifest.name} has no image scores: nothing can contradict them")
@@ -188,19 +183,12 @@ def revise(
     typer.echo(f"bundle: {out}: {manifest.name} {manifest.version}")
 
 
-def _told(
-    manifest: Manifest, version: str | None, openings: Path | None, topics: Path | None, guidance: float | None,
-    quality: Path | None,
-) -> Manifest:  # fmt: skip
+def _told(manifest: Manifest, version: str | None, openings: Path | None, quality: Path | None) -> Manifest:
     """The manifest with what is said of the model, and how it decodes; ``None`` leaves each as it is."""
     if version:
         manifest = replace(manifest, version=version)
     if openings:
         manifest = _open_with(manifest, openings)
-    if topics:
-        manifest = replace(manifest, topics=read_topics(topics))
-    if guidance is not None:
-        manifest = replace(manifest, decoding=manifest.decoding | {"guidance": guidance})
     if quality:
         measured = json.loads(quality.read_text(encoding="utf-8"))
         before = {"parity": manifest.quality["parity"]} if "parity" in manifest.quality else {}

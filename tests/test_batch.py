@@ -265,19 +265,6 @@ def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):
     assert [row["text"] for row in rows] == [line["text"] for line in batch.read_lines(out)]
 
 
-def test_ray_writes_the_same_drafts(tiny_bundle: Path, films: Path, tmp_path: Path):
-    pytest.importorskip("ray", reason="ray is not installed")
-    alone, spread = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl"
-    run_batch(tiny_bundle, films, alone)
-    done = run_batch(tiny_bundle, films, spread, "--engine", "ray", "--workers", 2)
-    assert done.returncode == 3 and "failed: bad.png" in done.stderr and "Traceback" not in done.stderr
-
-    def drafts(path: Path) -> dict[str, tuple]:
-        return {line["id"]: (line["status"], line.get("text"), line.get("error")) for line in batch.read_lines(path)}
-
-    assert drafts(alone) == drafts(spread)
-
-
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=200), st.text('image,id\n"\0 ./x.pngé', max_size=120).map(str.encode)))
 def test_no_table_breaks_it(tmp_path: Path, content: bytes):

@@ -11,14 +11,11 @@ from cbedge.decoding import (
     Decoding,
     Drafting,
     GuessLength,
-    GuidedDecoder,
     Token,
     beam_search,
-    consensus,
     greedy,
     sample,
     speculate,
-    support,
 )
 from cbedge.phrasebook import ORDER, Phrasebook
 
@@ -230,28 +227,9 @@ def test_beams_find_likelier_reports_than_greedy():
     assert np.mean(gains) > 0
 
 
-def test_the_draft_that_others_support_most_is_kept():
-    assert support([1, 2, 3, 4], [1, 2, 3, 4]) == 2 and support([5, 6], [1, 2]) == support([], [1]) == 0
-    assert support([1, 2, 3, 4], [4, 2]) == 1 + 2 / 6
-    settings = Decoding(candidates=7, temperature=1.0, seed=3)
-    for seed in range(20):
-        model = RandomModel(seed)
-        kept = ids(consensus(model, model.prefill(), STOP, 20, settings))
-        plain = write_greedily(seed, 20)
-        drawn = [plain]
-        for row in range(1, 7):  # each as if it were the only one, whatever leaves the batch before it
-            rng = np.random.default_rng((3, row))
-            drawn.append(ids(sample(RandomModel(seed), model.prefill(), STOP, 20, Decoding(temperature=1.0), rng)))
-        drafts = [[token for token in draft if token not in STOP] for draft in drawn]
-        means = [np.mean([support(a, b) for j, b in enumerate(drafts) if j != i]) for i, a in enumerate(drafts)]
-        assert kept == drawn[int(np.argmax(means))]
-
-
 @pytest.mark.parametrize(
     "values",
     [
-        {"candidates": 4},
-        {"candidates": 99},
         {"temperature": -1},
         {"top_p": 0},
         {"beams": 99},
@@ -262,30 +240,6 @@ def test_the_draft_that_others_support_most_is_kept():
 def test_settings_out_of_range_are_refused_by_name(values: dict[str, float]):
     with pytest.raises(ContextError, match=next(iter(values))):
         Decoding(**values)
-
-
-def test_guidance_moves_towards_what_is_told_and_stays_plausible():
-    told, untold = RandomModel(1), RandomModel(2)
-    plain = ids(greedy(told.branch(), told.prefill(), STOP, 20))
-    alone = GuidedDecoder(told.branch(), untold.branch(), 1.0)
-    assert ids(greedy(alone, alone.weigh(told.prefill(), untold.prefill()), STOP, 20)) == plain
-    pair = GuidedDecoder(told, untold, 3.0)
-    weighed = pair.weigh(told.prefill(), untold.prefill())
-    kept = weighed > weighed.max() - 1000
-    assert 0 < kept.sum() < WORDS and kept[told.prefill().argmax()]
-    gain = told.prefill() - untold.prefill()
-    assert weighed[kept] == pytest.approx((untold.prefill() + 3 * gain)[kept], rel=1e-5)
-    pair.read([3, 4])
-    pair.rewind(pair.length - 1)
-    assert told.history[-1] == untold.history[-1] == 3 and pair.spread([0, 0]).read_each([5, 6]).shape == (2, WORDS)
-
-
-def test_guidance_and_a_ban_on_repetition_leave_a_token_to_write():
-    for seed in range(10):
-        pair = GuidedDecoder(RandomModel(seed), RandomModel(seed + 50), 3.0)
-        first = pair.weigh(pair.told.prefill(), pair.untold.prefill())
-        written = ids(sample(pair, first, (), 12, Decoding(no_repeat=1)))
-        assert sorted(written) == list(range(WORDS))
 
 
 def test_a_token_comes_with_its_probability():

@@ -63,7 +63,7 @@ def test_an_output_that_windows_would_write_elsewhere_is_refused_there(
     check_output(tmp_path / name, False)  # on other systems it is a name like any
     monkeypatch.setattr(files, "ON_WINDOWS", True)
     for check in (lambda path: check_output(path, True), lambda path: write_output(path, b"x", True),
-                  lambda path: batch.run_batch([], path, "m", lambda items: iter(()))):  # fmt: skip
+                  lambda path: batch.run_batch([], path, "m", lambda item: {})):  # fmt: skip
         with pytest.raises(OutputError, match="Windows"):
             check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -122,9 +122,6 @@ def evaluate_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
-    guidance: Annotated[
-        float | None, typer.Option(min=1, help="Of --run's drafts.", show_default="the first --model's; else 1, none")
-    ] = None,
     chexbert: Annotated[Path | None, typer.Option(help="Your chexbert.pth, for CheXbert's scores.")] = None,
     radgraph: Annotated[
         Path | None, typer.Option(help="Folder that holds radgraph/, the unpacked model, for RadGraph F1.")
@@ -154,9 +151,7 @@ def evaluate_command(
     drafters: list = [RuntimeDrafter(folder, name) for folder, name in wanted]
     encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
     if run_folder is not None:
-        if guidance is None:
-            guidance = drafters[0].generator.bundle.manifest.decoding.get("guidance", 1.0) if drafters else 1.0
-        in_torch = TorchDrafter(_merged(run_folder, device, cache), batch_size, guidance=guidance)
+        in_torch = TorchDrafter(_merged(run_folder, device, cache), batch_size)
         encoder = in_torch
         drafters.append(in_torch)
     blind = None

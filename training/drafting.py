@@ -9,9 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from cbedge.decoding import guide
 from cbedge.errors import DraftError
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening
@@ -153,26 +151,15 @@ class Encoder(Protocol):
         ...
 
 
-class _Guidance(LogitsProcessor):
-    """The first half of a batch is told, the second is the same studies untold: both go on by the weighed logits."""
-
-    def __init__(self, weight: float):
-        self.weight = weight
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        told, untold = scores.float().cpu().numpy().reshape(2, len(scores) // 2, -1)
-        return torch.from_numpy(guide(told, untold, self.weight)).to(scores).repeat(2, 1)
-
-
 class TorchDrafter:
-    """Drafts of a run, in torch, in batches: greedy, guided as the runtime's; for trials, repetition is not controlled.
+    """Drafts of a run, in torch, in batches: greedy; for trials, without the runtime's
+    control of repetition, template and whole sentences.
 
     Args:
         parts: the trained model, on its device.
         batch_size: studies at once.
         name: of the row in the table.
         image_blind: the model was trained without images, and is shown none.
-        guidance: how much the findings seen weigh, see :class:`cbedge.decoding.GuidedDecoder`; 1 is none.
     """
 
     def __init__(
@@ -181,10 +168,8 @@ class TorchDrafter:
         batch_size: int = 16,
         name: str = "fp32 (torch)",
         image_blind: bool = False,
-        guidance: float = 1.0,
     ):
         self.parts, self.batch_size, self.name, self.image_blind = parts, batch_size, name, image_blind
-        self.guidance = guidance
         self.device = next(parts.model.parameters()).device
 
     @torch.inference_mode()
@@ -213,13 +198,10 @@ class TorchDrafter:
             output, projected = self.query(self.encode(images), contexts)
             if parts.finding_head is not None:
                 seen = [*parts.finding_head.read(output, len(requests), torch.tensor(laterals, dtype=torch.long))]
-        guided = self.guidance != 1 and any(seen)
         begun = [self._opening(told) for told in seen]
         read = begun if parts.model.config.use_decoder_only_language_model else [[] for _ in begun]
         told_rows = [*zip(requests, seen, read, [i in laterals for i in range(len(requests))], strict=True)]
         prompts = [encode_prompt(parts, r.context, told, two) + ids for r, told, ids, two in told_rows]
-        if guided:  # what saw nothing is told the same twice, and guided nowhere
-            prompts += [encode_prompt(parts, r.context, told and (), two) + ids for r, told, ids, two in told_rows]
         if self.image_blind:
             prompts = [prompt[count:] for prompt in prompts]
         length = max(map(len, prompts))
@@ -228,33 +210,30 @@ class TorchDrafter:
         mask = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
         for row, prompt in enumerate(prompts):  # left-padded, so that every report begins at the same place
             ids = torch.tensor([prompt], device=self.device)
-            study = row % len(requests)
             queries, own = None, torch.zeros(0, dtype=torch.long, device=self.device)
             if projected is not None:
-                rows = [study, *(len(requests) + n for n, i in enumerate(laterals) if i == study)]
+                rows = [row, *(len(requests) + n for n, i in enumerate(laterals) if i == row)]
                 queries, own = projected[rows], own.new_zeros(len(rows) - 1)
             embeds[row, length - len(prompt) :] = embed_inputs(parts.model, ids, queries, own)[0]
             mask[row, length - len(prompt) :] = 1
         if parts.model.config.use_decoder_only_language_model:
-            written = self._generate(embeds, mask, guided).tolist()
+            written = self._generate(embeds, mask).tolist()
             drafts = [[*ids, *row] for ids, row in zip(begun, written, strict=False)]
         else:  # what a draft begins with is its decoder's, of another length in each: one study at a time
             drafts = []
             for at, opening in enumerate(begun):
-                both = [at, at + len(requests)] if guided else [at]
                 start = [parts.model.language_model.config.decoder_start_token_id, *opening]
-                first = torch.tensor([start] * len(both), device=self.device)
-                whole = self._generate(embeds[both], mask[both], guided, decoder_input_ids=first)[0, 1:]
+                first, one = torch.tensor([start], device=self.device), slice(at, at + 1)
+                whole = self._generate(embeds[one], mask[one], decoder_input_ids=first)[0, 1:]
                 drafts.append(whole.tolist())
         texts = parts.tokenizer.batch_decode(drafts, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _generate(self, embeds: torch.Tensor, mask: torch.Tensor, guided: bool, **more: torch.Tensor) -> torch.Tensor:
+    def _generate(self, embeds: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """int64 [rows, tokens], greedy; an encoder-decoder's hold what its decoder began with."""
         return self.parts.model.language_model.generate(
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            eos_token_id=[*stop_ids(self.parts)], pad_token_id=self.parts.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([_Guidance(self.guidance)] if guided else []), **more,
+            eos_token_id=[*stop_ids(self.parts)], pad_token_id=self.parts.tokenizer.pad_token_id, **more,
         )  # fmt: skip
 
     def _opening(self, told: tuple[str, ...] | None) -> list[int]:

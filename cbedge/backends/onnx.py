@@ -233,11 +233,10 @@ class OnnxDecoder:
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
         self.capacity, self.drafts = capacity, drafts
-        self.lengths = np.zeros(drafts, np.int64)
+        self.length = 0
         self._backend, self._session = backend, backend._decoder
         self._binding = self._session.io_binding()
-        room = self._hold_cache()
-        self._places = np.arange(room, dtype=np.int64)[None]
+        self._room = self._hold_cache()
         self._logits = np.empty(0, np.float32)
         self._options: onnxruntime.RunOptions | None = None
         self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
@@ -249,11 +248,6 @@ class OnnxDecoder:
         self._cache = {name: held(array, self._backend.device) for name, array in self._arrays.items()}
         bind_cache(self._binding, self._cache)
         return self.capacity
-
-    @property
-    def length(self) -> int:
-        """Embeddings and tokens that the first draft has read."""
-        return int(self.lengths[0])
 
     @property
     def keeps_prompt(self) -> bool:
@@ -298,14 +292,14 @@ class OnnxDecoder:
         return self._run(embeds.reshape(self.drafts, 1, -1), 1)[:, 0]
 
     def rewind(self, length: int) -> None:
-        """Forget what the first draft read after the first ``length``, and as much in every other."""
-        self.lengths -= max(0, self.length - length)
+        """Forget all that was read after the first ``length``."""
+        self.length = min(self.length, length)
         self._prompt = self._prompt[: self.length]
 
     def spread(self, rows: Sequence[int]) -> OnnxDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
         other = type(self)(self._backend, self.capacity, len(rows))
-        other._take(self, list(rows), slice(None))
+        other._copy_rows(self, list(rows))
         return other
 
     def enlarged(self, capacity: int) -> OnnxDecoder:
@@ -313,47 +307,37 @@ class OnnxDecoder:
         self.rewind(len(self._prompt))
         other = self._backend.new_decoder(capacity)
         assert isinstance(other, OnnxDecoder)
-        other._take(self, [0], slice(None))
+        other._copy_rows(self, [0])
         other._prompt = self._prompt
         return other
-
-    def join(self, other: OnnxDecoder) -> OnnxDecoder:
-        """A decoder of the drafts of both, those of the other last; they need not have read as much."""
-        count, capacity = self.drafts + other.drafts, max(self.capacity, other.capacity)
-        both = type(self)(self._backend, capacity, count)
-        both._take(self, slice(None), slice(0, self.drafts))
-        both._take(other, slice(None), slice(self.drafts, count))
-        return both
 
     def _read(self, token_ids: np.ndarray) -> np.ndarray:
         """Token ids, int64 [1, tokens], of the one draft → logits after each, float32 [tokens, V]."""
         return self._run(self._backend.embed_tokens(token_ids), token_ids.shape[1])[0]
 
-    def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
-        """Copy drafts of another decoder into some of this one's places."""
-        self.lengths[ours] = source.lengths[theirs]
-        used = int(source.lengths.max())
+    def _copy_rows(self, source: OnnxDecoder, rows: list[int]) -> None:
+        """Copy drafts of another decoder."""
+        self.length = source.length
         for name, array in self._arrays.items():
-            array[ours, :, :used] = source._arrays[name][theirs, :, :used]
+            array[:, :, : self.length] = source._arrays[name][rows, :, : self.length]
 
-    def _go_on(self, count: int) -> int:
-        """Count what is read now; returns what the longest draft has read then."""
-        self.lengths = self.lengths + count
-        total = int(self.lengths.max())
-        if total > self.capacity:
-            raise ValueError(f"{total} tokens do not fit a decoder made for {self.capacity}")
-        return total
+    def _advance(self, count: int) -> None:
+        """Count what is read now."""
+        if self.length + count > self.capacity:
+            raise ValueError(f"{self.length + count} tokens do not fit a decoder made for {self.capacity}")
+        self.length += count
 
     def _run(self, embeds: np.ndarray, wanted: int) -> np.ndarray:
-        start = self.lengths
-        total = self._go_on(embeds.shape[1])
+        start = self.length
+        self._advance(embeds.shape[1])
         binding = self._binding
-        mask = (self._places[:, :total] < self.lengths[:, None]).astype(np.int64)
+        mask = np.ones((self.drafts, self.length), np.int64)
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds, np.float32))
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input(*self._backend.wanted(wanted))
         if self._backend.told_positions:
-            binding.bind_cpu_input("position_ids", start[:, None] + self._places[:, : embeds.shape[1]])
+            positions = np.tile(np.arange(start, self.length, dtype=np.int64), (self.drafts, 1))
+            binding.bind_cpu_input("position_ids", positions)
         shape = (self.drafts, wanted, self._backend.vocabulary)
         if self._logits.size < math.prod(shape):
             self._logits = np.empty(math.prod(shape), np.float32)
@@ -465,25 +449,25 @@ class CudaDecoder(OnnxDecoder):
     def _read(self, token_ids: np.ndarray) -> np.ndarray:
         count = token_ids.shape[1]
         size = next((size for size in _RECORDED if size >= count), None)
-        if size is None or self.length + size > self._places.shape[1]:
+        if size is None or self.length + size > self._room:
             return super()._read(token_ids)
         filled = np.pad(token_ids, ((0, 0), (0, size - count)), mode="edge")
         return self._step(filled, size, count)[0, :count]
 
-    def _take(self, source: OnnxDecoder, theirs: list[int] | slice, ours: slice) -> None:
+    def _copy_rows(self, source: OnnxDecoder, rows: list[int]) -> None:
         assert isinstance(source, CudaDecoder)
-        self.lengths[ours] = source.lengths[theirs]
-        used = int(source.lengths.max())
+        self.length = source.length
         for name, value in self._memory.cache.items():
             array = value.numpy()
-            array[ours, :, :used] = source._memory.cache[name].numpy()[theirs, :, :used]
+            array[:, :, : self.length] = source._memory.cache[name].numpy()[rows, :, : self.length]
             value.update_inplace(array)
 
     def _step(self, token_ids: np.ndarray, count: int, kept: int) -> np.ndarray:
         """Read ``count`` tokens in each draft, of which ``kept`` are to be remembered."""
-        positions = self.lengths[:, None] + self._places[:, :count]
-        mask = (self._places < self.lengths[:, None] + count).astype(np.int64)
-        self._go_on(kept)
+        positions = np.tile(np.arange(self.length, self.length + count, dtype=np.int64), (self.drafts, 1))
+        mask = np.zeros((self.drafts, self._room), np.int64)
+        mask[:, : self.length + count] = 1
+        self._advance(kept)
         return self._memory.step(count).run(token_ids, mask, positions)
 
 
