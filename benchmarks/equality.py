@@ -28,7 +28,7 @@ from transformers import InstructBlipForConditionalGeneration, InstructBlipProce
 from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
 from cbedge.bench import machine
-from cbedge.decoding import greedy
+from cbedge.decoding import decode
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers, load_model
@@ -194,12 +194,13 @@ def in_bundle(generator: ReportGenerator, image: Path, prompt: str) -> Answer:
     backend, manifest = generator.backend, generator.bundle.manifest
     pixels = preprocess_radiograph(load_radiograph(image), manifest.preprocessing)
     features = backend.encode_image(pixels)
-    words, ids = generator.encode_instruction(prompt), generator.encode_prompt(prompt)
+    codec = generator.resources.codec
+    words, ids = codec.encode_instruction(prompt), codec.encode_prompt(prompt)
     embeds = backend.query_image(features, np.array([words], np.int64)).embeds
     read = np.concatenate([embeds, backend.embed_tokens(np.array([ids], np.int64))], axis=1)
     decoder = backend.new_decoder(read.shape[1] + GREEDY_TOKENS + 1)
     logits = decoder.prefill(read).copy()
-    written = [token.id for token in greedy(decoder, logits, manifest.stop_ids, GREEDY_TOKENS)]
+    written = [token.id for token in decode(decoder, logits, manifest.stop_ids, GREEDY_TOKENS)]
     return Answer(pixels, ids, words, features, None, embeds, logits, written)
 
 

@@ -51,7 +51,7 @@ def measure(generator: ReportGenerator, prompt: int, runs: int) -> dict[str, flo
     decoder.prefill(embeds)
 
     def go(count: int) -> None:
-        decoder.read([5] * count)
+        decoder.append([5] * count)
         decoder.rewind(prompt)
 
     return found | {f"pass over {count}": milliseconds(partial(go, count), 2 * runs) for count in TOKENS}

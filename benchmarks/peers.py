@@ -40,7 +40,8 @@ from cbedge.prompt import ClinicalContext, build_prompt
 from training.datasets import open_studies
 
 if TYPE_CHECKING:
-    from cbedge.generator import Look, ReportGenerator
+    from cbedge.api import ReportGenerator
+    from cbedge.findings.reading import ImageReading
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 INDICATION = "cough"
@@ -98,14 +99,18 @@ Runner = Callable[[Task], Run]
 Study = tuple[Path, ClinicalContext]  # a radiograph, and what is told of it
 
 
-def see(generator: ReportGenerator, image: Path, context: ClinicalContext) -> tuple[Look, np.ndarray]:
+def see(generator: ReportGenerator, image: Path, context: ClinicalContext) -> tuple[ImageReading, np.ndarray]:
     """What cbedge's image side makes of a radiograph, and the prompt for it, int64 [1, tokens]."""
+    from cbedge.findings.reading import read_images
     from cbedge.preprocess import preprocess_radiograph
+    from cbedge.prompt import build_prompt
     from cbedge.radiograph import load_radiograph
 
-    pixels = preprocess_radiograph(load_radiograph(image), generator.bundle.manifest.preprocessing)
-    look = generator.look(generator.backend.encode_image(pixels), context)
-    return look, np.array([generator.prompt_ids(context, look.seen)], np.int64)
+    manifest, codec = generator.bundle.manifest, generator.resources.codec
+    pixels = preprocess_radiograph(load_radiograph(image), manifest.preprocessing)
+    features = [generator.backend.encode_image(pixels)]
+    reading = read_images(generator.backend, codec, manifest.image_findings, features, context)
+    return reading, np.array([codec.encode_prompt(build_prompt(context, reading.findings))], np.int64)
 
 
 def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
@@ -114,34 +119,32 @@ def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:
     ``guesses`` are the ``phrasebook``'s, which change no token; or the ``template``'s that is usual for the indication,
     to which the report is kept then, as users get it; or none, one token a pass.
     """
-    from cbedge.decoding import Drafting, GuessLength, greedy, speculate
-    from cbedge.generator import ReportGenerator
-    from cbedge.phrasebook import Phrasebook
+    from cbedge.api import ReportGenerator
+    from cbedge.decoding import GuessLength, decode
+    from cbedge.drafting.plan import plan_draft
 
     generator = ReportGenerator.from_pretrained(job.bundle, variant, job.device, job.threads)
     length = GuessLength()
 
-    def choose(task: Task, decoder: Decoder, logits: np.ndarray, look: Look) -> Iterator[Token]:
-        if not guesses or (guesses != "template" and generator.phrasebook is None):
-            return greedy(decoder, logits, (), task.tokens)
-        guesser = generator.phrasebook or Phrasebook({})
-        settings = generator.decoding
+    def write(task: Task, decoder: Decoder, logits: np.ndarray, reading: ImageReading) -> Iterator[Token]:
+        constraint = None
         if guesses == "template":
-            plan = generator.plan(generator.template_for(task.context), look)
-            settings = replace(settings, constraint=plan.constraint)
-        return speculate(decoder, logits, (), task.tokens, guesser, length, Drafting(), settings)
+            plain = replace(reading, findings=())  # kept to the usual template, whatever the image shows
+            manifest = generator.bundle.manifest
+            constraint = plan_draft(plain, task.context, generator.decoding, manifest, generator.resources).constraint
+        guesser = generator.resources.phrasebook if guesses else None
+        return decode(decoder, logits, (), task.tokens, constraint=constraint, guesser=guesser, guess_length=length)
 
     def run(task: Task) -> Run:
         start = perf_counter()
-        look, ids = see(generator, task.image, task.context)
+        reading, ids = see(generator, task.image, task.context)
         language = perf_counter()
-        embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
+        embeds = np.concatenate([reading.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
         decoder = generator.backend.new_decoder(embeds.shape[1] + task.tokens)
         logits = decoder.prefill(embeds)
-        tokens = choose(task, decoder, logits, look)
-        written = [token.id for token in tokens]
+        written = [token.id for token in write(task, decoder, logits, reading)]
         end = perf_counter()
-        return Run(end - start, end - language, generator.decode(written))
+        return Run(end - start, end - language, generator.resources.codec.decode(written))
 
     return run
 
@@ -463,17 +466,17 @@ def prepare(
 
 def natural_lengths(bundle: Path, studies: list[Study], threads: int) -> list[int]:
     """Of how many tokens the reports are that the bundle's ``fp32`` writes, their ends counted."""
-    from cbedge.decoding import greedy
-    from cbedge.generator import ReportGenerator
+    from cbedge.api import ReportGenerator
+    from cbedge.decoding import decode
 
     generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu", threads)
     manifest, backend = generator.bundle.manifest, generator.backend
     most, lengths = manifest.decoding["max_new_tokens"], []
     for image, context in studies:
-        look, ids = see(generator, image, context)
-        embeds = np.concatenate([look.image_embeds, backend.embed_tokens(ids)], axis=1)
+        reading, ids = see(generator, image, context)
+        embeds = np.concatenate([reading.image_embeds, backend.embed_tokens(ids)], axis=1)
         decoder = backend.new_decoder(embeds.shape[1] + most)
-        lengths.append(sum(1 for _ in greedy(decoder, decoder.prefill(embeds), manifest.stop_ids, most)))
+        lengths.append(sum(1 for _ in decode(decoder, decoder.prefill(embeds), manifest.stop_ids, most)))
     return lengths
 
 

@@ -21,8 +21,10 @@ import typer
 from cbedge import ReportGenerator
 from cbedge.bench import machine
 from cbedge.bundle import Bundle
-from cbedge.decoding import greedy
+from cbedge.decoding import decode
+from cbedge.findings.reading import read_images
 from cbedge.preprocess import preprocess_radiograph
+from cbedge.prompt import build_prompt
 from cbedge.radiograph import load_radiograph
 from export.graphs import DECODER, save_graph
 from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
@@ -147,18 +149,20 @@ def _cider(generator: ReportGenerator, studies: list[Any]) -> float:
 
 def _case(generator: ReportGenerator, study: Any) -> Case:
     pixels = preprocess_radiograph(load_radiograph(study.image), generator.bundle.manifest.preprocessing)
-    look = generator.look(generator.backend.encode_image(pixels), study.context)
-    ids = np.array([generator.prompt_ids(study.context, look.seen)], np.int64)
-    embeds = np.concatenate([look.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
+    manifest, codec = generator.bundle.manifest, generator.resources.codec
+    features = [generator.backend.encode_image(pixels)]
+    reading = read_images(generator.backend, codec, manifest.image_findings, features, study.context)
+    ids = np.array([codec.encode_prompt(build_prompt(study.context, reading.findings))], np.int64)
+    embeds = np.concatenate([reading.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 160)
-    tokens = [t.id for t in greedy(decoder, decoder.prefill(embeds), generator.bundle.manifest.stop_ids, 160)]
+    tokens = [t.id for t in decode(decoder, decoder.prefill(embeds), generator.bundle.manifest.stop_ids, 160)]
     return Case(embeds, tokens, _expected(generator, embeds, tokens))
 
 
 def _expected(generator: ReportGenerator, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
     decoder = generator.backend.new_decoder(embeds.shape[1] + len(tokens))
     first = decoder.prefill(embeds)
-    return np.vstack([first, decoder.read(tokens[:-1])]) if len(tokens) > 1 else first[None]
+    return np.vstack([first, decoder.append(tokens[:-1])]) if len(tokens) > 1 else first[None]
 
 
 def _with_decoder(generator: ReportGenerator, path: Path) -> ReportGenerator:

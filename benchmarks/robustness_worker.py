@@ -88,7 +88,7 @@ class Worker:
     def __init__(self, scratch: Path, threads: int | None):
         import functools
 
-        from cbedge.generator import ReportGenerator
+        from cbedge.api import ReportGenerator
 
         self.scratch = scratch
         load = ReportGenerator.from_pretrained

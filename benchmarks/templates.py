@@ -147,7 +147,7 @@ def judge(style: Style, report: Report, generator: ReportGenerator, context: Cli
     seen = report.image_findings or ()
     openings = [*findings.open(seen).values()] if findings else []
     texts = [style.text, *openings, *filter(None, (context.indication, context.comparison))]
-    faults = broken_by(report, generator.lexicon, texts)
+    faults = broken_by(report, generator.resources.lexicon, texts)
     denied = findings.contradicting(seen) if findings else None
     wanted = found = unmatched = 0
     kept_denials = []

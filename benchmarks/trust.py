@@ -40,15 +40,15 @@ _WINDOW = 5  # patches a side, of 16
 def gate_command(data: Data, output: Output, model: Model = None) -> None:
     """Refused radiographs of the test split, and what passes of scikit-image's and pydicom's other images."""
     generator = ReportGenerator.from_pretrained(model, device="cpu")
-    if generator.gate is None:
+    if generator.film_check.gate is None:
         raise CbedgeError("the bundle has no gate: export it with --data")
     studies = read_studies(data, ("test",))
     scores = [_score(generator, load_radiograph(s.image)) for s in track(studies, "radiographs")]
     others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
-    told = {name: _refused(generator.gate, generator, image) for name, image in others.items()}
+    told = {name: _refused(generator.film_check.gate, generator, image) for name, image in others.items()}
     record = {
-        "limit": generator.gate.limit, "radiographs": len(scores),
-        "false_alarms": float(np.mean(np.array(scores) > generator.gate.limit)),
+        "limit": generator.film_check.gate.limit, "radiographs": len(scores),
+        "false_alarms": float(np.mean(np.array(scores) > generator.film_check.gate.limit)),
         "others": len(told), "caught": float(np.mean(list(told.values()))),
         "let_pass": sorted(name for name, refused in told.items() if not refused),
     }  # fmt: skip
@@ -133,8 +133,8 @@ def _dicom_pixels(path: Path) -> np.ndarray | None:
 
 
 def _score(generator: ReportGenerator, radiograph: Radiograph) -> float:
-    assert generator.gate is not None
-    return generator.gate.score(_features(generator, radiograph))
+    assert generator.film_check.gate is not None
+    return generator.film_check.gate.score(_features(generator, radiograph))
 
 
 def _features(generator: ReportGenerator, radiograph: Radiograph) -> np.ndarray:

@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cbedge.api import DraftRequest, ReportGenerator, ReportStream
     from cbedge.bundle import Bundle, open_bundle
     from cbedge.errors import (
         BundleError,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         OutputError,
         RadiographError,
     )
-    from cbedge.generator import ReportGenerator, ReportStream
     from cbedge.prompt import ClinicalContext
     from cbedge.radiograph import Radiograph, load_radiograph
     from cbedge.report import Report, Timings
@@ -32,8 +32,9 @@ __version__ = "0.1.0"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _HOMES = {
-    "ReportGenerator": "generator",
-    "ReportStream": "generator",
+    "ReportGenerator": "api",
+    "ReportStream": "api",
+    "DraftRequest": "api",
     "Report": "report",
     "Timings": "report",
     "ClinicalContext": "prompt",
@@ -58,6 +59,7 @@ __all__ = [
     "ContextError",
     "DeviceError",
     "DraftError",
+    "DraftRequest",
     "OutputError",
     "Radiograph",
     "RadiographError",

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cbedge.api import ReportGenerator
 from cbedge.dicom_file import is_dicom
 from cbedge.errors import CbedgeError, OutputError, RadiographError
 from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
-from cbedge.generator import ReportGenerator
 from cbedge.radiograph import printable
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cbedge.api import ReportGenerator
 from cbedge.backends import choose_variant
 from cbedge.backends.int8 import Table
 from cbedge.bundle import Bundle, open_bundle
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoding
 from cbedge.errors import OutputError
-from cbedge.generator import ReportGenerator
 from cbedge.radiograph import Radiograph, load_radiograph
 from cbedge.recent import Recent
 from cbedge.report import Report, Timings

@@ -17,7 +17,7 @@ from cbedge import __version__
 from cbedge.errors import CbedgeError, ContextError, DeviceError, OutputError, RadiographError
 
 if TYPE_CHECKING:
-    from cbedge.generator import ReportGenerator
+    from cbedge.api import ReportGenerator
 
 app = typer.Typer(
     help="Draft chest radiograph reports on one workstation, offline. Research use; not a medical device.",
@@ -118,7 +118,7 @@ def generate(
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # what is wrong is told before the model is loaded
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
-    from cbedge.generator import ReportGenerator
+    from cbedge.api import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
@@ -250,13 +250,15 @@ def batch_command(
         _check_output(parquet, force, [*inputs, out])
         if os.path.realpath(parquet) == os.path.realpath(out):
             raise OutputError("--parquet and --out name one file: give two")
+    from cbedge.api import ReportGenerator
     from cbedge.backends import choose_variant
     from cbedge.bundle import open_bundle
-    from cbedge.generator import ReportGenerator, check_template
+    from cbedge.drafting.codec import TextCodec
+    from cbedge.drafting.plan import check_template
 
     bundle = open_bundle(model)
     name, device = choose_variant(bundle, variant, device)
-    wording = None if template is None else check_template(bundle, _read_text(template))
+    wording = None if template is None else check_template(bundle.manifest, _read_text(template), TextCodec(bundle))
     generator = _keeping(ReportGenerator.from_pretrained(model, variant, device), template)
 
     def draft(item: batch.Item) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def serve_command(
     except ImportError as error:
         raise OutputError(f'cbedge serve needs the package {error.name}; type: pip install "cbedge[serve]"') from None
     check_exposure(host, token)
-    from cbedge.generator import ReportGenerator
+    from cbedge.api import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device, recent_studies=recent_studies)
     generator = _keeping(generator, template)
@@ -347,8 +349,8 @@ def listen_command(
         raise OutputError(
             f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'
         ) from None
+    from cbedge.api import ReportGenerator
     from cbedge.formats import check_format
-    from cbedge.generator import ReportGenerator
 
     check_format("sr")
     node = Peer.parse(peer) if peer else None

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from cbedge.lexicon import Lexicon
-from cbedge.report import Spoken
+from cbedge.report import DraftToken
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 
@@ -41,14 +41,14 @@ class SentenceFilter:
         self.said: tuple[list[str], list[str]] = ([], [])
         self.unknown = False
         self._section = 0
-        self._held: list[Spoken] = []
-        self._heading: list[Spoken] = []
+        self._held: list[DraftToken] = []
+        self._heading: list[DraftToken] = []
 
-    def add(self, word: Spoken) -> Iterator[Spoken]:
+    def add(self, token: DraftToken) -> Iterator[DraftToken]:
         """One more token; yields those that may be said now."""
         if self._text().strip() in self._whole:
             yield from self._flush()
-        self._held.append(word)
+        self._held.append(token)
         spans = sentence_spans(self._text())
         if len(spans) < 2:
             return
@@ -59,11 +59,11 @@ class SentenceFilter:
         yield from self._flush()
         self._held = rest
 
-    def end(self) -> Iterator[Spoken]:
+    def end(self) -> Iterator[DraftToken]:
         """What is still held, where the draft ends: a whole sentence; what was begun is left out."""
         yield from self._flush()
 
-    def _flush(self) -> Iterator[Spoken]:
+    def _flush(self) -> Iterator[DraftToken]:
         held, text, self._held = self._held, self._text().strip(), []
         for place, name in enumerate(("FINDINGS:", "IMPRESSION:")):
             if text == name:
@@ -95,7 +95,7 @@ class SentenceFilter:
         return True
 
     def _text(self) -> str:
-        return "".join(word.piece for word in self._held)
+        return "".join(token.piece for token in self._held)
 
 
 DENIES = re.compile(

@@ -138,7 +138,7 @@ def _cuda(model: Path | None) -> Iterator[Check]:
 
 def _draft(device: str, model: Path | None) -> Check:
     """A few tokens from a drawn chest: what a user does, only shorter."""
-    from cbedge.generator import ReportGenerator
+    from cbedge.api import ReportGenerator
 
     def attempt() -> str:
         start = perf_counter()

@@ -25,6 +25,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
+from cbedge.api import ReportGenerator
 from cbedge.delivery import RESCAN_S, Delivery, Peer
 from cbedge.dicom import header_view
 from cbedge.dicom_file import read_header
@@ -32,7 +33,6 @@ from cbedge.dicom_header import is_uid
 from cbedge.errors import CbedgeError, ContextError, RadiographError
 from cbedge.file_names import safe_name
 from cbedge.formats import to_sr
-from cbedge.generator import ReportGenerator
 from cbedge.listen_guard import GuardedAE, ReceptionLimit
 from cbedge.listen_log import log_to_stderr, tell
 from cbedge.spool import Spool, machine_trouble, version_of

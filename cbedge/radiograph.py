@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,8 @@ from cbedge.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduct
 from cbedge.raster import MIN_SIDE, check_size, decode_raster, image_values, stored_values
 
 if TYPE_CHECKING:
+    import pydicom
+
     from cbedge.dicom import DicomFilm
 
 
@@ -59,7 +61,22 @@ class Radiograph:
     stored: np.ndarray | None = None
 
 
-def load_radiograph(source: Any, max_pixels: int = MAX_PIXELS) -> Radiograph:
+if TYPE_CHECKING:
+    ImageSource: TypeAlias = (
+        str
+        | os.PathLike[str]
+        | bytes
+        | bytearray
+        | memoryview
+        | IO[bytes]
+        | Image.Image
+        | np.ndarray
+        | pydicom.Dataset
+        | Radiograph
+    )
+
+
+def load_radiograph(source: "ImageSource", max_pixels: int = MAX_PIXELS) -> Radiograph:
     """Read a radiograph from a path, bytes, a file object, a PIL image, an array or a pydicom dataset.
 
     Args:

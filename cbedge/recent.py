@@ -1,7 +1,7 @@
 """What was computed of the studies drafted last, kept for the next draft of the same radiographs.
 
 A radiologist who corrects the indication, or asks for other words, has the same radiographs read again. What the vision
-encoder and the Q-Former make of them does not hang on the indication; and of the prompt, the language model need not
+encoder and the Q-Former make of them does not depend on the indication; and of the prompt, the language model need not
 read again what it begins with. Nothing changes but the time it takes: what is kept is bit for bit what would be
 computed (``tests/test_recent.py``; over real studies ``tests/test_generator.py``).
 """
@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,23 +21,23 @@ from cbedge.decoding import Decoder
 from cbedge.errors import ContextError
 
 if TYPE_CHECKING:
-    from cbedge.backends.onnx import OnnxDecoder, Queried
+    from cbedge.findings.reading import QFormerOutput
 
 MAX_RECENT_STUDIES = 64
 
 
 @dataclass
-class Study:
+class CachedStudy:
     """What is kept of one study.
 
     Attributes:
         features: of the vision encoder, float32 [1, P, H] for each radiograph; empty before they were computed.
-        queried: what the Q-Former answered for each.
+        answers: what the Q-Former answered for each.
     """
 
     features: list[np.ndarray] = field(default_factory=list)
-    queried: list[Queried] = field(default_factory=list)
-    _decoders: list[OnnxDecoder] = field(default_factory=list)
+    answers: list[QFormerOutput] = field(default_factory=list)
+    _decoders: list[Decoder] = field(default_factory=list)
 
     def take_decoder(self, capacity: int) -> Decoder | None:
         """A decoder for at least ``capacity`` that has read a prompt of this study and is used by no draft; ``None``
@@ -51,8 +51,8 @@ class Study:
 
     def give_decoder(self, decoder: Decoder) -> None:
         """Keep a decoder, now that its draft is written, if it is one that keeps its prompt."""
-        if getattr(decoder, "keeps_prompt", False):
-            self._decoders[:] = [cast("OnnxDecoder", decoder)]
+        if decoder.keeps_prompt:
+            self._decoders[:] = [decoder]
 
 
 class Recent:
@@ -71,13 +71,13 @@ class Recent:
         if not 0 <= studies <= MAX_RECENT_STUDIES:
             raise ContextError(f"{studies} recent studies; give 0 to {MAX_RECENT_STUDIES}")
         self.studies = studies
-        self._kept: OrderedDict[Hashable, Study] = OrderedDict()
+        self._kept: OrderedDict[Hashable, CachedStudy] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def study(self, planes: Sequence[np.ndarray], view: str | None) -> Study:
+    def study(self, planes: Sequence[np.ndarray], view: str | None) -> CachedStudy:
         """What is kept of a study, to be added to.
 
         Args:
@@ -85,11 +85,11 @@ class Recent:
             view: of the first one.
         """
         if not self.studies:
-            return Study()
+            return CachedStudy()
         # The three channels are one, shifted and scaled.
         key = (view, *(hashlib.sha256(plane[0, 0].tobytes()).digest() for plane in planes))
         with self._lock:
-            study = self._kept.setdefault(key, Study())
+            study = self._kept.setdefault(key, CachedStudy())
             self._kept.move_to_end(key)
             while len(self._kept) > self.studies:
                 self._kept.popitem(last=False)

@@ -40,7 +40,7 @@ class Timings:
     total: float
 
 
-class Spoken(NamedTuple):
+class DraftToken(NamedTuple):
     """What one token added to a draft.
 
     Attributes:
@@ -167,10 +167,10 @@ class Report:
         return f"{format_sections(self.text)}\n\n{notes}[{self.statement}]"
 
 
-def split_sentences(spoken: Sequence[Spoken]) -> tuple[Sentence, ...]:
+def split_sentences(tokens: Sequence[DraftToken]) -> tuple[Sentence, ...]:
     """The sentences of a draft; one that stands in both sections has the same confidence and finding in both."""
-    ends = [*accumulate(len(word.piece) for word in spoken)]
-    text = "".join(word.piece for word in spoken)
+    ends = [*accumulate(len(token.piece) for token in tokens)]
+    text = "".join(token.piece for token in tokens)
     section, sentences, first = "findings", list[Sentence](), dict[str, Sentence]()
     parts = [*re.finditer(r"FINDINGS:|IMPRESSION:", text)]
     bounds = [(0, None), *((part.end(), part.group()) for part in parts)]
@@ -179,7 +179,7 @@ def split_sentences(spoken: Sequence[Spoken]) -> tuple[Sentence, ...]:
         section = heading[:-1].lower() if heading else section
         for start, end in sentence_spans(text[begin:stop]):
             start, end = start + begin, end + begin
-            words = [w for w, last in zip(spoken, ends, strict=True) if start < last and last - len(w.piece) < end]
+            words = [w for w, last in zip(tokens, ends, strict=True) if start < last and last - len(w.piece) < end]
             logs = [math.log(max(w.probability, 1e-9)) for w in words if w.probability is not None]
             confidence = math.exp(sum(logs) / max(1, len(logs)))
             finding = next((w.finding for w in words if w.finding), None)

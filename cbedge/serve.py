@@ -29,10 +29,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.requests import ClientDisconnect
 
 from cbedge import __version__
+from cbedge.api import ReportGenerator, ReportStream
 from cbedge.bundle import CARD
 from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, DraftError, RadiographError
 from cbedge.formats import SCHEMA, check_format, render
-from cbedge.generator import ReportGenerator, ReportStream
 from cbedge.heatmap import overlay, png
 from cbedge.radiograph import load_radiograph
 from cbedge.report import Report

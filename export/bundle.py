@@ -30,9 +30,9 @@ from cbedge.bundle import (
     Variant,
     write_bundle,
 )
+from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.film_view import FilmView
 from cbedge.gate import Gate
-from cbedge.phrasebook import Phrasebook
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from cbedge.backends import Backend
-from cbedge.decoding import greedy
+from cbedge.decoding import decode
 from cbedge.image_findings import scores_of
 from cbedge.preprocess import Preprocessing, preprocess_radiograph
 from cbedge.prompt import ClinicalContext
@@ -230,7 +230,7 @@ def _greedy(backend: Backend, reference: TorchReference, case: Case) -> list[int
     embeds = _onnx_embeds(backend, reference, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
     logits = decoder.prefill(embeds)
-    return [token.id for token in greedy(decoder, logits, reference.stop_ids, GREEDY_TOKENS)]
+    return [token.id for token in decode(decoder, logits, reference.stop_ids, GREEDY_TOKENS)]
 
 
 def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
@@ -240,7 +240,7 @@ def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: lis
     logits = decoder.prefill(embeds)
     chosen = [int(logits.argmax())]
     for token in wanted[:-1]:
-        chosen.append(int(decoder.read([token])[-1].argmax()))
+        chosen.append(int(decoder.append([token])[-1].argmax()))
     return chosen
 
 

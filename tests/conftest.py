@@ -26,7 +26,10 @@ from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from cbedge import ClinicalContext, ReportGenerator, load_radiograph
 from cbedge.backends.int8 import multiplies_exactly
-from cbedge.decoding import Drafting
+from cbedge.decoding import decode
+from cbedge.drafting.plan import plan_draft
+from cbedge.findings.reading import read_images
+from cbedge.pipeline import prefill
 from cbedge.preprocess import preprocess_radiograph
 
 if TYPE_CHECKING:
@@ -396,11 +399,12 @@ def unconstrained_text(
     context = replace(context, view=context.view or "frontal")
     films = [load_radiograph(path) for path in (image, lateral) if path is not None]
     pixels = [preprocess_radiograph(film, generator.bundle.manifest.preprocessing) for film in films]
-    look = generator.look(*(generator.backend.encode_image(pixels[0]), context),
-                          *(generator.backend.encode_image(p) for p in pixels[1:]))  # fmt: skip
-    begun = [word.token_id for word in generator.opening(look)]
-    prompt = generator.prompt_ids(context, look.seen, look.lateral)
-    decoder, logits = generator.prefill(look, context, prompt, begun, limit)
-    plain = replace(generator.decoding, speculative=False)
-    tokens = generator.tokens(decoder, logits, limit - len(begun), plain, Drafting(), begun)
-    return generator.decode([*begun, *(token.id for token in tokens)]).strip()
+    manifest, resources, backend = generator.bundle.manifest, generator.resources, generator.backend
+    features = [backend.encode_image(planes) for planes in pixels]
+    reading = read_images(backend, resources.codec, manifest.image_findings, features, context)
+    plain = replace(generator.decoding, keep_to_template=False)
+    plan = plan_draft(reading, context, plain, manifest, resources, max_new_tokens=limit)
+    decoder, logits = prefill(backend, reading, plan)
+    begun, most = plan.opening_ids, limit - len(plan.opening)
+    tokens = decode(decoder, logits, manifest.stop_ids, most, processors=plan.processors, begun=begun)
+    return resources.codec.decode([*begun, *(token.id for token in tokens)]).strip()

@@ -5,14 +5,14 @@ import pytest
 from cbedge.consistency import SentenceFilter
 from cbedge.image_findings import OTHER, ImageFindings
 from cbedge.lexicon import Lexicon
-from cbedge.report import Spoken
+from cbedge.report import DraftToken
 from training.config import OPENINGS
 from training.openings import DENIALS, with_denials
 
 
 def written(text: str, denied: re.Pattern[str] | None) -> str:
     check = SentenceFilter(denied)
-    words = [Spoken(piece, 0.9, None, i) for i, piece in enumerate(re.findall(r"\s*\S+", text))]
+    words = [DraftToken(piece, 0.9, None, i) for i, piece in enumerate(re.findall(r"\s*\S+", text))]
     said = [said for word in words for said in check.add(word)] + [*check.end()]
     return "".join(word.piece for word in said)
 
@@ -95,7 +95,7 @@ def test_a_given_sentence_that_ends_with_an_initial_is_said():
 
 def test_a_sentence_is_held_back_until_it_is_whole():
     check = SentenceFilter()
-    words = [Spoken(piece, 0.9, None, 1) for piece in (" No", " mass.", " Ribs")]
+    words = [DraftToken(piece, 0.9, None, 1) for piece in (" No", " mass.", " Ribs")]
     assert [[*check.add(word)] for word in words] == [[], [], words[:2]]
     assert [*check.end()] == []
 
@@ -108,7 +108,9 @@ def test_a_sentence_without_its_end_is_left_out():
 def test_numbered_items_whose_tokens_are_single_characters_are_sentences():
     pieces = [" IMPRESSION:", " ", "1", ".", " No mass", ".", " ", "2", ".", " Normal", "."]
     check = SentenceFilter(given=("1. No mass.", "2. Normal."))
-    said = [one.piece for piece in pieces for one in check.add(Spoken(piece, 0.9))] + [one.piece for one in check.end()]
+    said = [one.piece for piece in pieces for one in check.add(DraftToken(piece, 0.9))] + [
+        one.piece for one in check.end()
+    ]
     assert "".join(said) == " IMPRESSION: 1. No mass. 2. Normal."
 
 
@@ -121,7 +123,7 @@ def test_a_section_says_nothing_twice():
 def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
     lexicon = Lexicon.compile([" Lungs are clear. Heart normal."] * 10)
     check = SentenceFilter(None, lexicon, given=("Herz normal.",))
-    words = [Spoken(piece, 0.9) for piece in re.findall(r"\s*\S+", " Lungs clear. Bapprastra clear. Herz normal.")]
+    words = [DraftToken(piece, 0.9) for piece in re.findall(r"\s*\S+", " Lungs clear. Bapprastra clear. Herz normal.")]
     said = [said.piece for word in words for said in check.add(word)] + [said.piece for said in check.end()]
     assert "".join(said) == " Lungs clear. Herz normal." and check.unknown
 

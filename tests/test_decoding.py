@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from cbedge import BundleError, ContextError
 from cbedge.decoding import (
     Decoding,
-    Drafting,
     GuessLength,
+    SpeculationStats,
     Token,
     beam_search,
-    greedy,
-    sample,
-    speculate,
+    decode,
 )
-from cbedge.phrasebook import ORDER, Phrasebook
+from cbedge.decoding.phrasebook import ORDER, Phrasebook
+from cbedge.decoding.processors import NoRepeatNgram, RepetitionPenalty, processors_of
+from cbedge.decoding.samplers import sampler_of
 
 WORDS = 12
 STOP = (0,)
@@ -37,7 +37,7 @@ class RandomModel:
     def prefill(self, embeds: np.ndarray | None = None) -> np.ndarray:
         return self.table[self.history[-2], self.history[-1]]
 
-    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+    def append(self, token_ids: Sequence[int]) -> np.ndarray:
         self.passes += 1
         rows = []
         for token in token_ids:
@@ -49,11 +49,11 @@ class RandomModel:
     def rewind(self, length: int) -> None:
         self.history = self.history[:length]
 
-    def spread(self, rows: Sequence[int]) -> "RandomModels":
+    def fork(self, rows: Sequence[int]) -> "RandomModels":
         return RandomModels([self.branch() for row in rows if row == 0])
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
-        return self.read(token_ids)
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        return self.append(token_ids)
 
     def branch(self) -> "RandomModel":
         other = RandomModel.__new__(RandomModel)
@@ -67,11 +67,11 @@ class RandomModels:
     def __init__(self, models: list[RandomModel]):
         self.models = models
 
-    def spread(self, rows: Sequence[int]) -> "RandomModels":
+    def fork(self, rows: Sequence[int]) -> "RandomModels":
         return RandomModels([self.models[row].branch() for row in rows])
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
-        return np.concatenate([model.read([t]) for model, t in zip(self.models, token_ids, strict=True)])
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
+        return np.concatenate([model.append([t]) for model, t in zip(self.models, token_ids, strict=True)])
 
 
 def ids(tokens: Iterable[Token]) -> list[int]:
@@ -80,7 +80,7 @@ def ids(tokens: Iterable[Token]) -> list[int]:
 
 def write_greedily(seed: int, limit: int = 40) -> list[int]:
     model = RandomModel(seed)
-    return ids(greedy(model, model.prefill(), STOP, limit))
+    return ids(decode(model, model.prefill(), STOP, limit))
 
 
 def test_greedy_ends_at_the_stop_token_or_at_the_limit():
@@ -100,13 +100,13 @@ def test_guessing_ahead_changes_no_token(
     seed: int, others: list[list[int]], limit: int, knows: bool, controls: Decoding
 ):
     model = RandomModel(seed)
-    wanted = ids(sample(model, model.prefill(), STOP, limit, controls))
+    wanted = ids(decode(model, model.prefill(), STOP, limit, processors=processors_of(controls, STOP)))
     phrasebook = Phrasebook.compile([*others, *([wanted] * 2 if knows else [])])
     model = RandomModel(seed, capacity=2 + limit)  # as tight as the generator makes it
-    drafting = Drafting()
-    written = ids(speculate(model, model.prefill(), STOP, limit, phrasebook, GuessLength(), drafting, controls))
+    stats, processors = SpeculationStats(), processors_of(controls, STOP)
+    written = ids(decode(model, model.prefill(), STOP, limit, processors=processors, guesser=phrasebook, stats=stats))
     assert written == wanted
-    assert drafting.accepted <= drafting.guessed and drafting.steps == model.passes <= max(0, len(wanted) - 1)
+    assert stats.accepted <= stats.guessed and stats.passes == model.passes <= max(0, len(wanted) - 1)
 
 
 def test_a_known_report_takes_far_fewer_passes():
@@ -115,7 +115,8 @@ def test_a_known_report_takes_far_fewer_passes():
     model = RandomModel(seed)
     length = GuessLength()
     length.choose = lambda: 4  # type: ignore[method-assign]
-    list(speculate(model, model.prefill(), STOP, 40, Phrasebook.compile([wanted] * 2), length, Drafting()))
+    guesser = Phrasebook.compile([wanted] * 2)
+    list(decode(model, model.prefill(), STOP, 40, guesser=guesser, guess_length=length))
     assert model.passes <= len(wanted) / 2
 
 
@@ -171,14 +172,16 @@ def test_a_damaged_phrasebook_is_refused(content: bytes, tmp_path: Path):
 
 def draw_from(model_seed: int, **values: float) -> list[int]:
     model = RandomModel(model_seed)
-    return ids(sample(model, model.prefill(), STOP, 40, Decoding(**values)))
+    settings = Decoding(**values)
+    processors = processors_of(settings, STOP)
+    return ids(decode(model, model.prefill(), STOP, 40, sampler=sampler_of(settings), processors=processors))
 
 
 def draw(seed: int, **values: float) -> list[int]:
     return draw_from(7, seed=seed, **values)
 
 
-def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
+def test_sampling_depends_on_its_seed_and_at_temperature_0_is_greedy():
     assert draw(1, temperature=1.0) == draw(1, temperature=1.0)
     assert len({tuple(draw(seed, temperature=1.0)) for seed in range(20)}) > 10
     assert draw(5) == write_greedily(7)
@@ -188,7 +191,7 @@ def test_sampling_hangs_on_its_seed_and_at_temperature_0_is_greedy():
 def test_a_run_of_tokens_is_not_written_twice():
     for seed in range(20):
         model = RandomModel(seed)
-        written = ids(sample(model, model.prefill(), STOP, 40, Decoding(no_repeat=3)))
+        written = ids(decode(model, model.prefill(), STOP, 40, processors=[NoRepeatNgram(3)]))
         runs = [tuple(written[i : i + 3]) for i in range(len(written) - 2)]
         assert len(runs) == len(set(runs))
 
@@ -203,7 +206,7 @@ def test_a_penalty_makes_repetition_rarer():
     for penalty in kinds:
         for seed in range(20):
             model = RandomModel(seed)
-            written = ids(sample(model, model.prefill(), (), 12, Decoding(repetition_penalty=penalty)))
+            written = ids(decode(model, model.prefill(), (), 12, processors=[RepetitionPenalty(penalty)]))
             kinds[penalty] += len(set(written))
     assert kinds[1.5] > kinds[1.0] + 20
 
@@ -213,7 +216,7 @@ def mean_log_probability(seed: int, written: list[int]) -> float:
     total, logits = 0.0, model.prefill()
     for token in written:
         total += float(logits[token] - np.log(np.exp(logits.astype(np.float64)).sum()))
-        logits = model.read([token])[-1]
+        logits = model.append([token])[-1]
     return total / len(written)
 
 
@@ -221,7 +224,7 @@ def test_beams_find_likelier_reports_than_greedy():
     gains = []
     for seed in range(20):
         model = RandomModel(seed)
-        found = ids(beam_search(model, model.prefill(), STOP, 12, Decoding(beams=4)))
+        found = ids(beam_search(model, model.prefill(), STOP, 12, 4))
         assert len(found) <= 12 and 0 not in found[:-1]
         gains.append(mean_log_probability(seed, found) - mean_log_probability(seed, write_greedily(seed, 12)))
     assert np.mean(gains) > 0
@@ -245,10 +248,8 @@ def test_settings_out_of_range_are_refused_by_name(values: dict[str, float]):
 def test_a_token_comes_with_its_probability():
     model = RandomModel(3)
     logits = model.prefill().astype(np.float64)
-    token = next(greedy(model, logits, STOP, 5))
+    token = next(decode(model, logits, STOP, 5))
     assert token.probability == pytest.approx(np.exp(logits).max() / np.exp(logits).sum())
-    plain = list(greedy(RandomModel(3), logits, STOP, 20))
-    ahead = list(
-        speculate(RandomModel(3), logits, STOP, 20, Phrasebook.compile([ids(plain)] * 2), GuessLength(), Drafting())
-    )
+    plain = list(decode(RandomModel(3), logits, STOP, 20))
+    ahead = list(decode(RandomModel(3), logits, STOP, 20, guesser=Phrasebook.compile([ids(plain)] * 2)))
     assert [t.probability for t in ahead] == pytest.approx([t.probability for t in plain])

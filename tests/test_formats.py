@@ -13,7 +13,7 @@ from conftest import EXAMPLES, USUAL_VARIANT, run_cli
 
 from cbedge import OutputError, RadiographError, Report, ReportGenerator
 from cbedge.formats import SCHEMA, check_format, render, to_sr
-from cbedge.report import DRAFT_STATEMENT, Sentence, Spoken, split_sentences
+from cbedge.report import DRAFT_STATEMENT, DraftToken, Sentence, split_sentences
 
 DICOM = EXAMPLES / "chest_pa.dcm"
 
@@ -136,9 +136,9 @@ def test_sentences_have_a_section_and_a_confidence():
     spoken = [("FIND", 0.9), ("INGS:", 1.0), (" Heart", 0.5), (" normal", 0.5), (".", 0.5), (" Lungs clear.", 0.1),
               (" IMPRESSION:", 1.0), (" Normal", 1.0), (".", 1.0)]  # fmt: skip
     spoken = [
-        Spoken("FINDINGS: There is", 0.4, "scar"),
-        Spoken(" scarring.", 0.4, "scar"),
-        *starmap(Spoken, spoken[2:]),
+        DraftToken("FINDINGS: There is", 0.4, "scar"),
+        DraftToken(" scarring.", 0.4, "scar"),
+        *starmap(DraftToken, spoken[2:]),
     ]
     zeroth, first, second, third = split_sentences(spoken)
     assert (zeroth.text, zeroth.finding, zeroth.low) == ("There is scarring.", "scar", True)
@@ -151,9 +151,9 @@ def test_sentences_have_a_section_and_a_confidence():
 
 
 def test_a_sentence_in_both_sections_has_one_confidence_and_one_finding():
-    spoken = [Spoken("FINDINGS:", 1.0, "scar"),
-              Spoken(" There is scarring.", 0.3, "scar"),
-              Spoken(" IMPRESSION:", 1.0), Spoken(" There is scarring.", 0.9), Spoken(" Normal.", 0.8)]  # fmt: skip
+    spoken = [DraftToken("FINDINGS:", 1.0, "scar"),
+              DraftToken(" There is scarring.", 0.3, "scar"),
+              DraftToken(" IMPRESSION:", 1.0), DraftToken(" There is scarring.", 0.9), DraftToken(" Normal.", 0.8)]  # fmt: skip
     first, again, other = split_sentences(spoken)
     assert (again.confidence, again.low, again.finding) == (first.confidence, first.low, first.finding)
     assert (again.section, again.finding, other.finding, other.low) == ("impression", "scar", None, False)

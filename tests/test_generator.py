@@ -16,9 +16,12 @@ from cbedge import BundleError, ContextError, DeviceError, RadiographError, Repo
 from cbedge.backends import onnx as backend
 from cbedge.backends.onnx import CudaDecoder, OnnxDecoder
 from cbedge.decoding import Decoding
-from cbedge.generator import Look
+from cbedge.decoding.phrasebook import Phrasebook
+from cbedge.drafting.plan import plan_draft
+from cbedge.findings.reading import ImageReading
 from cbedge.image_findings import ImageFindings
-from cbedge.phrasebook import Phrasebook
+from cbedge.prompt import ClinicalContext
+from cbedge.templates import Templates
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +179,7 @@ def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
     if abnormal:
         assert usual.template is usual.template_source is None and usual.findings == freely.findings
         return
-    assert told.templates is not None and usual.template in told.templates.texts
+    assert told.resources.templates is not None and usual.template in told.resources.templates.texts
     assert usual.template_source == "model" and usual.text != freely.text
 
 
@@ -188,23 +191,27 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     told.bundle = replace(generator.bundle, manifest=replace(
         generator.bundle.manifest, image_findings=replace(findings_of(generator), denials=denials)))  # fmt: skip
 
-    def planned(seen: tuple[str, ...], begun: str = "", **options) -> tuple[str, tuple[str, ...]]:
-        ids = told._encode(told._tokenizer, begun, False) if begun else []
-        look = Look(np.zeros((1, 1, 1), np.float32), seen, {}, np.zeros(1, np.float32))
-        plan = told.plan(template, look, given=True, begun=ids, **options)
-        return told.decode([*ids, *plan.constraint.forced(ids)]), plan.warnings
+    def planned(present: tuple[str, ...], usual: bool = False) -> tuple[str, tuple[str, ...]]:
+        resources = copy(generator.resources)
+        resources.templates = Templates([template], np.zeros((8, 1), np.float32), np.zeros(1, np.float32))
+        scores = {name: 0.9 for name in present}
+        reading = ImageReading(np.zeros((1, 1, 1), np.float32), present, scores, np.zeros(1, np.float32))
+        given = None if usual else template
+        plan = plan_draft(reading, ClinicalContext(), Decoding(), told.bundle.manifest, resources, given)
+        begun = plan.opening_ids
+        return resources.codec.decode([*begun, *plan.constraint.forced(begun)]), plan.warnings
 
     assert planned(()) == (template, ())
     large = "The heart is enlarged."
-    text, warnings = planned(("cardiomegaly",), f"FINDINGS: {large}")
+    text, warnings = planned(("cardiomegaly",))
     assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large} Normal chest."
     assert len(warnings) == 1 and "'The heart is normal.'" in warnings[0] and "cardiomegaly" in warnings[0]
-    text, warnings = planned(("cardiomegaly", "effusion"), f"FINDINGS: {large}")
+    text, warnings = planned(("cardiomegaly", "effusion"))
     assert text == f"FINDINGS: {large}", "all of the template's findings are contradicted: the model writes them"
     assert all("effusion" in warning for warning in warnings[1:]) and len(warnings) == 3
-    text, warnings = planned(("cardiomegaly", "device"), f"FINDINGS: {large}")
+    text, warnings = planned(("cardiomegaly", "device"))
     assert text.endswith(f"IMPRESSION: {large} Normal chest."), "a device alone takes no conclusion away"
-    text, _ = planned(("cardiomegaly",), f"FINDINGS: {large}", conclusion=True)
+    text, _ = planned(("cardiomegaly",), usual=True)
     assert text == f"FINDINGS: {large}", "the findings are the language model's"
     text, _ = planned(("effusion",))
     assert text == "FINDINGS: The heart is normal. IMPRESSION: There is a pleural effusion."
@@ -299,7 +306,7 @@ def test_the_embedded_model_answers_without_priors_and_to_noise():
 
 
 def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGenerator):
-    assert generator.phrasebook is not None and len(generator.phrasebook) > 0
+    assert generator.resources.phrasebook is not None and len(generator.resources.phrasebook) > 0
 
     def draft(writer: ReportGenerator, seed: int, speculative: bool) -> Report:
         pixels = np.random.default_rng(seed).integers(0, 255, (64, 64)).astype(np.uint8)
@@ -308,8 +315,9 @@ def test_guessing_ahead_and_one_token_a_pass_write_the_same(generator: ReportGen
 
     alone = [draft(generator, seed, False) for seed in range(12)]
     knowing = copy(generator)  # a random model writes what no report holds: its own drafts are its phrases
-    tokens = [generator._encode(generator._tokenizer, report.text, False) for report in alone]
-    knowing.phrasebook = Phrasebook.compile([ids for ids in tokens for _ in range(2)])
+    knowing.resources = copy(generator.resources)
+    tokens = [generator.resources.codec.encode(report.text) for report in alone]
+    knowing.resources.phrasebook = Phrasebook.compile([ids for ids in tokens for _ in range(2)])
     for writer in (generator, knowing):
         ahead = [draft(writer, seed, True) for seed in range(12)]
         assert [(r.text, r.new_tokens) for r in ahead] == [(r.text, r.new_tokens) for r in alone]
@@ -332,16 +340,16 @@ def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(exact_generator:
     embeds = np.random.default_rng(0).standard_normal((1, 5, generator.bundle.manifest.shapes.hidden_size))
     decoder = generator.backend.new_decoder(12)
     decoder.prefill(embeds)
-    first = decoder.read([7, 8, 9]).copy()
+    first = decoder.append([7, 8, 9]).copy()
     decoder.rewind(6)
-    pair = decoder.spread([0, 0])
-    assert np.allclose(decoder.read([8]), first[1:2], atol=1e-4)
-    assert np.allclose(pair.read_each([5, 8])[1], first[1], atol=1e-4)
-    four = pair.spread([1, 0, 1, 1])
-    assert np.allclose(four.read_each([9, 9, 5, 9])[[0, 3]], first[2], atol=1e-4)
-    assert np.allclose(decoder.read([9]), first[2:], atol=1e-4)
+    pair = decoder.fork([0, 0])
+    assert np.allclose(decoder.append([8]), first[1:2], atol=1e-4)
+    assert np.allclose(pair.step([5, 8])[1], first[1], atol=1e-4)
+    four = pair.fork([1, 0, 1, 1])
+    assert np.allclose(four.step([9, 9, 5, 9])[[0, 3]], first[2], atol=1e-4)
+    assert np.allclose(decoder.append([9]), first[2:], atol=1e-4)
     with pytest.raises(ValueError, match="do not fit"):
-        decoder.read([1] * 8)
+        decoder.append([1] * 8)
 
 
 def test_reports_one_after_another_are_written_in_the_same_memory(tiny_bundle: Path, chest_png: Path):
@@ -363,14 +371,16 @@ def test_a_gpu_reads_any_number_of_tokens_in_passes_of_few_sizes(tiny_bundle: Pa
     tokens = np.random.default_rng(1).integers(4, 200, 248).tolist()
     for count in (1, 2, 3, 4, 5, 7, 12, 17, 20, 33, 40, 1, 60, 30, 12, 1):
         now, tokens = tokens[:count], tokens[count:]
-        assert np.allclose(usual.read(now), filled.read(now), atol=1e-4)
+        assert np.allclose(usual.append(now), filled.append(now), atol=1e-4)
         assert usual.length == filled.length
     assert not tokens
     assert {*filled._memory._steps} == {2, 5, 9, 17, 33}
 
 
 def test_a_draft_holds_no_piece_of_a_character(generator: ReportGenerator):
-    broken = [i for i in range(generator.backend.vocabulary) if "\ufffd" in generator._tokenizer.decode([i])]
+    broken = [
+        i for i in range(generator.backend.vocabulary) if "\ufffd" in generator.resources.codec._tokenizer.decode([i])
+    ]
     assert len(broken) >= 128 and {*broken} == {*generator.bundle.manifest.never_ids}
     for seed in range(4):
         for how in (

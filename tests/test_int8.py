@@ -115,8 +115,8 @@ def test_a_token_hangs_on_no_other_of_its_pass(variant: str, bundle: Path):
     together, alone = backend.new_decoder(40), backend.new_decoder(40)
     assert np.array_equal(together.prefill(embeds), alone.prefill(embeds))
     tokens = [9, 4, 300, 7, 7, 12]
-    rows = together.read(tokens).copy()
-    assert np.allclose(rows, [alone.read([token])[-1].copy() for token in tokens], rtol=0, atol=1e-6)
+    rows = together.append(tokens).copy()
+    assert np.allclose(rows, [alone.append([token])[-1].copy() for token in tokens], rtol=0, atol=1e-6)
     assert together.length == alone.length == 9 + len(tokens)
 
 

@@ -116,10 +116,10 @@ def test_a_decoder_knows_no_more_of_a_prompt_than_it_still_holds(generator: Repo
     used, fresh = backend.new_decoder(20), backend.new_decoder(20)
     used.prefill(embeds)
     used.rewind(4)
-    used.read([5, 6, 7])
+    used.append([5, 6, 7])
     assert np.array_equal(used.prefill(other), fresh.prefill(other))
-    assert used.shared == 4 and used.length == 9
-    assert np.array_equal(used.read([5, 6]), fresh.read([5, 6]))
+    assert used.reused == 4 and used.length == 9
+    assert np.array_equal(used.append([5, 6]), fresh.append([5, 6]))
     used.prefill(other[:, :3])
     assert used.length == 3
 

@@ -77,9 +77,9 @@ def kept(generator: ReportGenerator) -> tuple[ReportGenerator, Style, Report]:
 )
 def test_broken_drafts_are_found(kept: tuple[ReportGenerator, Style, Report], fault: str, changes: dict):
     generator, style, report = kept
-    assert broken_by(report, generator.lexicon, [style.text]) == []
+    assert broken_by(report, generator.resources.lexicon, [style.text]) == []
     broken = replace(report, **changes)
-    assert [name for name, _ in broken_by(broken, generator.lexicon, [style.text])] == [fault]
+    assert [name for name, _ in broken_by(broken, generator.resources.lexicon, [style.text])] == [fault]
 
 
 def test_a_sentence_counts_as_kept_only_word_for_word_in_its_section(kept: tuple[ReportGenerator, Style, Report]):

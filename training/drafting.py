@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cbedge.errors import DraftError
+from cbedge.findings.reading import read_images
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_opening
 from cbedge.radiograph import Radiograph, load_radiograph
@@ -51,7 +52,7 @@ class RuntimeDrafter:
     """
 
     def __init__(self, model: Path | None, variant: str | None, device: str = "cpu"):
-        from cbedge.generator import ReportGenerator
+        from cbedge.api import ReportGenerator
 
         self.generator = ReportGenerator.from_pretrained(model, variant, device)
         backend: Any = self.generator.backend
@@ -67,9 +68,10 @@ class RuntimeDrafter:
 
     def templates(self, requests: list[Request]) -> list[str] | None:
         """What the drafts keep to, before any image is seen; ``None`` where they keep to nothing."""
-        if self.generator.templates is None:
+        templates = self.generator.resources.templates
+        if templates is None:
             return None
-        return [self.generator.templates.choose(request.context) for request in requests]
+        return [templates.choose(request.context) for request in requests]
 
     def draft(self, requests: list[Request], progress: Progress) -> list[str]:
         """The text of each draft."""
@@ -133,7 +135,9 @@ class RuntimeEncoder:
         a linear probe reads off the one, it reads off the other.
         """
         rows = zip(features.numpy(), contexts, strict=True)
-        embeds = torch.from_numpy(np.concatenate([self.generator.look(f[None], c).image_embeds for f, c in rows]))
+        backend, codec = self.generator.backend, self.generator.resources.codec
+        readings = [read_images(backend, codec, None, [f[None]], c) for f, c in rows]
+        embeds = torch.from_numpy(np.concatenate([reading.image_embeds for reading in readings]))
         return embeds, embeds
 
 

@@ -10,7 +10,7 @@ from cbedge.bundle import ENCODER, FOR_GPUS, IN_INT8, Bundle, Variant
 from cbedge.decoding import Decoder
 
 if TYPE_CHECKING:
-    from cbedge.backends.onnx import Queried
+    from cbedge.findings.reading import QFormerOutput
 
 
 class Backend(Protocol):
@@ -32,7 +32,7 @@ class Backend(Protocol):
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
         ...
 
-    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> Queried:
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
         """Features and the Q-Former's tokens of the instruction, int64 [1, I] → what it answers."""
         ...
 

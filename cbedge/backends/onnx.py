@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError
+from cbedge.findings.reading import QFormerOutput
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -80,21 +81,6 @@ def _load_cuda_libraries() -> None:
             onnxruntime.preload_dlls()
 
 
-class Queried(NamedTuple):
-    """What the Q-Former answers.
-
-    Attributes:
-        embeds: image embeddings for the language model, float32 [1, Q, D].
-        attention: how much each finding's query looked at each patch (the first is the class token), float32 [T, P];
-            one row for a model that is not told what it sees.
-        finding_logits: float32 [T], or ``None`` for such a model.
-    """
-
-    embeds: np.ndarray
-    attention: np.ndarray
-    finding_logits: np.ndarray | None
-
-
 class OnnxBackend:
     """The sessions of one variant of a bundle.
 
@@ -137,7 +123,7 @@ class OnnxBackend:
         """float32 [1, 3, S, S] → the vision encoder's features, float32 [1, P, H]."""
         return self._vision.run(["image_features"], {"pixel_values": pixels})[0]
 
-    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> Queried:
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
         """Ask the Q-Former.
 
         Args:
@@ -146,7 +132,7 @@ class OnnxBackend:
         """
         feed = {"image_features": features, "qformer_input_ids": instruction_ids}
         embeds, attention, *logits = self._qformer.run(None, feed)
-        return Queried(embeds, attention[0], logits[0][0] if logits else None)
+        return QFormerOutput(embeds, attention[0], logits[0][0] if logits else None)
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
@@ -157,7 +143,7 @@ class OnnxBackend:
         if not self.decoder_only:
             return OnnxEncoderDecoder(self, capacity)
         kind = CudaDecoder if self.device == "cuda" else OnnxDecoder
-        return kind(self, capacity + 1)  # with a place to spare: see OnnxDecoder.read
+        return kind(self, capacity + 1)  # with a place to spare: see OnnxDecoder.append
 
     def wanted(self, count: int) -> tuple[str, np.ndarray]:
         """The decoder's input that asks for the logits of the last ``count`` positions."""
@@ -228,7 +214,7 @@ class OnnxDecoder:
         drafts: how many.
 
     Attributes:
-        shared: how much of the last prompt was known of the one before it.
+        reused: embeddings of the last prompt that it did not read again.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
@@ -239,7 +225,7 @@ class OnnxDecoder:
         self._room = self._hold_cache()
         self._logits = np.empty(0, np.float32)
         self._options: onnxruntime.RunOptions | None = None
-        self._prompt, self.shared = np.empty((0, backend.shapes.hidden_size), np.float32), 0
+        self._prompt, self.reused = np.empty((0, backend.shapes.hidden_size), np.float32), 0
 
     def _hold_cache(self) -> int:
         """Bind an empty cache; returns for how many embeddings and tokens it has room."""
@@ -262,16 +248,16 @@ class OnnxDecoder:
         A decoder that has read a prompt before forgets it, but for what the new one begins with where it
         :attr:`keeps_prompt`.
         """
-        known = self._prompt[: max(0, embeds.shape[1] - 2)]  # for one alone other kernels are taken: see read
+        known = self._prompt[: max(0, embeds.shape[1] - 2)]  # for one alone other kernels are taken: see append
         differing = np.flatnonzero((known != embeds[0, : len(known)]).any(-1))
-        self.shared = int(differing[0]) if len(differing) else len(known)
-        self.rewind(self.shared)
-        logits = self._run(embeds[:, self.shared :], 1)[0, 0].copy()
+        self.reused = int(differing[0]) if len(differing) else len(known)
+        self.rewind(self.reused)
+        logits = self._run(embeds[:, self.reused :], 1)[0, 0].copy()
         if self.keeps_prompt:
             self._prompt = embeds[0]
         return logits
 
-    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+    def append(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V], to be used before the next call.
 
         One alone is read twice, and the second time forgotten: other kernels compute one row than several, their sums
@@ -285,7 +271,7 @@ class OnnxDecoder:
             self.rewind(self.length - 1)
         return rows[: len(token_ids)]
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V], to be used before the
         next call."""
         embeds = self._backend.embed_tokens(np.array([token_ids], np.int64))
@@ -296,7 +282,7 @@ class OnnxDecoder:
         self.length = min(self.length, length)
         self._prompt = self._prompt[: self.length]
 
-    def spread(self, rows: Sequence[int]) -> OnnxDecoder:
+    def fork(self, rows: Sequence[int]) -> OnnxDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
         other = type(self)(self._backend, self.capacity, len(rows))
         other._copy_rows(self, list(rows))
@@ -442,7 +428,7 @@ class CudaDecoder(OnnxDecoder):
         bind_cache(self._binding, self._memory.cache)
         return room
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
         return self._step(np.array([token_ids], np.int64), 1, 1)[:, 0]
 
@@ -483,7 +469,7 @@ class OnnxEncoderDecoder:
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int):
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.reused, self.keeps_prompt = capacity, 0, 0, False
         self._backend = backend
         names = [f"{i}.{kind}" for i in range(backend.shapes.num_layers) for kind in ("key", "value")]
         self._past, self._crossed = ([f"{part}.{name}" for name in names] for part in ("past_key_values", "cross"))
@@ -502,11 +488,11 @@ class OnnxEncoderDecoder:
         self._cache = {name: self._held(empty) for name in self._past}
         return self._run(backend.embed_tokens(np.array([backend._start_ids], np.int64)))[0, -1].copy()
 
-    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+    def append(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V]."""
         return self._run(self._backend.embed_tokens(np.array([token_ids], np.int64)))[0]
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
         embeds = self._backend.embed_tokens(np.array([token_ids], np.int64))
         return self._run(embeds.reshape(len(token_ids), 1, -1))[:, 0]
@@ -520,13 +506,18 @@ class OnnxEncoderDecoder:
             }
             self.length = length
 
-    def spread(self, rows: Sequence[int]) -> OnnxEncoderDecoder:
+    def fork(self, rows: Sequence[int]) -> OnnxEncoderDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
         other = OnnxEncoderDecoder(self._backend, self.capacity)
         other.length, chosen = self.length, list(rows)
         for ours, theirs in ((other._cache, self._cache), (other._cross, self._cross)):
             ours |= {name: self._held(value.numpy()[chosen]) for name, value in theirs.items()}
         return other
+
+    def enlarged(self, capacity: int) -> OnnxEncoderDecoder:
+        """Itself: its cache grows with what it reads."""
+        self.capacity = capacity
+        return self
 
     def _run(self, embeds: np.ndarray) -> np.ndarray:
         self.length += embeds.shape[1]

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbedge.backends.onnx import DEVICES, Queried
+from cbedge.backends.onnx import DEVICES
 from cbedge.bundle import Bundle, Variant
 from cbedge.errors import BundleError, DeviceError
+from cbedge.findings.reading import QFormerOutput
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ class TorchNf4Backend:
             given = torch.from_numpy(pixels).to(self.device, self._model.vision_model.dtype)
             return self._model.vision_model(pixel_values=given).last_hidden_state.float().cpu().numpy()
 
-    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> Queried:
+    def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
         """Ask the Q-Former; see :meth:`cbedge.backends.onnx.OnnxBackend.query_image`."""
         import torch
 
@@ -109,10 +110,10 @@ class TorchNf4Backend:
             embeds = model.language_projection(output).float().cpu().numpy()
             attention = torch.stack(self._attention).float().mean((0, 2))[0]
             if self._head is None:
-                return Queried(embeds, attention.mean(0, keepdim=True).cpu().numpy(), None)
+                return QFormerOutput(embeds, attention.mean(0, keepdim=True).cpu().numpy(), None)
             rows = self._head["queries"]
             logits = (output[0, rows].float() * self._head["weight"]).sum(-1) + self._head["bias"]
-        return Queried(embeds, attention[rows].cpu().numpy(), logits.cpu().numpy())
+        return QFormerOutput(embeds, attention[rows].cpu().numpy(), logits.cpu().numpy())
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
         """Token ids, int64 [1, L] → embeddings, float32 [1, L, D]."""
@@ -136,7 +137,7 @@ class TorchDecoder:
     """
 
     def __init__(self, model: Any, decoder_only: bool, device: str, capacity: int):
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.reused, self.keeps_prompt = capacity, 0, 0, False
         self._model, self._decoder_only, self._device = model, decoder_only, device
         self._cache: Any = None
         self._encoded: Any = None
@@ -154,15 +155,15 @@ class TorchDecoder:
                 return out.logits[0, -1].float().cpu().numpy()
             self._encoded = self._model.get_encoder()(inputs_embeds=given)
             start = torch.tensor([[self._model.config.decoder_start_token_id]], device=self._device)
-            return self._step(start)[-1]
+            return self._run_one(start)[-1]
 
-    def read(self, token_ids: Sequence[int]) -> np.ndarray:
+    def append(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read more tokens; return the logits after each, float32 [tokens, V]."""
         import torch
 
         self.length += len(token_ids)
         with torch.inference_mode():
-            return self._step(torch.tensor([list(token_ids)], device=self._device))
+            return self._run_one(torch.tensor([list(token_ids)], device=self._device))
 
     def rewind(self, length: int) -> None:
         """Forget all that was read after the first ``length``."""
@@ -170,7 +171,7 @@ class TorchDecoder:
             self._cache.crop(length - self.length)  # a negative number is taken off the end
             self.length = length
 
-    def spread(self, rows: Sequence[int]) -> TorchDecoder:
+    def fork(self, rows: Sequence[int]) -> TorchDecoder:
         """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
         import torch
 
@@ -184,7 +185,7 @@ class TorchDecoder:
                 other._encoded.last_hidden_state = self._encoded.last_hidden_state[chosen]
         return other
 
-    def read_each(self, token_ids: Sequence[int]) -> np.ndarray:
+    def step(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read one more token in each draft; return the logits after it, float32 [drafts, V]."""
         import torch
 
@@ -192,7 +193,12 @@ class TorchDecoder:
         with torch.inference_mode():
             return self._run(torch.tensor(list(token_ids), device=self._device)[:, None])[:, -1]
 
-    def _step(self, ids: torch.Tensor) -> np.ndarray:
+    def enlarged(self, capacity: int) -> TorchDecoder:
+        """Itself: its cache grows with what it reads."""
+        self.capacity = capacity
+        return self
+
+    def _run_one(self, ids: torch.Tensor) -> np.ndarray:
         return self._run(ids)[0]
 
     def _run(self, ids: torch.Tensor) -> np.ndarray:

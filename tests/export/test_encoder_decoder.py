@@ -68,18 +68,18 @@ def test_a_pass_over_many_tokens_says_what_single_ones_say(bundle: Path) -> None
     embeds = np.random.default_rng(0).standard_normal((1, 30, 64)).astype(np.float32)
     together, alone = backend.new_decoder(80), backend.new_decoder(80)
     assert np.array_equal(together.prefill(embeds), alone.prefill(embeds))
-    rows = together.read([5, 9, 7, 8]).copy()
-    each = [alone.read([token])[-1].copy() for token in (5, 9, 7, 8)]
+    rows = together.append([5, 9, 7, 8]).copy()
+    each = [alone.append([token])[-1].copy() for token in (5, 9, 7, 8)]
     assert np.allclose(rows, each, atol=1e-4)
     together.rewind(together.length - 2)  # two tokens forgotten, and read again
-    assert np.allclose(together.read([7, 8]), rows[2:], atol=1e-4)
-    both = alone.spread([0, 0])
-    assert np.allclose(both.read_each([11, 12]), [alone.read([11])[0], _after(alone, 12)], atol=1e-4)
+    assert np.allclose(together.append([7, 8]), rows[2:], atol=1e-4)
+    both = alone.fork([0, 0])
+    assert np.allclose(both.step([11, 12]), [alone.append([11])[0], _after(alone, 12)], atol=1e-4)
 
 
 def _after(decoder, token: int) -> np.ndarray:
     decoder.rewind(decoder.length - 1)
-    return decoder.read([token])[0]
+    return decoder.append([token])[0]
 
 
 @pytest.mark.parametrize("variant", sorted({"fp32", "int8", "int4", "nf4"} | IN_INT8))

@@ -205,7 +205,7 @@ def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(
     logits = []
     for generator in (exact, half):
         decoder = generator.backend.new_decoder(12)
-        logits.append([decoder.prefill(embeds), decoder.read([5, 6, 7])[2].copy()])
+        logits.append([decoder.prefill(embeds), decoder.append([5, 6, 7])[2].copy()])
     assert np.corrcoef(np.ravel(logits[0]), np.ravel(logits[1]))[0, 1] > 0.999
     monkeypatch.setattr("cbedge.backends.onnx.choose_device", lambda name: "cuda")
     assert choose_variant(exact.bundle) == ("q4f16", "auto") and exact.bundle.variant()[0] == "int4"

@@ -12,7 +12,8 @@ from benchmarks.equality import PROMPTS, Equality, Reference, compare, draw_film
 from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
 from cbedge.bundle import open_bundle
-from cbedge.decoding import greedy
+from cbedge.decoding import decode
+from cbedge.findings.reading import read_images
 from cbedge.preprocess import preprocess_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from cbedge.radiograph import load_radiograph
@@ -61,7 +62,10 @@ def test_the_prompts_of_drafts_are_what_transformers_makes_of_their_text(
     theirs = reference.processor(text=build_prompt(CONTEXT), images=Image.open(films[0]), return_tensors="pt")
     instruction = reference.processor(text=build_query_instruction(CONTEXT), return_tensors="pt")["qformer_input_ids"]
     ids = theirs["input_ids"][0].tolist()
-    assert encode_prompt(parts, CONTEXT) == ids and generator.prompt_ids(CONTEXT, None) == ids[count:]
+    assert (
+        encode_prompt(parts, CONTEXT) == ids
+        and generator.resources.codec.encode_prompt(build_prompt(CONTEXT, None)) == ids[count:]
+    )
     assert (ids[count], ids[-1]) == ((2, ids[-1]) if family == "vicuna" else (ids[count], 1))
     assert torch.equal(encode_instructions(parts, [CONTEXT])["input_ids"], instruction)
     written = reference.model.generate(
@@ -70,11 +74,12 @@ def test_the_prompts_of_drafts_are_what_transformers_makes_of_their_text(
     )[0].tolist()  # fmt: skip
     backend, manifest = generator.backend, generator.bundle.manifest
     pixels = preprocess_radiograph(load_radiograph(films[0]), manifest.preprocessing)
-    look = generator.look(backend.encode_image(pixels), CONTEXT)
-    prompt = backend.embed_tokens(np.array([generator.prompt_ids(CONTEXT, look.seen)], np.int64))
+    codec, findings = generator.resources.codec, generator.bundle.manifest.image_findings
+    look = read_images(backend, codec, findings, [backend.encode_image(pixels)], CONTEXT)
+    prompt = backend.embed_tokens(np.array([codec.encode_prompt(build_prompt(CONTEXT, look.findings))], np.int64))
     embeds = np.concatenate([look.image_embeds, prompt], axis=1)
     decoder = backend.new_decoder(embeds.shape[1] + 33)
-    tokens = [token.id for token in greedy(decoder, decoder.prefill(embeds), manifest.stop_ids, 32)]
+    tokens = [token.id for token in decode(decoder, decoder.prefill(embeds), manifest.stop_ids, 32)]
     assert tokens == written[-len(tokens) :] and len(tokens) > 1
 
 

@@ -7,8 +7,9 @@ from conftest import DEFAULT_BUNDLE
 from typer.testing import CliRunner
 
 from cbedge import ReportGenerator, open_bundle
+from cbedge.findings.reading import read_images
 from cbedge.preprocess import preprocess_radiograph
-from cbedge.prompt import ClinicalContext
+from cbedge.prompt import ClinicalContext, build_prompt
 from cbedge.radiograph import load_radiograph
 from export.restore import RestoreError, app
 from training.base import ModelAndTokenizers, load_model
@@ -38,9 +39,10 @@ def relative_errors(parts: ModelAndTokenizers, generator: ReportGenerator, image
     seen = parts.finding_head.read(queries)[0]
     embeds = embed_inputs(parts.model, torch.tensor([encode_prompt(parts, CONTEXT, seen)]), projected)
     logits = parts.model.language_model(inputs_embeds=embeds).logits[0, -1].numpy()
-    look = generator.look(features.numpy(), CONTEXT)
+    codec = generator.resources.codec
+    look = read_images(generator.backend, codec, generator.bundle.manifest.image_findings, [features.numpy()], CONTEXT)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 1)
-    ids = np.array([generator.prompt_ids(CONTEXT, seen)], np.int64)
+    ids = np.array([codec.encode_prompt(build_prompt(CONTEXT, seen))], np.int64)
     pairs = {
         "vision": (generator.backend.encode_image(pixels), features.numpy()),
         "qformer": (look.image_embeds, projected.numpy()),

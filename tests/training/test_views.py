@@ -7,9 +7,10 @@ import torch
 from conftest import TINY_RUN, draw_chest, draw_lateral, unconstrained_text
 
 from cbedge import ReportGenerator
+from cbedge.findings.reading import read_images
 from cbedge.image_findings import scores_of
 from cbedge.preprocess import Preprocessing, preprocess
-from cbedge.prompt import ClinicalContext
+from cbedge.prompt import ClinicalContext, build_prompt
 from training.base import ModelAndTokenizers
 from training.batches import Batch, collate, encode_instructions, encode_prompt, load_pixels, of_lateral
 from training.config import ConfigError, Stage, load_config
@@ -107,14 +108,15 @@ def test_the_runtime_sees_of_two_radiographs_what_torch_sees(parts: ModelAndToke
     features = encode_images(parts.model, torch.from_numpy(np.concatenate(pixels)))
     text = encode_instructions(parts, [context, of_lateral(context)])
     output, projected = query_image(parts.model, features, text["input_ids"], text["attention_mask"])
-    look = generator.look(generator.backend.encode_image(pixels[0]), context, generator.backend.encode_image(pixels[1]))
+    encoded, codec = [generator.backend.encode_image(planes) for planes in pixels], generator.resources.codec
+    look = read_images(generator.backend, codec, generator.bundle.manifest.image_findings, encoded, context)
     assert np.allclose(look.image_embeds[0], projected.flatten(0, 1).numpy(), atol=1e-4)
     own = torch.zeros(1, dtype=torch.long)
     scores = scores_of(parts.finding_head.findings.join(*parts.finding_head.logits(output).numpy()))
     assert list(look.scores.values()) == pytest.approx(scores.tolist(), abs=1e-4)
     seen = parts.finding_head.read(output, 1, own)[0]
     prompt = encode_prompt(parts, context, seen, True)
-    assert generator.prompt_ids(context, seen, True) == prompt[2 * parts.model.config.num_query_tokens :]
+    assert codec.encode_prompt(build_prompt(context, seen, True)) == prompt[2 * parts.model.config.num_query_tokens :]
 
 
 def test_drafts_of_torch_and_of_the_runtime_agree_on_two_radiographs(

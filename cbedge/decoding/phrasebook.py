@@ -1,7 +1,7 @@
 """The draft model of lossless speculative decoding: which token followed which in reports.
 
 Report drafts are made of phrases that come again and again. The phrasebook guesses the next few tokens by the longest
-run of tokens that it knows, and the language model checks the guesses all at once (:func:`cbedge.decoding.speculate`).
+run of tokens that it knows, and the language model checks the guesses all at once (:func:`cbedge.decoding.decode`).
 A wrong guess costs a little time and never changes a word, which is why keys may collide. It knows training reports,
 and best also the model's own drafts of training studies (``python -m export.revise --phrases``): a model says the same
 things in far fewer ways than radiologists do.
@@ -14,7 +14,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,14 +24,6 @@ ORDER = 12
 MAX_BYTES = 1_000_000
 START = 0xFFFFFFFF  # stands before the first token of a report
 _ENTRY = np.dtype([("key", "<u4"), ("token", "<u4")])
-
-
-class GuessSource(Protocol):
-    """Guesses how a draft goes on; a wrong guess costs time alone."""
-
-    def guess(self, written: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow what is written."""
-        ...
 
 
 class Phrasebook:
