@@ -89,7 +89,8 @@ def test_a_given_sentence_that_ends_with_an_initial_is_said():
     text = "FINDINGS: No mass. Read by Dr. X. No fracture. Ribs intact. IMPRESSION: Read by Dr. X."
     check = SentenceFilter(given=given)
     pieces = re.findall(r"\s*\S+", text)
-    said = [one.piece for piece in pieces for one in check.add(Spoken(piece, 0.9))] + [one.piece for one in check.end()]
+    tokens = [DraftToken(piece, 0.9) for piece in pieces]
+    said = [one.piece for token in tokens for one in check.add(token)] + [one.piece for one in check.end()]
     assert "".join(said) == text
 
 

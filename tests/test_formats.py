@@ -153,7 +153,8 @@ def test_sentences_have_a_section_and_a_confidence():
 def test_a_sentence_in_both_sections_has_one_confidence_and_one_finding():
     spoken = [DraftToken("FINDINGS:", 1.0, "scar"),
               DraftToken(" There is scarring.", 0.3, "scar"),
-              DraftToken(" IMPRESSION:", 1.0), DraftToken(" There is scarring.", 0.9), DraftToken(" Normal.", 0.8)]  # fmt: skip
+              DraftToken(" IMPRESSION:", 1.0), DraftToken(" There is scarring.", 0.9),
+              DraftToken(" Normal.", 0.8)]  # fmt: skip
     first, again, other = split_sentences(spoken)
     assert (again.confidence, again.low, again.finding) == (first.confidence, first.low, first.finding)
     assert (again.section, again.finding, other.finding, other.low) == ("impression", "scar", None, False)

@@ -36,7 +36,6 @@ generate film.jpg --indication {"x" * 1001}
 generate film.jpg --temperature 9
 generate film.jpg --top-p 0
 generate film.jpg --beams 2 --temperature 1
-generate film.jpg --candidates 2 --temperature 0
 generate film.jpg --no-repeat -1
 generate film.jpg --stop-bias 99
 generate film.jpg --template missing.txt
@@ -67,7 +66,6 @@ batch twice.csv --out drafts.jsonl
 batch empty-cell.csv --out drafts.jsonl
 batch film.jpg --out film.jpg
 batch film.jpg --out drafts.jsonl --parquet drafts.jsonl
-batch film.jpg --out drafts.jsonl --engine spark
 bench --format pdf
 bench --compare template.txt
 bench --image missing.png
