@@ -29,8 +29,8 @@ from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
 from cbedge.bench import machine
 from cbedge.decoding import decode
-from cbedge.preprocess import preprocess_radiograph
-from cbedge.radiograph import load_radiograph
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.base import ModelAndTokenizers, load_model
 from training.special_tokens import prefix_ids, start_ids, suffix_ids
 from training.stages import embed_inputs, encode_images, query_image

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from cbedge import CbedgeError, open_bundle
 from cbedge.backends.onnx import is_installed
 from cbedge.bench import machine
-from cbedge.bundle import TOKENIZER
+from cbedge.bundles.bundle import TOKENIZER
 from cbedge.decoding import Decoder, Token
 from cbedge.prompt import ClinicalContext, build_prompt
 from training.datasets import open_studies
@@ -101,10 +101,10 @@ Study = tuple[Path, ClinicalContext]  # a radiograph, and what is told of it
 
 def see(generator: ReportGenerator, image: Path, context: ClinicalContext) -> tuple[ImageReading, np.ndarray]:
     """What cbedge's image side makes of a radiograph, and the prompt for it, int64 [1, tokens]."""
-    from cbedge.findings.reading import read_images
-    from cbedge.preprocess import preprocess_radiograph
+    from cbedge.drafting.query import read_images
+    from cbedge.images.preprocess import preprocess_radiograph
+    from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import build_prompt
-    from cbedge.radiograph import load_radiograph
 
     manifest, codec = generator.bundle.manifest, generator.resources.codec
     pixels = preprocess_radiograph(load_radiograph(image), manifest.preprocessing)
@@ -153,8 +153,8 @@ def transformers_runner(job: Job, kind: str) -> Runner:
     """transformers' ``generate`` on the merged model: ``fp32``, ``bf16``, or ``nf4`` by bitsandbytes."""
     import torch
 
-    from cbedge.preprocess import preprocess_radiograph
-    from cbedge.radiograph import load_radiograph
+    from cbedge.images.preprocess import preprocess_radiograph
+    from cbedge.images.radiograph import load_radiograph
     from training.base import load_model
     from training.batches import encode_instructions, encode_prompt
     from training.stages import embed_inputs, encode_images, query_image

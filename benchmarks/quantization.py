@@ -20,12 +20,12 @@ import typer
 
 from cbedge import ReportGenerator
 from cbedge.bench import machine
-from cbedge.bundle import Bundle
+from cbedge.bundles.bundle import Bundle
 from cbedge.decoding import decode
-from cbedge.findings.reading import read_images
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.drafting.query import read_images
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import build_prompt
-from cbedge.radiograph import load_radiograph
 from export.graphs import DECODER, save_graph
 from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
 from export.restore import restore

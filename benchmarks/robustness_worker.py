@@ -130,8 +130,8 @@ class Worker:
         return {"truth": truth, "held": most - before, "peak": most, "rss": now, **result}
 
     def _api(self, made: Input, folder: Path) -> dict[str, Any]:
+        from cbedge.drafting.templates import read_template
         from cbedge.errors import CbedgeError
-        from cbedge.templates import read_template
 
         options = {k: v for k, v in made.options.items() if k in ("indication", "comparison", "view")}
         source: Any = made.array if made.array is not None else made.data
@@ -181,7 +181,7 @@ class Worker:
         return result
 
     def _command(self, words: list[str]) -> dict[str, Any]:
-        from cbedge import cli
+        from cbedge.cli import main as cli
 
         sys.argv = ["cbedge", *words]
         try:

@@ -17,10 +17,10 @@ from rich.progress import track
 
 from cbedge import CbedgeError, ReportGenerator
 from cbedge.bench import machine
-from cbedge.gate import Gate
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.images.gate import Gate
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import clean_context
-from cbedge.radiograph import Radiograph, load_radiograph
 from training.datasets.iu_xray import read_studies
 from training.datasets.studies import Study
 from training.scoring import rouge_matrix

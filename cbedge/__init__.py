@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cbedge.api import DraftRequest, ReportGenerator, ReportStream
-    from cbedge.bundle import Bundle, open_bundle
+    from cbedge.bundles.bundle import Bundle, open_bundle
     from cbedge.errors import (
         BundleError,
         CbedgeError,
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         OutputError,
         RadiographError,
     )
+    from cbedge.images.radiograph import Radiograph, load_radiograph
     from cbedge.prompt import ClinicalContext
-    from cbedge.radiograph import Radiograph, load_radiograph
     from cbedge.report import Report, Timings
 
 __version__ = "0.1.0"
@@ -38,10 +38,10 @@ _HOMES = {
     "Report": "report",
     "Timings": "report",
     "ClinicalContext": "prompt",
-    "Radiograph": "radiograph",
-    "load_radiograph": "radiograph",
-    "Bundle": "bundle",
-    "open_bundle": "bundle",
+    "Radiograph": "images.radiograph",
+    "load_radiograph": "images.radiograph",
+    "Bundle": "bundles.bundle",
+    "open_bundle": "bundles.bundle",
     "CbedgeError": "errors",
     "RadiographError": "errors",
     "ContextError": "errors",

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 
 from cbedge.backends import Backend, choose_variant, open_backend
-from cbedge.bundle import Bundle, open_bundle
+from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources, check_template
+from cbedge.drafting.recent import Recent
 from cbedge.errors import CbedgeError, ContextError
 from cbedge.findings.reading import ImageReading
 from cbedge.images.film_check import FilmCheck
+from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.pipeline import Engine, Study, draft_report
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import Radiograph, load_radiograph
-from cbedge.recent import Recent
 from cbedge.report import Report
 
 if TYPE_CHECKING:
-    from cbedge.radiograph import ImageSource
+    from cbedge.images.radiograph import ImageSource
 
 
 class DraftOptions(TypedDict, total=False):
@@ -50,7 +50,8 @@ class DraftRequest:
 
     Attributes:
         image: the frontal radiograph: a path, the file's bytes, a binary file object, a PIL image, an array, a pydicom
-            dataset or a :class:`~cbedge.radiograph.Radiograph`; see :func:`~cbedge.radiograph.load_radiograph`.
+            dataset or a :class:`~cbedge.images.radiograph.Radiograph`; see
+            :func:`~cbedge.images.radiograph.load_radiograph`.
         lateral: the same study's lateral radiograph, for a model that :attr:`~ReportGenerator.reads_lateral`.
         indication: why the study was requested; default is what a DICOM header says of it.
         comparison: what earlier study it is compared with.
@@ -82,8 +83,8 @@ class ReportGenerator:
     One generator may be used by many threads at once: every draft has its own state, and the model is only read. Drafts
     at the same time share the machine's cores, so each takes longer. A :class:`ReportStream` belongs to one thread.
 
-    What was computed for the last study is kept (:mod:`cbedge.recent`): drafted again, with another indication or
-    template, it takes half the time.
+    What was computed for the last study is kept (:mod:`cbedge.drafting.recent`): drafted again, with another indication
+    or template, it takes half the time.
 
     Args:
         bundle: an opened bundle, its files verified.
@@ -107,7 +108,7 @@ class ReportGenerator:
         self.bundle, self.variant, self.backend = bundle, variant, backend
         self.recent = Recent(recent_studies)
         self.resources = DraftingResources(bundle, backend.vocabulary)
-        self.film_check = FilmCheck.load(bundle)
+        self.film_check = FilmCheck.load(bundle.folder, bundle.manifest.files, bundle.manifest.reads_lateral)
         self._guess_length = GuessLength()
         self._house_template: str | None = None
 
@@ -336,7 +337,7 @@ class ReportStream(Iterator[str]):
 
     @property
     def attention(self) -> np.ndarray:
-        """What the Q-Former attended to: shares of patches, float32 [rows, columns]; see :mod:`cbedge.heatmap`.
+        """What the Q-Former attended to: shares of patches, float32 [rows, columns]; see :mod:`cbedge.images.heatmap`.
 
         Raises:
             RuntimeError: the first piece was not asked for yet.

@@ -26,12 +26,12 @@ from PIL import Image
 from cbedge.api import ReportGenerator
 from cbedge.backends import choose_variant
 from cbedge.backends.int8 import Table
-from cbedge.bundle import Bundle, open_bundle
+from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoding
+from cbedge.drafting.recent import Recent
 from cbedge.errors import OutputError
-from cbedge.radiograph import Radiograph, load_radiograph
-from cbedge.recent import Recent
+from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.report import Report, Timings
 
 FORMATS = ("table", "json", "csv", "md")
@@ -72,7 +72,7 @@ def bench(
     Returns:
         A JSON-ready record: ``machine``, and ``variants`` with for each of them ``ms`` (median, p95, p99, least, most
         of every stage, of the time to the first token and of the whole), ``redraft_ms`` (of the whole where the study
-        was the last one drafted, :mod:`cbedge.recent`), ``tokens_per_second``, ``peak_memory_mb``...
+        was the last one drafted, :mod:`cbedge.drafting.recent`), ``tokens_per_second``, ``peak_memory_mb``...
 
     Raises:
         BundleError, DeviceError: as :meth:`ReportGenerator.from_pretrained`.

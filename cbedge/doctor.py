@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Literal
 
 from cbedge.bench import drawn_chest, machine
-from cbedge.bundle import Bundle, open_bundle
+from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.cores import cpu_quota
 from cbedge.errors import CbedgeError
 

@@ -10,8 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from cbedge.backends import Backend
-from cbedge.bundle import Manifest
-from cbedge.consistency import SentenceFilter
+from cbedge.bundles.bundle import Manifest
 from cbedge.decoding import (
     Decoder,
     Decoding,
@@ -24,13 +23,15 @@ from cbedge.decoding import (
 from cbedge.decoding.samplers import sampler_of
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.plan import DraftingResources, DraftPlan, plan_draft
+from cbedge.drafting.query import query_films
+from cbedge.drafting.recent import CachedStudy, Recent
+from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.errors import DraftError
-from cbedge.findings.reading import ImageReading, interpret, query_films
+from cbedge.findings.reading import ImageReading, interpret
 from cbedge.images.film_check import FilmCheck
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import Radiograph
 from cbedge.prompt import ClinicalContext, split_sections
-from cbedge.radiograph import Radiograph
-from cbedge.recent import CachedStudy, Recent
 from cbedge.report import DraftToken, Report, Timings, split_sentences
 
 

@@ -128,8 +128,8 @@ def build_prompt(context: ClinicalContext, seen: Sequence[str] | None = None, la
 
     Args:
         context: what is known of the study.
-        seen: findings that the Q-Former's head sees (:mod:`cbedge.image_findings`), empty where it sees none; ``None``
-            for a model that is not told.
+        seen: findings that the Q-Former's head sees (:mod:`cbedge.findings.image_findings`), empty where it sees none;
+            ``None`` for a model that is not told.
         lateral: a lateral radiograph's embeddings follow the frontal one's.
     """
     told = "" if seen is None else f"Seen: {', '.join(seen) or 'none'}.\n"

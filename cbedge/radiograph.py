@@ -1,261 +1,28 @@
-"""Read a chest radiograph from PNG, JPEG, TIFF, WebP, DICOM or an array.
+"""Deprecated: moved to :mod:`cbedge.images.radiograph`."""
 
-:mod:`cbedge.preprocess` turns it into a model's input, in training and inference alike.
-"""
-
-import hashlib
-import os
-import stat
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from cbedge.dicom_file import is_dicom
-from cbedge.errors import RadiographError
-from cbedge.intensity import averaged, blocks, stretch
-from cbedge.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduction, working_memory
-from cbedge.raster import MIN_SIDE, check_size, decode_raster, image_values, stored_values
+from cbedge._moved import forward
 
-if TYPE_CHECKING:
-    import pydicom
-
-    from cbedge.dicom import DicomFilm
-
-
-@dataclass(frozen=True)
-class Radiograph:
-    """A decoded radiograph.
-
-    Attributes:
-        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright). Of films of more than 36 megapixels (29 of
-            8 bits, 20 in colour) each holds the mean of 2 x 2, or more, so that no film takes more than 144 MB.
-        view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
-        sha256: hash of the input file's bytes (of the raw pixels for an array).
-        indication: what a DICOM header says of why the study was requested, else ``None``.
-        chroma: how colourful the file is: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
-        read_ms: how long reading and decoding took, in milliseconds.
-        study_uid: of the study that a DICOM header names.
-        warnings: what a reader of the draft must know about the file, such as an attribute that could not be used; one
-            sentence each, without patient data.
-        stored: an 8-bit file's own values, uint8 [rows, columns] or in colour [rows, columns, 3], where ``pixels`` do
-            not hold them: the file is in colour, or its range was stretched. For models whose preprocessing takes
-            stored values (:mod:`cbedge.preprocess`); averaged as they are. ``None`` otherwise.
-    """
-
-    pixels: np.ndarray
-    view: str | None
-    sha256: str
-    indication: str | None = None
-    chroma: float = 0.0
-    read_ms: float = 0.0
-    study_uid: str | None = None
-    warnings: tuple[str, ...] = ()
-    stored: np.ndarray | None = None
-
-
-if TYPE_CHECKING:
-    ImageSource: TypeAlias = (
-        str
-        | os.PathLike[str]
-        | bytes
-        | bytearray
-        | memoryview
-        | IO[bytes]
-        | Image.Image
-        | np.ndarray
-        | pydicom.Dataset
-        | Radiograph
-    )
-
-
-def load_radiograph(source: "ImageSource", max_pixels: int = MAX_PIXELS) -> Radiograph:
-    """Read a radiograph from a path, bytes, a file object, a PIL image, an array or a pydicom dataset.
-
-    Args:
-        source: a path (``str`` or ``os.PathLike``), the file's bytes, a binary file object (read from where it stands),
-            a ``PIL.Image.Image``, a ``pydicom.Dataset`` with its pixels, or an array [rows, columns] or
-            [rows, columns, 1, 3 or 4]: bool, integers of any size, or float in 0..1.
-        max_pixels: refuse more pixels than this, before decoding.
-
-    Raises:
-        RadiographError: the input is missing, empty, damaged, too large, or no single-frame radiograph.
-    """
-    if isinstance(source, Radiograph):
-        return source
-    start = perf_counter()
-    radiograph = _load(source, max_pixels)
-    return replace(radiograph, read_ms=1000 * (perf_counter() - start))
-
-
-def _load(source: Any, max_pixels: int) -> Radiograph:
-    if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
-    if isinstance(source, Image.Image):
-        check_size(source.size, "the image", max_pixels, MIN_SIDE)
-        pixels, chroma, stored = image_values(source, "the image")
-        return Radiograph(_checked(pixels, "the image"), None, _digest(pixels), chroma=chroma, stored=stored)
-    if isinstance(source, bytes | bytearray | memoryview):
-        with file_memory(memoryview(source).nbytes):
-            return _decode(bytes(source), "the input", max_pixels)
-    if isinstance(source, str | os.PathLike):
-        return _read_file(Path(os.fsdecode(source)), max_pixels)
-    pydicom = sys.modules.get("pydicom")
-    if pydicom is not None and isinstance(source, pydicom.Dataset):
-        from cbedge.dicom import decode_dataset
-
-        digest = hashlib.sha256(source.get("PixelData") or b"").hexdigest()
-        return _from_dicom(decode_dataset(source, "the dataset", max_pixels), digest, "the dataset")
-    if callable(getattr(source, "read", None)):
-        data = _read_stream(source)
-        with file_memory(len(data)):
-            return _decode(data, "the input", max_pixels)
-    raise RadiographError(
-        f"cannot read a radiograph from a {type(source).__name__}; give a path, bytes, a file object, a PIL image, a "
-        "pydicom dataset or a NumPy array"
-    )
-
-
-def printable(name: str) -> str:
-    """A file's name as a message can hold it: on one line, undecodable bytes and control characters escaped."""
-    escaped = name.encode("utf-8", "backslashreplace").decode()
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
-    return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-30:]}"
+_moved = forward(__name__, "cbedge.images.radiograph")
+_SETTINGS = {"IMAGE_SIZE": "image_size", "IMAGE_MEAN": "mean", "IMAGE_STD": "std"}
 
 
 def preprocess(pixels: np.ndarray) -> np.ndarray:
-    """Deprecated: :func:`cbedge.preprocess.preprocess` with the default settings; float32 [1, 3, 224, 224]."""
-    from cbedge.preprocess import Preprocessing, preprocess
+    """Deprecated: :func:`cbedge.images.preprocess.preprocess` with the default settings; float32 [1, 3, 224, 224]."""
+    from cbedge.images.preprocess import Preprocessing, preprocess
 
-    warnings.warn("use cbedge.preprocess.preprocess with a model's settings", DeprecationWarning, stacklevel=2)
+    warnings.warn("use cbedge.images.preprocess.preprocess with a model's settings", DeprecationWarning, stacklevel=2)
     return preprocess(pixels, Preprocessing())
 
 
-def _read_file(path: Path, max_pixels: int) -> Radiograph:
-    name = printable(path.name or str(path))
-    with _file_errors(name):
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise RadiographError(f"{name} is a folder; give one image file")
-        if not stat.S_ISREG(status.st_mode):
-            raise RadiographError(f"{name} is not a regular file; give one image file")
-        if status.st_size > MAX_BYTES:
-            raise RadiographError(f"{name} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read: scale it down")
-    with file_memory(status.st_size):
-        with _file_errors(name):
-            data = path.read_bytes()
-        return _decode(data, name, max_pixels)
-
-
-@contextmanager
-def _file_errors(name: str) -> Iterator[None]:
-    """Say in one line why a file cannot be read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise RadiographError(f"no such file: {name}; check the path") from None
-    except PermissionError:
-        raise RadiographError(f"no permission to read {name}; change its permissions or copy it") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise RadiographError(f"cannot read {name} ({reason}): check the path") from None
-
-
-def _read_stream(source: Any) -> bytes:
-    try:
-        data = source.read(MAX_BYTES + 1)
-    except Exception as error:  # whatever the object raises
-        raise RadiographError(f"the file object cannot be read ({type(error).__name__}): open it anew") from None
-    if not isinstance(data, bytes | bytearray):
-        raise RadiographError("the file object gives text, not bytes: open it in binary mode")
-    if len(data) > MAX_BYTES:
-        raise RadiographError(f"the input has more than {MAX_BYTES:,} bytes; scale the radiograph down")
-    return bytes(data)
-
-
-def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
-    if not data:
-        raise RadiographError(f"{name} is empty (0 bytes); export it again")
-    digest = hashlib.sha256(data).hexdigest()
-    if is_dicom(data[:132]):
-        from cbedge.dicom import read_dicom
-
-        return _from_dicom(read_dicom(data, name, max_pixels), digest, name)
-    pixels, chroma, stored = decode_raster(data, name, max_pixels)
-    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored)
-
-
-def _from_dicom(film: "DicomFilm", digest: str, name: str) -> Radiograph:
-    check_size(film.pixels.shape[::-1], name, MAX_PIXELS, MIN_SIDE)
-    return Radiograph(
-        _checked(film.pixels, name), film.view, digest, film.indication, film.chroma, study_uid=film.study_uid,
-        warnings=film.warnings,
-    )  # fmt: skip
-
-
-def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
-    name = "the array"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise RadiographError(f"{name} has shape {array.shape}; give [rows, columns] or [rows, columns, 3]")
-    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
-        raise RadiographError(f"{name} has dtype {array.dtype}; give bool, integers or float in 0..1")
-    check_size((array.shape[1], array.shape[0]), name, max_pixels, MIN_SIDE)
-    rows, columns = array.shape[:2]
-    coloured = array.ndim == 3 and array.shape[2] >= 3
-    with working_memory((4 * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7), name,
-                        (columns, rows)):  # fmt: skip
-        values = array.astype(array.dtype.newbyteorder("="), copy=False)
-        for part in blocks(values):
-            block = values[part]
-            if values.dtype.kind == "f" and not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
-                raise RadiographError(f"{name} is float but not within 0..1; scale it, or give integers")
-        grey, chroma = _in_grey(values) if coloured else (values.reshape(rows, columns), 0.0)
-        grey = grey.view(np.uint8) if grey.dtype.kind == "b" else grey
-        is_stored = values.dtype == np.uint8
-        factor = reduction(rows, columns, 4 + (values.size // (rows * columns) if is_stored else 0))
-        pixels = stretch(grey, factor=factor)
-        eight_bits = values[..., :3] if coloured else values.reshape(rows, columns)
-        stored = stored_values(averaged(eight_bits, factor), pixels) if is_stored else None
-        return Radiograph(_checked(pixels, name), None, _digest(array), chroma=chroma, stored=stored)
-
-
-def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Grey values of an array [rows, columns, 3 or 4], float32 if it is in colour, and how colourful it is, 0 to 1."""
-    grey, spread = np.empty(values.shape[:2], np.float32), 0.0
-    for part in blocks(values):
-        channels = values[part][..., :3].astype(np.float32)
-        spread += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
-        grey[part] = channels @ np.array([0.299, 0.587, 0.114], np.float32)
-    most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
-    return (grey, spread / grey.size / most) if spread else (values[..., 0], 0.0)
-
-
-def _digest(array: np.ndarray) -> str:
-    """SHA-256 of an array's bytes, without a copy of them."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
-    if float(pixels.max()) - float(pixels.min()) < 1e-3:
-        raise RadiographError(f"{name} is blank: every pixel has the same value; give a radiograph")
-    return np.ascontiguousarray(pixels, dtype=np.float32)
-
-
-_DEPRECATED = {"IMAGE_SIZE": "image_size", "IMAGE_MEAN": "mean", "IMAGE_STD": "std"}
-
-
 def __getattr__(name: str) -> Any:
-    """Deprecated constants: the settings are a part of each model, see :class:`cbedge.preprocess.Preprocessing`."""
-    if name not in _DEPRECATED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cbedge.preprocess import Preprocessing
+    if name not in _SETTINGS:
+        return _moved(name)
+    from cbedge.images.preprocess import Preprocessing
 
     warnings.warn(f"{name} is deprecated: use the model's Manifest.preprocessing", DeprecationWarning, stacklevel=2)
-    return getattr(Preprocessing(), _DEPRECATED[name])
+    return getattr(Preprocessing(), _SETTINGS[name])

@@ -101,7 +101,7 @@ class Report:
             the language model over that, 0 where nothing is guessed.
         image_reused: whether what vision encoder and Q-Former had made of the radiographs was kept from an earlier
             draft; ``reused_tokens``: how much of image embeddings and prompt the language model had kept
-            (:mod:`cbedge.recent`). The draft is the same, its timings are not.
+            (:mod:`cbedge.drafting.recent`). The draft is the same, its timings are not.
         warnings: what a reader must know about the radiograph or its header, such as that it looks mirrored; one
             sentence each, without patient data.
         timings: see :class:`Timings`.

@@ -48,7 +48,7 @@ _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Start and end of every sentence in a text, without the white space around it; a last sentence may lack its end.
 
-    Line breaks are white space here: :func:`cbedge.templates.parse_template` reads lines.
+    Line breaks are white space here: :func:`cbedge.drafting.templates.parse_template` reads lines.
     """
     spans: list[tuple[int, int]] = []
     start = _skip(text, 0)

@@ -17,7 +17,7 @@ from monai.deploy.core import Application, ConditionType, Fragment, OperatorSpec
 from monai.deploy.core import Operator as MonaiOperator
 
 from cbedge import CbedgeError, ReportGenerator
-from cbedge.formats import render
+from cbedge.outputs import render
 
 
 class FolderOperator(MonaiOperator):

@@ -34,8 +34,8 @@ from pynetdicom.sop_class import (
 )
 
 from cbedge import CbedgeError, ReportGenerator
-from cbedge.formats import render
-from cbedge.listen import Peer
+from cbedge.outputs import render
+from cbedge.services.dicom_node import Peer
 
 RADIOGRAPHS = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation)
 SYNTAXES = (

@@ -24,7 +24,7 @@ from PySide6.QtWidgets import (
 )
 
 from cbedge import CbedgeError, ReportGenerator
-from cbedge.radiograph import load_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.report import DRAFT_STATEMENT
 
 

@@ -78,7 +78,7 @@ def export(
         raise ValueError("--vocabulary domain takes its words from the train reports: give --data")
     if algorithm == "gptq" and data is None:
         raise ValueError("--algorithm gptq rounds on prompts and reports of train studies: give --data")
-    from cbedge.bundle import check_target, open_bundle
+    from cbedge.bundles.bundle import check_target, open_bundle
 
     check_target(out, force)
     language = open_bundle(language_from) if language_from else None
@@ -155,7 +155,7 @@ def _tell(console: Console) -> Callable[[int, int, float], None]:
 
 def _variants(names: list[str], told: Callable[[str], None]) -> tuple[str, ...]:
     from cbedge.backends.int8 import multiplies_exactly
-    from cbedge.bundle import IN_INT8
+    from cbedge.bundles.bundle import IN_INT8
     from export.quantize import ALIASES, VARIANTS
 
     wanted = [one for name in names for one in (("int4", *VARIANTS) if name == "all" else (ALIASES.get(name, name),))]

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from cbedge.backends import Backend, open_backend
 from cbedge.backends.int8 import Table
-from cbedge.bundle import (
+from cbedge.bundles.bundle import (
     CARD,
     ENCODER,
     FILM_VIEW,
@@ -31,8 +31,8 @@ from cbedge.bundle import (
     write_bundle,
 )
 from cbedge.decoding.phrasebook import Phrasebook
-from cbedge.film_view import FilmView
-from cbedge.gate import Gate
+from cbedge.images.film_view import FilmView
+from cbedge.images.gate import Gate
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate

@@ -1,4 +1,4 @@
-"""Learn to tell lateral and mirrored radiographs (:mod:`cbedge.film_view`) from films alone."""
+"""Learn to tell lateral and mirrored radiographs (:mod:`cbedge.images.film_view`) from films alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sklearn.preprocessing import StandardScaler
 
 from cbedge.backends import Backend
 from cbedge.errors import RadiographError
-from cbedge.film_view import FilmView, halves
-from cbedge.preprocess import Preprocessing, preprocess_radiograph
-from cbedge.radiograph import load_radiograph
+from cbedge.images.film_view import FilmView, halves
+from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.datasets.iu_xray import read_studies
 
 MAX_TRAIN, MAX_VALIDATION = 1000, 300  # films of each kind and collection

@@ -1,4 +1,4 @@
-"""Fit the gate that refuses what is no chest radiograph (:mod:`cbedge.gate`) on the training radiographs."""
+"""Fit the gate that refuses what is no chest radiograph (:mod:`cbedge.images.gate`) on the training radiographs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from cbedge.backends import Backend
-from cbedge.gate import Gate, pooled
-from cbedge.preprocess import Preprocessing, preprocess_radiograph
-from cbedge.radiograph import load_radiograph
+from cbedge.images.gate import Gate, pooled
+from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.datasets.iu_xray import read_studies
 
 MAX_TRAIN, MAX_VAL = 600, 300

@@ -12,10 +12,10 @@ from transformers.utils import ModelOutput
 
 from cbedge.backends import Backend
 from cbedge.decoding import decode
-from cbedge.image_findings import scores_of
-from cbedge.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.findings.image_findings import scores_of
+from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
 from training.special_tokens import start_ids, stop_ids

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from cbedge.bundle import TOKENIZER, open_bundle
+from cbedge.bundles.bundle import TOKENIZER, open_bundle
 from cbedge.decoding.phrasebook import Phrasebook
 from training.datasets import open_studies
 from training.datasets.studies import Study

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from export.command import run
 from export.graphs import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers

@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from cbedge.backends import open_backend
-from cbedge.bundle import (
+from cbedge.bundles.bundle import (
     CARD,
     FILM_VIEW,
     IN_INT8,

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cbedge.image_findings import OTHER
+from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from export.graphs import ExportError
 from training.base import ModelAndTokenizers

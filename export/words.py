@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cbedge.lexicon import Lexicon
+from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import split_sections
 from training.datasets import open_studies
 

@@ -28,9 +28,9 @@ from cbedge import ClinicalContext, ReportGenerator, load_radiograph
 from cbedge.backends.int8 import multiplies_exactly
 from cbedge.decoding import decode
 from cbedge.drafting.plan import plan_draft
-from cbedge.findings.reading import read_images
+from cbedge.drafting.query import read_images
+from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.pipeline import prefill
-from cbedge.preprocess import preprocess_radiograph
 
 if TYPE_CHECKING:
     import httpx

@@ -15,7 +15,7 @@ from pynetdicom import AE
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, Verification
 
 from cbedge import ReportGenerator
-from cbedge.listen import Listener, ListenSettings
+from cbedge.services.dicom_node import Listener, ListenSettings
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbedge import CbedgeError, RadiographError, batch
+from cbedge import CbedgeError, RadiographError
 from cbedge.files import lock_file, lock_path
+from cbedge.services import batch
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from conftest import USUAL_VARIANT, run_cli
 
 from cbedge import ReportGenerator, bench
-from cbedge.radiograph import load_radiograph
+from cbedge.images.radiograph import load_radiograph
 
 
 def run_bench(bundle: Path, *arguments: object):

@@ -6,7 +6,7 @@ import pytest
 from conftest import IN_INT8
 
 from cbedge import BundleError, OutputError, open_bundle
-from cbedge.bundle import write_bundle
+from cbedge.bundles.bundle import write_bundle
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ import re
 
 import pytest
 
-from cbedge.consistency import SentenceFilter
-from cbedge.image_findings import OTHER, ImageFindings
-from cbedge.lexicon import Lexicon
+from cbedge.drafting.lexicon import Lexicon
+from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.findings.image_findings import OTHER, ImageFindings
 from cbedge.report import DraftToken
 from training.config import OPENINGS
 from training.openings import DENIALS, with_denials

@@ -12,13 +12,14 @@ from dicom_node import another, another_bytes, names, send
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import EnhancedSRStorage, Verification
 
-from cbedge import ReportGenerator, delivery
-from cbedge.delivery import MAX_REFUSALS, Delivery
-from cbedge.dicom_file import read_header
-from cbedge.formats import to_sr
-from cbedge.listen import Listener, ListenSettings, Peer
+from cbedge import ReportGenerator
+from cbedge.images.dicom_file import read_header
+from cbedge.outputs.sr import to_sr
 from cbedge.report import Report, Timings
-from cbedge.spool import Spool
+from cbedge.services import delivery
+from cbedge.services.delivery import MAX_REFUSALS, Delivery
+from cbedge.services.dicom_node import Listener, ListenSettings, Peer
+from cbedge.services.spool import Spool
 
 REPORT = Report(
     findings="Clear.", impression="Normal.", complete=True, text="FINDINGS: Clear. IMPRESSION: Normal.", model="m",

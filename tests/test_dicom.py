@@ -19,7 +19,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cbedge import RadiographError, load_radiograph
-from cbedge.dicom_file import read_header
+from cbedge.images.dicom_file import read_header
 
 CHEST = draw_chest(2).astype(np.uint16) * 16  # 12 bits
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cbedge import OutputError, batch, files
+from cbedge import OutputError, files
 from cbedge.file_names import safe_name, windows_fault
 from cbedge.files import check_output, write_output
+from cbedge.services import batch
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from conftest import EXAMPLES, USUAL_VARIANT, run_cli
 
 from cbedge import OutputError, RadiographError, Report, ReportGenerator
-from cbedge.formats import SCHEMA, check_format, render, to_sr
+from cbedge.outputs import SCHEMA, check_format, render
+from cbedge.outputs.sr import to_sr
 from cbedge.report import DRAFT_STATEMENT, DraftToken, Sentence, split_sentences
 
 DICOM = EXAMPLES / "chest_pa.dcm"

@@ -6,7 +6,7 @@ from conftest import EXAMPLES, needs_default_model, run_cli
 from PIL import Image
 
 from cbedge import BundleError, RadiographError, ReportGenerator
-from cbedge.gate import Gate, pooled
+from cbedge.images.gate import Gate, pooled
 
 
 def known(rng: np.random.Generator, count: int) -> np.ndarray:

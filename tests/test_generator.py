@@ -18,10 +18,10 @@ from cbedge.backends.onnx import CudaDecoder, OnnxDecoder
 from cbedge.decoding import Decoding
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.drafting.plan import plan_draft
+from cbedge.drafting.templates import Templates
+from cbedge.findings.image_findings import ImageFindings
 from cbedge.findings.reading import ImageReading
-from cbedge.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext
-from cbedge.templates import Templates
 
 
 @pytest.fixture(scope="module")

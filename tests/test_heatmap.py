@@ -6,7 +6,7 @@ from conftest import run_cli
 from PIL import Image
 
 from cbedge import ReportGenerator, load_radiograph
-from cbedge.heatmap import CAVEAT, overlay, scaled_map
+from cbedge.images.heatmap import CAVEAT, overlay, scaled_map
 
 
 def test_attention_covers_the_patches_and_is_a_share_of_one(tiny_bundle: Path, chest_png: Path):

@@ -7,7 +7,7 @@ import pytest
 
 from cbedge import ReportGenerator
 from cbedge.decoding import Decoding
-from cbedge.image_findings import OTHER, ImageFindings, scores_of
+from cbedge.findings.image_findings import OTHER, ImageFindings, scores_of
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction
 from training.clinical import TAG_FINDINGS
 from training.config import OPENINGS

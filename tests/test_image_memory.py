@@ -34,7 +34,7 @@ from pydicom.uid import (
 )
 
 from cbedge import RadiographError, load_radiograph
-from cbedge.memory import MAX_WORKING_BYTES, working_memory
+from cbedge.images.memory import MAX_WORKING_BYTES, working_memory
 
 PROCESS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(not PROCESS.exists(), reason="this system does not tell a process's peak memory")

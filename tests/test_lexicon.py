@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cbedge import BundleError
-from cbedge.lexicon import Lexicon
+from cbedge.drafting.lexicon import Lexicon
 
 REPORTS = ["The lungs are clear, no effusion. Heart normal."] * 10 + ["The rare thymus."]
 

@@ -17,8 +17,8 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import EnhancedSRStorage
 
 from cbedge import ContextError, ReportGenerator
-from cbedge.dicom_header import is_uid
-from cbedge.listen import Listener, ListenSettings, Peer
+from cbedge.images.dicom_header import is_uid
+from cbedge.services.dicom_node import Listener, ListenSettings, Peer
 
 needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
 

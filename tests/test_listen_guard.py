@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, Verification
 
-from cbedge import listen_guard
+from cbedge.services import dicom_guard as listen_guard
 
 
 def pdu(kind: int, body: bytes) -> bytes:

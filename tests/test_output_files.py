@@ -133,7 +133,7 @@ def without(name, *rest, **options):
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules.pop(name, None)
 builtins.__import__ = without
-from cbedge.cli import main
+from cbedge.cli.main import main
 main()
 """
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbedge import BundleError, ReportGenerator, open_bundle
-from cbedge.preprocess import Preprocessing, preprocess
-from cbedge.radiograph import load_radiograph
+from cbedge.images.preprocess import Preprocessing, preprocess
+from cbedge.images.radiograph import load_radiograph
 from tests.conftest import DEFAULT_BUNDLE, EXAMPLES, needs_default_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,7 +97,7 @@ def test_left_stays_left():
 
 
 def test_the_former_names_still_work_and_warn():
-    radiograph = importlib.import_module("cbedge.radiograph")
+    radiograph = importlib.import_module("cbedge.images.radiograph")
     for name, value in (("IMAGE_SIZE", 224), ("IMAGE_MEAN", MEAN), ("IMAGE_STD", STD)):
         with pytest.warns(DeprecationWarning, match=name):
             assert getattr(radiograph, name) == value

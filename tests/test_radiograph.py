@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbedge import RadiographError, load_radiograph
-from cbedge.intensity import stretch
+from cbedge.images.intensity import stretch
 
 CHEST = draw_chest(1)
 STRETCHED = stretch(CHEST)

@@ -8,7 +8,7 @@ from conftest import EXAMPLES, draw_chest, draw_lateral, needs_default_model
 
 from cbedge import ContextError, Report, ReportGenerator, load_radiograph
 from cbedge.decoding import Decoding
-from cbedge.recent import Recent
+from cbedge.drafting.recent import Recent
 
 
 def said(report: Report) -> tuple:

@@ -21,7 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
 from cbedge import ContextError, ReportGenerator
-from cbedge.serve import ServeSettings, check_exposure, create_app
+from cbedge.services.http import ServeSettings, check_exposure, create_app
 
 TOKEN = "a-token-of-some-length"
 
@@ -178,7 +178,7 @@ def test_a_token_of_any_letters_works(generator: ReportGenerator):
 
 
 def test_images_are_decoded_only_when_it_is_their_turn(generator: ReportGenerator, monkeypatch: pytest.MonkeyPatch):
-    from cbedge import serve
+    from cbedge.services import http as serve
 
     most, now, lock = 0, 0, threading.Lock()
     real = serve.load_radiograph

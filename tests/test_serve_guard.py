@@ -20,8 +20,8 @@ from conftest import EXAMPLES, free_port, served, wait_for
 from fastapi.testclient import TestClient
 
 from cbedge import ReportGenerator, serve_guard
-from cbedge.serve import ServeSettings, create_app
-from cbedge.serve_guard import RequestGuard, patient_protocol
+from cbedge.services.http import ServeSettings, create_app
+from cbedge.services.http_guard import RequestGuard, patient_protocol
 
 FILM = (EXAMPLES / "chest_pa.png").read_bytes()
 
@@ -248,7 +248,7 @@ def test_an_unforeseen_error_is_told_without_its_text(
         answer = client.post("/v1/reports", files={"image": FILM})
         assert client.get("/healthz").status_code == 200
     assert answer.status_code == 500 and "an unforeseen error (KeyError)" in answer.json()["detail"]
-    told = [json.loads(record.message) for record in caplog.records if record.name == "cbedge.serve"]
+    told = [json.loads(record.message) for record in caplog.records if record.name == "cbedge.services.http"]
     assert {"event": "error", "kind": "KeyError"} in told and "secret" not in json.dumps(told) + answer.text
 
 

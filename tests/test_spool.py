@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT
 from dicom_node import another_bytes, names
 
-from cbedge.listen import MAX_DEATHS
-from cbedge.spool import Spool
+from cbedge.services.dicom_node import MAX_DEATHS
+from cbedge.services.spool import Spool
 
 DYING = """
 import os, sys
 from pathlib import Path
 from cbedge import ReportGenerator
-from cbedge.listen import Listener, ListenSettings
+from cbedge.services.dicom_node import Listener, ListenSettings
 
 class Dying(ReportGenerator):
     def generate(self, image, lateral=None, **options):

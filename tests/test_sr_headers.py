@@ -19,10 +19,11 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cbedge import RadiographError, Report
-from cbedge.dicom import header_indication
-from cbedge.dicom_file import read_header
-from cbedge.dicom_header import study_header
-from cbedge.formats import render, to_sr
+from cbedge.images.dicom import header_indication
+from cbedge.images.dicom_file import read_header
+from cbedge.images.dicom_header import study_header
+from cbedge.outputs import render
+from cbedge.outputs.sr import to_sr
 from cbedge.report import Sentence, Timings
 
 DICOM = EXAMPLES / "chest_pa.dcm"

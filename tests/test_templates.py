@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbedge import BundleError, ClinicalContext, ContextError
-from cbedge.templates import Templates, context_features, parse_template, read_template
+from cbedge.drafting.templates import Templates, context_features, parse_template, read_template
 
 TEXTS = ("FINDINGS: Lungs are clear. IMPRESSION: Normal chest.", "FINDINGS: No effusion. IMPRESSION: No acute disease.")
 

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cbedge.image_findings import ImageFindings, scores_of
-from cbedge.preprocess import Preprocessing
+from cbedge.findings.image_findings import ImageFindings, scores_of
+from cbedge.images.preprocess import Preprocessing
 from training.fetch import BASE_PARTS, fetch_base
 from training.processor import load_preprocessing, save_preprocessing
 from training.views import by_study

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cbedge.image_findings import OTHER
-from cbedge.preprocess import Preprocessing, chosen_values, preprocess, preprocess_radiograph
+from cbedge.findings.image_findings import OTHER
+from cbedge.images.preprocess import Preprocessing, chosen_values, preprocess, preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
-from cbedge.radiograph import load_radiograph
 from training.base import ModelAndTokenizers
 from training.clinical import read_tags
 from training.datasets import Study
@@ -69,7 +69,7 @@ def told_findings(
     noise: tuple[float, float] = NOISE["tags"],
 ) -> tuple[str, ...] | None:  # fmt: skip
     """What the prompt tells of a training study's image: its tags, in the form of
-    :meth:`cbedge.image_findings.ImageFindings.read`.
+    :meth:`cbedge.findings.image_findings.ImageFindings.read`.
 
     Args:
         tags: 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`.

@@ -7,8 +7,8 @@ Finkelstein et al. 2023). What may be written instead is taken from the training
 comparison read alike: they were worded by the same hands.
 
 What the image shows stays with the image. The sentences that open a draft say what is told
-(:mod:`cbedge.image_findings`); what follows them is taken from other studies, and of those nothing that affirms a
-finding, or that speaks of one which was told.
+(:mod:`cbedge.findings.image_findings`); what follows them is taken from other studies, and of those nothing that
+affirms a finding, or that speaks of one which was told.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 
-from cbedge.image_findings import any_of
+from cbedge.findings.image_findings import any_of
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
 from training.batches import told_findings
 from training.clinical import TAG_FINDINGS

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cbedge.radiograph import Radiograph
+from cbedge.images.radiograph import Radiograph
 from training.datasets import Study
 from training.drafting import Request
 from training.scoring import rouge_matrix

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cbedge.drafting.query import read_images
 from cbedge.errors import DraftError
-from cbedge.findings.reading import read_images
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import ClinicalContext, build_opening
-from cbedge.radiograph import Radiograph, load_radiograph
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt, of_lateral
 from training.special_tokens import stop_ids

@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbedge.bundle import file_sha256
+from cbedge.bundles.bundle import file_sha256
 
 DEFAULT_CACHE = Path.home() / ".cache" / "cbedge" / "base"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cbedge.image_findings import ImageFindings
+from cbedge.findings.image_findings import ImageFindings
 from training.base import FindingHead, ModelAndTokenizers
 from training.batches import Batch
 from training.config import Stage

@@ -1,8 +1,9 @@
 """Reports to learn that go on where fixed sentences have opened them, as drafts are written.
 
 A draft begins with a sentence for each finding that is told, and the language model goes on
-(:mod:`cbedge.image_findings`). One that never saw such a beginning takes up its usual template after it, says the same
-again, or denies it. So a report is given the same beginning here, and its own words on those findings are left out.
+(:mod:`cbedge.findings.image_findings`). One that never saw such a beginning takes up its usual template after it, says
+the same again, or denies it. So a report is given the same beginning here, and its own words on those findings are left
+out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from cbedge.image_findings import ImageFindings
+from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import build_opening, build_target, split_sections
 from cbedge.sentences import split_text
 from training.clinical import TAG_FINDINGS

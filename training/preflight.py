@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cbedge.errors import CbedgeError
-from cbedge.radiograph import load_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.config import RunConfig, Stage
 from training.datasets import Study, Tally, find_provenance, mimic_cxr, open_records, open_studies
 from training.datasets.provenance import TRAINING_DATA, data_record, load_training_data

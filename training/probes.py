@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
-from cbedge.radiograph import load_radiograph
 from training.datasets import Study
 from training.datasets.studies import TAGS
 from training.drafting import Encoder

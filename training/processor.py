@@ -12,7 +12,7 @@ from typing import Any
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
-from cbedge.preprocess import RESAMPLING, Preprocessing
+from cbedge.images.preprocess import RESAMPLING, Preprocessing
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROCESSOR_CONFIG = "processor_config.json"

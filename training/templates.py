@@ -20,10 +20,10 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
-from cbedge.image_findings import ImageFindings
+from cbedge.drafting.templates import BUCKETS, Templates, context_features, read_template
+from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext, build_target, split_sections
 from cbedge.sentences import normalize, split_text
-from cbedge.templates import BUCKETS, Templates, context_features, read_template
 from training.consensus import ConsensusReports, Pool
 from training.datasets.iu_xray import read_studies, records
 from training.openings import Sentence

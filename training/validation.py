@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from cbedge.image_findings import ImageFindings, scores_of
+from cbedge.findings.image_findings import ImageFindings, scores_of
 from training.base import ModelAndTokenizers
 from training.batches import Batch, ToldTags, collate, load_pixels, retarget, told_findings
 from training.config import Stage

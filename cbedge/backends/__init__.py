@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cbedge.bundle import ENCODER, FOR_GPUS, IN_INT8, Bundle, Variant
+from cbedge.bundles.bundle import ENCODER, FOR_GPUS, IN_INT8, Bundle, Variant
 from cbedge.decoding import Decoder
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto"
 
     Where none is named: on a GPU those for GPUs come before the bundle's default (ONNX Runtime has attention with a
     cache in place for 16 bits alone there); on a CPU that multiplies 8-bit numbers exactly,
-    :data:`~cbedge.bundle.IN_INT8` comes before ``int4``, whose weights it reads. ``auto`` stands for the CPU where the
-    variant is none for GPUs.
+    :data:`~cbedge.bundles.bundle.IN_INT8` comes before ``int4``, whose weights it reads. ``auto`` stands for the CPU
+    where the variant is none for GPUs.
 
     Raises:
         BundleError: the bundle has no such variant.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbedge.backends.int8 import EXACT, Table, multiplies_exactly
-from cbedge.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
+from cbedge.bundles.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbedge.backends.onnx import DEVICES
-from cbedge.bundle import Bundle, Variant
+from cbedge.bundles.bundle import Bundle, Variant
 from cbedge.errors import BundleError, DeviceError
 from cbedge.findings.reading import QFormerOutput
 

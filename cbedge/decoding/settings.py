@@ -27,7 +27,7 @@ class Decoding:
         stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
         never: tokens that are never written; a bundle's own (its ``never_ids``) are added to them.
         keep_to_template: write the sentences of the template that is given, or that the bundle has
-            (:mod:`cbedge.templates`); where there is none it does nothing.
+            (:mod:`cbedge.drafting.templates`); where there is none it does nothing.
         speculative: let the template and the bundle's phrasebook guess ahead where that is faster. It changes no token,
             and is used where the likeliest token is taken.
 

@@ -1,0 +1,1 @@
+"""What steers a draft: prompt, opening, template, whole words and sentences."""

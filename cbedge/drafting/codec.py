@@ -8,7 +8,7 @@ from functools import cached_property
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from cbedge.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle
+from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle
 from cbedge.errors import BundleError
 
 MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone

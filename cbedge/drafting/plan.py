@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cbedge.bundle import PHRASEBOOK, TEMPLATES, WORDS, Bundle, Manifest
-from cbedge.consistency import SentenceFilter
-from cbedge.constraints import MAX_OWN, DraftConstraint, SectionPlan, TokenTexts
+from cbedge.bundles.bundle import PHRASEBOOK, TEMPLATES, WORDS, Bundle, Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
 from cbedge.drafting.codec import TextCodec
+from cbedge.drafting.constraints import MAX_OWN, DraftConstraint, SectionPlan, TokenTexts
+from cbedge.drafting.lexicon import Lexicon
+from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.drafting.templates import Template, Templates, parse_template
 from cbedge.errors import ContextError
 from cbedge.findings.reading import ImageReading
-from cbedge.lexicon import Lexicon
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
 from cbedge.report import DraftToken
 from cbedge.sentences import normalize
-from cbedge.templates import Template, Templates, parse_template
 
 MAX_NEW_TOKENS = 1024
 ROOM_FOR_OWN = 96  # tokens beside a template's: for the opening and for sentences of the model's own
@@ -211,7 +211,7 @@ def _sections(
 
 
 def check_template(manifest: Manifest, text: str, codec: TextCodec) -> str:
-    """A user's template, read for a bundle; see :func:`cbedge.templates.parse_template`.
+    """A user's template, read for a bundle; see :func:`cbedge.drafting.templates.parse_template`.
 
     Raises:
         ContextError: it is no normal report, the model cannot write its words as they are, or has no image scores that

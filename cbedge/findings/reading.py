@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from cbedge.image_findings import ImageFindings, scores_of
-from cbedge.prompt import ClinicalContext, build_query_instruction
-
-if TYPE_CHECKING:
-    from cbedge.backends import Backend
-    from cbedge.drafting.codec import TextCodec
+from cbedge.findings.image_findings import ImageFindings, scores_of
 
 
 class QFormerOutput(NamedTuple):
@@ -52,22 +47,6 @@ class ImageReading:
     has_lateral: bool = False
 
 
-def query_films(
-    backend: Backend, codec: TextCodec, features: Sequence[np.ndarray], context: ClinicalContext
-) -> list[QFormerOutput]:
-    """Ask the Q-Former about each radiograph of a study, its frontal one first.
-
-    Args:
-        backend: runs the Q-Former.
-        codec: tokenizes its instruction.
-        features: of the vision encoder, float32 [1, P, H] each.
-        context: of the study; its view is the first radiograph's.
-    """
-    contexts = [context, replace(context, view="lateral")]
-    ids = (codec.encode_instruction(build_query_instruction(one)) for one in contexts)
-    return [backend.query_image(f, np.array([i], np.int64)) for f, i in zip(features, ids, strict=False)]
-
-
 def interpret(outputs: Sequence[QFormerOutput], findings: ImageFindings | None) -> ImageReading:
     """Join the Q-Former's answers for the radiographs of a study, and read its findings off their scores."""
     embeds, attention, logits = outputs[0]
@@ -82,11 +61,3 @@ def interpret(outputs: Sequence[QFormerOutput], findings: ImageFindings | None) 
     rows = [i for i, name in enumerate(findings.names) if name in present] or [0]
     named = dict(zip(findings.names, map(float, scores), strict=True))
     return ImageReading(embeds, present, named, attention[rows].mean(0), has_lateral)
-
-
-def read_images(
-    backend: Backend, codec: TextCodec, findings: ImageFindings | None, features: Sequence[np.ndarray],
-    context: ClinicalContext,
-) -> ImageReading:  # fmt: skip
-    """:func:`query_films` and :func:`interpret` in one."""
-    return interpret(query_films(backend, codec, features, context), findings)

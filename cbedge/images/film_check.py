@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from cbedge.bundle import FILM_VIEW, GATE, LATERAL_GATE, Bundle
 from cbedge.errors import RadiographError
-from cbedge.film_view import FilmView
-from cbedge.gate import Gate, NotAChestRadiograph
-from cbedge.radiograph import Radiograph
+from cbedge.images.film_view import FILM_VIEW, FilmView
+from cbedge.images.gate import GATE, LATERAL_GATE, Gate, NotAChestRadiograph
+from cbedge.images.radiograph import Radiograph
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,22 @@ class FilmCheck:
     reads_lateral: bool
 
     @classmethod
-    def load(cls, bundle: Bundle) -> FilmCheck:
+    def load(cls, folder: Path, files: Collection[str], reads_lateral: bool) -> FilmCheck:
         """Read the files of a bundle.
+
+        Args:
+            folder: of the bundle.
+            files: names of those that it has.
+            reads_lateral: see above.
 
         Raises:
             BundleError: one cannot be read.
         """
-        files, folder = bundle.manifest.files, bundle.folder
         return cls(
             Gate.load(folder / GATE) if GATE in files else None,
             Gate.load(folder / LATERAL_GATE) if LATERAL_GATE in files else None,
             FilmView.load(folder / FILM_VIEW) if FILM_VIEW in files else None,
-            bundle.manifest.reads_lateral,
+            reads_lateral,
         )
 
     def assess(

@@ -121,7 +121,7 @@ def test_version_and_help():
 
 def test_importing_cbedge_loads_neither_torch_nor_onnxruntime():
     heavy = ("torch", "transformers", "onnxruntime")
-    code = f"import cbedge, cbedge.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import cbedge, cbedge.cli.main, sys; print([m for m in {heavy} if m in sys.modules])"
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import pytest
 
 from cbedge import ReportGenerator
 from cbedge.backends import open_backend
-from cbedge.bundle import open_bundle
+from cbedge.bundles.bundle import open_bundle
 from cbedge.decoding import Decoding
 from tests.conftest import IN_INT8, call_cli, run_cli, save_tiny, unconstrained_text
 from training.controls import own

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cbedge import OutputError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant
-from cbedge.bundle import CARD
+from cbedge.bundles.bundle import CARD
 from export.merge import MergeError, merge
 from export.quantize import Int4Settings, align_head, quantize_graphs, quantize_language_model
 from export.revise import app
@@ -231,7 +231,7 @@ def test_with_a_gpu_a_variant_for_gpus_is_chosen_and_another_runs_on_the_cpu(
         opened.append((next(n for n, v in bundle.manifest.variants.items() if v == chosen), where))
         raise RuntimeError
 
-    monkeypatch.setattr("cbedge.generator.open_backend", open_it)
+    monkeypatch.setattr("cbedge.api.open_backend", open_it)
     with pytest.raises(RuntimeError):
         ReportGenerator.from_pretrained(tmp_path / "b")
     assert opened == [(variant, device)]
@@ -277,7 +277,7 @@ def test_manifest_card_and_command_name_the_data_as_the_run_recorded_them(tiny_b
     card = (tiny_bundle / "MODEL_CARD.md").read_text()
     assert data["name"] in card and data["study_list_sha256"] in card
     assert "IU X-RAY" not in card.split("## Measured quality")[0] and "American" not in card
-    shown = call_cli("cbedge.cli", "model", "--model", tiny_bundle).stdout
+    shown = call_cli("cbedge.cli.main", "model", "--model", tiny_bundle).stdout
     assert f"trained on {data['name']} (not stated)" in shown
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from benchmarks.equality import PROMPTS, Equality, Reference, compare, draw_films, in_torch, measure
 from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
-from cbedge.bundle import open_bundle
+from cbedge.bundles.bundle import open_bundle
 from cbedge.decoding import decode
-from cbedge.findings.reading import read_images
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.drafting.query import read_images
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
-from cbedge.radiograph import load_radiograph
 from export.restore import restore
 from training.base import load_model
 from training.batches import encode_instructions, encode_prompt

@@ -7,10 +7,10 @@ from conftest import DEFAULT_BUNDLE
 from typer.testing import CliRunner
 
 from cbedge import ReportGenerator, open_bundle
-from cbedge.findings.reading import read_images
-from cbedge.preprocess import preprocess_radiograph
+from cbedge.drafting.query import read_images
+from cbedge.images.preprocess import preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt
-from cbedge.radiograph import load_radiograph
 from export.restore import RestoreError, app
 from training.base import ModelAndTokenizers, load_model
 from training.batches import encode_instructions, encode_prompt

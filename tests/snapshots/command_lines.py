@@ -20,7 +20,7 @@ PACKAGES = ("training", "export", "benchmarks")
 
 def programs() -> Iterator[tuple[str, typer.Typer]]:
     """What a user types to start each command line, and its application."""
-    yield "cbedge", importlib.import_module("cbedge.cli").app
+    yield "cbedge", importlib.import_module("cbedge.cli.main").app
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             if "\napp = typer.Typer(" in path.read_text(encoding="utf-8"):

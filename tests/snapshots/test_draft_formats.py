@@ -13,7 +13,7 @@ from golden.drafts import FOLDER, TEMPLATE
 from syrupy.assertion import SnapshotAssertion
 
 from cbedge import Report, ReportGenerator
-from cbedge.formats import FORMATS, render
+from cbedge.outputs import FORMATS, render
 
 FILM = FOLDER / "films" / "00003523_013.jpg"  # with findings that are opened, only pointed to, and absent
 DICOM = EXAMPLES / "chest_pa.dcm"

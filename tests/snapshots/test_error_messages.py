@@ -160,7 +160,7 @@ def messages(lines: list[str]) -> tuple[str, set[int]]:
     """Each command line with what it prints on standard error and its exit code; and all exit codes."""
     told, codes = "", set()
     for line in lines:
-        done = call_cli("cbedge.cli", *line.split(" "))
+        done = call_cli("cbedge.cli.main", *line.split(" "))
         assert "Traceback" not in done.stderr, done.stderr
         shown = re.sub(r"unlikeness [\d.]+", "unlikeness <number>", done.stderr.replace(str(Path.cwd()), "<folder>"))
         told += f"$ cbedge {line if len(line) < 100 else line[:60] + '…'}\n{shown}exit code {done.returncode}\n\n"
@@ -188,7 +188,7 @@ def test_messages_without_a_package(monkeypatch: pytest.MonkeyPatch, snapshot: S
         with monkeypatch.context() as patch:
             for name in [name for name in sys.modules if name.split(".")[0] == package]:
                 patch.delitem(sys.modules, name)
-            for name in ("cbedge.serve", "cbedge.listen"):
+            for name in ("cbedge.services.http", "cbedge.services.dicom_node"):
                 patch.delitem(sys.modules, name, raising=False)
             patch.setitem(sys.modules, package, None)
             told += f"without {package}:\n{messages([line])[0]}"

@@ -13,7 +13,7 @@ from golden.drafts import FOLDER
 from syrupy.assertion import SnapshotAssertion
 
 from cbedge import ReportGenerator
-from cbedge.serve import create_app
+from cbedge.services.http import create_app
 
 FILM = FOLDER / "films" / "00003523_013.jpg"
 MODEL = ("--variant", "int4", "--device", "cpu")
@@ -51,18 +51,18 @@ def schema_lines(schema: dict[str, Any], path: str = "") -> Iterator[str]:
 
 
 def test_report_schema(snapshot: SnapshotAssertion):
-    done = call_cli("cbedge.cli", "schema")
+    done = call_cli("cbedge.cli.main", "schema")
     assert "".join(f"{line}\n" for line in schema_lines(json.loads(done.stdout))) == snapshot
 
 
 def test_doctor(snapshot: SnapshotAssertion):
-    done = call_cli("cbedge.cli", "doctor", "--json", "--model", "nothing")
+    done = call_cli("cbedge.cli.main", "doctor", "--json", "--model", "nothing")
     assert as_lines(*json.loads(done.stdout)) == snapshot
 
 
 @needs_default_model
 def test_manifest(snapshot: SnapshotAssertion):
-    done = call_cli("cbedge.cli", "model", "--json")
+    done = call_cli("cbedge.cli.main", "model", "--json")
     assert as_lines(json.loads(done.stdout)) == snapshot
 
 
@@ -70,7 +70,7 @@ def test_manifest(snapshot: SnapshotAssertion):
 def test_batch_lines(tmp_path: Path, snapshot: SnapshotAssertion):
     shutil.copy(FILM, tmp_path)
     (tmp_path / "damaged.png").write_bytes(b"\x89PNG")
-    done = call_cli("cbedge.cli", "batch", tmp_path, "--out", tmp_path / "drafts.jsonl", *MODEL)
+    done = call_cli("cbedge.cli.main", "batch", tmp_path, "--out", tmp_path / "drafts.jsonl", *MODEL)
     assert done.returncode == 3, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "drafts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "".join(f"status {line['status']}\n{as_lines(line)}\n" for line in lines) == snapshot
@@ -79,7 +79,7 @@ def test_batch_lines(tmp_path: Path, snapshot: SnapshotAssertion):
 @needs_default_model
 def test_bench_record(snapshot: SnapshotAssertion):
     short = ("--repeat", 1, "--warm-up", 0, "--tokens", 30, "--variants", "int4", "--device", "cpu")
-    done = call_cli("cbedge.cli", "bench", "--image", FILM, *short, "--format", "json")
+    done = call_cli("cbedge.cli.main", "bench", "--image", FILM, *short, "--format", "json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert as_lines({**record, "variants": {one["variant"]: one for one in record["variants"]}}) == snapshot

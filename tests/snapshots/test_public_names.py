@@ -13,10 +13,10 @@ import cbedge
 
 # Names of modules that docs and examples import.
 DOCUMENTED = {
-    "cbedge.formats": "render",
-    "cbedge.heatmap": "overlay",
-    "cbedge.listen": "Peer",
-    "cbedge.radiograph": "load_radiograph",
+    "cbedge.outputs": "render",
+    "cbedge.images.heatmap": "overlay",
+    "cbedge.services.dicom_node": "Peer",
+    "cbedge.images.radiograph": "load_radiograph",
     "cbedge.report": "DRAFT_STATEMENT",
 }
 PROTOCOLS = ("__aiter__", "__anext__", "__call__", "__enter__", "__exit__", "__iter__", "__next__")

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbedge.image_findings import ImageFindings
+from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext, build_opening
 from training.batches import collate
 from training.config import OPENINGS, ConfigError, load_config

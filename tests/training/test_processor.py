@@ -11,8 +11,8 @@ from conftest import draw_chest
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from cbedge.preprocess import Preprocessing, preprocess_radiograph
-from cbedge.radiograph import load_radiograph
+from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.base import load_model
 from training.batches import load_pixels
 from training.processor import PREPROCESSOR_CONFIG, from_image_processor, load_preprocessing, save_preprocessing

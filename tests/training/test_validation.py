@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbedge.image_findings import OTHER
+from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext
 from training.batches import ToldTags, told_findings
 from training.datasets.studies import TAGS, Study

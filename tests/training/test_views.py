@@ -7,9 +7,9 @@ import torch
 from conftest import TINY_RUN, draw_chest, draw_lateral, unconstrained_text
 
 from cbedge import ReportGenerator
-from cbedge.findings.reading import read_images
-from cbedge.image_findings import scores_of
-from cbedge.preprocess import Preprocessing, preprocess
+from cbedge.drafting.query import read_images
+from cbedge.findings.image_findings import scores_of
+from cbedge.images.preprocess import Preprocessing, preprocess
 from cbedge.prompt import ClinicalContext, build_prompt
 from training.base import ModelAndTokenizers
 from training.batches import Batch, collate, encode_instructions, encode_prompt, load_pixels, of_lateral

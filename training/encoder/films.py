@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbedge.files import write_atomically
-from cbedge.radiograph import load_radiograph
+from cbedge.images.radiograph import load_radiograph
 from training.encoder.labels import FINDINGS, UNKNOWN, iu_labels, nih_labels
 
 COLLECTIONS = ("iu_xray", "nih", "hannover")

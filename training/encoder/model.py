@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
 
 from cbedge.files import write_atomically
-from cbedge.preprocess import Preprocessing
+from cbedge.images.preprocess import Preprocessing
 from training.encoder.films import VIEWS
 from training.encoder.labels import FINDINGS
 

@@ -81,7 +81,7 @@ class Recent:
         """What is kept of a study, to be added to.
 
         Args:
-            planes: for each radiograph what :func:`cbedge.radiograph.preprocess` made, float32 [1, 3, S, S].
+            planes: for each radiograph what :func:`cbedge.images.radiograph.preprocess` made, float32 [1, 3, S, S].
             view: of the first one.
         """
         if not self.studies:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbedge.dicom_file import INDICATIONS, parse_dicom, silence_pydicom
-from cbedge.dicom_pixels import (
+from cbedge.errors import ContextError, RadiographError
+from cbedge.images.dicom_file import INDICATIONS, parse_dicom, silence_pydicom
+from cbedge.images.dicom_pixels import (
     Warnings,
     check_pixels,
     crop_box,
@@ -21,9 +22,8 @@ from cbedge.dicom_pixels import (
     repair_pixel_attributes,
     stored_values,
 )
-from cbedge.dicom_view import orient, view_of
-from cbedge.errors import ContextError, RadiographError
-from cbedge.memory import working_memory
+from cbedge.images.dicom_view import orient, view_of
+from cbedge.images.memory import working_memory
 from cbedge.prompt import ClinicalContext
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cbedge.errors import BundleError, RadiographError
 
+GATE, LATERAL_GATE = "gate.npy", "gate_lateral.npy"  # files of a bundle
 MAX_CHROMA = 0.06
 _HEAD_ROWS = 2
 
@@ -76,7 +77,7 @@ class Gate:
 
         Args:
             features: of the vision encoder, [1, P, H].
-            chroma: how colourful the file is: :attr:`cbedge.radiograph.Radiograph.chroma`.
+            chroma: how colourful the file is: :attr:`cbedge.images.radiograph.Radiograph.chroma`.
 
         Raises:
             NotAChestRadiograph: the image is in colour, or unlike known radiographs.

@@ -87,7 +87,7 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
 ) -> None:
     """Draft the report of one study."""
-    from cbedge.formats import check_format, render
+    from cbedge.outputs import check_format, render
     from cbedge.report import DRAFT_STATEMENT, format_sections
 
     form = form or ("json" if as_json else "text")
@@ -105,9 +105,9 @@ def generate(
         raise OutputError("standard output is closed: give --output FILE")
     # Loading the radiograph first: a wrong path is told before the model is loaded.
     from cbedge.decoding import Decoding
+    from cbedge.drafting.templates import read_template
+    from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import ClinicalContext
-    from cbedge.radiograph import load_radiograph
-    from cbedge.templates import read_template
 
     ClinicalContext(indication, comparison, view)
     if template and no_template:
@@ -133,7 +133,7 @@ def generate(
             sys.stdout.flush()
     report = stream.report
     if heatmap is not None:
-        from cbedge.heatmap import CAVEAT, overlay, png
+        from cbedge.images.heatmap import CAVEAT, overlay, png
 
         _write(heatmap, png(overlay(radiograph, stream.attention)), force, sources)
     if live:
@@ -178,7 +178,7 @@ def bench_command(
 ) -> None:
     """Measure on this machine: every stage, memory, tokens a second, share of the memory's bandwidth."""
     from cbedge import bench
-    from cbedge.radiograph import load_radiograph
+    from cbedge.images.radiograph import load_radiograph
 
     if form not in bench.FORMATS:
         raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench.FORMATS)}")
@@ -233,8 +233,8 @@ def batch_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cbedge import batch
-    from cbedge.radiograph import printable
+    from cbedge.images.radiograph import printable
+    from cbedge.services import batch
 
     found = batch.find_studies(studies)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
@@ -252,7 +252,7 @@ def batch_command(
             raise OutputError("--parquet and --out name one file: give two")
     from cbedge.api import ReportGenerator
     from cbedge.backends import choose_variant
-    from cbedge.bundle import open_bundle
+    from cbedge.bundles.bundle import open_bundle
     from cbedge.drafting.codec import TextCodec
     from cbedge.drafting.plan import check_template
 
@@ -311,7 +311,7 @@ def serve_command(
 ) -> None:
     """Serve drafts over HTTP, with a page to try it: http://127.0.0.1:8642."""
     try:
-        from cbedge.serve import ServeSettings, check_exposure, run_server
+        from cbedge.services.http import ServeSettings, check_exposure, run_server
     except ImportError as error:
         raise OutputError(f'cbedge serve needs the package {error.name}; type: pip install "cbedge[serve]"') from None
     check_exposure(host, token)
@@ -344,13 +344,13 @@ def listen_command(
 ) -> None:
     """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
     try:
-        from cbedge.listen import ListenSettings, Peer, run_listener
+        from cbedge.services.dicom_node import ListenSettings, Peer, run_listener
     except ImportError as error:
         raise OutputError(
             f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'
         ) from None
     from cbedge.api import ReportGenerator
-    from cbedge.formats import check_format
+    from cbedge.outputs import check_format
 
     check_format("sr")
     node = Peer.parse(peer) if peer else None
@@ -388,7 +388,7 @@ def doctor_command(
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON Schema of the reports that --json writes."""
-    from cbedge.formats import SCHEMA
+    from cbedge.outputs import SCHEMA
 
     typer.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
 
@@ -401,7 +401,7 @@ def model_command(
 ) -> None:
     """Say which model is embedded, and verify every file of it."""
     from cbedge.backends import choose_variant
-    from cbedge.bundle import CARD, MANIFEST, open_bundle
+    from cbedge.bundles.bundle import CARD, MANIFEST, open_bundle
 
     bundle = open_bundle(model)
     if card or as_json:

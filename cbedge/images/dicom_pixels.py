@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbedge.codestream import Codestream, CodestreamError, check_run_lengths, read_jpeg, read_jpeg2000
 from cbedge.errors import RadiographError
-from cbedge.intensity import Transform, blocks, stretch
-from cbedge.memory import kept_bytes, reduction
+from cbedge.images.codestream import Codestream, CodestreamError, check_run_lengths, read_jpeg, read_jpeg2000
+from cbedge.images.intensity import Transform, blocks, stretch
+from cbedge.images.memory import kept_bytes, reduction
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -204,7 +204,8 @@ def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None
         warnings: get what could not be applied.
 
     Returns:
-        float32 in 0..1, padding dark; of the largest films averaged as in :attr:`cbedge.radiograph.Radiograph.pixels`.
+        float32 in 0..1, padding dark; of the largest films averaged as in
+        :attr:`cbedge.images.radiograph.Radiograph.pixels`.
     """
     rows, columns = values.shape
     return stretch(

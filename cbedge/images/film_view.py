@@ -13,6 +13,7 @@ import numpy as np
 
 from cbedge.errors import BundleError
 
+FILM_VIEW = "film_view.npy"  # file of a bundle
 LATERAL, MIRRORED = 0, 1  # rows of the classifiers
 
 

@@ -17,8 +17,8 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 
 from cbedge.errors import RadiographError
-from cbedge.intensity import averaged, blocks, stretch, to_uint8
-from cbedge.memory import PartedFile, kept_bytes, reduction, working_memory
+from cbedge.images.intensity import averaged, blocks, stretch, to_uint8
+from cbedge.images.memory import PartedFile, kept_bytes, reduction, working_memory
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG brings MPO, of cameras
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV", "LAB")
@@ -84,7 +84,7 @@ def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.n
 
     Returns:
         pixels, float32 [rows, columns] in 0..1; how colourful they are, 0 to 1; and the stored 8-bit values, as
-        :attr:`cbedge.radiograph.Radiograph.stored`.
+        :attr:`cbedge.images.radiograph.Radiograph.stored`.
 
     Raises:
         RadiographError: damaged, or of a pixel type that is not supported.

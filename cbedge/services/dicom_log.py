@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 
-from cbedge.dicom_file import silence_pydicom
+from cbedge.images.dicom_file import silence_pydicom
 
 _log = logging.getLogger("cbedge.listen")
 

@@ -12,12 +12,12 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cbedge.errors import ContextError, RadiographError
+from cbedge.outputs import FORMATS
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS
 
 TEXTS = ("indication", "comparison", "view", "template")
 FILES = ("image", "lateral")
 SWITCHES = ("stream", "heatmap", "accept_any_image")
-FORMATS = ("json", "text", "fhir", "sr")
 _FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _MAX_FILES, _MAX_FIELDS = 8, 16

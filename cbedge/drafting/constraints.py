@@ -3,8 +3,8 @@
 A draft is made of steps between sentences. After each sentence, the next step is the template's next sentence, a
 sentence of the language model's own, the next heading or the end. A template's sentence and a heading are forced token
 by token; the language model reads them, so what follows knows them. In a sentence of its own, the language model is
-free within the lexicon's words (:mod:`cbedge.lexicon`); headings and the stop token are out of reach there. A section
-that says the same sentence twice, or that has more sentences than any report, comes to its end.
+free within the lexicon's words (:mod:`cbedge.drafting.lexicon`); headings and the stop token are out of reach there. A
+section that says the same sentence twice, or that has more sentences than any report, comes to its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cbedge.lexicon import Lexicon
+from cbedge.drafting.lexicon import Lexicon
 from cbedge.sentences import ends_sentence, normalize
 
 MAX_OWN = 16  # sentences of the language model's own in a section

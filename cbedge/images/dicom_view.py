@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbedge.dicom_pixels import Warnings
+from cbedge.images.dicom_pixels import Warnings
 
 if TYPE_CHECKING:
     from pydicom import Dataset

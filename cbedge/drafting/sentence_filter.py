@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from cbedge.lexicon import Lexicon
+from cbedge.drafting.lexicon import Lexicon
 from cbedge.report import DraftToken
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 

@@ -17,8 +17,8 @@ from pynetdicom.sop_class import EnhancedSRStorage  # type: ignore[attr-defined]
 from pynetdicom.status import STORAGE_SERVICE_CLASS_STATUS
 
 from cbedge.errors import ContextError
-from cbedge.listen_log import tell
-from cbedge.spool import Spool, Version, machine_trouble, version_of
+from cbedge.services.dicom_log import tell
+from cbedge.services.spool import Spool, Version, machine_trouble, version_of
 
 MAX_REFUSALS = 10  # with pauses from 5 s to 600 s about half an hour
 RESCAN_S = 30.0  # files that somebody put into the spool are found after so long

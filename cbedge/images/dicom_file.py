@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cbedge.dicom_header import COPIED, UNREADABLE
 from cbedge.errors import RadiographError
-from cbedge.memory import MAX_BYTES, PartedFile
+from cbedge.images.dicom_header import COPIED, UNREADABLE
+from cbedge.images.memory import MAX_BYTES, PartedFile
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -119,7 +119,7 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
     """What cbedge uses of a DICOM file's header, without pixels; ``None`` where ``source`` is none, or no DICOM file.
 
-    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.dicom_header.UNREADABLE`.
+    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.images.dicom_header.UNREADABLE`.
 
     Args:
         source: the file, with or without the preamble, or its bytes.

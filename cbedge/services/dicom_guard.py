@@ -18,7 +18,7 @@ from pynetdicom import AE, evt
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.transport import ThreadedAssociationServer
 
-from cbedge.listen_log import tell
+from cbedge.services.dicom_log import tell
 
 MAX_PDU_BYTES = 2**20  # many times what is offered to peers; a request for many presentation contexts needs 150 kB
 MAX_QUEUED_MESSAGES = 64  # a peer sends the next one after the answer to the last

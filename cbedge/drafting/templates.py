@@ -1,0 +1,354 @@
+"""Normal reports in the wording of the house, to one of which a draft keeps, sentence by sentence.
+
+Radiologists write most of a report by template: the usual sentences on a normal chest, of which they change what the
+image shows otherwise. Which template is usual depends on who asks and why, more than on the image. So a bundle holds
+some templates and a small linear classifier that chooses one by the words of indication and comparison, for studies in
+which nothing abnormal is seen; or a user gives one of their own, for all. A template's sentence is taken whole, in its
+own words, or left out because it contradicts what was seen (:mod:`cbedge.drafting.constraints`).
+
+A bundle's template is made of sentences that several training reports share, says of no finding that it is there, and
+has the findings of no report (:mod:`training.templates`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from cbedge.errors import BundleError, ContextError
+from cbedge.prompt import SPECIAL_TOKEN, ClinicalContext, build_target
+from cbedge.sentences import ends_sentence, normalize, sentence_spans
+
+BUCKETS = 8192
+LENGTHS = (2, 5)  # of the runs of characters that are counted, of a word with a space on either side
+MAX_TEMPLATE_CHARACTERS = 4000
+# Headings that stand for FINDINGS and IMPRESSION, in some languages; case does not matter.
+_FINDINGS = frozenset(
+    [
+        "findings",
+        "finding",
+        "report",
+        "description",
+        "observations",
+        "befund",
+        "befunde",
+        "constatations",
+        "description des images",
+        "hallazgos",
+        "achados",
+        "reperti",
+        "referto",
+        "bevindingen",
+        "beskrivning",
+        "описание",
+        "所見",
+        "所见",
+    ]
+)
+_IMPRESSION = frozenset(
+    [
+        "impression",
+        "impressions",
+        "conclusion",
+        "conclusions",
+        "opinion",
+        "comment",
+        "comments",
+        "summary",
+        "interpretation",
+        "assessment",
+        "diagnosis",
+        "beurteilung",
+        "zusammenfassung",
+        "fazit",
+        "en conclusion",
+        "conclusión",
+        "conclusion diagnostique",
+        "impresión",
+        "impressão",
+        "conclusão",
+        "conclusioni",
+        "conclusie",
+        "bedömning",
+        "заключение",
+        "印象",
+        "結論",
+        "结论",
+        "診断",
+        "诊断",
+    ]
+)
+_RESULT = frozenset(
+    ["result", "results", "résultat", "résultats", "ergebnis", "resultado", "risultato"]
+)  # either, by its place
+_HEADING = re.compile(r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})\s*[:：]\s*")
+_LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}[:：](?=\s|$)")
+_ITEM = re.compile(r"\(?\d{1,2}[.)]\s")
+_BULLET = re.compile(r"^\s*[-*•·‣◦▪–—#]+\s+")
+_EMPHASIS = re.compile(r"\*{2,}")  # of Markdown
+_DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
+_BLANK = re.compile(r"_{2,}|X{3,}|\[\s*\]|<[A-Za-z][^<>|]{0,40}>")
+_ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
+_WRAPPED = 50  # characters: a line as long as this, without an end, goes on in the next
+# Words that English reports can hardly do without, and that are no words of German, French, Spanish or Italian reports.
+_ENGLISH = frozenset(
+    [
+        "the",
+        "is",
+        "are",
+        "and",
+        "of",
+        "with",
+        "without",
+        "within",
+        "there",
+        "not",
+        "or",
+        "in",
+        "on",
+        "for",
+        "to",
+        "seen",
+        "has",
+        "have",
+        "been",
+        "be",
+        "by",
+        "clear",
+        "intact",
+        "unremarkable",
+        "heart",
+        "lungs",
+        "lung",
+        "size",
+        "limits",
+        "evidence",
+        "acute",
+        "chest",
+        "ribs",
+        "bones",
+        "bony",
+        "osseous",
+        "spine",
+        "pleural",
+        "effusion",
+        "effusions",
+        "disease",
+        "soft",
+        "tissues",
+        "tissue",
+        "film",
+        "view",
+        "views",
+        "findings",
+        "abnormality",
+        "both",
+        "appear",
+        "appears",
+        "free",
+        "normally",
+        "well",
+        "cardiac",
+        "silhouette",
+        "contours",
+        "structures",
+        "hila",
+        "mediastinum",
+        "airspace",
+        "cardiomediastinal",
+        "sharp",
+        "angles",
+        "trachea",
+    ]
+)
+ENGLISH_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Template:
+    """A normal report in sentences.
+
+    Attributes:
+        findings, impression: the sentences of each section, each with its end; the impression may have none.
+        english: whether the words are English ones. What contradicts a finding is known by English words.
+    """
+
+    findings: tuple[str, ...]
+    impression: tuple[str, ...]
+    english: bool
+
+    @property
+    def text(self) -> str:
+        """The template as one line, ``FINDINGS: … IMPRESSION: …``."""
+        return build_target(" ".join(self.findings), " ".join(self.impression) or None)
+
+
+def parse_template(text: str) -> Template:
+    """Read a normal report: prose or a form, with headings of its own, labels, bullets or numbered items.
+
+    Headings that stand for FINDINGS and IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) are taken as these;
+    any other heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without an end gets a
+    full stop, bullets and Markdown's marks are dropped, and a sentence that a section says twice is taken once. No
+    other character changes.
+
+    Raises:
+        ContextError: it is not text, has no findings, is too long, has blanks to fill in, or a heading inside a
+            sentence.
+    """
+    if not isinstance(text, str):
+        raise ContextError(f"the template must be text, not {type(text).__name__}")
+    if len(text) > MAX_TEMPLATE_CHARACTERS:
+        raise ContextError(
+            f"the template has {len(text):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are taken: shorten it"
+        )
+    if blank := _BLANK.search(text):
+        raise ContextError(f"the template has a blank ({blank.group()[:20]}): fill it in, or leave its sentence out")
+    while SPECIAL_TOKEN.search(text):
+        text = SPECIAL_TOKEN.sub(" ", text)
+    sections: tuple[list[str], list[str]] = ([], [])
+    place = 0
+    for line in _lines(text):
+        at = 0
+        for start, end in sentence_spans(line):
+            if start < at:
+                continue
+            sentence = line[start:end]
+            heading = _HEADING.match(sentence)
+            known = None if heading is None else _section_of(heading[1], bool(sections[0]))
+            if heading is not None and known is not None:
+                place, sentence = known, sentence[heading.end() :]
+            elif (known := _section_of(sentence.rstrip(" .:："), bool(sections[0]))) is not None:
+                place, sentence = known, ""
+            if not re.search(r"\w", sentence):
+                continue
+            sentence = sentence if _ENDED.search(sentence) else f"{sentence.rstrip(' ,;')}."
+            if normalize(sentence) not in map(normalize, sections[place]):
+                sections[place].append(sentence)
+    for sentence in (*sections[0], *sections[1]):
+        if inner := _DRAFTS_HEADING.search(sentence):
+            raise ContextError(
+                f"the template has {inner.group()} inside a sentence: give it as plain text, with the heading on a "
+                "line of its own"
+            )
+    if not sections[0]:
+        raise ContextError("the template has no findings: give the sentences of a normal report")
+    words = [word for part in sections for s in part for word in re.findall(r"[^\W\d_]+", s.lower())]
+    share = sum(word in _ENGLISH for word in words) / max(1, len(words))
+    return Template(tuple(sections[0]), tuple(sections[1]), share >= ENGLISH_SHARE)
+
+
+def read_template(text: str) -> str:
+    """A normal report as ``FINDINGS: … IMPRESSION: …``; see :func:`parse_template`.
+
+    Raises:
+        ContextError: as :func:`parse_template`.
+    """
+    return parse_template(text).text
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with white space folded and bullets dropped; lines of one sentence are joined."""
+    lines: list[str] = []
+    fresh = True
+    for raw in text.splitlines():
+        bullet = bool(_BULLET.match(raw))
+        line = _EMPHASIS.sub("", _BULLET.sub("", raw))
+        line = "".join(" " if unicodedata.category(c).startswith("C") else c for c in line)
+        line = re.sub(r"\s+", " ", line).strip()
+        if not line:
+            fresh = True
+            continue
+        before = lines[-1] if lines else ""
+        starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line)) or _section_of(line, True) is not None
+        heads = before.endswith((":", "："))
+        wrapped = line[0].islower() or len(before) >= _WRAPPED
+        if (before and not fresh and not starts and (heads or (wrapped and not ends_sentence(before)))) or (
+            before and heads and not _LABEL.match(line) and _section_of(before.rstrip(" :："), True) is None
+        ):
+            lines[-1] = f"{before} {line}"
+        else:
+            lines.append(line)
+        fresh = False
+    return lines
+
+
+def _section_of(name: str, has_findings: bool) -> int | None:
+    """Which section a heading opens: 0 findings, 1 impression; ``None`` for any other text."""
+    words = " ".join(name.casefold().split())
+    if words in _RESULT:
+        return int(has_findings)
+    if words in _FINDINGS or words in ("findings and impression", "findings & impression"):
+        return 0
+    return 1 if words in _IMPRESSION else None
+
+
+class Templates:
+    """Templates, and which of them is usual for a clinical context.
+
+    Args:
+        texts: the templates, each ``FINDINGS: … IMPRESSION: …``.
+        weights: of the classifier, float32 [F, K]: features of :func:`context_features`, templates.
+        bias: float32 [K].
+
+    Raises:
+        ValueError: there is none, or the sizes do not fit.
+    """
+
+    def __init__(self, texts: Sequence[str], weights: np.ndarray, bias: np.ndarray):
+        if not texts or weights.ndim != 2 or weights.shape[1] != len(texts) or bias.shape != (len(texts),):
+            raise ValueError(f"{len(texts)} templates with weights {weights.shape} and bias {bias.shape}")
+        self.texts = tuple(texts)
+        self._scale = np.maximum(np.abs(weights).max(0), 1e-12).astype(np.float32) / 127
+        self._weights = np.round(weights / self._scale).astype(np.int8)
+        self._bias = bias.astype(np.float32)
+
+    def choose(self, context: ClinicalContext) -> str:
+        """The template that is usual for a context."""
+        buckets, values = context_features(context, len(self._weights))
+        rows = self._weights[buckets].astype(np.float32)
+        return self.texts[int((values @ rows * self._scale + self._bias).argmax())]
+
+    def save(self, path: Path) -> None:
+        """Write ``templates.npz``, weights in 8 bits."""
+        with open(path, "wb") as file:
+            np.savez_compressed(
+                file, texts=np.array(self.texts), weights=self._weights, scale=self._scale, bias=self._bias
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Templates:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            BundleError: the file holds no templates.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                texts = [str(text) for text in arrays["texts"]]
+                return cls(texts, arrays["weights"] * arrays["scale"], arrays["bias"])
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile):
+            raise BundleError(f"{path.name} in {path.parent} holds no templates: export the bundle again") from None
+
+
+def context_features(context: ClinicalContext, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of characters in the words of indication and comparison, hashed and counted: (buckets, values).
+
+    Values are 1 + log of the count, scaled to length 1; both are of one size, int64 and float32.
+    """
+    counts: Counter[int] = Counter()
+    for word in f"{context.indication or ''} | {context.comparison or ''}".split():
+        padded = f" {word} "
+        for size in range(LENGTHS[0], LENGTHS[1] + 1):
+            for start in range(max(1, len(padded) - size + 1)):
+                counts[zlib.crc32(padded[start : start + size].encode()) % buckets] += 1
+    values = np.array([1 + math.log(count) for count in counts.values()], np.float32)
+    return np.array([*counts], np.int64), values / max(float(np.linalg.norm(values)), 1e-12)

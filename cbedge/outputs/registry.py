@@ -1,0 +1,74 @@
+"""The formats of a draft: one entry each.
+
+A new format is a module with a function that writes it, and an entry here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbedge.errors import OutputError
+from cbedge.report import Report
+
+SCHEMA = Path(__file__).parent / "report.schema.json"
+Source = Path | bytes | None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        writer: ``module:function`` that makes the bytes of a file of a report and of the radiograph's file.
+        media_type: for HTTP.
+        package: a module that must be installed, with the extra ``hospital``.
+    """
+
+    writer: str
+    media_type: str
+    package: str | None = None
+
+
+FORMATS = {
+    "text": Format("cbedge.outputs.plain:write_text", "text/plain"),
+    "json": Format("cbedge.outputs.plain:write_json", "application/json"),
+    "sr": Format("cbedge.outputs.sr:write", "application/dicom", "highdicom"),
+    "fhir": Format("cbedge.outputs.fhir:write", "application/fhir+json", "fhir.resources"),
+}
+
+
+def check_format(name: str) -> None:
+    """See that a format is known and its library is installed, before any work is done.
+
+    Raises:
+        OutputError: it is not.
+    """
+    if name not in FORMATS:
+        raise OutputError(f"unknown format {name[:20]!r}; give one of: {', '.join(FORMATS)}")
+    package = FORMATS[name].package
+    try:
+        if package is not None:
+            importlib.import_module(package)
+    except ImportError as error:
+        raise OutputError(
+            f'--format {name} needs the package {error.name}; type: pip install "cbedge[hospital]"'
+        ) from None
+
+
+def render(report: Report, form: str, source: Source = None) -> bytes:
+    """A report in one of :data:`FORMATS`, as the bytes of a file.
+
+    Args:
+        report: the draft.
+        form: the format.
+        source: the radiograph's file, whose header tells patient and study; ``sr`` needs it, ``fhir`` takes it.
+
+    Raises:
+        OutputError: the format or its library is not there.
+        RadiographError: ``sr`` of a radiograph that is no DICOM file, or whose header lacks its identifiers.
+    """
+    check_format(form)
+    module, function = FORMATS[form].writer.split(":")
+    return getattr(importlib.import_module(module), function)(report, source)

@@ -1,0 +1,173 @@
+"""DICOM Enhanced SR in the image's study: preliminary, partial, unverified."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from typing import TYPE_CHECKING
+
+from cbedge.errors import RadiographError
+from cbedge.images.dicom_file import read_header
+from cbedge.images.dicom_header import PATIENT_AND_STUDY, StudyHeader, study_header, usable
+from cbedge.outputs.registry import Source
+from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, left_out
+from cbedge.report import DRAFT_STATEMENT, Report
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_MANUFACTURER = "cbedge"
+_SCORE_MEANING = "Image finding score, 0 to 1: ranks, is no probability"
+
+
+def write(report: Report, source: Source) -> bytes:
+    """A report as the bytes of a DICOM file.
+
+    Raises:
+        RadiographError: the source is no DICOM file, or its header lacks its identifiers.
+    """
+    return to_sr(report, read_header(source))
+
+
+def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> bytes:
+    """An Enhanced SR document in the image's study: preliminary, partial, unverified.
+
+    Of the header, what is valid is copied, in Unicode; a comment names the attributes that were left out.
+
+    Args:
+        report: the draft.
+        header: the image's, without pixels.
+        same_again: derive the document's identifiers from all that makes its text, so that a document that is made
+            again after an interruption is the same one to whoever has it already, and any other draft is another.
+
+    Raises:
+        RadiographError: there is none, or its identifiers are missing or malformed.
+    """
+    if header is None:
+        raise RadiographError("a DICOM SR belongs to a study: give the radiograph as a DICOM file, or another --format")
+    import highdicom
+    from pydicom.uid import generate_uid
+
+    study = study_header(header)
+    content = _content(report, study)
+    identity = _identity(report, study, content)
+    uids = [generate_uid(entropy_srcs=[identity, kind] if same_again else None) for kind in ("series", "document")]
+
+    class Document(highdicom.sr.EnhancedSR):
+        """Copies patient and study of the checked header, also of an image whose SOP class highdicom does not know."""
+
+        def copy_patient_and_study_information(self, dataset: Dataset) -> None:
+            for name in PATIENT_AND_STUDY:
+                if name in dataset:
+                    self.add(dataset[name])
+
+    document = Document(
+        evidence=[study.values], content=content,
+        series_instance_uid=uids[0], series_number=_series_number(header), sop_instance_uid=uids[1],
+        instance_number=1, manufacturer=_MANUFACTURER, is_complete=False, is_final=False, is_verified=False,
+        specific_character_set="ISO_IR 192",  # whatever the header's was: a draft may hold any character
+    )  # fmt: skip
+    document.ManufacturerModelName = _long_string(report.model)
+    document.SoftwareVersions = _long_string(report.model_version)
+    document.SeriesDescription = "Draft report, unreviewed"
+    file = io.BytesIO()
+    document.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:
+    """A hash of all that makes a document: what it copies, the images, what wrote it and every word that it says."""
+    parts = [
+        {str(element.tag): str(element.value) for element in study.values}, content.to_json(), report.text,
+        report.complete, report.image_sha256, report.lateral_sha256, report.view, report.template, report.model,
+        report.model_version, report.variant,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _long_string(text: str) -> str:
+    """Text that fits an attribute of type LO."""
+    return "".join(c if c.isprintable() and c != "\\" else " " for c in text)[:64].strip() or "unknown"
+
+
+def _series_number(header: Dataset) -> int:
+    """High enough not to meet the modality's own series."""
+    number = usable(header, "SeriesNumber")
+    return 9000 + int(str(number or 0)) % 900
+
+
+def _content(report: Report, study: StudyHeader) -> Dataset:
+    """The content tree: what wrote it, that it is a draft, what to check first, the sections, the finding scores."""
+    from highdicom.sr import (
+        CodeContentItem,
+        CodedConcept,
+        ContainerContentItem,
+        ContentSequence,
+        ImageContentItem,
+        NumContentItem,
+        RelationshipTypeValues,
+        TextContentItem,
+        UIDRefContentItem,
+    )
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    contains, context = RelationshipTypeValues.CONTAINS, RelationshipTypeValues.HAS_OBS_CONTEXT
+    modifier, inferred = RelationshipTypeValues.HAS_CONCEPT_MOD, RelationshipTypeValues.INFERRED_FROM
+    dcm = codes.DCM
+    comment = CodedConcept("121106", "DCM", "Comment")
+
+    def image() -> ImageContentItem:
+        return ImageContentItem(
+            CodedConcept("111040", "DCM", "Original Source"), study.values.SOPClassUID, study.values.SOPInstanceUID,
+            relationship_type=inferred,
+        )  # fmt: skip
+
+    def section(title: tuple[str, str], name: CodedConcept, text: str) -> ContainerContentItem:
+        container = ContainerContentItem(CodedConcept(title[0], "LN", title[1]), False, relationship_type=contains)
+        item = TextContentItem(name, text, contains)
+        item.ContentSequence = ContentSequence([image()])
+        container.ContentSequence = ContentSequence([item])
+        return container
+
+    # The device's identity follows from what it is, so that two drafts of one model name the same observer.
+    observer = generate_uid(entropy_srcs=[report.model, report.model_version, report.variant])
+    items = [
+        CodeContentItem(
+            CodedConcept("121049", "DCM", "Language of Content Item and Descendants"),
+            CodedConcept("en", "RFC5646", "English"), modifier,
+        ),
+        CodeContentItem(CodedConcept("121005", "DCM", "Observer Type"), dcm.Device, context),
+        UIDRefContentItem(CodedConcept("121012", "DCM", "Device Observer UID"), observer, context),
+        TextContentItem(CodedConcept("121013", "DCM", "Device Observer Name"), _MANUFACTURER, context),
+        TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
+        TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
+        TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
+    ]  # fmt: skip
+    comments = [DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)]
+    items += [TextContentItem(comment, text, contains) for text in comments]
+    if report.findings:
+        items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
+    if report.impression:
+        items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), report.impression))
+    for name, score in _scores(report):
+        item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
+        number = NumContentItem(
+            CodedConcept("score", "99CBEDGE", _SCORE_MEANING), score, CodedConcept("1", "UCUM", "no units"),
+            relationship_type=RelationshipTypeValues.HAS_PROPERTIES,
+        )  # fmt: skip
+        item.ContentSequence = ContentSequence([number, image()])
+        items.append(item)
+    root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
+    root.ContentSequence = ContentSequence(items)
+    return root
+
+
+def _scores(report: Report) -> list[tuple[str, float]]:
+    """The findings whose image scores are above their thresholds, with these."""
+    return [
+        (name, round(float(report.finding_scores[name]), 3))
+        for name in report.image_findings or ()
+        if name in report.finding_scores
+    ]

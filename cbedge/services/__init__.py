@@ -1,0 +1,1 @@
+"""Batches, the HTTP service and the DICOM node."""

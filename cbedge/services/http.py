@@ -1,0 +1,498 @@
+"""An HTTP service for workstation tools: a radiograph in, a draft out, whole or as it is written.
+
+One worker drafts at a time, for one draft uses every core; others wait in a queue that has an end, and who would
+have to wait behind it is told when to come again. Logs hold no patient data: no text, no file names, no addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import json
+import logging
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.requests import ClientDisconnect
+
+from cbedge import __version__
+from cbedge.api import ReportGenerator, ReportStream
+from cbedge.bundles.bundle import CARD
+from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, DraftError, RadiographError
+from cbedge.images.heatmap import overlay, png
+from cbedge.images.radiograph import load_radiograph
+from cbedge.outputs import FORMATS, SCHEMA, check_format, render
+from cbedge.report import Report
+from cbedge.services.http_form import DraftForm, form_schema, open_form, read_form
+from cbedge.services.http_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
+
+_STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500,
+                                         DraftError: 422}  # fmt: skip
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self'"
+)
+MAX_TICKETS = 64
+TICKET_GRACE_S = 10  # a ticket holds so much longer than Retry-After
+_log = logging.getLogger("cbedge.serve")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How the service behaves.
+
+    Attributes:
+        token: what ``Authorization: Bearer`` must hold; ``None`` lets everybody on the same machine in.
+        max_bytes: largest request that is read.
+        queue: drafts that may wait; one more is answered 429.
+        deadline_s: seconds from a request's arrival to its last token, after which it is given up with 503.
+        idle_s: seconds in which the next part of a request has to come, else it is answered 408.
+        hosts: names by which the service may be addressed; empty allows any.
+        max_together: bytes of all requests that are read or wait at a time; one more is answered 503. They lie in the
+            folder for temporary files.
+    """
+
+    token: str | None = None
+    max_bytes: int = 64 * 2**20
+    queue: int = 8
+    deadline_s: float = 60.0
+    idle_s: float = 10.0
+    hosts: tuple[str, ...] = ()
+    max_together: int = 1024 * 2**20
+
+
+class Overloaded(Exception):
+    """The queue is full.
+
+    Attributes:
+        retry_after: seconds after which it may have room.
+        ticket: who shows it then goes before those who come for the first time; ``None`` where too many hold one.
+    """
+
+    def __init__(self, retry_after: int, ticket: str | None):
+        self.retry_after, self.ticket = retry_after, ticket
+
+
+class GivenUp(Exception):
+    """The deadline passed, or nobody waits for the draft any more."""
+
+
+class Drafter:
+    """One generator, one draft at a time, a bounded queue before it.
+
+    Who is turned away gets a ticket, and half of the queue is kept for those who come back with one: else clients that
+    ask again as soon as they are answered would keep the queue full, and others out of it, for ever.
+    """
+
+    def __init__(self, generator: ReportGenerator, settings: ServeSettings, metrics: Metrics):
+        self.generator, self.settings, self.metrics = generator, settings, metrics
+        self.draining = False
+        self.waiting = 0
+        self._turn = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1, "draft")  # always the same thread: CUDA graphs are recorded for each anew
+        self._usual_s = 1.0
+        self._tickets: dict[str, float] = {}  # when each lapses
+
+    async def draft(
+        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
+        tell: Callable[[str], Awaitable[None]] | None = None, ticket: str | None = None,
+    ) -> ReportStream:  # fmt: skip
+        """Draft in a thread; ``tell`` is given every piece, ``alive`` is asked between pieces whether to go on.
+
+        ``ticket`` is that of an earlier :class:`Overloaded`.
+
+        Raises:
+            Overloaded: too many wait already.
+            GivenUp: see there.
+            CbedgeError: the radiograph or its context cannot be used.
+        """
+        self._admit(ticket)
+        deadline = time.monotonic() + self.settings.deadline_s
+        self.waiting += 1
+        self.metrics.waiting.set(self.waiting)
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.settings.deadline_s):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise GivenUp("the deadline passed in the queue") from None
+        finally:
+            self.waiting -= 1
+            self.metrics.waiting.set(self.waiting)
+        try:
+            start = time.monotonic()
+            stream = await self._write(make, alive, tell, deadline)
+            self._usual_s = 0.8 * self._usual_s + 0.2 * (time.monotonic() - start)
+            return stream
+        finally:
+            self._turn.release()
+
+    def _admit(self, ticket: str | None) -> None:
+        now, queue = time.monotonic(), self.settings.queue
+        self._tickets = {held: lapses for held, lapses in self._tickets.items() if lapses > now}
+        came_back = ticket is not None and self._tickets.pop(ticket, None) is not None
+        kept = 0 if came_back else min(len(self._tickets), queue // 2)
+        if self.waiting + kept <= queue:
+            return
+        self.metrics.refused.inc()
+        ahead = self.waiting + min(len(self._tickets), queue) - queue // 2
+        retry_after = max(1, round(ahead * self._usual_s))
+        issued = uuid.uuid4().hex if len(self._tickets) < MAX_TICKETS else None
+        if issued:
+            self._tickets[issued] = now + retry_after + TICKET_GRACE_S
+        raise Overloaded(retry_after, issued)
+
+    async def _write(
+        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
+        tell: Callable[[str], Awaitable[None]] | None, deadline: float,
+    ) -> ReportStream:  # fmt: skip
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+
+        def work() -> ReportStream:
+            try:
+                stream = make()
+                for piece in stream:
+                    if stop.is_set():
+                        raise GivenUp("nobody waits for it any more")
+                    if time.monotonic() > deadline:
+                        raise GivenUp("the deadline passed while writing")
+                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                return stream
+            finally:
+                loop.call_soon_threadsafe(pieces.put_nowait, None)
+
+        task = asyncio.ensure_future(loop.run_in_executor(self._writer, work))
+        try:
+            while (piece := await pieces.get()) is not None:
+                if not await alive():
+                    stop.set()
+                elif tell is not None:
+                    await tell(piece)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            await asyncio.wait([task])  # the thread is out before the next draft begins
+        return task.result()
+
+
+class Metrics:
+    """What ``/metrics`` tells Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.drafts = Counter("cbedge_drafts", "Drafts by outcome.", ["outcome"], registry=self.registry)
+        self.refused = Counter("cbedge_refused", "Requests turned away, the queue being full.", registry=self.registry)
+        self.seconds = Histogram(
+            "cbedge_draft_seconds", "Seconds from arrival to the last token.", registry=self.registry,
+            buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60),
+        )  # fmt: skip
+        self.tokens = Counter("cbedge_tokens", "Tokens written.", registry=self.registry)
+        self.waiting = Gauge("cbedge_waiting", "Requests in the queue.", registry=self.registry)
+
+
+def check_exposure(host: str, token: str | None) -> None:
+    """See that a service that other machines can reach asks for a token.
+
+    Raises:
+        ContextError: it does not, or the token is too short to be one.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local and token is None:
+        raise ContextError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
+    if token is not None and not token.strip():
+        raise ContextError("the token is blank: give a secret of at least 16 characters, or none")
+    if token is not None and (token != token.strip() or not token.isprintable()):
+        raise ContextError("the token begins or ends with a space, or holds a control character: give another one")
+    if token is not None and len(token) < 16:
+        raise ContextError("the token has fewer than 16 characters: give a longer one")
+
+
+def create_app(generator: ReportGenerator, settings: ServeSettings | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        generator: writes the drafts.
+        settings: see there.
+    """
+    settings = settings or ServeSettings()
+    metrics = Metrics()
+    drafter = Drafter(generator, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        drafter.draining = True
+
+    app = FastAPI(
+        title="cbedge", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="Drafts chest radiograph reports. Research software, not a medical device.",
+    )  # fmt: skip
+    app.state.drafter = drafter
+    app.add_middleware(
+        RequestGuard, max_bytes=settings.max_bytes, idle_s=settings.idle_s, body_s=settings.deadline_s,
+        max_together=settings.max_together, hosts=settings.hosts,
+    )  # fmt: skip
+    app.add_exception_handler(CbedgeError, _refuse)
+    app.add_exception_handler(Overloaded, _later)
+    app.add_exception_handler(GivenUp, _late)
+    app.add_exception_handler(RequestValidationError, _explain)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _report)
+    allowed = Depends(token_check(settings.token))
+    app.include_router(_drafting(generator, drafter, metrics, allowed))
+    app.include_router(_telling(generator, drafter, metrics, settings, allowed))
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
+    return JSONResponse({"detail": str(error)}, status)
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    where = ", ".join(str(found["loc"][-1]) for found in error.errors()[:3])
+    return JSONResponse({"detail": f"the request cannot be used: check {where}"}, 422)
+
+
+async def _later(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Overloaded)
+    text = f"too many drafts are waiting: come again in {error.retry_after} s"
+    ticket = {"Queue-Ticket": error.ticket} if error.ticket else {}
+    return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)} | ticket)
+
+
+async def _late(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def _report(request: Request, error: Exception) -> Response:
+    kind = type(error).__name__
+    _log.error(json.dumps({"event": "error", "kind": kind}))  # the text of an error may hold patient data
+    return JSONResponse({"detail": f"an unforeseen error ({kind}): please report it"}, 500)
+
+
+def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
+    """What drafts a report."""
+    router = APIRouter(dependencies=[allowed])
+
+    @router.post(
+        "/v1/reports", summary="Draft the report of one study",
+        responses={
+            200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
+                  "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
+            400: {"description": "The body is no multipart form."},
+            401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
+            403: {"description": "The request comes from a page of another site."},
+            408: {"description": "The request came too slowly."},
+            421: {"description": "The Host header names another machine."},
+            422: {"description": "The radiograph or its context cannot be used."},
+            429: {"description": "The queue is full: come again after Retry-After; the answer's Queue-Ticket, sent "
+                                 "as a header, lets you in before others."},
+            503: {"description": "The deadline passed, the service is shutting down, or it has no room for the request "
+                                 "at present: come again after Retry-After."},
+        },
+        openapi_extra={"requestBody": form_schema()},
+    )  # fmt: skip
+    async def reports(
+        request: Request, queue_ticket: Annotated[str | None, Header(description="Of an answer 429.")] = None
+    ) -> Response:
+        if drafter.draining:
+            raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
+        async with open_form(request) as sent:
+            return await answer(request, await read_form(sent), queue_ticket)
+
+    async def answer(request: Request, form: DraftForm, queue_ticket: str | None) -> Response:
+        check_format(form.format)
+        arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
+        held: dict[str, Any] = {}
+
+        def make() -> ReportStream:
+            # Read and decoded only when it is this request's turn: of those that wait, nothing is in memory.
+            held["content"] = form.image.file.read()
+            held["radiograph"] = load_radiograph(held["content"])
+            second = form.lateral.file.read() if form.lateral is not None else None
+            options: dict[str, Any] = {**form.context, "accept_any_image": form.accept_any_image}
+            return generator.stream(held["radiograph"], lateral=second, **options)
+
+        async def alive() -> bool:
+            return not await request.is_disconnected()
+
+        async def run(tell: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
+            outcome, report = "failed", None
+            try:
+                done = await drafter.draft(make, alive, tell, queue_ticket)
+                outcome, report = "written", done.report
+                return done
+            except Overloaded:
+                outcome = "turned away"
+                raise
+            except (GivenUp, asyncio.CancelledError):
+                outcome = "given up"
+                raise
+            except CbedgeError:
+                outcome = "refused"
+                raise
+            finally:
+                _note(metrics, number, outcome, time.monotonic() - arrived, report)
+
+        if not form.stream:
+            report = (await run()).report
+            document = await asyncio.to_thread(render, report, form.format, held["content"])
+            return Response(document, media_type=FORMATS[form.format].media_type, headers={"X-Request-Id": number})
+        events = _events(run, held, form.heatmap)
+        first = await anext(events)  # what is wrong with the input is told by the status, before the stream begins
+        return StreamingResponse(_chain(first, events), media_type="text/event-stream",
+                                 headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
+
+    return router
+
+
+def _telling(
+    generator: ReportGenerator, drafter: Drafter, metrics: Metrics, settings: ServeSettings, allowed: Any
+) -> APIRouter:
+    """What tells of the service and of the model, and the page."""
+    router = APIRouter()
+
+    @router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
+    async def healthz() -> str:
+        return "ok"
+
+    @router.get("/readyz", response_class=PlainTextResponse, summary="Whether it takes radiographs")
+    async def readyz() -> Response:
+        full = drafter.waiting > settings.queue
+        state = "shutting down" if drafter.draining else "the queue is full" if full else "ready"
+        return PlainTextResponse(state, 200 if state == "ready" else 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=[allowed], summary="For Prometheus")
+    async def tell_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @router.get("/v1/model", dependencies=[allowed], summary="The model, with its card")
+    async def model() -> dict[str, Any]:
+        manifest = generator.bundle.manifest
+        card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
+        return {
+            "name": manifest.name, "version": manifest.version, "variant": generator.variant,
+            "device": generator.backend.device, "license": manifest.license,
+            "reads_lateral": manifest.reads_lateral, "takes_template": manifest.image_findings is not None,
+            "card": card,
+        }  # fmt: skip
+
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> Response:
+        text = (files("cbedge.services") / "page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
+
+    return router
+
+
+async def _events(
+    run: Callable[..., Awaitable[ReportStream]], held: dict[str, Any], heatmap: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events of one draft."""
+    ready: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def tell(piece: str) -> None:
+        ready.put_nowait(_event("piece", {"text": piece}))
+
+    async def work() -> None:
+        try:
+            done = await run(tell)
+            values = json.loads(done.report.to_json())
+            if heatmap:
+                picture = await asyncio.to_thread(lambda: png(overlay(held["radiograph"], done.attention)))
+                values["heatmap_png"] = base64.b64encode(picture).decode()
+            ready.put_nowait(_event("report", values))
+        finally:
+            ready.put_nowait(None)
+
+    task = asyncio.ensure_future(work())
+    begun = False
+    try:
+        while (event := await ready.get()) is not None:
+            begun = True
+            yield event
+        await task
+    except (CbedgeError, GivenUp, Overloaded) as error:
+        if not begun:
+            raise
+        yield _event("error", {"detail": str(error)})
+    finally:
+        task.cancel()
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+def _event(name: str, values: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(values, ensure_ascii=False)}\n\n".encode()
+
+
+def _note(metrics: Metrics, number: str, outcome: str, seconds: float, report: Report | None) -> None:
+    metrics.drafts.labels(outcome).inc()
+    told: dict[str, Any] = {"event": "draft", "request": number, "outcome": outcome, "seconds": round(seconds, 3)}
+    if report is not None:
+        metrics.seconds.observe(seconds)
+        metrics.tokens.inc(report.new_tokens)
+        told |= {"tokens": report.new_tokens, "ms": {k: round(v, 1) for k, v in asdict(report.timings).items()}}
+    _log.info(json.dumps(told))
+
+
+def _schema() -> dict[str, Any]:
+    return json.loads(SCHEMA.read_text(encoding="utf-8"))
+
+
+def run_server(generator: ReportGenerator, host: str, port: int, settings: ServeSettings) -> None:
+    """Serve until the process is told to end; drafts that are being written are finished first.
+
+    Raises:
+        ContextError: see :func:`check_exposure`.
+        OSError: the address is taken.
+    """
+    import uvicorn
+
+    check_exposure(host, settings.token)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "message": %(message)s}'))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
+    for library in ("python_multipart", "asyncio"):  # they print parts of what is sent, and are no JSON
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if not settings.hosts and settings.token is None:  # else the token keeps other sites out
+        settings = replace(settings, hosts=(*LOOPBACK, host))
+    app = create_app(generator, settings)
+    server = uvicorn.Server(uvicorn.Config(
+        app, host=host, port=port, log_level="critical", access_log=False, timeout_keep_alive=20,
+        http=patient_protocol(settings.idle_s, settings.deadline_s), ws="none",
+        timeout_graceful_shutdown=int(settings.deadline_s), h11_max_incomplete_event_size=64 * 1024,
+    ))  # fmt: skip
+    _log.info(json.dumps(f"serving on http://{host}:{port}"))
+    server.run()
+    if not server.started:
+        raise ContextError(f"cannot listen on {host}:{port}: give another --port")
