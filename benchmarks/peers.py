@@ -32,7 +32,7 @@ import typer
 from tokenizers import Tokenizer
 
 from cbedge import CbedgeError, open_bundle
-from cbedge.backends.onnx import is_installed
+from cbedge.backends.provider import is_installed
 from cbedge.bench import machine
 from cbedge.bundles.bundle import TOKENIZER
 from cbedge.decoding import Decoder, Token

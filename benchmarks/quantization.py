@@ -171,7 +171,7 @@ def _with_decoder(generator: ReportGenerator, path: Path) -> ReportGenerator:
     folder = generator.bundle.folder
     variant = manifest.variants["fp32"]
     graphs = {k: str(folder.absolute() / v) for k, v in variant.graphs.items()} | {DECODER: str(path)}
-    from cbedge.backends.onnx import OnnxBackend
+    from cbedge.backends.ort import OnnxBackend
 
     backend = OnnxBackend(Bundle(Path("/"), manifest), replace(variant, graphs=graphs), "cpu")
     return ReportGenerator(generator.bundle, "fp32", backend)

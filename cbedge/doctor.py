@@ -71,7 +71,7 @@ def _python() -> Check:
 
 
 def _runtime() -> Check:
-    from cbedge.backends.onnx import check_runtime
+    from cbedge.backends.provider import check_runtime
 
     try:
         check_runtime()

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbedge.backends.onnx import LOGITS_START
+from cbedge.backends.ort import LOGITS_START
 from training.base import ModelAndTokenizers
 
 LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32

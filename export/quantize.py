@@ -24,7 +24,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     WeightOnlyQuantConfig,
 )
 
-from cbedge.backends.onnx import LOGITS_START
+from cbedge.backends.ort import LOGITS_START
 from cbedge.bundles.bundle import IN_INT8, Bundle
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.graphs import DECODER, EMBED, ENCODER, HEAD, QFORMER, VISION, ExportError, save_graph

@@ -6,7 +6,7 @@ import pytest
 from conftest import run_cli
 
 from cbedge import doctor
-from cbedge.backends import onnx as backend
+from cbedge.backends import provider as backend
 
 
 def test_a_sound_machine_is_called_so(tiny_bundle: Path):

@@ -13,8 +13,9 @@ from conftest import EXAMPLES, USUAL_VARIANT, draw_chest, draw_lateral, needs_de
 from PIL import Image
 
 from cbedge import BundleError, ContextError, DeviceError, RadiographError, Report, ReportGenerator, load_radiograph
-from cbedge.backends import onnx as backend
-from cbedge.backends.onnx import CudaDecoder, OnnxDecoder
+from cbedge.backends import provider as backend
+from cbedge.backends.ort_cuda import CudaDecoder
+from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.decoding import Decoding
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.drafting.plan import plan_draft
@@ -360,7 +361,7 @@ def test_reports_one_after_another_are_written_in_the_same_memory(tiny_bundle: P
         for indication in ("cough", "chest pain after a fall"):
             reports = [g.generate(chest_png, indication=indication, max_new_tokens=20, **how) for g in (usual, reused)]
             assert reports[0].text == reports[1].text
-    assert all(len(memories) <= 2 for memories in backend._memory.values())
+    assert all(len(memories) <= 2 for memories in backend.free_memory.values())
 
 
 def test_a_gpu_reads_any_number_of_tokens_in_passes_of_few_sizes(tiny_bundle: Path):

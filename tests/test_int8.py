@@ -125,7 +125,7 @@ def test_it_is_taken_on_such_a_processor_alone(bundle: Path, monkeypatch: pytest
     opened = open_bundle(bundle)
     assert choose_variant(opened) == ("q4a8", "cpu") and choose_variant(opened, "int4") == ("int4", "cpu")
     monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
-    monkeypatch.setattr("cbedge.backends.onnx.multiplies_exactly", lambda: False)
+    monkeypatch.setattr("cbedge.backends.ort.multiplies_exactly", lambda: False)
     assert choose_variant(opened) == ("int4", "cpu")
     with pytest.raises(DeviceError, match="AVX2"):
         ReportGenerator.from_pretrained(bundle, "q4a8")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cbedge.bundles.bundle import ENCODER, FOR_GPUS, IN_INT8, Bundle, Variant
+from cbedge.bundles.bundle import ENCODER, IN_INT8, Bundle, Variant
 from cbedge.decoding import Decoder
 
 if TYPE_CHECKING:
@@ -55,24 +55,24 @@ def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto"
 
     Raises:
         BundleError: the bundle has no such variant.
-        DeviceError: ONNX Runtime is not installed, or the device is not to be had.
+        DeviceError: ONNX Runtime is not installed, or the device is not available.
     """
     usual, variant = bundle.variant(name)
     if variant.backend != "onnx":
         return usual, device
     from cbedge.backends.int8 import multiplies_exactly
-    from cbedge.backends.onnx import choose_device
+    from cbedge.backends.registry import PROVIDERS, choose_device
 
-    gpu = choose_device(device) == "cuda"
+    chosen = choose_device(device)
+    variants, preferred = bundle.manifest.variants, PROVIDERS[chosen].variants
     if name is None:
-        variants = bundle.manifest.variants
-        if gpu:
-            usual = next((one for one in FOR_GPUS if one in variants), usual)
-        if usual == "int4" and IN_INT8 in variants and (device == "auto" or not gpu) and multiplies_exactly():
+        usual = next((one for one in preferred if one in variants), usual)
+        is_cpu = not preferred or device == "auto"
+        if usual == "int4" and IN_INT8 in variants and is_cpu and multiplies_exactly():
             usual = IN_INT8
-    if device == "auto" and usual not in FOR_GPUS and ENCODER not in variant.graphs:
-        device = "cpu"  # where it is quicker
-    return usual, device
+    if device == "auto" and usual not in preferred and ENCODER not in variant.graphs:
+        chosen = "cpu"  # where it is quicker
+    return usual, chosen
 
 
 def open_backend(bundle: Bundle, variant: Variant, device: str, threads: int | None = None) -> Backend:
@@ -81,17 +81,18 @@ def open_backend(bundle: Bundle, variant: Variant, device: str, threads: int | N
     Args:
         bundle: an opened bundle, its files verified.
         variant: one of its variants.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto`` or one of :data:`cbedge.backends.registry.PROVIDERS`.
         threads: CPU threads; default is one a core.
 
     Raises:
         BundleError: it cannot be loaded.
-        DeviceError: what it needs is not installed, or the device is not to be had.
+        DeviceError: what it needs is not installed, or the device is not available.
     """
     if variant.backend == "torch_nf4":
         from cbedge.backends.torch_nf4 import TorchNf4Backend
 
         return TorchNf4Backend(bundle, variant, device, threads)
-    from cbedge.backends.onnx import OnnxBackend, choose_device
+    from cbedge.backends.ort import OnnxBackend
+    from cbedge.backends.registry import choose_device
 
     return OnnxBackend(bundle, variant, choose_device(device), threads)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbedge.backends.onnx import DEVICES
 from cbedge.bundles.bundle import Bundle, Variant
 from cbedge.errors import BundleError, DeviceError
 from cbedge.findings.reading import QFormerOutput
@@ -26,12 +25,13 @@ if TYPE_CHECKING:
 
 # What transformers calls the files that a bundle holds under other names.
 FILES = {"nf4_config.json": "config.json", "nf4_model.safetensors": "model.safetensors"}
+DEVICES = ("auto", "cpu", "cuda")  # torch's
 HEAD = "nf4_finding_head.safetensors"
 INSTALL = 'pip install torch "transformers>=5.20" bitsandbytes accelerate safetensors'
 
 
 class TorchNf4Backend:
-    """The model in torch, asked as :class:`cbedge.backends.onnx.OnnxBackend` is asked.
+    """The model in torch, asked as :class:`cbedge.backends.ort.OnnxBackend` is asked.
 
     Args:
         bundle: an opened bundle.
@@ -45,7 +45,7 @@ class TorchNf4Backend:
         vocabulary: tokens that the language model knows.
 
     Raises:
-        DeviceError: torch, transformers or bitsandbytes is missing, or CUDA is asked for and is not to be had.
+        DeviceError: torch, transformers or bitsandbytes is missing, or CUDA is asked for and is not available.
         BundleError: the files do not load.
     """
 
@@ -94,7 +94,7 @@ class TorchNf4Backend:
             return self._model.vision_model(pixel_values=given).last_hidden_state.float().cpu().numpy()
 
     def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
-        """Ask the Q-Former; see :meth:`cbedge.backends.onnx.OnnxBackend.query_image`."""
+        """Ask the Q-Former; see :meth:`cbedge.backends.ort.OnnxBackend.query_image`."""
         import torch
 
         model = self._model

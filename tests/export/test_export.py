@@ -207,7 +207,7 @@ def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(
         decoder = generator.backend.new_decoder(12)
         logits.append([decoder.prefill(embeds), decoder.append([5, 6, 7])[2].copy()])
     assert np.corrcoef(np.ravel(logits[0]), np.ravel(logits[1]))[0, 1] > 0.999
-    monkeypatch.setattr("cbedge.backends.onnx.choose_device", lambda name: "cuda")
+    monkeypatch.setattr("cbedge.backends.registry.choose_device", lambda name: "cuda")
     assert choose_variant(exact.bundle) == ("q4f16", "auto") and exact.bundle.variant()[0] == "int4"
     assert choose_variant(exact.bundle, "int4") == choose_variant(open_bundle(cpu)) == ("int4", "cpu")
     for folder, reason in ((both, "has q4f16 already"), (tmp_path / "int8", "has no int4")):
@@ -224,7 +224,7 @@ def test_with_a_gpu_a_variant_for_gpus_is_chosen_and_another_runs_on_the_cpu(
     kept: str, variant: str, device: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert call_cli("export.revise", tiny_bundle, "--out", tmp_path / "b", "--keep", kept).returncode == 0
-    monkeypatch.setattr("cbedge.backends.onnx.choose_device", lambda name: "cuda" if name == "auto" else name)
+    monkeypatch.setattr("cbedge.backends.registry.choose_device", lambda name: "cuda" if name == "auto" else name)
     opened = []
 
     def open_it(bundle, chosen, where, threads):

@@ -1,0 +1,40 @@
+"""The execution providers, one entry each.
+
+A new one is a module that makes a :class:`~cbedge.backends.provider.Provider`, and an entry here.
+"""
+
+from cbedge.backends.ort_cuda import CUDA
+from cbedge.backends.ort_decoder import OnnxDecoder
+from cbedge.backends.provider import Provider, check_runtime
+from cbedge.errors import DeviceError
+
+CPU = Provider(
+    device="cpu",
+    name="CPUExecutionProvider",
+    new_decoder=OnnxDecoder,
+    install='the installed ONNX Runtime has no CPU kernels: pip install "cbedge[cpu]"',
+    failure='ONNX Runtime could not start on the CPU: pip install --force-reinstall "cbedge[cpu]"',
+)
+PROVIDERS = {provider.device: provider for provider in (CUDA, CPU)}  # ``auto`` takes the first one that can run
+DEVICES = ("auto", *sorted(PROVIDERS))
+
+
+def choose_device(name: str) -> str:
+    """A device's name; ``auto`` is the first of :data:`PROVIDERS` that the installed ONNX Runtime and the machine have.
+
+    Raises:
+        DeviceError: the name is unknown, or the installed ONNX Runtime is not built for the device.
+    """
+    check_runtime()
+    if name not in DEVICES:
+        raise DeviceError(f"unknown device {name[:20]!r}; give one of: {', '.join(DEVICES)}")
+    if name == CPU.device:
+        return name
+    import onnxruntime
+
+    built_for = onnxruntime.get_available_providers()
+    if name == "auto":
+        return next(p.device for p in PROVIDERS.values() if p is CPU or (p.name in built_for and p.has_hardware()))
+    if PROVIDERS[name].name not in built_for:
+        raise DeviceError(PROVIDERS[name].install)
+    return name
