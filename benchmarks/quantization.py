@@ -26,9 +26,9 @@ from cbedge.drafting.query import read_images
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import build_prompt
-from export.graphs import DECODER, save_graph
 from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
 from export.restore import restore
+from export.tracing import DECODER, save_graph
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import clean_reference, read_studies
 

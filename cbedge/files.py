@@ -11,12 +11,13 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
-
-from filelock import FileLock, Timeout
+from typing import IO, TYPE_CHECKING
 
 from cbedge.errors import OutputError
 from cbedge.file_names import MAX_WINDOWS_PATH, windows_fault
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 ON_WINDOWS = os.name == "nt"
 _MAX_NAME_BYTES = 255
@@ -182,6 +183,8 @@ def lock_file(path: Path, busy: str) -> FileLock:
         OutputError: another process has the lock.
         OSError: the lock file cannot be made, or the file system cannot lock.
     """
+    from filelock import FileLock, Timeout  # a command that locks nothing starts sooner
+
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)

@@ -88,11 +88,12 @@ def export(
     console = Console(stderr=True)
     from export.bundle import Origin, pack
     from export.gptq import can_be_rounded
-    from export.graphs import HEAD, export_graphs
+    from export.graphs import export_graphs
     from export.merge import merge
     from export.nf4 import write_nf4
     from export.parity import write_parity
     from export.quantize import ALGORITHMS, HALF, NF4, Int4Settings, round_for, write_variant
+    from export.tracing import HEAD
     from export.vocabulary import domain_texts, restrict_vocabulary
     from training.trained import load_adapted
 

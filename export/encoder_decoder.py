@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.nn import functional
 from transformers import T5ForConditionalGeneration
 
-from export.graphs import DECODER, ENCODER, ExportError, trace
+from export.tracing import DECODER, ENCODER, ExportError, trace
 
 KINDS = ("key", "value")
 

@@ -18,16 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbedge.backends.ort import LOGITS_START
+from export.encoder_decoder import export_encoder_decoder
+from export.tracing import DECODER, EMBED, QFORMER, VISION, ExportError, save_graph, trace
 from training.base import ModelAndTokenizers
-
-LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
-VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
-HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
-ENCODER = "encoder_model"  # of a language model that has one
-
-
-class ExportError(ValueError):
-    """The model cannot be exported."""
 
 
 class VisionGraph(nn.Module):
@@ -101,8 +94,6 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     Raises:
         ExportError: the language model is none that the decoder's builder writes, nor Flan-T5.
     """
-    from export.encoder_decoder import export_encoder_decoder
-
     paths = export_image_graphs(parts, folder)
     if not parts.model.config.use_decoder_only_language_model:
         return paths | export_encoder_decoder(parts.model.language_model, folder)
@@ -127,75 +118,6 @@ def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Pa
     trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
            {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
     return paths
-
-
-def trace(
-    module: nn.Module,
-    inputs: tuple[Tensor | list[Tensor], ...],
-    path: Path,
-    names: list[str],
-    outputs: list[str],
-    dynamic: dict | None,
-    within: bool = True,
-) -> None:
-    """Write a module as a graph.
-
-    Args:
-        module: what is traced.
-        inputs: examples.
-        path: of the graph.
-        names, outputs: of the graph's inputs and outputs.
-        dynamic: sizes that may differ, by the arguments of the module's ``forward``.
-        within: as of :func:`save_graph`.
-    """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        traced = Path(scratch) / path.name
-        torch.onnx.export(
-            module.eval(), inputs, str(traced), input_names=names, output_names=outputs, dynamic_shapes=dynamic,
-            dynamo=True, external_data=size > LARGEST_GRAPH, verbose=False,
-        )  # fmt: skip
-        graph = onnx.load(str(traced))
-        skip_unread(graph)
-        save_graph(graph, path, within)
-
-
-def skip_unread(graph: onnx.ModelProto) -> None:
-    """Take out of a graph, in place, what only goes into a part that is sliced away again.
-
-    The Q-Former's last layer works on the words of the instruction too, joins them to the queries, and the queries
-    alone are read: ``Slice(Concat(queries, words), 0, Q)`` is ``queries``.
-    """
-    nodes = graph.graph.node
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer if t.data_type == TensorProto.INT64}
-    producers = {output: node for node in nodes for output in node.output}
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.graph.value_info}
-    renamed = {}
-    for node in nodes:
-        joined = producers.get(node.input[0]) if node.op_type == "Slice" else None
-        if joined is None or joined.op_type != "Concat" or len(node.input) < 4:
-            continue
-        if any(name not in constants for name in node.input[1:4]):
-            continue
-        start, end, axis = (constants[name].tolist() for name in node.input[1:4])
-        rows = shapes.get(joined.input[0], [])
-        if start == [0] and axis == [joined.attribute[0].i] and rows[axis[0] : axis[0] + 1] == end:
-            renamed[node.output[0]] = joined.input[0]
-    if not renamed:
-        return
-    for node in nodes:
-        for at, name in enumerate(node.input):
-            node.input[at] = renamed.get(name, name)
-    wanted = {output.name for output in graph.graph.output}
-    read = []
-    for node in reversed(nodes):
-        if wanted & {*node.output}:
-            read.append(node)
-            wanted |= {*node.input}
-    kept = [t for t in graph.graph.initializer if t.name in wanted]
-    for field, left in ((nodes, read[::-1]), (graph.graph.initializer, kept)):
-        del field[:]
-        field.extend(left)
 
 
 def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
@@ -262,19 +184,3 @@ def choose_logits(graph: onnx.ModelProto) -> None:
     logits.type.tensor_type.shape.dim[1].dim_param = "num_logits"
     for info in [v for v in graph.graph.value_info if v.name in {*gather.output, *unsqueeze.output}]:
         graph.graph.value_info.remove(info)
-
-
-def save_graph(graph: onnx.ModelProto, path: Path, within: bool = False) -> None:
-    """Write a graph with its weights in ``<name>.onnx_data`` beside it, as one new pair of files.
-
-    Args:
-        graph: with its weights in memory.
-        path: of the graph.
-        within: keep weights in the graph's own file where it can hold them: protobuf ends at 2 GB.
-    """
-    data = path.with_suffix(".onnx_data")
-    data.unlink(missing_ok=True)
-    if within and sum(len(tensor.raw_data) for tensor in graph.graph.initializer) <= LARGEST_GRAPH:
-        onnx.save(graph, str(path))
-        return
-    onnx.save(graph, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -15,7 +15,7 @@ import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cbedge.backends.int8 import PROBE_DEPTH, Product, Table, read_files
-from export.graphs import HEAD, ExportError
+from export.tracing import HEAD, ExportError
 
 _DOMAIN = "cbedge"
 _EXTERNAL = 1024  # bytes from which on a tensor is read from the file where it lies

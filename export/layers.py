@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cbedge.errors import OutputError
 from export.command import run
-from export.graphs import DECODER, EMBED, HEAD, ExportError, build_decoder, export_image_graphs
+from export.graphs import build_decoder, export_image_graphs
 from export.quantize import (
     SUFFIX,
     Int4Settings,
@@ -41,6 +41,7 @@ from export.quantize import (
     to_half,
     write_embedding,
 )
+from export.tracing import DECODER, EMBED, HEAD, ExportError
 from training.fetch import DEFAULT_CACHE
 from training.trained import load_adapted, merge_adapters, stage_folders
 

@@ -34,7 +34,7 @@ from transformers import (
 
 from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from export.command import run
-from export.graphs import DECODER, EMBED, QFORMER, VISION
+from export.tracing import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers
 from training.datasets.provenance import save_training_data
 

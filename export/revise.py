@@ -37,10 +37,10 @@ from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
 from export.command import run
 from export.film_view import collect_films, fit_film_view
-from export.graphs import DECODER, EMBED
 from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, half_on_the_same_weights, in_int8
+from export.tracing import DECODER, EMBED
 from export.words import lexicon_of
 from training.fetch import DEFAULT_CACHE
 from training.openings import with_denials

@@ -24,10 +24,10 @@ from transformers import InstructBlipForConditionalGeneration, PreTrainedTokeniz
 
 from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
-from export.graphs import ExportError
+from export.tracing import ExportError
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import read_studies
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 
 COMMON = 12_000
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")

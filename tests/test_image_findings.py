@@ -9,9 +9,8 @@ from cbedge import ReportGenerator
 from cbedge.decoding import Decoding
 from cbedge.findings.image_findings import OTHER, ImageFindings, scores_of
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction
-from training.clinical import TAG_FINDINGS
 from training.config import OPENINGS
-from training.findings import positive_findings
+from training.findings import TAG_FINDINGS, positive_findings
 
 FINDINGS = ImageFindings(("abnormal", "effusion", "opacity"), (0.5, 0.3, 0.4))
 

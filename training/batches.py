@@ -16,10 +16,9 @@ from cbedge.images.preprocess import Preprocessing, chosen_values, preprocess, p
 from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction, split_sections
 from training.base import ModelAndTokenizers
-from training.clinical import read_tags
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
-from training.datasets.studies import TAGS
+from training.findings import TAGS, read_tags
 from training.special_tokens import prefix_ids, suffix_ids
 
 MAX_TARGET_TOKENS = 160

@@ -12,30 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from training.datasets.studies import TAGS, Study
-from training.findings import LABELS, chexpert_labels, positive_findings
+from training.datasets.studies import Study
+from training.findings import LABELS, TAGS, chexpert_labels, positive_findings, read_tags
+
 
 # Which findings stand for a curated tag.
-TAG_FINDINGS: dict[str, tuple[str, ...]] = {
-    "cardiomegaly": ("Cardiomegaly", "Enlarged Cardiomediastinum"),
-    "effusion": ("Pleural Effusion",),
-    "atelectasis": ("Atelectasis",),
-    "opacity": ("Lung Opacity", "Consolidation", "Pneumonia"),
-    "nodule": ("Lung Lesion",),
-    "calcification": ("calcification",),
-    "hyperinflation": ("hyperinflation",),
-    "low volume": ("low volume",),
-    "spine": ("spine",),
-    "aorta": ("aorta",),
-    "scar": ("interstitial", "Pleural Other"),
-    "device": ("Support Devices",),
-    "congestion": ("Edema",),
-    "fracture": ("Fracture",),
-    "hernia": ("hernia",),
-    "pneumothorax": ("Pneumothorax",),
-}
-
-
 @dataclass(frozen=True)
 class Labels:
     """The labels of a list of reports.
@@ -51,13 +32,6 @@ class Labels:
     def take(self, rows: np.ndarray) -> Labels:
         """The labels of some reports."""
         return Labels(self.matrix[rows], self.abnormal[rows])
-
-
-def read_tags(reports: Sequence[str]) -> np.ndarray:
-    """The tags that reports name, as a reader without the radiograph finds them, bool [reports, TAGS]."""
-    found = positive_findings(reports)
-    rows = [[bool(f) if tag == "abnormal" else not f.isdisjoint(TAG_FINDINGS[tag]) for tag in TAGS] for f in found]
-    return np.array(rows, bool).reshape(-1, len(TAGS))
 
 
 def label_reports(reports: Sequence[str]) -> Labels:

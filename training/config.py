@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 
 COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")

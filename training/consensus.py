@@ -25,8 +25,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, T
 from cbedge.findings.image_findings import any_of
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
 from training.batches import told_findings
-from training.clinical import TAG_FINDINGS
 from training.datasets import Study
+from training.findings import TAG_FINDINGS
 from training.openings import DENIALS, Sentence, read_sentences
 
 # Chosen on validation studies (training/RUNS.md).

@@ -16,8 +16,9 @@ from cbedge.prompt import split_sections
 from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
-from training.datasets.studies import TAGS, Study
+from training.datasets.studies import Study
 from training.drafting import Drafter, Encoder, Request, RuntimeDrafter, TorchDrafter
+from training.findings import TAGS
 from training.labelers import Chexbert, outside_scores
 from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score

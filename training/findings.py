@@ -8,12 +8,13 @@ people gave (:func:`training.clinical.validate`), and stated wherever its scores
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
 if TYPE_CHECKING:
@@ -37,6 +38,30 @@ _DENYING = [
     "clear of", "free of", "without", "negative for", "no evidence of", "no definite", "no focal", "no acute", "no",
     "absence of", "rather than", "nor", "resolution of", "resolved", "not", "unremarkable for", "normal without",
 ]  # fmt: skip
+
+
+TAGS = (
+    "abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule", "calcification", "hyperinflation",
+    "low volume", "spine", "aorta", "scar", "device", "congestion", "fracture", "hernia", "pneumothorax",
+)  # fmt: skip
+TAG_FINDINGS: dict[str, tuple[str, ...]] = {
+    "cardiomegaly": ("Cardiomegaly", "Enlarged Cardiomediastinum"),
+    "effusion": ("Pleural Effusion",),
+    "atelectasis": ("Atelectasis",),
+    "opacity": ("Lung Opacity", "Consolidation", "Pneumonia"),
+    "nodule": ("Lung Lesion",),
+    "calcification": ("calcification",),
+    "hyperinflation": ("hyperinflation",),
+    "low volume": ("low volume",),
+    "spine": ("spine",),
+    "aorta": ("aorta",),
+    "scar": ("interstitial", "Pleural Other"),
+    "device": ("Support Devices",),
+    "congestion": ("Edema",),
+    "fracture": ("Fracture",),
+    "hernia": ("hernia",),
+    "pneumothorax": ("Pneumothorax",),
+}
 
 
 @dataclass(frozen=True)
@@ -104,3 +129,10 @@ def _pattern(nlp: Language, phrase: str) -> list[dict]:
     filler = {"LOWER": {"IN": _FILLERS}, "OP": "*"}
     words = [{"LOWER": token.lower_} for token in nlp.tokenizer(phrase)]
     return [part for word in words for part in (word, filler)][:-1]
+
+
+def read_tags(reports: Sequence[str]) -> np.ndarray:
+    """The tags that reports name, as a reader without the radiograph finds them, bool [reports, TAGS]."""
+    found = positive_findings(reports)
+    rows = [[bool(f) if tag == "abnormal" else not f.isdisjoint(TAG_FINDINGS[tag]) for tag in TAGS] for f in found]
+    return np.array(rows, bool).reshape(-1, len(TAGS))

@@ -18,10 +18,8 @@ import yaml
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import build_opening, build_target, split_sections
 from cbedge.sentences import split_text
-from training.clinical import TAG_FINDINGS
 from training.datasets import Study
-from training.datasets.studies import TAGS
-from training.findings import find_mentions
+from training.findings import TAG_FINDINGS, TAGS, find_mentions
 
 
 def read_denials() -> dict[str, str]:

@@ -17,7 +17,8 @@ from cbedge.images.radiograph import load_radiograph
 from training.config import RunConfig, Stage
 from training.datasets import Study, Tally, find_provenance, mimic_cxr, open_records, open_studies
 from training.datasets.provenance import TRAINING_DATA, data_record, load_training_data
-from training.datasets.studies import TAGS, Record
+from training.datasets.studies import Record
+from training.findings import TAGS
 from training.validation import LEAST_POSITIVES
 
 _LEARNT = frozenset({"train", "extra"})

@@ -10,8 +10,8 @@ from PIL import Image
 from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
 from training.datasets import Study
-from training.datasets.studies import TAGS
 from training.drafting import Encoder
+from training.findings import TAGS
 
 KINDS = {"pixels": "raw pixels, 32 x 32", "vision": "vision encoder", "qformer": "Q-Former output"}
 _SIDE = 32

@@ -12,7 +12,7 @@ from training.batches import Batch, ToldTags, collate, load_pixels, retarget, to
 from training.config import Stage
 from training.consensus import ConsensusReports
 from training.datasets import Study
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 from training.losses import AlignmentHeads, StageLosses
 from training.stages import encode_images, query_image
 

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cbedge import ReportGenerator, open_bundle
-from export.graphs import ExportError
 from export.layers import app
 from export.restore import restore
+from export.tracing import ExportError
 from training.trained import checkpoint_of
 
 HEAD_SIZE = 16  # of the tiny language model

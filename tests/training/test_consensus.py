@@ -6,7 +6,7 @@ from cbedge.prompt import ClinicalContext, build_target
 from training.config import OPENINGS, ConfigError, load_config
 from training.consensus import Agreement, ConsensusReports
 from training.datasets import Study
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 
 NAMES = ("cardiomegaly", "effusion", "aorta", "fracture")
 SHORT = "Heart size is normal. Lungs are clear."

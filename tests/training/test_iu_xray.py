@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from training.datasets.iu_xray import clean_reference, read_studies, study_tags
-from training.datasets.studies import TAGS, clean_report
+from training.datasets.studies import clean_report
+from training.findings import TAGS
 
 
 def test_studies_are_read_with_context_and_target(tiny_data: Path):

@@ -8,7 +8,7 @@ from cbedge.prompt import ClinicalContext, build_opening
 from training.batches import collate
 from training.config import OPENINGS, ConfigError, load_config
 from training.datasets import Study
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 from training.openings import Opener
 
 REPORT = (

@@ -6,7 +6,7 @@ from conftest import call_cli
 from PIL import Image
 
 from training.datasets.iu_xray import read_studies
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 from training.learning_curve import learning_curve, plot, to_markdown
 from training.probes import KINDS, probe
 

@@ -6,7 +6,8 @@ import pytest
 from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext
 from training.batches import ToldTags, told_findings
-from training.datasets.studies import TAGS, Study
+from training.datasets.studies import Study
+from training.findings import TAGS
 from training.validation import choose_thresholds, tag_auc
 
 NAMES = ("cardiomegaly", "effusion")

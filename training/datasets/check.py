@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from training.datasets import INDEX_CACHE, open_records
-from training.datasets.studies import SPLITS, TAGS, Record, Study, Tally, studies_of
+from training.datasets.studies import SPLITS, Record, Study, Tally, studies_of
+from training.findings import TAGS
 
 MAX_WORDS = 200
 

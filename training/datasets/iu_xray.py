@@ -12,7 +12,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from training.datasets.provenance import Provenance
-from training.datasets.studies import SPLITS, TAGS, Record, Study, Tally, View, derive_tags, studies_of
+from training.datasets.studies import SPLITS, Record, Study, Tally, View, derive_tags, studies_of
+from training.findings import TAGS
 
 # A tag is positive when any of its words starts one of a study's curated problems.
 PROBLEMS: dict[str, tuple[str, ...]] = {

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from training.datasets.provenance import Provenance
-from training.datasets.studies import TAGS, Record, Study, Tally, View, make_study
+from training.datasets.studies import Record, Study, Tally, View, make_study
+from training.findings import TAGS
 
 PREFIX = "mimic-cxr-2.0.0-"
 IMAGES = 377_110  # rows of PhysioNet's split table

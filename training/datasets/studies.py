@@ -10,12 +10,9 @@ from pathlib import Path
 
 from cbedge.errors import ContextError
 from cbedge.prompt import ClinicalContext, build_target
+from training.findings import TAGS, read_tags
 
 # What the tag head learns, in order. A collection says of each 1 (present), 0 (absent) or -1 (not known).
-TAGS = (
-    "abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule", "calcification", "hyperinflation",
-    "low volume", "spine", "aorta", "scar", "device", "congestion", "fracture", "hernia", "pneumothorax",
-)  # fmt: skip
 SPLITS = ("train", "val", "test", "extra")
 
 _DERIVED: dict[str, tuple[int, ...]] = {}  # target → tags: a collection is opened several times in a run
@@ -150,8 +147,6 @@ def derive_tags(studies: Iterable[Study]) -> list[Study]:
     listed = list(studies)
     rows = [i for i, study in enumerate(listed) if not study.tags_given and study.target]
     if rows:
-        from training.clinical import read_tags
-
         new = dict.fromkeys(listed[i].target for i in rows if listed[i].target not in _DERIVED)
         _DERIVED.update(zip(new, (tuple(map(int, row)) for row in read_tags(list(new))), strict=True))
     for i in rows:

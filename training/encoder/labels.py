@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from training.datasets.iu_xray import study_tags
-from training.datasets.studies import TAGS
+from training.findings import TAGS
 
 ADDED = ("consolidation", "edema", "pleural thickening")
 FINDINGS = (*TAGS, *(name for name in ADDED if name not in TAGS))

@@ -1,0 +1,85 @@
+"""``cbedge batch``: draft many reports."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cbedge.cli.options import Model, Template
+from cbedge.cli.terminal import check_not_input, keep_to_template, print_error, read_text_file
+from cbedge.errors import OutputError, RadiographError
+from cbedge.files import check_output
+
+
+def batch(
+    studies: Annotated[str, typer.Argument(help="Folder, pattern, file, or .csv with image, id, indication...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines; a file that was begun is gone on with.")],
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
+    template: Template = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    accept_any_image: Annotated[
+        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+    ] = False,
+    parquet: Annotated[Path | None, typer.Option(help="Also write a new Parquet table; needs pyarrow.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
+) -> None:
+    """Draft the reports of many radiographs; run it again to go on after an interruption."""
+    import hashlib
+    from dataclasses import replace
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cbedge.images.radiograph import printable
+    from cbedge.services import batch
+
+    found = batch.find_studies(studies)
+    items = [replace(item, image=item.image.absolute()) for item in found.items]
+    for kind, names in (("files that are no radiographs were skipped", found.skipped),
+                        ("folders could not be read", found.unreadable)):  # fmt: skip
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            print_error(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
+    inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
+    inputs += [Path(studies), *([template] if template else [])]
+    check_not_input(out, inputs)
+    if parquet is not None:
+        check_output(parquet, force, [*inputs, out])
+        if os.path.realpath(parquet) == os.path.realpath(out):
+            raise OutputError("--parquet and --out name one file: give two")
+    from cbedge.api import ReportGenerator
+    from cbedge.backends import choose_variant
+    from cbedge.bundles.bundle import open_bundle
+    from cbedge.drafting.codec import TextCodec
+    from cbedge.drafting.plan import check_template
+
+    bundle = open_bundle(model)
+    name, device = choose_variant(bundle, variant, device)
+    wording = None if template is None else check_template(bundle.manifest, read_text_file(template), TextCodec(bundle))
+    generator = keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template)
+
+    def draft(item: batch.Item) -> dict[str, Any]:
+        return batch.draft_item(item, generator, max_new_tokens, accept_any_image)
+
+    drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
+    if wording is not None:
+        drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
+    columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=len(items))
+        tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=lambda tally: bar.advance(task))
+    if parquet is not None:
+        batch.write_parquet(out, parquet, force, inputs)
+    skipped = f", {tally.skipped} were there already" if tally.skipped else ""
+    print_error(f"{tally.written} drafts written to {out}{skipped}")
+    if tally.failed:
+        for name, message in tally.failed:
+            print_error(f"failed: {printable(name)}: {message}")
+        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
+    if found.unreadable:
+        raise RadiographError(f"{len(found.unreadable)} folders could not be read; change their permissions")

@@ -1,0 +1,117 @@
+"""``cbedge generate``: draft one report."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cbedge.cli.options import Model, Template
+from cbedge.cli.terminal import print_bytes, print_error, read_text_file
+from cbedge.errors import ContextError, OutputError
+from cbedge.files import check_output, write_output
+
+
+def generate(
+    image: Annotated[Path, typer.Argument(help="Frontal chest radiograph: PNG, JPEG, TIFF or DICOM (CR, DX).")],
+    indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
+    comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
+    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="what the file says")] = None,
+    template: Template = None,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Keep to no template: the language model chooses every word.")
+    ] = False,
+    lateral: Annotated[
+        Path | None, typer.Option(help="The same study's lateral radiograph, for a model that reads both.")
+    ] = None,
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
+    no_repeat: Annotated[
+        int | None,
+        typer.Option(help="Never write a run of so many tokens twice; 0 allows it.", show_default="the model's"),
+    ] = None,
+    stop_bias: Annotated[
+        float | None, typer.Option(help="Below 0 longer drafts, above 0 shorter ones.", show_default="the model's")
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir.", show_default="text")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    accept_any_image: Annotated[
+        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Also write a new PNG of where the model looked.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
+) -> None:
+    """Draft the report of one study."""
+    from cbedge.outputs import check_format, render
+    from cbedge.report import DRAFT_STATEMENT, format_sections
+
+    form = form or ("json" if as_json else "text")
+    check_format(form)
+    if as_json and form != "json":
+        raise OutputError(f"--json and --format {form} exclude each other: give one of them")
+    if form == "sr" and output is None and sys.stdout.isatty():
+        raise OutputError("a DICOM SR is no text: give --output FILE, or pipe it on")
+    sources = [path for path in (image, lateral, template) if path is not None]
+    for target in filter(None, (output, heatmap)):
+        check_output(target, force, sources)
+    if output is not None and output == heatmap:
+        raise OutputError("--output and --heatmap name one file: give two")
+    if output is None and sys.__stdout__ is None:
+        raise OutputError("standard output is closed: give --output FILE")
+    # Loading the radiograph first: a wrong path is told before the model is loaded.
+    from cbedge.decoding import Decoding
+    from cbedge.drafting.templates import read_template
+    from cbedge.images.radiograph import load_radiograph
+    from cbedge.prompt import ClinicalContext
+
+    ClinicalContext(indication, comparison, view)
+    if template and no_template:
+        raise ContextError("--template and --no-template exclude each other: give one of them")
+    wording = read_template(read_text_file(template)) if template else None
+    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
+                              "keep_to_template": not no_template}  # fmt: skip
+    chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
+    Decoding(**chosen)  # what is wrong is told before the model is loaded
+    radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
+    from cbedge.api import ReportGenerator
+
+    generator = ReportGenerator.from_pretrained(model, variant, device)
+    stream = generator.stream(
+        radiograph, indication=indication, comparison=comparison, view=view, template=wording, lateral=second,
+        max_new_tokens=max_new_tokens, decoding=replace(generator.decoding, **chosen),
+        accept_any_image=accept_any_image,
+    )  # fmt: skip
+    live = sys.stdout.isatty() and form == "text" and output is None
+    for piece in stream:
+        if live:
+            typer.echo(piece.replace(" IMPRESSION", "\n\nIMPRESSION"), nl=False)
+            sys.stdout.flush()
+    report = stream.report
+    if heatmap is not None:
+        from cbedge.images.heatmap import CAVEAT, overlay, png
+
+        write_output(heatmap, png(overlay(radiograph, stream.attention)), force, sources)
+    if live:
+        for note in report.notes():
+            typer.echo(f"\n\n[{note}]", nl=False)
+        typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
+    else:
+        content = render(report, form, image)
+        if output is not None:
+            write_output(output, content, force, sources)
+        else:
+            print_bytes(content)
+    if heatmap is not None:
+        print_error(f"heat map: {heatmap}. {CAVEAT}")
+    if not report.complete:
+        print_error(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more")
+    if not format_sections(report.text):
+        print_error("note: the model wrote nothing for this radiograph")

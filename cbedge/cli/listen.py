@@ -1,0 +1,44 @@
+"""``cbedge listen``: the dicom node."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cbedge.cli.options import Model, Template
+from cbedge.cli.terminal import keep_to_template
+from cbedge.errors import OutputError
+
+
+def listen(
+    known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send; may be repeated.")],
+    spool: Annotated[Path, typer.Option(help="Folder of the queue; it holds radiographs until they are drafted.")],
+    peer: Annotated[
+        str | None, typer.Option(help="PACS for the drafts, as AET@host:port.", show_default="they stay in the spool")
+    ] = None,
+    aet: Annotated[str, typer.Option(help="This node's AE title.")] = "CBEDGE",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
+    model: Model = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    retry: Annotated[float, typer.Option(min=0.1, help="Seconds after the first failed delivery.")] = 5.0,
+    pair_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that a radiograph waits for its study's other view; 0 pairs none.")
+    ] = 10.0,
+    template: Template = None,
+) -> None:
+    """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
+    try:
+        from cbedge.services.dicom_node import ListenSettings, Peer, run_listener
+    except ImportError as error:
+        raise OutputError(
+            f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'
+        ) from None
+    from cbedge.api import ReportGenerator
+    from cbedge.outputs import check_format
+
+    check_format("sr")
+    node = Peer.parse(peer) if peer else None
+    settings = ListenSettings(aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait)
+    run_listener(keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template), settings)

@@ -1,0 +1,109 @@
+"""What all commands share on the terminal: messages, status, standard output, text files."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cbedge.errors import ContextError, OutputError
+
+if TYPE_CHECKING:
+    from cbedge.api import ReportGenerator
+
+
+def print_error(text: str) -> None:
+    """Print on standard error; a message that cannot be printed changes neither the work nor the exit code."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
+def discard_output() -> None:
+    """Let Python not try again, at its end, to write what cannot be written."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):
+        os.dup2(sink, sys.stdout.fileno())
+
+
+def prepare_streams() -> None:
+    """Let no character, and no closed stream, end a command with a traceback."""
+    if sys.stdout is None:  # closed, as with `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that says what is going on; nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
+
+
+def read_text_file(path: Path) -> str:
+    """A template's file.
+
+    Raises:
+        ContextError: it cannot be read.
+    """
+    try:
+        if not path.is_file() and path.exists():
+            raise ContextError(f"{path} is not a regular file; pass a text file with a normal report")
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(1 << 20)
+    except FileNotFoundError:
+        raise ContextError(f"no such file: {path}; pass a text file with a normal report") from None
+    except UnicodeDecodeError:
+        raise ContextError(f"{path} is not valid UTF-8; pass a text file with a normal report") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ContextError(f"cannot read {str(path)[:100]} ({reason}): pass a text file with a normal report") from None
+
+
+def keep_to_template(generator: ReportGenerator, template: Path | None) -> ReportGenerator:
+    """The generator, kept to the template of a file if one is given."""
+    if template is not None:
+        generator.keep_to(read_text_file(template))
+    return generator
+
+
+def print_bytes(content: bytes) -> None:
+    """Write to standard output.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise OutputError(f"cannot write to standard output: {error.strerror}; give --output FILE") from None
+
+
+def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
+    """See that an output replaces no input.
+
+    Raises:
+        OutputError: it would.
+    """
+    from cbedge.files import is_same_file
+
+    if any(is_same_file(output, path) for path in inputs):
+        raise OutputError(f"{output} is one of the inputs, which are never replaced: give another path")
