@@ -94,7 +94,7 @@ class OnnxEncoderDecoder:
         return found["logits"].numpy()
 
     def _to_ortvalue(self, array: np.ndarray) -> onnxruntime.OrtValue:
-        return to_ortvalue(array, self._backend.device)
+        return to_ortvalue(array, self._backend.memory)
 
     def _bound(
         self, session: onnxruntime.InferenceSession, given: dict[str, onnxruntime.OrtValue], wanted: Sequence[str]
@@ -104,6 +104,6 @@ class OnnxEncoderDecoder:
         for name, value in given.items():
             binding.bind_ortvalue_input(name, value)
         for name in wanted:
-            binding.bind_output(name, "cpu" if name == "logits" else self._backend.device)
+            binding.bind_output(name, "cpu" if name == "logits" else self._backend.memory)
         session.run_with_iobinding(binding)
         return dict(zip(wanted, binding.get_outputs(), strict=True))

@@ -47,6 +47,7 @@ class OnnxBackend:
 
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
         self.device, self.provider = device, PROVIDERS[device]
+        self.memory = self.provider.memory
         self.shapes: Shapes = bundle.manifest.shapes
         self.threads = threads or usable_cores()
         self.decoder_only = ENCODER not in variant.graphs
@@ -117,7 +118,7 @@ class OnnxBackend:
 
         table = Table.path(path)
         if table.name in self._data:
-            if provider.device != "cpu" or not multiplies_exactly():
+            if provider.memory != "cpu" or not multiplies_exactly():
                 raise DeviceError("this variant is for x86 processors with AVX2: name another variant, or none")
             read = Table.read(table)
             if not {*read.sources} <= {*self._data}:  # which alone are verified
@@ -132,7 +133,7 @@ class OnnxBackend:
                     session = load(provider.decoder_options)
             session = session or load({})
         except Exception as error:
-            if provider.device != "cpu":
+            if provider.name != "CPUExecutionProvider":
                 raise DeviceError(provider.failure) from error
             raise BundleError(
                 f"{path.name} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: update both"

@@ -37,8 +37,8 @@ class CudaMemory:
         self.drafts, self.capacity = drafts, capacity
         self._backend = backend
         arrays = empty_cache(backend, capacity, drafts)
-        self.cache = {name: to_ortvalue(array, backend.device) for name, array in arrays.items()}
-        self.mask = to_ortvalue(np.zeros((drafts, capacity), np.int64), backend.device)
+        self.cache = {name: to_ortvalue(array, backend.memory) for name, array in arrays.items()}
+        self.mask = to_ortvalue(np.zeros((drafts, capacity), np.int64), backend.memory)
         self._steps: dict[int, CudaStep] = {}
 
     def step(self, count: int) -> CudaStep:
@@ -65,13 +65,13 @@ class CudaStep:
 
         self._backend, self._memory = backend, memory
         drafts, width = memory.drafts, backend.shapes.hidden_size
-        self.ids = to_ortvalue(np.zeros((1, drafts * count), np.int64), backend.device)
-        self.embeds = to_ortvalue(np.zeros((drafts, count, width), np.float32), backend.device)
-        self.logits = to_ortvalue(np.zeros((drafts, count, backend.vocabulary), np.float32), backend.device)
+        self.ids = to_ortvalue(np.zeros((1, drafts * count), np.int64), backend.memory)
+        self.embeds = to_ortvalue(np.zeros((drafts, count, width), np.float32), backend.memory)
+        self.logits = to_ortvalue(np.zeros((drafts, count, backend.vocabulary), np.float32), backend.memory)
         self._look_up = backend._embed.io_binding()
         self._look_up.bind_ortvalue_input("input_ids", self.ids)
         flat = (1, drafts * count, width)
-        self._look_up.bind_output("inputs_embeds", backend.device, 0, np.float32, flat, self.embeds.data_ptr())
+        self._look_up.bind_output("inputs_embeds", backend.memory, 0, np.float32, flat, self.embeds.data_ptr())
         self._pass = backend._decoder.io_binding()
         bind_cache(self._pass, memory.cache)
         self._pass.bind_ortvalue_input("inputs_embeds", self.embeds)
@@ -79,7 +79,7 @@ class CudaStep:
         self._pass.bind_ortvalue_output("logits", self.logits)
         self._pass.bind_cpu_input(*backend.wanted(count))
         self._positions = (
-            to_ortvalue(np.zeros((drafts, count), np.int64), backend.device) if backend.told_positions else None
+            to_ortvalue(np.zeros((drafts, count), np.int64), backend.memory) if backend.told_positions else None
         )
         if self._positions is not None:
             self._pass.bind_ortvalue_input("position_ids", self._positions)
@@ -175,6 +175,7 @@ CUDA = Provider(
         "CUDA was asked for, but ONNX Runtime could not start it: check the NVIDIA driver (nvidia-smi) and type: "
         'pip install "cbedge[gpu]" for the CUDA and cuDNN libraries, or give --device cpu'
     ),
+    memory="cuda",
     variants=FOR_GPUS,
     has_hardware=_has_nvidia_driver,
     prepare=_load_libraries,

@@ -45,7 +45,7 @@ class OnnxDecoder:
         """Bind an empty cache; returns for how many embeddings and tokens it has room."""
         # The session reads and writes these arrays themselves.
         self._arrays = empty_cache(self._backend, self.capacity, self.drafts)
-        self._cache = {name: to_ortvalue(array, self._backend.device) for name, array in self._arrays.items()}
+        self._cache = {name: to_ortvalue(array, self._backend.memory) for name, array in self._arrays.items()}
         bind_cache(self._binding, self._cache)
         return self.capacity
 
@@ -54,7 +54,7 @@ class OnnxDecoder:
         """Whether another prompt need not be read where it begins as the last one did: on a CPU, whose kernels give an
         embedding the same keys and values whatever else is read in its pass, bit for bit. For those of a GPU nobody has
         seen to that."""
-        return self._backend.device == "cpu"
+        return self._backend.provider.is_repeatable
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Read input embeddings, float32 [1, L, D]; return the logits after the last, float32 [V].

@@ -19,11 +19,14 @@ class Provider:
     """An execution provider of ONNX Runtime.
 
     Attributes:
-        device: what users call it, and where ONNX Runtime holds its memory.
+        device: what users call it.
         name: ONNX Runtime's name of it.
         new_decoder: makes a decoder for a backend and a capacity.
         install: said where the installed ONNX Runtime is not built for it.
         failure: said where it is built for it and does not start.
+        memory: where its tensors lie, ``cpu`` or ``cuda``.
+        is_repeatable: its kernels give an embedding the same keys and values whatever else is read in its pass, bit for
+            bit.
         variants: those to take before the bundle's default, the best first.
         has_hardware: whether the machine has what it runs on, for ``auto``.
         prepare: is called before the first session.
@@ -36,6 +39,8 @@ class Provider:
     new_decoder: Callable[[OnnxBackend, int], Decoder]
     install: str
     failure: str
+    memory: str = "cpu"
+    is_repeatable: bool = False
     variants: tuple[str, ...] = ()
     has_hardware: Callable[[], bool] = lambda: True
     prepare: Callable[[], None] = lambda: None

@@ -13,6 +13,7 @@ CPU = Provider(
     name="CPUExecutionProvider",
     new_decoder=OnnxDecoder,
     install='the installed ONNX Runtime has no CPU kernels: pip install "cbedge[cpu]"',
+    is_repeatable=True,
     failure='ONNX Runtime could not start on the CPU: pip install --force-reinstall "cbedge[cpu]"',
 )
 PROVIDERS = {provider.device: provider for provider in (CUDA, CPU)}  # ``auto`` takes the first one that can run
