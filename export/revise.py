@@ -60,7 +60,7 @@ def revise(
     ] = None,
     denials: Annotated[
         bool,
-        typer.Option("--denials", help="Take what contradicts each finding anew from training/denials.yaml."),
+        typer.Option("--denials", help="Take what contradicts each finding anew from training/ontology.yaml."),
     ] = False,
     templates: Annotated[
         Path | None, typer.Option(help="IU X-RAY folder: make the templates anew of its train reports.")

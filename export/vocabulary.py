@@ -27,7 +27,7 @@ from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from export.tracing import ExportError
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import read_studies
-from training.findings import TAGS
+from training.ontology import TAGS
 
 COMMON = 12_000
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")

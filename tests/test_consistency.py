@@ -6,8 +6,8 @@ from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.findings.image_findings import OTHER, ImageFindings
 from cbedge.report import DraftToken
-from training.config import OPENINGS
-from training.openings import DENIALS, with_denials
+from training.ontology import DENIALS, OPENINGS
+from training.openings import with_denials
 
 
 def written(text: str, denied: re.Pattern[str] | None) -> str:

@@ -208,14 +208,17 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large} Normal chest."
     assert len(warnings) == 1 and "'The heart is normal.'" in warnings[0] and "cardiomegaly" in warnings[0]
     text, warnings = planned(("cardiomegaly", "effusion"))
-    assert text == f"FINDINGS: {large}", "all of the template's findings are contradicted: the model writes them"
+    assert text == f"FINDINGS: {large} There is a pleural effusion.", (
+        "all of the template's findings are contradicted: the model writes them"
+    )
     assert all("effusion" in warning for warning in warnings[1:]) and len(warnings) == 3
     text, warnings = planned(("cardiomegaly", "device"))
     assert text.endswith(f"IMPRESSION: {large} Normal chest."), "a device alone takes no conclusion away"
     text, _ = planned(("cardiomegaly",), usual=True)
     assert text == f"FINDINGS: {large}", "the findings are the language model's"
     text, _ = planned(("effusion",))
-    assert text == "FINDINGS: The heart is normal. IMPRESSION: There is a pleural effusion."
+    effusion = "There is a pleural effusion."
+    assert text == f"FINDINGS: {effusion} The heart is normal. IMPRESSION: {effusion}"
 
 
 def findings_of(generator: ReportGenerator) -> ImageFindings:

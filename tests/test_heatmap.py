@@ -11,7 +11,7 @@ from cbedge.images.heatmap import CAVEAT, overlay, scaled_map
 
 def test_attention_covers_the_patches_and_is_a_share_of_one(tiny_bundle: Path, chest_png: Path):
     stream = ReportGenerator.from_pretrained(tiny_bundle, device="cpu").stream(chest_png, max_new_tokens=2)
-    with pytest.raises(RuntimeError, match="nothing was looked at"):
+    with pytest.raises(RuntimeError, match="image was not read yet"):
         _ = stream.attention
     assert "".join(stream) is not None
     assert stream.attention.shape == (4, 4) and (stream.attention >= 0).all()

@@ -9,8 +9,8 @@ from cbedge import ReportGenerator
 from cbedge.decoding import Decoding
 from cbedge.findings.image_findings import OTHER, ImageFindings, scores_of
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction
-from training.config import OPENINGS
-from training.findings import TAG_FINDINGS, positive_findings
+from training.findings import positive_findings
+from training.ontology import OPENINGS, TAG_FINDINGS
 
 FINDINGS = ImageFindings(("abnormal", "effusion", "opacity"), (0.5, 0.3, 0.4))
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from training.base import ModelAndTokenizers
 from training.config import RunConfig, load_config
 from training.datasets import open_studies
-from training.findings import TAGS
 from training.losses import AlignmentHeads
+from training.ontology import TAGS
 from training.trained import checkpoint_of, load_adapted, merge_adapters, stage_folders
 from training.validation import Validation, choose_findings, tag_auc
 

@@ -18,7 +18,8 @@ from cbedge.prompt import ClinicalContext, build_prompt, build_query_instruction
 from training.base import ModelAndTokenizers
 from training.datasets import Study
 from training.datasets.mimic_cxr import IndexedStudies
-from training.findings import TAGS, read_tags
+from training.findings import read_tags
+from training.ontology import TAGS
 from training.special_tokens import prefix_ids, suffix_ids
 
 MAX_TARGET_TOKENS = 160

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from training.datasets.studies import Study
-from training.findings import LABELS, TAGS, chexpert_labels, positive_findings, read_tags
+from training.findings import LABELS, chexpert_labels, positive_findings, read_tags
+from training.ontology import TAGS
 
 
 # Which findings stand for a curated tag.

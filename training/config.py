@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from training.findings import TAGS
+from training.ontology import OPENINGS, TAGS
 
 COMPONENTS = ("qformer", "query_tokens", "projection")
 LOSSES = ("contrastive", "tags", "words", "language")
@@ -15,19 +15,6 @@ BASE_PRECISIONS = ("fp32", "bf16", "nf4")
 SOURCES = ("tags", "report")
 REPORTS = ("own", "consensus")
 SELECTIONS = ("", "language", "cider", "tags")
-# Sentences that open a draft, in words of IU X-RAY's reports. A device or a fracture has none: which it is, and where,
-# the score does not say.
-OPENINGS = {
-    "cardiomegaly": "The heart is enlarged.",
-    "effusion": "There is a pleural effusion.",
-    "atelectasis": "There is atelectasis.",
-    "opacity": "There is airspace opacity.",
-    "hyperinflation": "The lungs are hyperexpanded.",
-    "low volume": "Lung volumes are low.",
-    "aorta": "The aorta is tortuous.",
-    "scar": "There is scarring.",
-    "congestion": "There is pulmonary vascular congestion.",
-}
 
 
 class ConfigError(ValueError):

@@ -26,8 +26,8 @@ from cbedge.findings.image_findings import any_of
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
 from training.batches import told_findings
 from training.datasets import Study
-from training.findings import TAG_FINDINGS
-from training.openings import DENIALS, Sentence, read_sentences
+from training.ontology import DENIALS, TAG_FINDINGS
+from training.openings import Sentence, read_sentences
 
 # Chosen on validation studies (training/RUNS.md).
 SHARPNESS = 10.0

@@ -18,8 +18,8 @@ from training.controls import best_constant, blank, consensus, neighbours, own, 
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import Study
 from training.drafting import Drafter, Encoder, Request, RuntimeDrafter, TorchDrafter
-from training.findings import TAGS
 from training.labelers import Chexbert, outside_scores
+from training.ontology import TAGS
 from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
 

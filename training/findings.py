@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
+from training.ontology import TAG_FINDINGS, TAGS
+
 if TYPE_CHECKING:
     from spacy.language import Language
 
@@ -38,30 +40,6 @@ _DENYING = [
     "clear of", "free of", "without", "negative for", "no evidence of", "no definite", "no focal", "no acute", "no",
     "absence of", "rather than", "nor", "resolution of", "resolved", "not", "unremarkable for", "normal without",
 ]  # fmt: skip
-
-
-TAGS = (
-    "abnormal", "cardiomegaly", "effusion", "atelectasis", "opacity", "nodule", "calcification", "hyperinflation",
-    "low volume", "spine", "aorta", "scar", "device", "congestion", "fracture", "hernia", "pneumothorax",
-)  # fmt: skip
-TAG_FINDINGS: dict[str, tuple[str, ...]] = {
-    "cardiomegaly": ("Cardiomegaly", "Enlarged Cardiomediastinum"),
-    "effusion": ("Pleural Effusion",),
-    "atelectasis": ("Atelectasis",),
-    "opacity": ("Lung Opacity", "Consolidation", "Pneumonia"),
-    "nodule": ("Lung Lesion",),
-    "calcification": ("calcification",),
-    "hyperinflation": ("hyperinflation",),
-    "low volume": ("low volume",),
-    "spine": ("spine",),
-    "aorta": ("aorta",),
-    "scar": ("interstitial", "Pleural Other"),
-    "device": ("Support Devices",),
-    "congestion": ("Edema",),
-    "fracture": ("Fracture",),
-    "hernia": ("hernia",),
-    "pneumothorax": ("Pneumothorax",),
-}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cbedge.findings.image_findings import ImageFindings
 from training.base import FindingHead, ModelAndTokenizers
 from training.batches import Batch
 from training.config import Stage
-from training.findings import TAGS
+from training.ontology import TAGS
 from training.parallel import gather_with_gradient
 from training.stages import encode_images, language_loss, query_image
 from training.views import by_study, mean_by_study

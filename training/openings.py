@@ -10,34 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import yaml
 
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import build_opening, build_target, split_sections
 from cbedge.sentences import split_text
 from training.datasets import Study
-from training.findings import TAG_FINDINGS, TAGS, find_mentions
-
-
-def read_denials() -> dict[str, str]:
-    """``denials.yaml``, its parts filled in: finding → regular expression of sentences that contradict it."""
-    values = yaml.safe_load(Path(__file__).with_name("denials.yaml").read_text(encoding="utf-8"))
-    parts: dict[str, str] = {}
-
-    def fill(text: str) -> str:
-        for name, part in parts.items():
-            text = text.replace(f"<{name}>", f"(?:{part})")
-        return text
-
-    for name, text in values["parts"].items():  # a part may hold the ones before it
-        parts[name] = fill(text)
-    return {name: fill(text) for name, text in values["denials"].items()}
-
-
-DENIALS = read_denials()
+from training.findings import find_mentions
+from training.ontology import DENIALS, ONTOLOGY, TAG_FINDINGS, TAGS
 
 
 @dataclass(frozen=True)
@@ -61,8 +42,9 @@ def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
 
 
 def with_denials(findings: ImageFindings) -> ImageFindings:
-    """The same findings, with the denials of :data:`DENIALS`."""
-    return replace(findings, denials=tuple(DENIALS.get(name, "") for name in findings.names))
+    """The same findings, with what contradicts and what excludes each by the ontology."""
+    pairs = [(name, other) for name in findings.names for other in ONTOLOGY[name].excludes if other in findings.names]
+    return replace(findings, denials=tuple(DENIALS.get(name, "") for name in findings.names), excludes=tuple(pairs))
 
 
 class Opener:

@@ -18,7 +18,7 @@ from training.config import RunConfig, Stage
 from training.datasets import Study, Tally, find_provenance, mimic_cxr, open_records, open_studies
 from training.datasets.provenance import TRAINING_DATA, data_record, load_training_data
 from training.datasets.studies import Record
-from training.findings import TAGS
+from training.ontology import TAGS
 from training.validation import LEAST_POSITIVES
 
 _LEARNT = frozenset({"train", "extra"})

@@ -11,7 +11,7 @@ from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
 from training.datasets import Study
 from training.drafting import Encoder
-from training.findings import TAGS
+from training.ontology import TAGS
 
 KINDS = {"pixels": "raw pixels, 32 x 32", "vision": "vision encoder", "qformer": "Q-Former output"}
 _SIDE = 32

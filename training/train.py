@@ -36,9 +36,9 @@ from training.controls import own
 from training.datasets import open_studies
 from training.datasets.provenance import merged, save_training_data
 from training.fetch import DEFAULT_CACHE
-from training.findings import TAGS
 from training.logs import append_row, cut_rows, plot_losses, write_atomically
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
+from training.ontology import TAGS
 from training.openings import Opener
 from training.parallel import Processes
 from training.preflight import check_run, earlier_records

@@ -12,8 +12,8 @@ from training.batches import Batch, ToldTags, collate, load_pixels, retarget, to
 from training.config import Stage
 from training.consensus import ConsensusReports
 from training.datasets import Study
-from training.findings import TAGS
 from training.losses import AlignmentHeads, StageLosses
+from training.ontology import TAGS
 from training.stages import encode_images, query_image
 
 LATERAL_SHARES = (0.25, 0.75)  # beside equal shares

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cbedge.errors import BundleError, OutputError
-from cbedge.findings.image_findings import ImageFindings
+from cbedge.findings.image_findings import CONTRARY, ImageFindings
 from cbedge.images.film_view import FILM_VIEW
 from cbedge.images.gate import GATE, LATERAL_GATE
 from cbedge.images.preprocess import Preprocessing
@@ -294,7 +294,8 @@ def _manifest(values: dict[str, Any]) -> Manifest:
         openings, denials = (tuple(map(str, told.get(key, ()))) for key in ("openings", "denials"))
         thresholds = tuple(map(float, told["thresholds"]))
         shares = tuple(map(float, told.get("lateral_shares", ())))
-        values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials, shares)
+        excludes = tuple((str(one), str(other)) for one, other in told.get("excludes", CONTRARY))
+        values["image_findings"] = ImageFindings(tuple(told["names"]), thresholds, openings, denials, shares, excludes)
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")

@@ -69,9 +69,9 @@ def decode(
         *held, token = chosen
         decoder.rewind(length + 1 + len(held))
         stats.passes += 1
-        stats.guessed += len(guesses)
-        stats.accepted += len(held)
         if guesser and not forced:
+            stats.guessed += len(guesses)
+            stats.accepted += len(held)
             guess_length.learn(len(guesses), len(held), seconds)
         yield from held
 
@@ -112,7 +112,7 @@ def beam_search(
             decoder = decoder.fork(from_rows)
         alive = going_on
         rows = decoder.step([written[-1].id for _, written in alive])
-    return max(finished, key=lambda pair: pair[0])[1]
+    return max(finished, key=lambda pair: pair[0], default=(0.0, list[Token]()))[1]
 
 
 def _choose(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 OTHER = "other abnormality"
-CONTRARY = (("hyperinflation", "low volume"),)  # never both
+CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such pairs
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ImageFindings:
             text; or nothing at all.
         lateral_shares: for each name how much the lateral radiograph weighs beside the frontal one, 0 to 1; or nothing
             at all, and they weigh the same. Chosen on validation studies.
+        excludes: pairs of findings that are never told together.
 
     Raises:
         ValueError: they have not the same length, or are empty; a denial is no regular expression, or a share is out of
@@ -44,6 +45,7 @@ class ImageFindings:
     openings: tuple[str, ...] = ()
     denials: tuple[str, ...] = ()
     lateral_shares: tuple[float, ...] = ()
+    excludes: tuple[tuple[str, str], ...] = CONTRARY
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.thresholds):
@@ -65,12 +67,12 @@ class ImageFindings:
 
     def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
         """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, of
-        two that are :data:`CONTRARY` the one farther above its own; or :data:`OTHER` where none does."""
+        two that exclude each other the one farther above its own; or :data:`OTHER` where none does."""
         if scores[0] < self.thresholds[0]:
             return ()
         rows = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
         above = {name: float(score) - least for name, score, least in rows if score >= least}
-        for pair in CONTRARY:
+        for pair in self.excludes:
             if above.keys() >= {*pair}:
                 del above[min(pair, key=lambda name: above[name])]
         return tuple(above) or (OTHER,)

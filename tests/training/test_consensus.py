@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from cbedge.prompt import ClinicalContext, build_target
-from training.config import OPENINGS, ConfigError, load_config
+from training.config import ConfigError, load_config
 from training.consensus import Agreement, ConsensusReports
 from training.datasets import Study
-from training.findings import TAGS
+from training.ontology import OPENINGS, TAGS
 
 NAMES = ("cardiomegaly", "effusion", "aorta", "fracture")
 SHORT = "Heart size is normal. Lungs are clear."

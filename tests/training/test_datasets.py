@@ -14,7 +14,7 @@ from PIL import Image
 from training.datasets import Tally, open_records, open_studies
 from training.datasets.iu_xray import hashed_split
 from training.datasets.mimic_cxr import build_index, chexpert_tags, parse_report
-from training.findings import TAGS
+from training.ontology import TAGS
 
 XML = """<?xml version="1.0" encoding="utf-8"?>
 <eCitation><uId id="CXR{n}"/><MedlineCitation><Article><Abstract>

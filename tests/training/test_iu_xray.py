@@ -4,7 +4,7 @@ import pytest
 
 from training.datasets.iu_xray import clean_reference, read_studies, study_tags
 from training.datasets.studies import clean_report
-from training.findings import TAGS
+from training.ontology import TAGS
 
 
 def test_studies_are_read_with_context_and_target(tiny_data: Path):

@@ -1,8 +1,8 @@
 from test_consensus import LONG, NAMES, NONE, SHORT, known, study
 
 from cbedge.prompt import ClinicalContext
-from training.config import OPENINGS
 from training.consensus import ConsensusReports
+from training.ontology import OPENINGS
 from training.templates import learn_templates
 
 

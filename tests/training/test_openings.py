@@ -6,9 +6,9 @@ import pytest
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext, build_opening
 from training.batches import collate
-from training.config import OPENINGS, ConfigError, load_config
+from training.config import ConfigError, load_config
 from training.datasets import Study
-from training.findings import TAGS
+from training.ontology import OPENINGS, TAGS
 from training.openings import Opener
 
 REPORT = (

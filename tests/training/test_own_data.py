@@ -14,7 +14,7 @@ from training.config import load_config
 from training.datasets import find_provenance, open_studies
 from training.datasets.iu_xray import read_studies
 from training.datasets.provenance import load_training_data
-from training.findings import TAGS
+from training.ontology import TAGS
 from training.preflight import check_run
 from training.train import run
 from training.validation import choose_thresholds

@@ -6,8 +6,8 @@ from conftest import call_cli
 from PIL import Image
 
 from training.datasets.iu_xray import read_studies
-from training.findings import TAGS
 from training.learning_curve import learning_curve, plot, to_markdown
+from training.ontology import TAGS
 from training.probes import KINDS, probe
 
 

@@ -7,7 +7,7 @@ from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext
 from training.batches import ToldTags, told_findings
 from training.datasets.studies import Study
-from training.findings import TAGS
+from training.ontology import TAGS
 from training.validation import choose_thresholds, tag_auc
 
 NAMES = ("cardiomegaly", "effusion")

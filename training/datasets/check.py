@@ -13,7 +13,7 @@ from rich.table import Table
 
 from training.datasets import INDEX_CACHE, open_records
 from training.datasets.studies import SPLITS, Record, Study, Tally, studies_of
-from training.findings import TAGS
+from training.ontology import TAGS
 
 MAX_WORDS = 200
 

@@ -13,30 +13,8 @@ from xml.etree import ElementTree
 
 from training.datasets.provenance import Provenance
 from training.datasets.studies import SPLITS, Record, Study, Tally, View, derive_tags, studies_of
-from training.findings import TAGS
+from training.ontology import ONTOLOGY, TAGS
 
-# A tag is positive when any of its words starts one of a study's curated problems.
-PROBLEMS: dict[str, tuple[str, ...]] = {
-    "abnormal": (),  # anything but "normal"; set apart in study_tags
-    "cardiomegaly": ("cardiomegaly", "cardiac shadow"),
-    "effusion": ("pleural effusion", "costophrenic angle"),
-    "atelectasis": ("pulmonary atelectasis", "atelectasis"),
-    "opacity": ("opacity", "consolidation", "airspace disease", "pneumonia", "infiltrate", "density"),
-    "nodule": ("nodule", "mass", "lung neoplasms"),
-    "calcification": ("calcified granuloma", "calcinosis", "granuloma", "granulomatous disease"),
-    "hyperinflation": ("lung/hyperdistention", "pulmonary emphysema", "emphysema", "pulmonary disease, chronic",
-                       "diaphragm", "hyperdistention"),
-    "low volume": ("lung/hypoinflation", "hypoinflation"),
-    "spine": ("thoracic vertebrae", "spine", "scoliosis", "kyphosis", "spondylosis", "osteophyte"),
-    "aorta": ("aorta", "atherosclerosis"),
-    "scar": ("cicatrix", "pulmonary fibrosis", "thickening", "markings"),
-    "device": ("medical device", "catheters", "surgical instruments", "implanted medical device", "tube", "stents",
-               "sternotomy"),
-    "congestion": ("pulmonary congestion", "pulmonary edema", "heart failure", "pulmonary vascular congestion"),
-    "fracture": ("fractures, bone", "fracture", "deformity"),
-    "hernia": ("hernia, hiatal", "hernia"),
-    "pneumothorax": ("pneumothorax", "hydropneumothorax"),
-}  # fmt: skip
 PROJECTIONS = "indiana_projections.csv"
 ANNOTATION = "annotation.json"
 STUDIES = "studies.jsonl"
@@ -338,7 +316,7 @@ def study_tags(problems: list[str]) -> tuple[int, ...]:
     names = [problem.lower() for problem in problems]
     if not names or all(name.startswith("no indexing") for name in names):
         return (-1,) * len(TAGS)
-    flags = [int(any(n.startswith(PROBLEMS[tag]) for n in names)) if PROBLEMS[tag] else 0 for tag in TAGS]
+    flags = [int(any(n.startswith(ONTOLOGY[tag].iu_xray) for n in names)) for tag in TAGS]
     others = ("normal", "no indexing", "technical quality of image unsatisfactory")
     flags[0] = int(any(not n.startswith(others) for n in names))
     return tuple(flags)

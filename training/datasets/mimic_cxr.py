@@ -21,7 +21,7 @@ from pathlib import Path
 
 from training.datasets.provenance import Provenance
 from training.datasets.studies import Record, Study, Tally, View, make_study
-from training.findings import TAGS
+from training.ontology import ONTOLOGY, TAGS
 
 PREFIX = "mimic-cxr-2.0.0-"
 IMAGES = 377_110  # rows of PhysioNet's split table
@@ -38,18 +38,6 @@ TABLES = {
 }
 VIEWS = {"PA": "frontal", "AP": "frontal", "LATERAL": "lateral", "LL": "lateral"}
 SPLIT_NAMES = {"train": "train", "validate": "val", "test": "test"}
-# Tags that CheXpert's 14 labels speak of; of the others nothing is known.
-CHEXPERT: dict[str, tuple[str, ...]] = {
-    "cardiomegaly": ("Cardiomegaly", "Enlarged Cardiomediastinum"),
-    "effusion": ("Pleural Effusion",),
-    "atelectasis": ("Atelectasis",),
-    "opacity": ("Lung Opacity", "Consolidation", "Pneumonia"),
-    "nodule": ("Lung Lesion",),
-    "device": ("Support Devices",),
-    "congestion": ("Edema",),
-    "fracture": ("Fracture",),
-    "pneumothorax": ("Pneumothorax",),
-}
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Za-z ,/&()-]{2,60}?)[ \t]*:", re.MULTILINE)
 _SECTIONS = {
     "findings": ("FINDINGS", "FINDINGS AND IMPRESSION", "FINDINGS/IMPRESSION", "FINDING", "CHEST PA AND LATERAL"),
@@ -291,8 +279,8 @@ def chexpert_tags(row: dict[str, str]) -> tuple[int, ...]:
         if tag == "abnormal":
             named = [v for k, v in row.items() if k not in ("subject_id", "study_id", "No Finding")]
             tags.append(0 if _one(row.get("No Finding")) else 1 if any(map(_one, named)) else -1)
-        elif tag in CHEXPERT:
-            values = [row.get(label) for label in CHEXPERT[tag]]
+        elif ONTOLOGY[tag].chexpert:
+            values = [row.get(label) for label in ONTOLOGY[tag].chexpert]
             uncertain = any(value in ("-1", "-1.0") for value in values)
             tags.append(1 if any(map(_one, values)) else -1 if uncertain else 0)
         else:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cbedge.errors import ContextError
 from cbedge.prompt import ClinicalContext, build_target
-from training.findings import TAGS, read_tags
+from training.findings import read_tags
+from training.ontology import TAGS
 
 # What the tag head learns, in order. A collection says of each 1 (present), 0 (absent) or -1 (not known).
 SPLITS = ("train", "val", "test", "extra")

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from training.datasets.iu_xray import study_tags
-from training.findings import TAGS
+from training.ontology import ONTOLOGY, TAGS
 
-ADDED = ("consolidation", "edema", "pleural thickening")
-FINDINGS = (*TAGS, *(name for name in ADDED if name not in TAGS))
+FINDINGS = tuple(ONTOLOGY)
 # Those that the external evaluation compares with CheXNet.
 COMPARED = (
     "abnormal",
@@ -23,36 +22,6 @@ COMPARED = (
     "scar",
 )
 UNKNOWN = -1
-
-# IU X-RAY: a finding is present when a term starts with one of the first words; it is unknown when none does, but a
-# term starts with one of the second words.
-_IU_TERMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "consolidation": (
-        ("consolidation", "airspace disease", "lung consolidation"),
-        ("pneumonia", "infiltrate", "opacity"),
-    ),
-    "edema": (
-        ("pulmonary edema", "edema", "interstitial pulmonary edema", "alveolar edema", "chronic edema"),
-        ("pulmonary congestion", "congestion", "heart failure"),
-    ),
-    "pleural thickening": (("thickening/pleura", "pleural thickening"), ("thickening", "pleural diseases")),
-}
-# NIH ChestX-ray14: the labels that make a finding present. The labels know nothing of the other findings.
-_NIH_LABELS: dict[str, tuple[str, ...]] = {
-    "cardiomegaly": ("Cardiomegaly",),
-    "effusion": ("Effusion",),
-    "atelectasis": ("Atelectasis",),
-    "opacity": ("Infiltration", "Consolidation", "Pneumonia", "Edema"),
-    "nodule": ("Nodule", "Mass"),
-    "hyperinflation": ("Emphysema",),
-    "congestion": ("Edema",),
-    "scar": ("Fibrosis", "Pleural_Thickening"),
-    "hernia": ("Hernia",),
-    "pneumothorax": ("Pneumothorax",),
-    "consolidation": ("Consolidation",),
-    "edema": ("Edema",),
-    "pleural thickening": ("Pleural_Thickening",),
-}
 
 
 def iu_labels(terms: Iterable[str]) -> np.ndarray:
@@ -69,7 +38,7 @@ def iu_labels(terms: Iterable[str]) -> np.ndarray:
         if finding in tags:
             labels[column] = tags[finding]
         elif known:
-            present, unsure = _IU_TERMS[finding]
+            present, unsure = ONTOLOGY[finding].iu_xray, ONTOLOGY[finding].iu_xray_unsure
             if any(name.startswith(present) for name in names):
                 labels[column] = 1
             elif not any(name.startswith(unsure) for name in names):
@@ -83,6 +52,6 @@ def nih_labels(names: Sequence[str]) -> np.ndarray:
     for column, finding in enumerate(FINDINGS):
         if finding == "abnormal":
             labels[column] = bool(names)
-        elif finding in _NIH_LABELS:
-            labels[column] = any(name in names for name in _NIH_LABELS[finding])
+        elif ONTOLOGY[finding].nih:  # of the others the labels say nothing
+            labels[column] = any(name in names for name in ONTOLOGY[finding].nih)
     return labels
