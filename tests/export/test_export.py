@@ -208,7 +208,7 @@ def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(
         logits.append([decoder.prefill(embeds), decoder.append([5, 6, 7])[2].copy()])
     assert np.corrcoef(np.ravel(logits[0]), np.ravel(logits[1]))[0, 1] > 0.999
     monkeypatch.setattr("cbedge.backends.registry.choose_device", lambda name: "cuda")
-    assert choose_variant(exact.bundle) == ("q4f16", "auto") and exact.bundle.variant()[0] == "int4"
+    assert choose_variant(exact.bundle) == ("q4f16", "cuda") and exact.bundle.variant()[0] == "int4"
     assert choose_variant(exact.bundle, "int4") == choose_variant(open_bundle(cpu)) == ("int4", "cpu")
     for folder, reason in ((both, "has q4f16 already"), (tmp_path / "int8", "has no int4")):
         if folder.name == "int8":
@@ -218,7 +218,7 @@ def test_a_gpu_gets_a_decoder_in_16_bits_on_the_same_weights(
 
 
 @pytest.mark.parametrize(
-    ("kept", "variant", "device"), [("int4", "int4", "cpu"), ("q4f16", "q4f16", "auto"), ("fp32", "fp32", "cpu")]
+    ("kept", "variant", "device"), [("int4", "int4", "cpu"), ("q4f16", "q4f16", "cuda"), ("fp32", "fp32", "cpu")]
 )
 def test_with_a_gpu_a_variant_for_gpus_is_chosen_and_another_runs_on_the_cpu(
     kept: str, variant: str, device: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,9 +296,9 @@ def test_graphs_too_large_for_one_file_keep_their_weights_beside_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from export import graphs
+    from export import tracing
 
-    monkeypatch.setattr(graphs, "LARGEST_GRAPH", 20_000)
+    monkeypatch.setattr(tracing, "LARGEST_GRAPH", 20_000)
     out = tmp_path / "large"
     done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
                     "--data", tiny_data, "--variant", "fp32", "--variant", "fp16", "--variant", "int8")  # fmt: skip
