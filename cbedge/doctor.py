@@ -1,4 +1,4 @@
-"""See whether this machine can run cbedge, by doing it: every fault comes with what to type."""
+"""Check whether this machine can run cbedge, by running it; every fault comes with its remedy."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _TOKENS = 8
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        state: ``ok``; ``warning``, with which drafts can still be written; ``fault``, with which they cannot.
-        found: what was found.
-        remedy: what to type or do, empty where nothing is to be done.
+        name: what was checked.
+        state: ``ok``; ``warning``: drafts still work; ``fault``: they do not.
+        found: the result in words.
+        remedy: what to type or do; empty if nothing.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Check:
 
 
 def examine(model: Path | None = None) -> Iterator[Check]:
-    """Look at Python, ONNX Runtime, the machine, the model's files, and draft a report on every device."""
+    """Check Python, ONNX Runtime, the machine and the model's files, and draft a report on every device."""
     yield _python()
     runtime = _runtime()
     yield runtime
@@ -90,24 +90,29 @@ def _memory() -> Check:
     where = machine()
     quota = cpu_quota()
     limit = "" if quota is None else f" (CPU quota {quota:.1f})"
-    told = f"{where['memory_gb']} GB, {where['cores']} cores{limit}, {where['processor']}"
+    described = f"{where['memory_gb']} GB, {where['cores']} cores{limit}, {where['processor']}"
     free = _free_memory_gb()
     if free is not None and free < _LEAST_MEMORY_GB:
-        return Check("memory", "warning", f"{free:.1f} GB free of {told}", "close programs: a draft needs about 0.4 GB")
-    return Check("memory", "ok", told)
+        return Check(
+            "memory",
+            "warning",
+            f"{free:.1f} GB free of {described}",
+            "close other programs: a draft needs about 0.4 GB",
+        )
+    return Check("memory", "ok", described)
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
     if free < _LEAST_DISK_GB:
-        return Check("disk", "warning", f"{free:.1f} GB free in {tempfile.gettempdir()}", "make room there")
+        return Check("disk", "warning", f"{free:.1f} GB free in {tempfile.gettempdir()}", "free some space there")
     return Check("disk", "ok", f"{free:.0f} GB free in {tempfile.gettempdir()}")
 
 
 def _network() -> Check:
     if os.environ.get("ORT_DISABLE_TELEMETRY") != "1":
         return Check("network", "warning", "ONNX Runtime's telemetry is on", "unset ORT_DISABLE_TELEMETRY")
-    return Check("network", "ok", "none is used to draft; ONNX Runtime's telemetry is off")
+    return Check("network", "ok", "drafting uses no network; ONNX Runtime's telemetry is off")
 
 
 def _files(bundle: Bundle) -> Check:
@@ -118,7 +123,7 @@ def _files(bundle: Bundle) -> Check:
     manifest = bundle.manifest
     size = sum(record.size for record in manifest.files.values()) / 1e6
     return Check(
-        "model", "ok", f"{manifest.name} {manifest.version}, {len(manifest.files)} files, {size:.0f} MB, unaltered"
+        "model", "ok", f"{manifest.name} {manifest.version}, {len(manifest.files)} files, {size:.0f} MB, all verified"
     )
 
 
@@ -131,13 +136,15 @@ def _cuda(model: Path | None) -> Iterator[Check]:
         yield _draft("cuda", model)
     elif gpu:
         yield Check(
-            "draft on cuda", "warning", f"there is a GPU ({gpu}), but ONNX Runtime is the CPU build",
+            "draft on cuda",
+            "warning",
+            f"this machine has a GPU ({gpu}), but the CPU build of ONNX Runtime is installed",
             'pip uninstall -y onnxruntime && pip install "cbedge[gpu]"',
-        )  # fmt: skip
+        )
 
 
 def _draft(device: str, model: Path | None) -> Check:
-    """A few tokens from a drawn chest: what a user does, only shorter."""
+    """Draft a few tokens from a synthetic image, through the public interface."""
     from cbedge.api import ReportGenerator
 
     def attempt() -> str:
@@ -158,13 +165,13 @@ def _tried(name: str, attempt: Callable[[], str], failure: State) -> Check:
         return Check(name, "ok", attempt())
     except CbedgeError as error:
         return Check(name, failure, *_split(error))
-    except Exception as error:  # whatever the runtime raises is what the user is to be told
+    except Exception as error:  # the runtime may raise anything; the user must see it
         return Check(name, failure, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                      "update the driver and: pip install --upgrade --force-reinstall cbedge")  # fmt: skip
 
 
 def _split(error: CbedgeError) -> tuple[str, str]:
-    """What is wrong, and what to do, of a message that says both."""
+    """Split an error message into what is wrong and what to do."""
     text = str(error)
     for mark in ("; type: ", ": "):
         found, cut, remedy = text.rpartition(mark)

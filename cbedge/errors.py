@@ -1,8 +1,8 @@
-"""Errors that cbedge raises on purpose: each message says what is wrong, with what, and what to do."""
+"""Errors that cbedge raises. Each message says what is wrong, with what, and what to do."""
 
 
 class CbedgeError(Exception):
-    """Base of every expected failure. ``exit_code`` is what the command line returns for it."""
+    """Base class of every expected failure. ``exit_code`` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -26,18 +26,18 @@ class BundleError(CbedgeError):
 
 
 class DeviceError(CbedgeError):
-    """ONNX Runtime is not installed as needed, or the device asked for is not to be had."""
+    """ONNX Runtime is not installed correctly, or the requested device is not available."""
 
     exit_code = 6
 
 
 class OutputError(CbedgeError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the requested place."""
 
     exit_code = 7
 
 
 class DraftError(CbedgeError):
-    """The finished draft fails its last check: it is not a report, and is not handed out as one."""
+    """The finished draft fails its last check: it is not a complete report and is not returned."""
 
     exit_code = 8

@@ -107,7 +107,7 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
     if stat.S_ISDIR(kind):
         raise OutputError(f"{path} is a folder; give a file")
     if any(is_same_file(path, source) for source in inputs):
-        raise OutputError(f"{path} is one of the inputs, which are never replaced: give another path")
+        raise OutputError(f"{path} is an input file, and inputs are never overwritten: give another path")
     if number is not None:
         return
     if not stat.S_ISREG(kind):

@@ -47,7 +47,7 @@ def test_one_bad_file_stops_nothing_and_is_listed_at_the_end(tiny_bundle: Path, 
     assert lines["bad.png"]["status"] == "failed" and lines["chest.dcm"]["image_sha256"]
     before = out.read_bytes()
     again = run_batch(tiny_bundle, films, out)
-    assert again.returncode == 3 and "5 were there already" in again.stderr and out.read_bytes() == before
+    assert again.returncode == 3 and "5 already there" in again.stderr and out.read_bytes() == before
     Image.fromarray(draw_chest(9)).save(films / "bad.png")
     mended = run_batch(tiny_bundle, films, out, "--retry-failed")
     assert mended.returncode == 0, mended.stderr

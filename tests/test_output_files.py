@@ -44,7 +44,7 @@ def test_an_input_is_never_replaced_under_whatever_name(tmp_path: Path):
     os.link(film, tmp_path / "hard.png")
     (tmp_path / "soft.png").symlink_to(film)
     for name in ("film.png", "hard.png", "soft.png", "../" + tmp_path.name + "/film.png"):
-        with pytest.raises(OutputError, match="one of the inputs"):
+        with pytest.raises(OutputError, match="is an input file"):
             write_output(tmp_path / name, b"draft", True, [film])
     assert film.read_bytes() == b"film"
 
@@ -83,7 +83,7 @@ def film() -> Path:
         ("{cbedge} schema > /dev/full", 7, "cannot write to standard output: No space left"),
         ("{cbedge} batch {film} --out full.jsonl 2> /dev/full", 0, ""),
         ("{cbedge} generate {film} 2>&- | head -c 9", 0, ""),
-        ("{cbedge} generate {film} -o {film} --force", 7, "one of the inputs"),
+        ("{cbedge} generate {film} -o {film} --force", 7, "is an input file"),
         ("{cbedge} generate {long}", 3, "cannot read"), ("{cbedge} batch {long} --out x.jsonl", 3, "cannot read"),
     ],
 )  # fmt: skip

@@ -14,21 +14,28 @@ from cbedge.files import check_output
 
 
 def batch(
-    studies: Annotated[str, typer.Argument(help="Folder, pattern, file, or .csv with image, id, indication...")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines; a file that was begun is gone on with.")],
+    studies: Annotated[
+        str, typer.Argument(help="Folder, glob pattern, file, or .csv table with the columns image, id, indication...")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; an existing one is resumed.")],
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Stop every draft after so many tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in a draft.")] = None,
     template: Template = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
     accept_any_image: Annotated[
-        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+        bool,
+        typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph."),
     ] = False,
-    parquet: Annotated[Path | None, typer.Option(help="Also write a new Parquet table; needs pyarrow.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let --parquet replace a file.")] = False,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Also write a Parquet table to this file; needs pyarrow.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --parquet.")] = False,
 ) -> None:
-    """Draft the reports of many radiographs; run it again to go on after an interruption."""
+    """Draft the reports of many radiographs. Run the same command again to resume after an interruption."""
     import hashlib
     from dataclasses import replace
 
@@ -40,7 +47,7 @@ def batch(
 
     found = batch.find_studies(studies)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
-    for kind, names in (("files that are no radiographs were skipped", found.skipped),
+    for kind, names in (("files skipped because they are not radiographs", found.skipped),
                         ("folders could not be read", found.unreadable)):  # fmt: skip
         if names:
             more = ", ..." if len(names) > 5 else ""
@@ -51,7 +58,7 @@ def batch(
     if parquet is not None:
         check_output(parquet, force, [*inputs, out])
         if os.path.realpath(parquet) == os.path.realpath(out):
-            raise OutputError("--parquet and --out name one file: give two")
+            raise OutputError("--parquet and --out are the same file: give two different files")
     from cbedge.api import ReportGenerator
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import open_bundle
@@ -69,17 +76,23 @@ def batch(
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
-    columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("drafting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(items))
         tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=lambda tally: bar.advance(task))
     if parquet is not None:
         batch.write_parquet(out, parquet, force, inputs)
-    skipped = f", {tally.skipped} were there already" if tally.skipped else ""
-    print_error(f"{tally.written} drafts written to {out}{skipped}")
+    skipped = f", {tally.skipped} already there" if tally.skipped else ""
+    print_error(f"wrote {tally.written} drafts to {out}{skipped}")
     if tally.failed:
         for name, message in tally.failed:
             print_error(f"failed: {printable(name)}: {message}")
-        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are done")
+        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are drafted")
     if found.unreadable:
         raise RadiographError(f"{len(found.unreadable)} folders could not be read; change their permissions")

@@ -1,4 +1,4 @@
-"""``cbedge doctor``: examine this machine."""
+"""``cbedge doctor``: check this machine."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ def doctor(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """See whether this machine can draft reports, and what to type where it cannot."""
+    """Check whether this machine can draft reports, and say how to fix what is wrong."""
     from dataclasses import asdict
 
     from cbedge.doctor import examine
@@ -30,4 +30,4 @@ def doctor(
         typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
     faults = sum(check.state == "fault" for check in checks)
     if faults:
-        raise CbedgeError(f"{faults} of {len(checks)} checks found a fault: see above")
+        raise CbedgeError(f"{faults} of {len(checks)} checks failed: see above")

@@ -15,39 +15,48 @@ from cbedge.files import check_output, write_output
 
 def generate(
     image: Annotated[Path, typer.Argument(help="Frontal chest radiograph: PNG, JPEG, TIFF or DICOM (CR, DX).")],
-    indication: Annotated[str | None, typer.Option(help='Why the study was requested, such as "cough".')] = None,
-    comparison: Annotated[str | None, typer.Option(help="What earlier study it is compared with.")] = None,
-    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="what the file says")] = None,
+    indication: Annotated[str | None, typer.Option(help='Reason for the study, such as "cough".')] = None,
+    comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
+    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="from the file")] = None,
     template: Template = None,
     no_template: Annotated[
-        bool, typer.Option("--no-template", help="Keep to no template: the language model chooses every word.")
+        bool, typer.Option("--no-template", help="Follow no template: the language model chooses every word.")
     ] = False,
     lateral: Annotated[
-        Path | None, typer.Option(help="The same study's lateral radiograph, for a model that reads both.")
+        Path | None, typer.Option(help="Lateral radiograph of the same study, for models that read both views.")
     ] = None,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    beams: Annotated[int, typer.Option(help="Above 1: beam search with so many hypotheses.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in the draft.")] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most probable tokens with this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    beams: Annotated[int, typer.Option(help="Number of beams; above 1 turns on beam search.")] = 1,
     no_repeat: Annotated[
         int | None,
-        typer.Option(help="Never write a run of so many tokens twice; 0 allows it.", show_default="the model's"),
+        typer.Option(help="Never repeat an n-gram of this many tokens; 0 allows repeats.", show_default="the model's"),
     ] = None,
     stop_bias: Annotated[
-        float | None, typer.Option(help="Below 0 longer drafts, above 0 shorter ones.", show_default="the model's")
+        float | None, typer.Option(help="Below 0: longer drafts; above 0: shorter drafts.", show_default="the model's")
     ] = None,
     form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir.", show_default="text")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     accept_any_image: Annotated[
-        bool, typer.Option("--accept-any-image", help="Draft even of what does not look like a chest radiograph.")
+        bool,
+        typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph."),
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a new file instead.")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Also write a new PNG of where the model looked.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let --output and --heatmap replace a file.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Also write a heat map of the model's attention to this PNG.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --heatmap.")] = False,
 ) -> None:
     """Draft the report of one study."""
     from cbedge.outputs import check_format, render
@@ -56,17 +65,17 @@ def generate(
     form = form or ("json" if as_json else "text")
     check_format(form)
     if as_json and form != "json":
-        raise OutputError(f"--json and --format {form} exclude each other: give one of them")
+        raise OutputError(f"--json and --format {form} cannot be combined: give one of them")
     if form == "sr" and output is None and sys.stdout.isatty():
-        raise OutputError("a DICOM SR is no text: give --output FILE, or pipe it on")
+        raise OutputError("a DICOM SR is binary and cannot be shown in a terminal: give --output FILE, or use a pipe")
     sources = [path for path in (image, lateral, template) if path is not None]
     for target in filter(None, (output, heatmap)):
         check_output(target, force, sources)
     if output is not None and output == heatmap:
-        raise OutputError("--output and --heatmap name one file: give two")
+        raise OutputError("--output and --heatmap are the same file: give two different files")
     if output is None and sys.__stdout__ is None:
         raise OutputError("standard output is closed: give --output FILE")
-    # Loading the radiograph first: a wrong path is told before the model is loaded.
+    # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
     from cbedge.drafting.templates import read_template
     from cbedge.images.radiograph import load_radiograph
@@ -74,12 +83,12 @@ def generate(
 
     ClinicalContext(indication, comparison, view)
     if template and no_template:
-        raise ContextError("--template and --no-template exclude each other: give one of them")
+        raise ContextError("--template and --no-template cannot be combined: give one of them")
     wording = read_template(read_text_file(template)) if template else None
     chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
                               "keep_to_template": not no_template}  # fmt: skip
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
-    Decoding(**chosen)  # what is wrong is told before the model is loaded
+    Decoding(**chosen)  # checks the values
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
     from cbedge.api import ReportGenerator
 
@@ -112,6 +121,8 @@ def generate(
     if heatmap is not None:
         print_error(f"heat map: {heatmap}. {CAVEAT}")
     if not report.complete:
-        print_error(f"note: cut off after {report.new_tokens} tokens; raise --max-new-tokens for more")
+        print_error(
+            f"note: the draft was cut off after {report.new_tokens} tokens; raise --max-new-tokens for a longer one"
+        )
     if not format_sections(report.text):
         print_error("note: the model wrote nothing for this radiograph")

@@ -1,4 +1,4 @@
-"""``cbedge listen``: the dicom node."""
+"""``cbedge listen``: the DICOM node."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,24 +11,27 @@ from cbedge.errors import OutputError
 
 
 def listen(
-    known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send; may be repeated.")],
-    spool: Annotated[Path, typer.Option(help="Folder of the queue; it holds radiographs until they are drafted.")],
+    known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send images; repeatable.")],
+    spool: Annotated[Path, typer.Option(help="Folder for the queue; radiographs stay there until they are drafted.")],
     peer: Annotated[
-        str | None, typer.Option(help="PACS for the drafts, as AET@host:port.", show_default="they stay in the spool")
+        str | None,
+        typer.Option(help="PACS that receives the drafts, as AET@host:port.", show_default="drafts stay in the spool"),
     ] = None,
     aet: Annotated[str, typer.Option(help="This node's AE title.")] = "CBEDGE",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    retry: Annotated[float, typer.Option(min=0.1, help="Seconds after the first failed delivery.")] = 5.0,
+    retry: Annotated[float, typer.Option(min=0.1, help="Seconds until a failed delivery is first retried.")] = 5.0,
     pair_wait: Annotated[
-        float, typer.Option(min=0, help="Seconds that a radiograph waits for its study's other view; 0 pairs none.")
+        float, typer.Option(min=0, help="Seconds to wait for the other view of a study; 0 drafts every view alone.")
     ] = 10.0,
     template: Template = None,
 ) -> None:
-    """Be a DICOM node: draft every CR or DX image that is sent, and send the draft on as a Structured Report."""
+    """Run a DICOM node: draft a report for each CR or DX image received, and send it on as a Structured Report."""
     try:
         from cbedge.services.dicom_node import ListenSettings, Peer, run_listener
     except ImportError as error:

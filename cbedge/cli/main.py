@@ -47,17 +47,17 @@ for command in (generate, bench, batch, serve, listen, doctor, schema, model):
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C; no :class:`KeyboardInterrupt`, of which the command-line library makes a message of its own."""
+    """Ctrl-C. Not a :class:`KeyboardInterrupt`, for which the command-line library prints its own message."""
 
 
 def main() -> NoReturn:
-    """Run the command line; an expected failure is one line on standard error and its exit code."""
+    """Run the command line. An expected failure prints one line to standard error and sets the exit code."""
     prepare_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
     try:
         sys.exit(_run())
-    except BrokenPipeError:  # the reader went away, as with `| head`
+    except BrokenPipeError:  # the reader closed the pipe, as with `| head`
         discard_output()
         sys.exit(141)
 
@@ -77,7 +77,9 @@ def _run() -> int:
     except BrokenPipeError:
         raise
     except MemoryError:
-        print_error("cbedge: not enough memory for this radiograph and model: close programs or scale it down")
+        print_error(
+            "cbedge: not enough memory for this radiograph and model: close other programs or scale the radiograph down"
+        )
         return 1
     except _Interrupted:
         print_error("cbedge: interrupted")

@@ -13,7 +13,7 @@ def model(
     card: Annotated[bool, typer.Option("--card", help="Print the whole model card.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
-    """Say which model is embedded, and verify every file of it."""
+    """Describe the embedded model, and verify all its files."""
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import CARD, MANIFEST, open_bundle
 
@@ -31,13 +31,13 @@ def model(
         here = manifest.default_variant
     for name, variant in manifest.variants.items():
         size = sum(manifest.files[file].size for file in bundle.variant_files(variant))
-        taken = ", taken on this machine" if name == here else ""
-        typer.echo(f"  {name}: {variant.description}, {size / 1e6:.1f} MB{taken}")
+        default = ", default on this machine" if name == here else ""
+        typer.echo(f"  {name}: {variant.description}, {size / 1e6:.1f} MB{default}")
     for base in manifest.base_weights:
-        typer.echo(f"  from {base['origin']} ({base['licence']})")
+        typer.echo(f"  based on {base['origin']} ({base['licence']})")
     for data in manifest.training_data:
         typer.echo(f"  trained on {data['name']} ({data['licence']})")
     for row, scores in manifest.quality.get("scores", {}).items():
         typer.echo(f"  {row}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     typer.echo(f"{len(manifest.files)} files verified (SHA-256) in {bundle.folder}")
-    typer.echo("The whole card: cbedge model --card")
+    typer.echo("Model card: cbedge model --card")

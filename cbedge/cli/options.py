@@ -9,5 +9,5 @@ Model = Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a m
 
 Template = Annotated[
     Path | None,
-    typer.Option(help="Text file: a normal report in your words, which drafts keep to.", show_default="the usual one"),
+    typer.Option(help="Text file with your normal report, whose wording drafts follow.", show_default="the model's"),
 ]

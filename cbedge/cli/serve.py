@@ -1,4 +1,4 @@
-"""``cbedge serve``: the http service."""
+"""``cbedge serve``: the HTTP service."""
 
 from typing import Annotated
 
@@ -10,31 +10,36 @@ from cbedge.errors import OutputError
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; off this machine only with a token.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; other machines need --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8642,
     model: Model = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the model.", show_default="the model's own")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     token: Annotated[
-        str | None, typer.Option(envvar="CBEDGE_TOKEN", help="What clients must send; better set as CBEDGE_TOKEN.")
+        str | None,
+        typer.Option(envvar="CBEDGE_TOKEN", help="Token that clients must send; prefer the environment variable."),
     ] = None,
-    queue: Annotated[int, typer.Option(min=0, help="Drafts that may wait; one more is answered 429.")] = 8,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds until a draft is given up.")] = 60.0,
-    max_mb: Annotated[int, typer.Option(min=1, help="Largest request that is read, in MB.")] = 64,
-    idle: Annotated[float, typer.Option(min=0.1, help="Seconds until a client that sends nothing is cut off.")] = 10.0,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Maximum number of waiting drafts; further requests get status 429.")
+    ] = 8,
+    deadline: Annotated[float, typer.Option(min=1, help="Time limit for a draft, in seconds.")] = 60.0,
+    max_mb: Annotated[int, typer.Option(min=1, help="Maximum size of a request, in MB.")] = 64,
+    idle: Annotated[float, typer.Option(min=0.1, help="Seconds of silence before a client is disconnected.")] = 10.0,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name by which clients may address the service; may be repeated.",
+            help="Host name that clients may use for the service; repeatable.",
             show_default="this machine's loopback names; any name with a token",
         ),
     ] = None,
     recent_studies: Annotated[
-        int, typer.Option(min=0, max=64, help="Studies kept in memory, to be drafted again sooner.")
+        int, typer.Option(min=0, max=64, help="Studies cached in memory, which makes drafting them again faster.")
     ] = 4,
     template: Template = None,
 ) -> None:
-    """Serve drafts over HTTP, with a page to try it: http://127.0.0.1:8642."""
+    """Serve drafts over HTTP, with a web page at http://127.0.0.1:8642."""
     try:
         from cbedge.services.http import ServeSettings, check_exposure, run_server
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What all commands share on the terminal: messages, status, standard output, text files."""
+"""Terminal functions that several commands share: messages, status line, standard output, text files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def print_error(text: str) -> None:
-    """Print on standard error; a message that cannot be printed changes neither the work nor the exit code."""
+    """Print to standard error. A failure to print is ignored: it changes neither the work nor the exit code."""
     with suppress(OSError):
         typer.echo(text, err=True)
 
 
 def discard_output() -> None:
-    """Let Python not try again, at its end, to write what cannot be written."""
+    """Redirect standard output to nowhere, so that Python does not retry a failed write when it exits."""
     sink = os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError, ValueError):
         os.dup2(sink, sys.stdout.fileno())
 
 
 def prepare_streams() -> None:
-    """Let no character, and no closed stream, end a command with a traceback."""
+    """Make the output streams safe: a closed stream or an unprintable character causes no traceback."""
     if sys.stdout is None:  # closed, as with `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
@@ -44,7 +44,7 @@ def prepare_streams() -> None:
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """A line on the terminal that says what is going on; nothing where standard error is none."""
+    """A status line on the terminal; without a terminal on standard error, nothing is shown."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -55,10 +55,10 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
 
 def read_text_file(path: Path) -> str:
-    """A template's file.
+    """Read a text file that holds a template.
 
     Raises:
-        ContextError: it cannot be read.
+        ContextError: the file cannot be read.
     """
     try:
         if not path.is_file() and path.exists():
@@ -75,7 +75,7 @@ def read_text_file(path: Path) -> str:
 
 
 def keep_to_template(generator: ReportGenerator, template: Path | None) -> ReportGenerator:
-    """The generator, kept to the template of a file if one is given."""
+    """The generator; if a template file is given, all its drafts follow that template."""
     if template is not None:
         generator.keep_to(read_text_file(template))
     return generator
@@ -85,7 +85,7 @@ def print_bytes(content: bytes) -> None:
     """Write to standard output.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: standard output cannot be written.
     """
     try:
         sys.stdout.buffer.write(content)
@@ -98,12 +98,12 @@ def print_bytes(content: bytes) -> None:
 
 
 def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
-    """See that an output replaces no input.
+    """Check that an output file is not one of the inputs.
 
     Raises:
-        OutputError: it would.
+        OutputError: it is one of them.
     """
     from cbedge.files import is_same_file
 
     if any(is_same_file(output, path) for path in inputs):
-        raise OutputError(f"{output} is one of the inputs, which are never replaced: give another path")
+        raise OutputError(f"{output} is an input file, and inputs are never overwritten: give another path")

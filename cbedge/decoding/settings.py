@@ -32,7 +32,7 @@ class Decoding:
             and is used where the likeliest token is taken.
 
     Raises:
-        ContextError: a value is out of its range, or two exclude each other.
+        ContextError: a value is out of its range, or two cannot be combined.
     """
 
     temperature: float = 0.0
@@ -67,7 +67,7 @@ class Decoding:
             if not fits:
                 raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
         if self.beams > 1 and self.temperature > 0:
-            raise ContextError("beams and temperature exclude each other: give one of them")
+            raise ContextError("beams and temperature cannot be combined: give one of them")
 
     def _check_type(self, name: str, kind: type, wanted: str) -> None:
         value = getattr(self, name)

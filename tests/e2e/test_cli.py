@@ -79,7 +79,7 @@ def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path,
     [
         (["--template", "none.txt"], 4, "none.txt"),
         (["--template", "README.md"], 4, "at most 4,000"),
-        (["--template", "README.md", "--no-template"], 4, "exclude each other"),
+        (["--template", "README.md", "--no-template"], 4, "cannot be combined"),
         (["--indication", "x" * 1001], 4, "1,000"),
         (["--view", "sideways"], 4, "frontal"),
         (["--lateral", "none.png"], 3, "no such file: none.png"),
@@ -106,7 +106,7 @@ def test_an_altered_bundle_is_exit_code_5(generate, tiny_bundle: Path, tmp_path:
 def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     done = cbedge("model", "--model", tiny_bundle)
     assert done.returncode == 0 and "tiny 0.1.0" in done.stdout and "verified" in done.stdout
-    (taken,) = [line for line in done.stdout.splitlines() if line.endswith("taken on this machine")]
+    (taken,) = [line for line in done.stdout.splitlines() if line.endswith("default on this machine")]
     assert taken.strip().startswith(f"{USUAL_VARIANT}:")
     assert "# tiny 0.1.0" in cbedge("model", "--model", tiny_bundle, "--card").stdout
     assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
