@@ -237,6 +237,7 @@ def compose_report(
     of_films = [warning for film in study.films for warning in film.warnings]
     all_warnings = [*study.notes, *warnings, *of_films, *plan.warnings, *([unknown] if draft.has_unknown_word else [])]
     read, vision, qformer, prefilled, decoded = (1000 * (end - start) for start, end in pairwise(marks))
+    found = engine.manifest.image_findings
     timings = Timings(read, vision, qformer, prefilled, decoded, total=1000 * (marks[-1] - marks[0]))
     return Report(
         findings=findings, impression=impression, text=text, complete=draft.is_complete,
@@ -245,7 +246,8 @@ def compose_report(
         image_findings=reading.findings, finding_scores=reading.scores,
         image_sha256=study.films[0].sha256, lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
         template=plan.template, template_source=plan.template_source, warnings=tuple(dict.fromkeys(all_warnings)),
-        sentences=split_sentences(draft.tokens),
+        finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
+        sentences=split_sentences(draft.tokens, plan.given),
         prompt_tokens=reading.image_embeds.shape[1] + len(plan.prompt_ids), new_tokens=len(draft.tokens),
         opening_tokens=len(plan.opening), guessed_tokens=stats.guessed, accepted_tokens=stats.accepted,
         passes=stats.passes, image_reused=image_reused, reused_tokens=reused_tokens, timings=timings,

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -67,7 +67,9 @@ class Sentence:
             model. It says how usual the words are to the model there; a usual sentence can be wrong. Of a sentence that
             an image finding opened the draft with, it is that finding's score.
         low: whether the confidence is below :data:`LOW_CONFIDENCE`.
-        finding: the image finding that the sentence was written for, ``None`` for the language model's own.
+        finding: the image finding that the sentence was written for, ``None`` for any other sentence.
+        source: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is
+            usual), or ``language model`` (the model's own words).
     """
 
     text: str
@@ -75,6 +77,7 @@ class Sentence:
     confidence: float
     low: bool
     finding: str | None = None
+    source: str = "language model"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Report:
         image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
             a model that is not told. The text can still say otherwise.
         finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
-        sentences: the draft sentence by sentence, with confidence.
+        finding_thresholds: score from which on each finding counts as present.
+        sentences: the draft sentence by sentence, with confidence and source.
         image_sha256: of the input file; ``lateral_sha256`` of the lateral radiograph's, where there was one.
         prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
             ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
@@ -129,6 +133,7 @@ class Report:
     accepted_tokens: int
     passes: int
     timings: Timings
+    finding_thresholds: dict[str, float] = field(default_factory=dict)
     lateral_sha256: str | None = None
     template: str | None = None
     template_source: str | None = None
@@ -143,6 +148,7 @@ class Report:
         for sentence in values["sentences"]:
             sentence["confidence"] = round(sentence["confidence"], 3)
         values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
+        values["finding_thresholds"] = {name: round(value, 3) for name, value in self.finding_thresholds.items()}
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
         return json.dumps(values, indent=2, ensure_ascii=False)
 
@@ -153,13 +159,23 @@ class Report:
         notes = [f"Warning: {warning}" for warning in self.warnings]
         if unsure:
             notes.append(f"Low confidence: {' '.join(unsure)}")
-        opened = {s.finding: f"{s.finding} ({s.confidence:.2f})" for s in self.sentences if s.finding}
+        opened = dict.fromkeys(s.finding for s in self.sentences if s.finding)
         if opened:
-            notes.append(f"Written because of image scores, check first: {', '.join(opened.values())}.")
+            scored = ", ".join(map(self._scored, opened))
+            notes.append(f"Written because of image scores, check first: {scored}. A score is no probability.")
         silent = [name for name in self.image_findings or () if name not in opened]
         if silent:
-            notes.append(f"Image scores point to: {', '.join(silent)}. The draft may not say so: look for it.")
+            scored = ", ".join(map(self._scored, silent))
+            notes.append(f"Image scores also point to: {scored}. The draft may not say so: look for it.")
         return notes
+
+    def _scored(self, finding: str) -> str:
+        """A finding with its score and threshold, where they are known."""
+        if finding not in self.finding_scores:
+            return finding
+        threshold = self.finding_thresholds.get(finding)
+        behind = "" if threshold is None else f", threshold {threshold:.2f}"
+        return f"{finding} (score {self.finding_scores[finding]:.2f}{behind})"
 
     def to_text(self) -> str:
         """The report for people: a section a paragraph, the notes, and that it is a draft."""
@@ -167,8 +183,14 @@ class Report:
         return f"{format_sections(self.text)}\n\n{notes}[{self.statement}]"
 
 
-def split_sentences(tokens: Sequence[DraftToken]) -> tuple[Sentence, ...]:
-    """The sentences of a draft; one that stands in both sections has the same confidence and finding in both."""
+def split_sentences(tokens: Sequence[DraftToken], given: Sequence[str] = ()) -> tuple[Sentence, ...]:
+    """The sentences of a draft; one that stands in both sections has the same confidence and finding in both.
+
+    Args:
+        tokens: of the draft.
+        given: sentences of a template.
+    """
+    usual = set(map(normalize, given))
     ends = [*accumulate(len(token.piece) for token in tokens)]
     text = "".join(token.piece for token in tokens)
     section, sentences, first = "findings", list[Sentence](), dict[str, Sentence]()
@@ -183,7 +205,8 @@ def split_sentences(tokens: Sequence[DraftToken]) -> tuple[Sentence, ...]:
             logs = [math.log(max(w.probability, 1e-9)) for w in words if w.probability is not None]
             confidence = math.exp(sum(logs) / max(1, len(logs)))
             finding = next((w.finding for w in words if w.finding), None)
-            told = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding)
+            source = "image" if finding else "template" if normalize(text[start:end]) in usual else "language model"
+            told = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding, source)
             same = first.setdefault(normalize(told.text), told)
             sentences.append(replace(same, text=told.text, section=section))
     return tuple(sentences)

@@ -42,7 +42,7 @@ def report() -> Report:
 def test_a_new_format_is_one_file_and_one_entry(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "shout.py").write_text("def write(report, source):\n    return report.impression.upper().encode()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(FORMATS, "shout", Format("shout:write", "text/plain"))
+    monkeypatch.setitem(FORMATS, "shout", Format("shout:write", "text/plain", ".txt"))
     assert render(report, "shout") == report.impression.upper().encode()
     from cbedge.services.http_form import form_schema
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pydicom
 import pytest
 from conftest import EXAMPLES, ROOT, USUAL_VARIANT, draw_chest, run_cli
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbedge import CbedgeError, RadiographError
+from cbedge.file_names import safe_name
 from cbedge.files import lock_file, lock_path
 from cbedge.services import batch
 
@@ -264,6 +266,37 @@ def test_parquet_holds_the_same(tiny_bundle: Path, films: Path, tmp_path: Path):
     assert run_batch(tiny_bundle, films / "more", out, "--parquet", table).returncode == 0
     rows = pyarrow.read_table(table).to_pylist()
     assert [row["text"] for row in rows] == [line["text"] for line in batch.read_lines(out)]
+
+
+def test_each_draft_is_a_file_of_its_own_too(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out, documents = tmp_path / "reports.jsonl", tmp_path / "documents"
+    assert run_batch(tiny_bundle, films / "more", out, "--documents", documents).returncode == 0
+    lines = [*batch.read_lines(out)]
+    texts = {path.stem: path.read_text() for path in documents.iterdir()}
+    assert {safe_name(line["id"]) for line in lines} == {*texts}
+    assert all(line["impression"] in texts[safe_name(line["id"])] for line in lines)
+    taken = run_batch(tiny_bundle, films / "more", tmp_path / "other.jsonl", "--documents", documents)
+    assert taken.returncode == 7 and "holds files already" in taken.stderr
+    assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 7
+
+
+def test_a_format_that_a_radiograph_cannot_have_fails_by_line(tiny_bundle: Path, films: Path, tmp_path: Path):
+    pytest.importorskip("highdicom", reason="highdicom is not installed")
+    out, documents = tmp_path / "reports.jsonl", tmp_path / "documents"
+    done = run_batch(tiny_bundle, films / "more", out, "--documents", documents, "--format", "sr")
+    assert done.returncode == 3 and not [*documents.iterdir()] and "the others are done" not in done.stderr
+    assert all("give the radiograph as a DICOM file" in line["error"] for line in batch.read_lines(out))
+
+
+def test_the_two_views_of_a_study_become_one_item(tmp_path: Path):
+    views = {"a": "PA 1.2.3", "b": "LL 1.2.3", "c": "PA 1.2.4", "d": "PA 1.2.5", "e": "AP 1.2.5", "f": "LL 1.2.5"}
+    dataset = pydicom.dcmread(EXAMPLES / "chest_pa.dcm")
+    for name, text in views.items():
+        dataset.ViewPosition, dataset.StudyInstanceUID = text.split()
+        dataset.save_as(tmp_path / f"{name}.dcm")
+    items = {item.id: item for item in batch.pair_views(batch.find_items(str(tmp_path)))}
+    assert {*items} == {f"{name}.dcm" for name in "acdef"}, "a study with two frontal films is left as it is"
+    assert items["a.dcm"].lateral == tmp_path / "b.dcm" and items["c.dcm"].lateral is None
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cbedge.cli.options import Model, Template
+from cbedge.cli.options import Model, NoTemplate, Template
 from cbedge.cli.terminal import check_not_input, keep_to_template, print_error, read_text_file
-from cbedge.errors import OutputError, RadiographError
+from cbedge.errors import ContextError, OutputError, RadiographError
 from cbedge.files import check_output
 
 
@@ -25,6 +25,14 @@ def batch(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in a draft.")] = None,
     template: Template = None,
+    no_template: NoTemplate = False,
+    documents: Annotated[
+        Path | None, typer.Option(help="Folder: also write each draft as a file of its own, in --format.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="Of --documents: text, json, sr or fhir.")] = "text",
+    pair_views: Annotated[
+        bool, typer.Option("--pair-views", help="Draft the frontal and lateral DICOM files of a study together.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
     accept_any_image: Annotated[
         bool,
@@ -33,7 +41,7 @@ def batch(
     parquet: Annotated[
         Path | None, typer.Option(help="Also write a Parquet table to this file; needs pyarrow.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --parquet.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --parquet and --documents.")] = False,
 ) -> None:
     """Draft the reports of many radiographs. Run the same command again to resume after an interruption."""
     import hashlib
@@ -43,7 +51,14 @@ def batch(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cbedge.images.radiograph import printable
+    from cbedge.outputs import check_format
     from cbedge.services import batch
+
+    if template and no_template:
+        raise ContextError("--template and --no-template exclude each other: give one of them")
+    check_format(form)
+    if form != "text" and documents is None:
+        raise OutputError(f"--format {form} is for --documents: give a folder")
 
     found = batch.find_studies(studies)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
@@ -52,6 +67,7 @@ def batch(
         if names:
             more = ", ..." if len(names) > 5 else ""
             print_error(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
+    items = batch.pair_views(items) if pair_views else items
     inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
     inputs += [Path(studies), *([template] if template else [])]
     check_not_input(out, inputs)
@@ -68,14 +84,21 @@ def batch(
     bundle = open_bundle(model)
     name, device = choose_variant(bundle, variant, device)
     wording = None if template is None else check_template(bundle.manifest, read_text_file(template), TextCodec(bundle))
+    if pair_views and not bundle.manifest.reads_lateral:
+        raise ContextError(f"{bundle.manifest.name} reads one radiograph a study: leave --pair-views out")
     generator = keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template)
+    decoding = replace(generator.decoding, keep_to_template=not no_template)
+    files = None if documents is None else batch.Documents(documents, form)
+    if files is not None:
+        files.prepare(out.exists(), force)
 
     def draft(item: batch.Item) -> dict[str, Any]:
-        return batch.draft_item(item, generator, max_new_tokens, accept_any_image)
+        return batch.draft_item(item, generator, max_new_tokens, accept_any_image, decoding, files)
 
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
+    drafted_by += " no template" if no_template else ""
     columns = (
         TextColumn("drafting"),
         BarColumn(),
@@ -89,10 +112,11 @@ def batch(
     if parquet is not None:
         batch.write_parquet(out, parquet, force, inputs)
     skipped = f", {tally.skipped} already there" if tally.skipped else ""
-    print_error(f"wrote {tally.written} drafts to {out}{skipped}")
+    print_error(f"wrote {tally.written} {'draft' if tally.written == 1 else 'drafts'} to {out}{skipped}")
     if tally.failed:
         for name, message in tally.failed:
             print_error(f"failed: {printable(name)}: {message}")
-        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed; the others are drafted")
+        others = "; the others are drafted" if len(tally.failed) < len(items) else ""
+        raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed{others}")
     if found.unreadable:
         raise RadiographError(f"{len(found.unreadable)} folders could not be read; change their permissions")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cbedge.cli.options import Model, Template
+from cbedge.cli.options import Model, NoTemplate, Template
 from cbedge.cli.terminal import print_bytes, print_error, read_text_file
 from cbedge.errors import ContextError, OutputError
 from cbedge.files import check_output, write_output
@@ -19,9 +19,7 @@ def generate(
     comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
     view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="from the file")] = None,
     template: Template = None,
-    no_template: Annotated[
-        bool, typer.Option("--no-template", help="Follow no template: the language model chooses every word.")
-    ] = False,
+    no_template: NoTemplate = False,
     lateral: Annotated[
         Path | None, typer.Option(help="Lateral radiograph of the same study, for models that read both views.")
     ] = None,

@@ -11,3 +11,7 @@ Template = Annotated[
     Path | None,
     typer.Option(help="Text file with your normal report, whose wording drafts follow.", show_default="the model's"),
 ]
+
+NoTemplate = Annotated[
+    bool, typer.Option("--no-template", help="Follow no template: the language model chooses every word.")
+]

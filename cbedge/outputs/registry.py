@@ -23,19 +23,21 @@ class Format:
     Attributes:
         writer: ``module:function`` that makes the bytes of a file of a report and of the radiograph's file.
         media_type: for HTTP.
+        suffix: of a file.
         package: a module that must be installed, with the extra ``hospital``.
     """
 
     writer: str
     media_type: str
+    suffix: str
     package: str | None = None
 
 
 FORMATS = {
-    "text": Format("cbedge.outputs.plain:write_text", "text/plain"),
-    "json": Format("cbedge.outputs.plain:write_json", "application/json"),
-    "sr": Format("cbedge.outputs.sr:write", "application/dicom", "highdicom"),
-    "fhir": Format("cbedge.outputs.fhir:write", "application/fhir+json", "fhir.resources"),
+    "text": Format("cbedge.outputs.plain:write_text", "text/plain", ".txt"),
+    "json": Format("cbedge.outputs.plain:write_json", "application/json", ".json"),
+    "sr": Format("cbedge.outputs.sr:write", "application/dicom", ".dcm", "highdicom"),
+    "fhir": Format("cbedge.outputs.fhir:write", "application/fhir+json", ".fhir.json", "fhir.resources"),
 }
 
 

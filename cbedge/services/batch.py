@@ -14,15 +14,19 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from cbedge.api import ReportGenerator
+from cbedge.decoding import Decoding
 from cbedge.errors import CbedgeError, OutputError, RadiographError
+from cbedge.file_names import safe_name
 from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
 from cbedge.images.dicom_file import is_dicom
 from cbedge.images.radiograph import printable
+from cbedge.outputs import FORMATS, render
+from cbedge.report import Report
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
@@ -108,6 +112,27 @@ def find_items(studies: str) -> list[Item]:
     return find_studies(studies).items
 
 
+def pair_views(items: Sequence[Item]) -> list[Item]:
+    """Join a study's frontal and lateral DICOM files to one item, the frontal one's, where it has just one of each."""
+    from cbedge.images.dicom import header_view
+    from cbedge.images.dicom_file import read_header
+
+    views: dict[str, dict[str, list[Item]]] = {}
+    for item in items:
+        header = None if item.lateral is not None else read_header(item.image, needed=False)
+        uid, view = (None, None) if header is None else (str(header.get("StudyInstanceUID") or ""), header_view(header))
+        if uid and view:
+            views.setdefault(uid, {}).setdefault(view, []).append(item)
+    laterals: dict[str, Path] = {}
+    joined: set[str] = set()
+    for found in views.values():
+        frontal, lateral = found.get("frontal", []), found.get("lateral", [])
+        if len(frontal) == len(lateral) == 1:
+            laterals[frontal[0].id] = lateral[0].image
+            joined.add(lateral[0].id)
+    return [replace(i, lateral=laterals.get(i.id, i.lateral)) for i in items if i.id not in joined]
+
+
 def find_studies(studies: str) -> Found:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
@@ -167,15 +192,64 @@ def _read_folder(folder: Path) -> Found:
 Draft = Callable[[Item], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Where each draft is written as a file of its own, beside its line.
+
+    Attributes:
+        folder: of the files.
+        form: a name of :data:`cbedge.outputs.FORMATS`.
+    """
+
+    folder: Path
+    form: str
+
+    def prepare(self, resumed: bool, force: bool) -> None:
+        """Make the folder.
+
+        Args:
+            resumed: the batch was begun before, and so was the folder.
+            force: files that are there may be replaced.
+
+        Raises:
+            OutputError: it holds files that this batch did not write, or cannot be made.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+            if not (resumed or force) and any(self.folder.iterdir()):
+                raise OutputError(f"{self.folder} holds files already: give a new folder, or --force")
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror}; give another one") from None
+
+    def write(self, item: Item, report: Report) -> None:
+        """Write one draft.
+
+        Raises:
+            OutputError: it cannot be written.
+            RadiographError: the format needs a DICOM file, and the radiograph is none.
+        """
+        content = render(report, self.form, item.image)
+        write_output(self.folder / f"{safe_name(item.id)}{FORMATS[self.form].suffix}", content, True, [item.image])
+
+
 def draft_item(
-    item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool
-) -> dict[str, Any]:
-    """Draft one radiograph: the values of its line, with ``status`` ``ok`` or ``failed`` and the error then."""
+    item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool,
+    decoding: Decoding | None = None, documents: Documents | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Draft one radiograph: the values of its line, with ``status`` ``ok`` or ``failed`` and the error then.
+
+    Raises:
+        OutputError: a document cannot be written.
+    """
     try:
         report = generator.generate(
             item.image, indication=item.indication, comparison=item.comparison, view=item.view, lateral=item.lateral,
-            max_new_tokens=max_new_tokens, accept_any_image=accept_any_image,
+            max_new_tokens=max_new_tokens, accept_any_image=accept_any_image, decoding=decoding,
         )  # fmt: skip
+        if documents is not None:
+            documents.write(item, report)
+    except OutputError:
+        raise
     except CbedgeError as error:
         return {"status": "failed", "error": str(error)}
     except MemoryError:
