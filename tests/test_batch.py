@@ -284,7 +284,7 @@ def test_a_format_that_a_radiograph_cannot_have_fails_by_line(tiny_bundle: Path,
     pytest.importorskip("highdicom", reason="highdicom is not installed")
     out, documents = tmp_path / "reports.jsonl", tmp_path / "documents"
     done = run_batch(tiny_bundle, films / "more", out, "--documents", documents, "--format", "sr")
-    assert done.returncode == 3 and not [*documents.iterdir()] and "the others are done" not in done.stderr
+    assert done.returncode == 3 and not [*documents.iterdir()] and "the others are drafted" not in done.stderr
     assert all("give the radiograph as a DICOM file" in line["error"] for line in batch.read_lines(out))
 
 
