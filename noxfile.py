@@ -1,4 +1,4 @@
-"""One command for each chore: `nox -s lint types tests wheel`. Sessions run in the active environment."""
+"""One command for each chore: `nox -s lint types tests wheel docs`. Sessions run in the active environment."""
 
 import shutil
 import tempfile
@@ -41,3 +41,9 @@ def wheel(session: nox.Session) -> None:
         if size >= MAX_WHEEL_BYTES:
             session.error(f"the wheel has {size:,} bytes; at most {MAX_WHEEL_BYTES:,} are allowed")
     shutil.rmtree("build", ignore_errors=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into ``site/``, or ``-- serve`` it; needs the extra ``docs``."""
+    session.run("mkdocs", *(session.posargs or ["build", "--strict"]))

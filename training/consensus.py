@@ -29,7 +29,7 @@ from training.datasets import Study
 from training.ontology import DENIALS, TAG_FINDINGS
 from training.openings import Sentence, read_sentences
 
-# Chosen on validation studies (training/RUNS.md).
+# Chosen on validation studies (docs/research/index.md).
 SHARPNESS = 10.0
 WORD_WEIGHT = 2.0
 RECALL_WEIGHT = 0.85  # METEOR's

@@ -28,7 +28,7 @@ from training.consensus import ConsensusReports, Pool
 from training.datasets.iu_xray import read_studies, records
 from training.openings import Sentence
 
-# Chosen on validation studies (training/RUNS.md).
+# Chosen on validation studies (docs/research/index.md).
 COUNT = 48
 STRENGTH = 20.0  # of the classifier: the inverse of its L2 penalty
 ADDED = 60  # commonest sentences, which may be added
