@@ -3,7 +3,7 @@
 >>> from cbedge import ReportGenerator
 >>> report = ReportGenerator.from_pretrained().generate("chest_pa.png", indication="cough")
 
-Names are imported when they are first used, so that ``import cbedge`` costs next to nothing.
+Names are imported on first use, so that ``import cbedge`` is fast.
 """
 
 import importlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# ONNX Runtime sends telemetry on some platforms unless told not to before it is imported; cbedge uses no network.
+# cbedge uses no network; ONNX Runtime sends telemetry on some platforms unless this is set before its import.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _HOMES = {

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class DraftOptions(TypedDict, total=False):
-    """The fields of :class:`DraftRequest` beside ``image``, as keyword arguments."""
+    """The fields of :class:`DraftRequest` except ``image``, as keyword arguments."""
 
     lateral: ImageSource | None
     indication: str | None
@@ -46,24 +46,23 @@ class DraftOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """What a draft is to be written of, and how.
+    """The input and the options of one draft.
 
     Attributes:
         image: the frontal radiograph: a path, the file's bytes, a binary file object, a PIL image, an array, a pydicom
             dataset or a :class:`~cbedge.images.radiograph.Radiograph`; see
             :func:`~cbedge.images.radiograph.load_radiograph`.
-        lateral: the same study's lateral radiograph, for a model that :attr:`~ReportGenerator.reads_lateral`.
-        indication: why the study was requested; default is what a DICOM header says of it.
-        comparison: what earlier study it is compared with.
-        view: ``frontal`` or ``lateral``; default is what the file says, else ``frontal``.
-        template: a normal report in the wording that the draft is to keep to. Default is the one of
-            :meth:`~ReportGenerator.keep_to`; else, if no abnormality is detected, the bundle's template that is usual
-            for the indication.
-        max_new_tokens: stop after so many tokens, 1 to 1,024; the draft is cut at the last whole sentence then, and is
-            not ``complete``. Default is the bundle's limit, or what the template needs.
-        decoding: how tokens are chosen; default is :attr:`~ReportGenerator.decoding`. A mapping changes some of its
-            settings.
-        accept_any_image: draft even of what does not look like a chest radiograph.
+        lateral: lateral radiograph of the same study, for a model whose :attr:`~ReportGenerator.reads_lateral` is true.
+        indication: reason for the study; default is the one in the DICOM header.
+        comparison: prior study to compare with.
+        view: ``frontal`` or ``lateral``; default is the view in the file, else ``frontal``.
+        template: a normal report whose wording the draft follows. Default is the one of
+            :meth:`~ReportGenerator.keep_to`; else, if no abnormality is detected, the bundle's template for the
+            indication.
+        max_new_tokens: maximum number of tokens, 1 to 1,024; a longer draft is cut after its last whole sentence and
+            is not ``complete``. Default is the bundle's limit, or more if the template needs it.
+        decoding: decoding settings; default is :attr:`~ReportGenerator.decoding`. A mapping changes some of them.
+        accept_any_image: also draft from an image that does not look like a chest radiograph.
     """
 
     image: ImageSource
@@ -78,25 +77,25 @@ class DraftRequest:
 
 
 class ReportGenerator:
-    """Drafts reports with one model. Create it once and keep it: the first draft then costs no loading.
+    """Drafts reports with one model. Create it once and reuse it, because loading takes time.
 
-    One generator may be used by many threads at once: every draft has its own state, and the model is only read. Drafts
-    at the same time share the machine's cores, so each takes longer. A :class:`ReportStream` belongs to one thread.
+    A generator is thread-safe: every draft has its own state, and the model is read-only. Concurrent drafts share the
+    CPU cores, so each takes longer. A :class:`ReportStream` belongs to one thread.
 
-    What was computed for the last study is kept (:mod:`cbedge.drafting.recent`): drafted again, with another indication
-    or template, it takes half the time.
+    Intermediate results of the last study are cached (:mod:`cbedge.drafting.recent`): drafting it again, with another
+    indication or template, takes half the time.
 
     Args:
         bundle: an opened bundle, its files verified.
         variant: name of one of its variants.
         backend: runs that variant.
-        recent_studies: of how many studies to keep what was computed.
+        recent_studies: number of studies to cache.
 
     Attributes:
         bundle, variant, backend: as given.
-        resources: tokenizers, phrasebook, templates and word list of the bundle.
-        film_check: the bundle's check of radiographs.
-        recent: the studies that are kept; ``recent.clear()`` forgets them.
+        resources: tokenizers, phrasebook, templates and lexicon of the bundle.
+        film_check: the bundle's check of input images.
+        recent: the cached studies; ``recent.clear()`` removes them.
 
     Example:
         >>> generator = ReportGenerator.from_pretrained()
@@ -117,61 +116,61 @@ class ReportGenerator:
         cls, model: Path | str | None = None, variant: str | None = None, device: str = "auto",
         threads: int | None = None, recent_studies: int = 1,
     ) -> ReportGenerator:  # fmt: skip
-        """Open a bundle, check the hash of every file that is needed, and load it.
+        """Open a bundle, verify the hash of every file it needs, and load it.
 
         Args:
             model: folder of a bundle; default is the embedded model.
-            variant: a variant of the bundle, such as ``int4``; default is the one that suits the machine
+            variant: a variant of the bundle, such as ``int4``; default depends on the machine
                 (:func:`cbedge.backends.choose_variant`).
             device: ``auto``, ``cpu`` or ``cuda``.
             threads: CPU threads; default is one per core.
-            recent_studies: of how many studies to keep in memory what was computed, for their next draft; 0 to 64.
+            recent_studies: number of studies to cache in memory for repeated drafts, 0 to 64.
 
         Raises:
-            BundleError: the bundle is missing, altered, of another format, or lacks the variant.
-            ContextError: ``recent_studies`` is out of its range.
-            DeviceError: ONNX Runtime is not installed, or CUDA was asked for and is not available.
+            BundleError: the bundle is missing, altered, of an unknown format, or lacks the variant.
+            ContextError: ``recent_studies`` is out of range.
+            DeviceError: ONNX Runtime is not installed, or CUDA was requested and is not available.
         """
         bundle = open_bundle(model)
-        name, device = choose_variant(bundle, variant, device)  # what is not installed is said before files are read
+        name, device = choose_variant(bundle, variant, device)  # reports a missing runtime before files are read
         chosen = bundle.manifest.variants[name]
         files = bundle.variant_files(chosen)
         bundle.verify(files, sizes_alone=True)
-        with ThreadPoolExecutor(1) as pool:  # hashes are computed while graphs load: a user waits for a cold start
+        with ThreadPoolExecutor(1) as pool:  # verify files while the graphs load, for a faster cold start
             loading = pool.submit(open_backend, bundle, chosen, device, threads)
             bundle.verify(files)
             return cls(bundle, name, loading.result(), recent_studies)
 
     @property
     def decoding(self) -> Decoding:
-        """How the bundle's maker chose that tokens are chosen: greedy, with guesses of its template and phrasebook."""
+        """The bundle's decoding settings: greedy, with speculative decoding from template and phrasebook."""
         chosen = self.bundle.manifest.decoding
         return Decoding(no_repeat=chosen.get("no_repeat", 0), stop_bias=chosen.get("stop_bias", 0.0))
 
     @property
     def reads_lateral(self) -> bool:
-        """Whether the model was trained to read a lateral radiograph beside the frontal one."""
+        """Whether the model was trained to read a lateral radiograph together with the frontal one."""
         return self.bundle.manifest.reads_lateral
 
     def keep_to(self, template: str) -> None:
-        """Keep every draft to a template from now on, a department's own, unless a request brings another one.
+        """Make every draft follow a template, such as a department's own, unless a request has another one.
 
         Raises:
-            ContextError: it is no normal report, or the model has no image scores that say what it must not hide.
+            ContextError: the template is not a normal report, or the model has no image scores to check it against.
         """
         self._house_template = self._checked_template(template)
 
     def generate(self, image: ImageSource | DraftRequest, **options: Unpack[DraftOptions]) -> Report:
-        """Draft the report of one frontal chest radiograph, and of the lateral one beside it.
+        """Draft the report of one study: a frontal chest radiograph, and optionally a lateral one.
 
         Args:
             image: the radiograph, or a whole request.
             options: the other fields of :class:`DraftRequest`.
 
         Raises:
-            RadiographError: an image cannot be used, or does not look like a chest radiograph.
-            ContextError: another field cannot be used.
-            DraftError: the model wrote no whole report.
+            RadiographError: an image cannot be read, or does not look like a chest radiograph.
+            ContextError: another field is invalid.
+            DraftError: the model wrote an incomplete report.
         """
         stream = self.stream(image, **options)
         for _ in stream:
@@ -182,10 +181,10 @@ class ReportGenerator:
         """Draft the reports of several studies, one after another.
 
         Args:
-            requests: for each study a request, or a mapping with its fields.
+            requests: one request for each study, or a mapping with its fields.
 
         Returns:
-            For each study its report, or the error that :meth:`generate` would raise.
+            For each study, its report or the error that :meth:`generate` would raise.
 
         Example:
             >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
@@ -200,18 +199,18 @@ class ReportGenerator:
         return reports
 
     async def generate_async(self, image: ImageSource | DraftRequest, **options: Unpack[DraftOptions]) -> Report:
-        """:meth:`generate` for an event loop: the work is done in a thread, and a draft that is cancelled ends with the
-        token that is being written."""
+        """:meth:`generate` for an event loop. The work runs in a thread; a cancelled draft stops after the current
+        token."""
         stream = await asyncio.to_thread(self.stream, image, **options)
         async for _ in stream:
             pass
         return stream.report
 
     def stream(self, image: ImageSource | DraftRequest, **options: Unpack[DraftOptions]) -> ReportStream:
-        """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is there when it is exhausted.
+        """Like :meth:`generate`, as an iterator over pieces of text; its ``report`` is available at the end.
 
-        The input is checked here; whether it looks like a chest radiograph, by what the vision encoder makes of it,
-        when the first piece is asked for.
+        Input is checked in this call, except that the check whether the image looks like a chest radiograph runs with
+        the first piece, because it needs the vision encoder.
         """
         request = image if isinstance(image, DraftRequest) else DraftRequest(image, **options)
         return ReportStream(self._engine(), self._study(request))
@@ -223,7 +222,7 @@ class ReportGenerator:
         )  # fmt: skip
 
     def _study(self, request: DraftRequest) -> Study:
-        """A request, checked, its radiographs loaded."""
+        """Check a request and load its radiographs."""
         limit = check_max_new_tokens(request.max_new_tokens)
         context = ClinicalContext(request.indication, request.comparison, request.view)
         template = self._house_template if request.template is None else self._checked_template(request.template)
@@ -239,7 +238,7 @@ class ReportGenerator:
                 context.indication or of_header, context.comparison, context.view or films[0].view or "frontal"
             ),
             indication_source="given" if context.indication else "DICOM header" if of_header else None,
-            notes=tuple(f"The {name} says nothing and was left out." for name in empty),
+            notes=tuple(f"The {name} has no content and was ignored." for name in empty),
             template=template, max_new_tokens=limit, decoding=self._decoding_of(request.decoding),
             accept_any_image=request.accept_any_image,
         )  # fmt: skip
@@ -248,7 +247,7 @@ class ReportGenerator:
         return check_template(self.bundle.manifest, template, self.resources.codec)
 
     def _decoding_of(self, decoding: Decoding | Mapping[str, Any] | None) -> Decoding:
-        """The settings that are given, those of a mapping in place of :attr:`decoding`'s, or :attr:`decoding`."""
+        """The given settings; a mapping changes :attr:`decoding`; ``None`` is :attr:`decoding`."""
         if decoding is None or isinstance(decoding, Decoding):
             return decoding or self.decoding
         if not isinstance(decoding, Mapping):
@@ -264,22 +263,30 @@ class ReportGenerator:
     def _load_lateral(self, lateral: ImageSource, frontal: Radiograph, context: ClinicalContext) -> Radiograph:
         if not self.reads_lateral:
             raise ContextError(
-                f"{self.bundle.manifest.name} reads one radiograph a study: leave the lateral one out, or give a model "
-                "that was trained with both"
+                f"{self.bundle.manifest.name} cannot read a lateral radiograph: leave it out, or use a model that was "
+                "trained with both views"
             )
         if "lateral" in (context.view, frontal.view):
-            raise ContextError("the first radiograph is a lateral one: give the frontal one there, and one lateral one")
+            raise ContextError(
+                "the first radiograph is a lateral view: give the frontal view first, then the lateral view"
+            )
         radiograph = load_radiograph(lateral)
         if radiograph.view == "frontal":
-            raise ContextError("the radiograph that is given as lateral is a frontal one, as its header says")
+            raise ContextError(
+                "the lateral radiograph is a frontal view according to its header: give the lateral view"
+            )
         if radiograph.sha256 == frontal.sha256:
-            raise ContextError("the frontal and the lateral radiograph are one file: give the lateral one, or leave it")
+            raise ContextError(
+                "the frontal and the lateral radiograph are the same image: give two, or only the frontal one"
+            )
         if frontal.study_uid and radiograph.study_uid and frontal.study_uid != radiograph.study_uid:
-            raise ContextError("the two radiographs are of different studies, as their headers say: give one study's")
+            raise ContextError(
+                "the two radiographs have different Study Instance UIDs: give two views of the same study"
+            )
         return radiograph
 
     def __getattr__(self, name: str) -> Any:
-        """Deprecated attributes, which are those of :attr:`resources` and :attr:`film_check` now."""
+        """Deprecated attributes, moved to :attr:`resources` and :attr:`film_check`."""
         home = _MOVED.get(name)
         if home is None or home not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -298,13 +305,13 @@ _MOVED = {
 
 
 class ReportStream(Iterator[str]):
-    """Pieces of a draft as they are written; :attr:`report` holds the whole once the iterator is exhausted.
+    """Iterator over the pieces of a draft as they are written; :attr:`report` is available once it is exhausted.
 
-    ``for`` and ``async for`` both take it; the latter writes each piece in a thread, so an event loop goes on.
+    Works with ``for`` and ``async for``; the latter generates each piece in a thread and does not block the event loop.
 
     Args:
-        engine: of the model.
-        study: to draft.
+        engine: the model and its resources.
+        study: the study to draft.
     """
 
     def __init__(self, engine: Engine, study: Study):
@@ -337,13 +344,13 @@ class ReportStream(Iterator[str]):
 
     @property
     def attention(self) -> np.ndarray:
-        """What the Q-Former attended to: shares of patches, float32 [rows, columns]; see :mod:`cbedge.images.heatmap`.
+        """The Q-Former's attention to each patch, float32 [rows, columns]; see :mod:`cbedge.images.heatmap`.
 
         Raises:
-            RuntimeError: the first piece was not asked for yet.
+            RuntimeError: the iterator was not started.
         """
         if self._reading is None:
-            raise RuntimeError("the image was not read yet: ask for the first piece before")
+            raise RuntimeError("the image was not read yet: get the first piece from the iterator first")
         patches = self._reading.attention[1:]
         side = math.isqrt(len(patches))
         return patches.reshape(side, side)
@@ -356,10 +363,10 @@ class ReportStream(Iterator[str]):
 
 
 def check_max_new_tokens(count: Any) -> int | None:
-    """A limit of tokens, checked; ``None`` stays ``None``.
+    """Check a token limit; ``None`` stays ``None``.
 
     Raises:
-        ContextError: it is no whole number, or out of its range.
+        ContextError: it is not a whole number, or out of range.
     """
     if count is None:
         return None

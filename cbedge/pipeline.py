@@ -1,4 +1,4 @@
-"""One draft, from a study's radiographs to its report, step by step."""
+"""One draft, step by step, from the radiographs of a study to its report."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from cbedge.report import DraftToken, Report, Timings, split_sentences
 
 @dataclass(frozen=True)
 class Engine:
-    """What all drafts of one model share.
+    """A model and everything that its drafts share.
 
     Attributes:
-        manifest: of the bundle.
-        variant: its name.
+        manifest: the bundle's manifest.
+        variant: name of the variant.
         backend: runs the model.
-        resources: steer drafts.
-        film_check: knows chest films.
-        recent: studies that are kept.
-        guess_length: learns how many guesses pay.
+        resources: tokenizers, templates, phrasebook and lexicon.
+        film_check: checks that images look like chest radiographs.
+        recent: cache of recent studies.
+        guess_length: chooses the number of speculative tokens.
     """
 
     manifest: Manifest
@@ -60,17 +60,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Study:
-    """What one draft is written of, checked.
+    """The checked input of one draft.
 
     Attributes:
-        films: the frontal radiograph, and the lateral one if there is one.
-        context: its view is never ``None``.
+        films: the frontal radiograph, and optionally the lateral one.
+        context: clinical context; its view is never ``None``.
         indication_source: ``given``, ``DICOM header`` or ``None``.
-        notes: warnings about what was given.
-        template: the user's.
-        max_new_tokens: the user's limit.
-        decoding: how tokens are chosen.
-        accept_any_image: refuse no image.
+        notes: warnings about the input.
+        template: the user's template, or ``None``.
+        max_new_tokens: the user's limit, or ``None``.
+        decoding: decoding settings.
+        accept_any_image: do not refuse images that do not look like chest radiographs.
     """
 
     films: tuple[Radiograph, ...]
@@ -86,32 +86,32 @@ class Study:
 def draft_report(
     engine: Engine, study: Study, on_reading: Callable[[ImageReading], None] = lambda reading: None
 ) -> Generator[str, None, Report]:
-    """Draft one report; yields its text in pieces, and returns the report.
+    """Draft one report: yields pieces of its text and returns the report.
 
     Args:
-        engine: of the model.
-        study: to draft.
-        on_reading: is told what the model reads in the images, before the first piece.
+        engine: the model and its resources.
+        study: the study to draft.
+        on_reading: called with the image reading, before the first piece.
 
     Raises:
-        RadiographError: a film looks like no chest radiograph of its view.
-        DraftError: the model wrote no whole report.
+        RadiographError: an image does not look like a chest radiograph of its view.
+        DraftError: the model wrote an incomplete report.
     """
     manifest, backend, codec = engine.manifest, engine.backend, engine.resources.codec
     marks = [perf_counter() - sum(film.read_ms for film in study.films) / 1000]
     pixels = [preprocess_radiograph(film, manifest.preprocessing) for film in study.films]
     study = replace(study, films=tuple(map(_without_pixels, study.films)))
     cached = engine.recent.study(pixels, study.context.view)
-    image_reused = bool(cached.answers)
+    image_reused = bool(cached.qformer_outputs)
     marks.append(perf_counter())
 
     features = cached.features or [backend.encode_image(planes) for planes in pixels]
     warnings = engine.film_check.assess(study.films, features, study.context.view, study.accept_any_image)
     marks.append(perf_counter())
 
-    answers = cached.answers or query_films(backend, codec, features, study.context)
-    cached.features, cached.answers = features, answers
-    reading = interpret(answers, manifest.image_findings)
+    outputs = cached.qformer_outputs or query_films(backend, codec, features, study.context)
+    cached.features, cached.qformer_outputs = features, outputs
+    reading = interpret(outputs, manifest.image_findings)
     on_reading(reading)
     marks.append(perf_counter())
 
@@ -137,18 +137,18 @@ def draft_report(
 def prefill(
     backend: Backend, reading: ImageReading, plan: DraftPlan, cached: CachedStudy | None = None
 ) -> tuple[Decoder, np.ndarray]:
-    """A decoder that has read image embeddings, prompt and opening, and the logits after them, float32 [V].
+    """Run the language model over image embeddings, prompt and opening; the decoder, and the logits float32 [V].
 
     Args:
         backend: runs the language model.
-        reading: of the images.
-        plan: of the draft.
-        cached: may keep a decoder that has read a prompt of the same image embeddings.
+        reading: the image reading.
+        plan: the draft's plan.
+        cached: the cached study, whose decoder may have read the same image embeddings.
     """
     capacity = reading.image_embeds.shape[1] + plan.max_new_tokens + len(plan.prompt_ids)
     decoder = (cached.take_decoder(capacity) if cached else None) or backend.new_decoder(capacity)
     prompt, opening = [*plan.prompt_ids], plan.opening_ids
-    if backend.decoder_only:  # otherwise an encoder reads the prompt
+    if backend.decoder_only:  # in an encoder-decoder model, the encoder reads the prompt
         prompt, opening = prompt + opening, []
     embeds = backend.embed_tokens(np.array([prompt], np.int64))
     logits = decoder.prefill(np.concatenate([reading.image_embeds, embeds], axis=1))
@@ -158,7 +158,7 @@ def prefill(
 def write_tokens(
     engine: Engine, settings: Decoding, plan: DraftPlan, decoder: Decoder, logits: np.ndarray, stats: SpeculationStats
 ) -> Iterator[Token]:
-    """The tokens that follow the opening, as the settings choose them; the stop token is the last one."""
+    """Generate the tokens after the opening; the last one is the stop token."""
     opening, stop_ids = plan.opening_ids, engine.manifest.stop_ids
     limit = plan.max_new_tokens - len(opening)
     if settings.beams > 1:
@@ -172,30 +172,30 @@ def write_tokens(
 
 
 class _Draft:
-    """The tokens of a draft that passed its last check.
+    """The tokens of a draft that passed its sentence filter.
 
     Args:
-        check: of the plan.
+        sentence_filter: the plan's filter.
 
     Attributes:
-        tokens: the draft's.
-        is_complete: the model ended it.
-        has_unknown_word: a sentence was left out because of a word that no training report has.
+        tokens: tokens of the accepted sentences.
+        is_complete: whether the model wrote a stop token.
+        has_unknown_word: whether a sentence was removed because of a word that is not in the lexicon.
     """
 
-    def __init__(self, check: SentenceFilter):
-        self._check = check
+    def __init__(self, sentence_filter: SentenceFilter):
+        self._filter = sentence_filter
         self.tokens: list[DraftToken] = []
         self.is_complete = False
 
     @property
     def has_unknown_word(self) -> bool:
-        return self._check.unknown
+        return self._filter.has_unknown_word
 
     def checked(
         self, plan: DraftPlan, written: Iterator[Token], manifest: Manifest, codec: TextCodec
     ) -> Iterator[DraftToken]:
-        """The opening and what is written up to the stop token, whole sentences at a time, those that pass."""
+        """The accepted tokens of the opening and of what is written before the stop token, one sentence at a time."""
         for token in self._sentences(plan, written, manifest, codec):
             self.tokens.append(token)
             yield token
@@ -205,15 +205,15 @@ class _Draft:
     ) -> Iterator[DraftToken]:
         stream = codec.new_stream()
         for token in plan.opening:
-            stream.step(token.token_id)  # some tokenizers drop the space of the first token that they decode
-            yield from self._check.add(token)
+            stream.step(token.token_id)  # some tokenizers drop the space before the first decoded token
+            yield from self._filter.add(token)
         for token_id, probability in written:
             if token_id in manifest.stop_ids:
                 self.is_complete = True
                 break
-            yield from self._check.add(DraftToken(stream.step(token_id), probability, None, token_id))
-        yield from self._check.end()
-        if self.is_complete and not self._check.said[1]:  # its conclusions contradict the findings, which conclude it
+            yield from self._filter.add(DraftToken(stream.step(token_id), probability, None, token_id))
+        yield from self._filter.end()
+        if self.is_complete and not self._filter.accepted[1]:  # no conclusion passed: repeat the findings instead
             for place, sentence in enumerate(_opening_sentences(plan.opening)):
                 heading = [DraftToken(" IMPRESSION:", None)] if place == 0 else []
                 yield from [*heading, sentence]
@@ -223,17 +223,17 @@ def compose_report(
     engine: Engine, study: Study, reading: ImageReading, plan: DraftPlan, draft: _Draft, warnings: tuple[str, ...],
     stats: SpeculationStats, marks: list[float], image_reused: bool, reused_tokens: int,
 ) -> Report:  # fmt: skip
-    """The finished report.
+    """Assemble the finished report.
 
     Raises:
-        DraftError: a complete draft lacks a section.
+        DraftError: a section of a complete draft is empty.
     """
     text = "".join(token.piece for token in draft.tokens).strip()
     findings, impression = split_sections(text)
     missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
     if draft.is_complete and missing:
-        raise DraftError(f"the model wrote no whole report of this radiograph (no {missing}): write it without draft")
-    unknown = "A sentence was left out because it had a word that is in no training report."
+        raise DraftError(f"the model's report is incomplete (no {missing}): write this report without a draft")
+    unknown = "A sentence was removed because it contained a word that occurs in no training report."
     of_films = [warning for film in study.films for warning in film.warnings]
     all_warnings = [*study.notes, *warnings, *of_films, *plan.warnings, *([unknown] if draft.has_unknown_word else [])]
     read, vision, qformer, prefilled, decoded = (1000 * (end - start) for start, end in pairwise(marks))
@@ -247,7 +247,7 @@ def compose_report(
         image_sha256=study.films[0].sha256, lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
         template=plan.template, template_source=plan.template_source, warnings=tuple(dict.fromkeys(all_warnings)),
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
-        sentences=split_sentences(draft.tokens, plan.given),
+        sentences=split_sentences(draft.tokens, plan.fixed),
         prompt_tokens=reading.image_embeds.shape[1] + len(plan.prompt_ids), new_tokens=len(draft.tokens),
         opening_tokens=len(plan.opening), guessed_tokens=stats.guessed, accepted_tokens=stats.accepted,
         passes=stats.passes, image_reused=image_reused, reused_tokens=reused_tokens, timings=timings,
@@ -255,12 +255,12 @@ def compose_report(
 
 
 def _without_pixels(film: Radiograph) -> Radiograph:
-    """The pixels of a large film are not held while its draft is written."""
+    """Release the pixels, which can be large, before the report is written."""
     return replace(film, pixels=np.empty((0, 0), np.float32), stored=None)
 
 
 def _opening_sentences(opening: tuple[DraftToken, ...]) -> list[DraftToken]:
-    """Each finding's sentence of an opening as one piece, without the heading."""
+    """The opening's sentences, one piece for each finding, without the heading."""
     sentences: dict[str, DraftToken] = {}
     for token in opening:
         if token.finding is not None:

@@ -1,4 +1,4 @@
-"""A draft report with where it came from and how long it took, as text and as JSON."""
+"""A draft report with its provenance and timings, as text and as JSON."""
 
 import json
 import math
@@ -16,7 +16,7 @@ DRAFT_STATEMENT = (
 )
 
 
-LOW_CONFIDENCE = 0.5  # of a sentence's words; see Sentence.confidence
+LOW_CONFIDENCE = 0.5  # see Sentence.confidence
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Timings:
     """Wall time of each stage of one draft, in milliseconds.
 
     Attributes:
-        read: reading and scaling the radiograph.
+        read: loading and preprocessing the radiographs.
         vision: the vision encoder.
-        qformer: the Q-Former with its projection.
-        prefill: the language model over image embeddings and prompt.
-        decode: the language model, token by token.
+        qformer: the Q-Former and its projection.
+        prefill: the language model's pass over image embeddings, prompt and opening.
+        decode: generation of the remaining tokens.
         total: everything from the call to the last token.
     """
 
@@ -41,13 +41,14 @@ class Timings:
 
 
 class DraftToken(NamedTuple):
-    """What one token added to a draft.
+    """One token of a draft.
 
     Attributes:
-        piece: text, empty where the token completes no character.
-        probability: of the token; or the score of the finding that wrote it; ``None`` where it was given to the model.
-        finding: the image finding whose sentence it is a part of, ``None`` for the language model's own words.
-        token_id: the token.
+        piece: the text that it adds; empty if it completes no character.
+        probability: of the token; for a finding's opening sentence, the finding's score; ``None`` for text that the
+            model did not choose.
+        finding: the image finding whose opening sentence it belongs to; ``None`` for the language model's own words.
+        token_id: index in the vocabulary.
     """
 
     piece: str
@@ -58,18 +59,18 @@ class DraftToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of a draft, with how sure the model was of it.
+    """One sentence of a draft, with the model's confidence in it.
 
     Attributes:
         text: without a heading.
         section: ``findings`` or ``impression``.
-        confidence: geometric mean of the probabilities of its tokens, 0 to 1, without those that were given to the
-            model. It says how usual the words are to the model there; a usual sentence can be wrong. Of a sentence that
-            an image finding opened the draft with, it is that finding's score.
+        confidence: geometric mean of its tokens' probabilities, 0 to 1, tokens without a probability excluded. It
+            measures how typical the words are for the model at this place; a typical sentence can be wrong. For a
+            finding's opening sentence it is the finding's score.
         low: whether the confidence is below :data:`LOW_CONFIDENCE`.
-        finding: the image finding that the sentence was written for, ``None`` for any other sentence.
-        source: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is
-            usual), or ``language model`` (the model's own words).
+        finding: the image finding that the sentence states; ``None`` for any other sentence.
+        source: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is a
+            template's sentence), or ``language model`` (the model's own words).
     """
 
     text: str
@@ -87,29 +88,30 @@ class Report:
     Attributes:
         findings, impression: the two sections; either can be empty.
         text: the text as the model wrote it.
-        complete: ``False`` where the draft was cut off at ``max_new_tokens``.
-        model, model_version, variant, device: what wrote it.
-        view: ``frontal`` or ``lateral``, as told to the model.
-        indication_source: ``given``, ``DICOM header``, or ``None`` where the model was told none.
-        template: the normal report whose wording the draft keeps to, ``None`` where it keeps to none;
-            ``template_source``: ``given``, or ``model`` where it is the usual one for the indication.
-        image_findings: findings that the model saw and told itself in the prompt, empty where it saw none; ``None`` for
-            a model that is not told. The text can still say otherwise.
-        finding_scores: score of every finding that is looked for, 0 to 1; they rank, and are no probabilities.
-        finding_thresholds: score from which on each finding counts as present.
-        sentences: the draft sentence by sentence, with confidence and source.
-        image_sha256: of the input file; ``lateral_sha256`` of the lateral radiograph's, where there was one.
-        prompt_tokens: image embeddings and prompt; ``new_tokens``: what was written, the stop token not counted;
-            ``opening_tokens``: those of them that image findings opened the draft with, which cost no decoding.
-        guessed_tokens, accepted_tokens: what was guessed ahead, and how much of it the model agreed to; ``passes``: of
-            the language model over that, 0 where nothing is guessed.
-        image_reused: whether what vision encoder and Q-Former had made of the radiographs was kept from an earlier
-            draft; ``reused_tokens``: how much of image embeddings and prompt the language model had kept
-            (:mod:`cbedge.drafting.recent`). The draft is the same, its timings are not.
-        warnings: what a reader must know about the radiograph or its header, such as that it looks mirrored; one
-            sentence each, without patient data.
+        complete: ``False`` if the draft was cut off at ``max_new_tokens``.
+        model, model_version, variant, device: the model that wrote it, and where it ran.
+        view: ``frontal`` or ``lateral``, as stated in the prompt.
+        indication_source: ``given``, ``DICOM header``, or ``None`` if the prompt has no indication.
+        template: the normal report whose wording the draft follows, or ``None``;
+            ``template_source``: ``given`` for the user's, ``model`` for the model's template for this indication.
+        image_findings: findings whose score reaches its threshold, which the prompt lists; empty if none does;
+            ``None`` for a model without finding scores. The text can still contradict them.
+        finding_scores: score of every finding that the model knows, 0 to 1; scores rank findings and are not
+            probabilities.
+        finding_thresholds: the score at which each finding counts as present.
+        sentences: the sentences of the draft, with confidence and source.
+        image_sha256: hash of the input file; ``lateral_sha256``: of the lateral radiograph's file, if one was given.
+        prompt_tokens: length of image embeddings and prompt; ``new_tokens``: length of the draft without the stop
+            token; ``opening_tokens``: those of them that state image findings and were not decoded.
+        guessed_tokens, accepted_tokens: tokens proposed by speculative decoding, and those that the model accepted;
+            ``passes``: decoding passes of the language model; 0 if it was not used.
+        image_reused: whether the outputs of vision encoder and Q-Former came from the cache of recent studies;
+            ``reused_tokens``: image embeddings and prompt tokens that the language model did not read again
+            (:mod:`cbedge.drafting.recent`). Reuse changes the timings, not the draft.
+        warnings: what the reader must know about the radiograph or its header, for example that it looks mirrored;
+            one sentence each, without patient data.
         timings: see :class:`Timings`.
-        statement: that this is an unreviewed draft.
+        statement: the statement that this is an unreviewed draft.
     """
 
     findings: str
@@ -153,8 +155,8 @@ class Report:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def notes(self) -> list[str]:
-        """What a reader should know beside the text: which words the model was unsure of, which sentences stand there
-        because of image scores, and what else those point to, which the draft may pass over in silence."""
+        """Notes for the reader: warnings, sentences of low confidence, sentences written because of image scores, and
+        findings with a high score that the draft may not mention."""
         unsure = [sentence.text for sentence in self.sentences if sentence.low and not sentence.finding]
         notes = [f"Warning: {warning}" for warning in self.warnings]
         if unsure:
@@ -162,11 +164,11 @@ class Report:
         opened = dict.fromkeys(s.finding for s in self.sentences if s.finding)
         if opened:
             scored = ", ".join(map(self._scored, opened))
-            notes.append(f"Written because of image scores, check first: {scored}. A score is no probability.")
-        silent = [name for name in self.image_findings or () if name not in opened]
-        if silent:
-            scored = ", ".join(map(self._scored, silent))
-            notes.append(f"Image scores also point to: {scored}. The draft may not say so: look for it.")
+            notes.append(f"Written because of image scores (not probabilities), check first: {scored}.")
+        others = [name for name in self.image_findings or () if name not in opened]
+        if others:
+            scored = ", ".join(map(self._scored, others))
+            notes.append(f"Image scores also point to: {scored}. The draft may not mention this: check the image.")
         return notes
 
     def _scored(self, finding: str) -> str:
@@ -178,19 +180,19 @@ class Report:
         return f"{finding} (score {self.finding_scores[finding]:.2f}{behind})"
 
     def to_text(self) -> str:
-        """The report for people: a section a paragraph, the notes, and that it is a draft."""
+        """The report as readable text: one paragraph per section, the notes, and the draft statement."""
         notes = "".join(f"[{note}]\n\n" for note in self.notes())
         return f"{format_sections(self.text)}\n\n{notes}[{self.statement}]"
 
 
-def split_sentences(tokens: Sequence[DraftToken], given: Sequence[str] = ()) -> tuple[Sentence, ...]:
-    """The sentences of a draft; one that stands in both sections has the same confidence and finding in both.
+def split_sentences(tokens: Sequence[DraftToken], template: Sequence[str] = ()) -> tuple[Sentence, ...]:
+    """Split a draft into sentences; a sentence in both sections has the same confidence and finding in both.
 
     Args:
-        tokens: of the draft.
-        given: sentences of a template.
+        tokens: tokens of the draft.
+        template: sentences of the template.
     """
-    usual = set(map(normalize, given))
+    from_template = set(map(normalize, template))
     ends = [*accumulate(len(token.piece) for token in tokens)]
     text = "".join(token.piece for token in tokens)
     section, sentences, first = "findings", list[Sentence](), dict[str, Sentence]()
@@ -205,13 +207,14 @@ def split_sentences(tokens: Sequence[DraftToken], given: Sequence[str] = ()) -> 
             logs = [math.log(max(w.probability, 1e-9)) for w in words if w.probability is not None]
             confidence = math.exp(sum(logs) / max(1, len(logs)))
             finding = next((w.finding for w in words if w.finding), None)
-            source = "image" if finding else "template" if normalize(text[start:end]) in usual else "language model"
-            told = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding, source)
-            same = first.setdefault(normalize(told.text), told)
-            sentences.append(replace(same, text=told.text, section=section))
+            own = "template" if normalize(text[start:end]) in from_template else "language model"
+            source = "image" if finding else own
+            sentence = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding, source)
+            same = first.setdefault(normalize(sentence.text), sentence)
+            sentences.append(replace(same, text=sentence.text, section=section))
     return tuple(sentences)
 
 
 def format_sections(text: str) -> str:
-    """Put each section on a paragraph of its own."""
+    """Put each section in its own paragraph."""
     return text.replace(" IMPRESSION:", "\n\nIMPRESSION:").strip()

@@ -87,7 +87,7 @@ def test_denials_of_a_finding_in_radiologists_words(finding: str, denials: list[
 def test_a_given_sentence_that_ends_with_an_initial_is_said():
     given = ("Read by Dr. X.", "No fracture.")
     text = "FINDINGS: No mass. Read by Dr. X. No fracture. Ribs intact. IMPRESSION: Read by Dr. X."
-    check = SentenceFilter(given=given)
+    check = SentenceFilter(fixed=given)
     pieces = re.findall(r"\s*\S+", text)
     tokens = [DraftToken(piece, 0.9) for piece in pieces]
     said = [one.piece for token in tokens for one in check.add(token)] + [one.piece for one in check.end()]
@@ -108,7 +108,7 @@ def test_a_sentence_without_its_end_is_left_out():
 
 def test_numbered_items_whose_tokens_are_single_characters_are_sentences():
     pieces = [" IMPRESSION:", " ", "1", ".", " No mass", ".", " ", "2", ".", " Normal", "."]
-    check = SentenceFilter(given=("1. No mass.", "2. Normal."))
+    check = SentenceFilter(fixed=("1. No mass.", "2. Normal."))
     said = [one.piece for piece in pieces for one in check.add(DraftToken(piece, 0.9))] + [
         one.piece for one in check.end()
     ]
@@ -123,10 +123,10 @@ def test_a_section_says_nothing_twice():
 
 def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
     lexicon = Lexicon.compile([" Lungs are clear. Heart normal."] * 10)
-    check = SentenceFilter(None, lexicon, given=("Herz normal.",))
+    check = SentenceFilter(None, lexicon, fixed=("Herz normal.",))
     words = [DraftToken(piece, 0.9) for piece in re.findall(r"\s*\S+", " Lungs clear. Bapprastra clear. Herz normal.")]
     said = [said.piece for word in words for said in check.add(word)] + [said.piece for said in check.end()]
-    assert "".join(said) == " Lungs clear. Herz normal." and check.unknown
+    assert "".join(said) == " Lungs clear. Herz normal." and check.has_unknown_word
 
 
 def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():

@@ -124,13 +124,19 @@ def test_an_unknown_format_or_a_missing_library_is_told_before_any_work(monkeypa
 
 
 def test_what_the_image_scores_point_to_stands_beside_the_text(report: Report):
-    told = replace(report, image_findings=("opacity", "effusion")).to_text()
-    assert "opacity, effusion" in told and told.index("opacity, effusion") < told.index(report.statement)
+    scored = replace(
+        report,
+        image_findings=("opacity", "effusion"),
+        finding_scores={"opacity": 0.6, "effusion": 0.4},
+        finding_thresholds={"opacity": 0.5, "effusion": 0.3},
+    )
+    text = scored.to_text()
+    scores = "opacity (score 0.60, threshold 0.50), effusion (score 0.40, threshold 0.30)."
+    assert scores in text and text.index(scores) < text.index(report.statement)
     assert "Image scores" not in replace(report, image_findings=()).to_text()
-    opened = replace(report, image_findings=("opacity", "effusion"),
-                     sentences=(Sentence("There is opacity.", "findings", 0.6, False, "opacity"),))  # fmt: skip
-    assert "image scores, check first: opacity (0.60)." in opened.to_text()
-    assert "point to: effusion." in opened.to_text()
+    opened = replace(scored, sentences=(Sentence("There is opacity.", "findings", 0.6, False, "opacity"),)).to_text()
+    assert "image scores (not probabilities), check first: opacity (score 0.60, threshold 0.50)." in opened
+    assert "also point to: effusion (score 0.40, threshold 0.30)." in opened
 
 
 def test_sentences_have_a_section_and_a_confidence():

@@ -115,7 +115,7 @@ def test_a_context_that_says_nothing_is_left_out_and_noted(generator: ReportGene
     plain = generator.generate(chest_png, max_new_tokens=8)
     assert told.text == plain.text and told.indication_source is None and plain.warnings == ()
     assert told.warnings == (
-        "The indication says nothing and was left out.", "The comparison says nothing and was left out."
+        "The indication has no content and was ignored.", "The comparison has no content and was ignored."
     )  # fmt: skip
 
 
@@ -241,11 +241,11 @@ def test_two_radiographs_that_are_no_frontal_and_lateral_one_of_a_study_are_refu
         for film, view in ((draw_chest(0), "frontal"), (draw_lateral(0), "lateral"))
     )
     for first, second, view, told in (
-        (lateral, frontal, None, "first radiograph is a lateral one"),
-        (frontal, lateral, "lateral", "first radiograph is a lateral one"),
-        (frontal, replace(lateral, view="frontal"), None, "given as lateral is a frontal one"),
-        (frontal, replace(lateral, sha256=frontal.sha256), None, "one file"),
-        (frontal, replace(lateral, study_uid="1.2.4"), None, "different studies"),
+        (lateral, frontal, None, "first radiograph is a lateral view"),
+        (frontal, lateral, "lateral", "first radiograph is a lateral view"),
+        (frontal, replace(lateral, view="frontal"), None, "lateral radiograph is a frontal view"),
+        (frontal, replace(lateral, sha256=frontal.sha256), None, "same image"),
+        (frontal, replace(lateral, study_uid="1.2.4"), None, "different Study Instance UIDs"),
     ):
         with pytest.raises(ContextError, match=told) as caught:
             generator.stream(first, lateral=second, view=view)
@@ -254,7 +254,7 @@ def test_two_radiographs_that_are_no_frontal_and_lateral_one_of_a_study_are_refu
         generator.stream(frontal, lateral="none.png")
     one_view = copy(generator)
     one_view.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, reads_lateral=False))
-    with pytest.raises(ContextError, match="reads one radiograph a study: leave the lateral one out"):
+    with pytest.raises(ContextError, match="cannot read a lateral radiograph: leave it out"):
         one_view.stream(frontal, lateral=lateral)
 
 

@@ -122,7 +122,7 @@ def test_marks_of_markdown_are_dropped_and_its_headings_known():
     ["FINDINGS: The lungs are clear IMPRESSION: Normal.", r"{\rtf1 FINDINGS: Lungs are clear.\par IMPRESSION: None.}"],
 )  # fmt: skip
 def test_a_heading_inside_a_sentence_is_refused(text: str):
-    with pytest.raises(ContextError, match="inside a sentence: give it as plain text, with the heading on a line"):
+    with pytest.raises(ContextError, match="inside a sentence: put the heading on its own line"):
         parse_template(text)
 
 

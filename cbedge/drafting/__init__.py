@@ -1,1 +1,1 @@
-"""What steers a draft: prompt, opening, template, whole words and sentences."""
+"""Planning a draft: prompt, opening, template, and constraints on words and sentences."""

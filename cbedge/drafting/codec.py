@@ -1,4 +1,4 @@
-"""A bundle's two tokenizers: the language model's and the Q-Former's."""
+"""The two tokenizers of a bundle: the language model's and the Q-Former's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tokenizers.decoders import DecodeStream
 from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle
 from cbedge.errors import BundleError
 
-MAX_INSTRUCTION_TOKENS = 256  # what the Q-Former was trained with; a longer instruction is cut for it, and for it alone
+MAX_INSTRUCTION_TOKENS = 256  # of the Q-Former, as in training; longer instructions are truncated for it only
 
 
 class TextCodec:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Args:
         bundle: an opened bundle.
@@ -35,31 +35,31 @@ class TextCodec:
         self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The language model's tokens of a text, without special ones."""
+        """Token ids of a text for the language model, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """A prompt's tokens with the special tokens around it, as transformers' processor gives them."""
+        """Token ids of a prompt with special tokens, as the processor in transformers gives them."""
         return [*self._manifest.prefix_ids, *self.encode(prompt), *self._manifest.suffix_ids]
 
     def encode_instruction(self, instruction: str) -> list[int]:
-        """An instruction's tokens for the Q-Former, with its special tokens."""
+        """Token ids of an instruction for the Q-Former, with special tokens."""
         return self._qformer_tokenizer.encode(instruction, add_special_tokens=True).ids
 
     def encode_sentences(self, sentences: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each sentence behind another one."""
+        """Token ids of each sentence when it follows another one."""
         return tuple(tuple(self.encode(f" {text}")) for text in sentences)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of token ids, without special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def new_stream(self) -> TokenStream:
-        """A decoder of one token after another."""
+        """A new incremental detokenizer."""
         return TokenStream(self._tokenizer)
 
     def token_text(self, token_id: int) -> str:
-        """The text that a token adds within a report; a space before a word belongs to it."""
+        """The text that a token adds inside a report, with the space before a word."""
         if token_id not in self._token_texts:
             anchor = self.encode("a")
             before, both = self.decode(anchor), self.decode([*anchor, token_id])
@@ -68,38 +68,38 @@ class TextCodec:
 
     @cached_property
     def headings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens of FINDINGS: and of IMPRESSION: behind a sentence."""
+        """Token ids of ``FINDINGS:``, and of ``IMPRESSION:`` after a sentence."""
         return tuple(self.encode("FINDINGS:")), tuple(self.encode(" IMPRESSION:"))
 
     @cached_property
     def full_stop(self) -> int:
-        """The token of a full stop behind a word."""
+        """Token id of a full stop after a word."""
         return self.encode("a.")[-1]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Special tokens of the language model."""
+        """Token ids of the language model's special tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
 
 class TokenStream:
-    """Decodes one token after another and waits for whole characters.
+    """Incremental detokenizer that returns whole characters only.
 
     Args:
-        tokenizer: of the language model.
+        tokenizer: the language model's.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
 
     def step(self, token_id: int) -> str:
-        """The text that one more token completes, empty where it completes none."""
+        """Add a token; the text that it completes, or an empty string."""
         return self._stream.step(self._tokenizer, token_id) or ""
 
 
 def load_tokenizer(bundle: Bundle, name: str) -> Tokenizer:
-    """A tokenizer of a bundle.
+    """Load a tokenizer of a bundle.
 
     Raises:
         BundleError: it cannot be read.

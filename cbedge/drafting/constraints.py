@@ -1,10 +1,9 @@
-"""What a draft may say next: both headings once and in order, whole sentences, whole words, a template word for word.
+"""What a draft may contain: both headings once and in order, whole sentences, known words, the template verbatim.
 
-A draft is made of steps between sentences. After each sentence, the next step is the template's next sentence, a
-sentence of the language model's own, the next heading or the end. A template's sentence and a heading are forced token
-by token; the language model reads them, so what follows knows them. In a sentence of its own, the language model is
-free within the lexicon's words (:mod:`cbedge.drafting.lexicon`); headings and the stop token are out of reach there. A
-section that says the same sentence twice, or that has more sentences than any report, comes to its end.
+After each sentence, the next one is the template's next sentence, a free sentence, the next heading, or the end. A
+template's sentence or a heading is forced token by token; the language model reads it, so later text can depend on it.
+In a free sentence, the language model may use all words of the lexicon (:mod:`cbedge.drafting.lexicon`), but neither
+headings nor stop tokens. A section ends when it repeats itself, or is longer than any report.
 """
 
 from __future__ import annotations
@@ -19,51 +18,51 @@ import numpy as np
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.sentences import ends_sentence, normalize
 
-MAX_OWN = 16  # sentences of the language model's own in a section
-MAX_REPEATS = 2  # sentences that a section may repeat (they are left out of the draft) before it ends
-LONG_SENTENCE = 300  # characters: from here on no further word begins
-LONGEST_SENTENCE = 400  # characters: here it ends
+MAX_FREE = 16  # free sentences in a section
+MAX_REPEATS = 2  # repeated sentences (which the sentence filter removes) before a section ends
+LONG_SENTENCE = 300  # characters: no new word starts after this length
+LONGEST_SENTENCE = 400  # characters: the sentence is ended at this length
 
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """What one section of a draft holds.
+    """The content of one section of a draft.
 
     Attributes:
-        heading: its tokens.
-        sentences: tokens of the sentences that are forced, in order.
-        own: how many sentences the language model may add behind them.
-        said: the sentences that stand there before, such as those that open the findings.
+        heading: token ids of the heading.
+        sentences: token ids of the forced sentences, in order.
+        max_free: maximum number of free sentences after them.
+        earlier: sentences that are already there, such as the opening of the findings.
     """
 
     heading: tuple[int, ...]
     sentences: tuple[tuple[int, ...], ...] = ()
-    own: int = MAX_OWN
-    said: tuple[str, ...] = ()
+    max_free: int = MAX_FREE
+    earlier: tuple[str, ...] = ()
 
 
 class _State(NamedTuple):
     section: int
-    forced: tuple[int, ...]  # what is left of the heading or sentence that was begun
-    at: int = 0  # the section's next forced sentence
-    said: tuple[str, ...] = ()  # normalized sentences of the section
-    own: int = 0
+    forced: tuple[int, ...]  # the rest of the current heading or forced sentence
+    position: int = 0  # index of the section's next forced sentence
+    earlier: tuple[str, ...] = ()  # normalized sentences of the section so far
+    free_count: int = 0
     repeats: int = 0
-    text: str = ""  # of the language model's own sentence that was begun
-    run: str = ""  # its last word or gap
-    ended: bool = True  # between two sentences
+    text: str = ""  # of the current free sentence
+    run: str = ""  # its last, unfinished word or gap
+    ended: bool = True  # whether the last sentence is complete
     stopped: bool = False
 
 
 class TokenTexts:
-    """What each token adds to a text, and which tokens continue which words; a generator keeps one for all drafts.
+    """The text of each token, and which tokens may continue a word. One instance serves all drafts of a generator.
 
     Args:
-        text_of: the text that a token adds.
-        size: how many tokens there are.
-        special: tokens that are never written but where they are forced.
-        lexicon: known words; ``None`` lets every word through.
-        base: the same tokens with fewer words, whose texts are decoded already.
+        text_of: maps a token id to the text that it adds.
+        size: size of the vocabulary, V.
+        special: tokens that are written only where they are forced.
+        lexicon: known words; ``None`` allows every word.
+        base: an instance for the same tokens with fewer words, whose decoded texts are shared.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class TokenTexts:
         self._masks: dict[str, np.ndarray] = {}
 
     def extended(self, texts: Sequence[str]) -> TokenTexts:
-        """The same with the words of some texts as well; itself where it knows them all."""
+        """This instance with the words of some texts added; itself if it knows them all."""
         if self.lexicon is None or all(map(self.lexicon.knows, texts)):
             return self
         return TokenTexts(self.text_of, self.size, self.special, self.lexicon.extended(texts), self)
@@ -96,38 +95,38 @@ class TokenTexts:
 
     @property
     def usable(self) -> np.ndarray:
-        """Tokens that may stand in a sentence, bool [V]."""
+        """Tokens that may occur in a sentence, bool [V]."""
         return self._static[1]
 
     @property
-    def spaced(self) -> np.ndarray:
-        """Tokens that begin with white space, bool [V]."""
+    def space_starts(self) -> np.ndarray:
+        """Tokens that start with white space, bool [V]."""
         return self._static[2]
 
     @property
-    def beginning(self) -> np.ndarray:
-        """Tokens that may begin a sentence, bool [V]."""
+    def sentence_starts(self) -> np.ndarray:
+        """Tokens that may start a sentence, bool [V]."""
         return self._static[3]
 
     @property
     def digits(self) -> np.ndarray:
-        """Tokens of digits alone, bool [V]."""
+        """Tokens that consist of digits, bool [V]."""
         return self._static[4]
 
     def continues(self, run: str, token_text: str) -> bool:
-        """Whether a token continues known words behind the begun run; one that ends a sentence ends the word too."""
+        """Whether a token may follow an unfinished run; a token that ends a sentence must also complete the word."""
         if self.lexicon is None:
             return True
         followed = self.lexicon.follow(run, token_text)
         return followed is not None and (not token_text.endswith((".", "?", "!")) or self.lexicon.complete(followed))
 
     def continuing(self, run: str) -> np.ndarray:
-        """The same for every token, bool [V]."""
+        """:meth:`continues` for every token, bool [V]."""
         if run not in self._masks:
             texts = self._static[0]
             if self.lexicon is None:
                 mask = np.ones(self.size, bool)
-            elif run[-1:].isalpha():  # behind a whole word anything but a letter begins a gap
+            elif run[-1:].isalpha():  # after a complete word, anything but a letter starts a gap
                 gap = self.continuing("") if self.lexicon.complete(run) else np.zeros(self.size, bool)
                 mask = np.array([
                     self.continues(run, text) if text[:1].isalpha() else bool(known)
@@ -140,81 +139,81 @@ class TokenTexts:
 
 
 def writable(text: str) -> bool:
-    """Whether a token's text may stand in a sentence."""
+    """Whether a token's text may occur in a sentence."""
     return bool(text) and "\n" not in text and "\ufffd" not in text
 
 
 def begins_sentence(text: str) -> bool:
-    """Whether a token's text may begin a sentence: a space and a digit, or a letter that is not in lower case."""
+    """Whether a token's text may start a sentence: a space, then a digit or a letter that is not in lower case."""
     return text[:1].isspace() and (text[1:2].isdigit() or (text[1:2].isalpha() and not text[1].islower()))
 
 
 class DraftConstraint:
-    """Says for everything that may be written what may follow it; a :class:`cbedge.decoding.Constraint`.
+    """Determines which tokens may follow any text; implements :class:`cbedge.decoding.Constraint`.
 
     Args:
         sections: plans of findings and impression.
-        begun: tokens that the draft begins with, its heading among them, which ``said`` of the first plan describes.
+        opening: token ids of the draft's opening with its heading; ``earlier`` of the first plan has its sentences.
         stop_ids: tokens that end a report.
-        tokens: their texts, and known words.
-        full_stop: the token of a full stop.
+        tokens: texts of the tokens, and known words.
+        full_stop: token id of a full stop.
     """
 
     def __init__(
-        self, sections: tuple[SectionPlan, SectionPlan], begun: Sequence[int], stop_ids: Sequence[int],
+        self, sections: tuple[SectionPlan, SectionPlan], opening: Sequence[int], stop_ids: Sequence[int],
         tokens: TokenTexts, full_stop: int,
     ):  # fmt: skip
         self.sections, self._stop, self.tokens, self._full_stop = sections, tuple(stop_ids), tokens, full_stop
         self._text, self._special = tokens.text_of, tokens.special | {*stop_ids}
         first = sections[0]
-        root = _State(0, () if begun else first.heading, said=tuple(map(normalize, first.said)))
-        self._states: dict[tuple[int, ...], _State] = {tuple(begun): root}
+        root = _State(0, () if opening else first.heading, earlier=tuple(map(normalize, first.earlier)))
+        self._states: dict[tuple[int, ...], _State] = {tuple(opening): root}
 
     def forced(self, written: Sequence[int]) -> list[int]:
-        """The tokens that must follow what is written, up to the next choice; empty where there is one."""
+        """The tokens that must follow, up to the next free choice; empty if the next token is free."""
         state, run = self._state(tuple(written)), []
-        while not state.stopped and (tokens := self._must(state)):
+        while not state.stopped and (tokens := self._forced_next(state)):
             for token in tokens:
                 run.append(token)
                 state = self._after(state, token)
         return run
 
     def allows(self, written: Sequence[int], token: int) -> bool:
-        """Whether a token may follow, where none is forced."""
+        """Whether a token may follow, if none is forced."""
         return self._allowed(self._state(tuple(written)), token)
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
         """Which tokens may follow, bool [V]."""
         state = self._state(tuple(written))
-        if must := self._must(state):
+        if forced := self._forced_next(state):
             mask = np.zeros(self.tokens.size, bool)
-            mask[must[0]] = True
+            mask[forced[0]] = True
             return mask
         tokens = self.tokens
         if state.ended:
-            mask = tokens.beginning & tokens.continuing("")
+            mask = tokens.sentence_starts & tokens.continuing("")
             if state.text and state.text.rstrip(".")[-1:].isdigit():
                 mask |= tokens.digits & tokens.continuing(state.run)
         else:
             mask = tokens.continuing(state.run).copy()
             if len(state.text) > LONG_SENTENCE:
-                mask &= ~tokens.spaced
+                mask &= ~tokens.space_starts
         mask &= tokens.usable
         mask[[*self._stop]] = False
-        leaving = self._leaving(state)[0]
+        section_end = self._section_end(state)[0]
         if state.section == 0:
-            mask[leaving] = False
-        if self._may_leave(state):
-            mask[leaving] = True
+            mask[section_end] = False
+        if self._may_end_section(state):
+            mask[section_end] = True
         return mask
 
     def begins_word(self, token: int) -> bool:
-        """Whether a token begins a word: there alone a control of repetition acts, so that it breaks none."""
+        """Whether a token starts a word. Repetition is controlled only there, so that no word is broken."""
         text = self._text(token)
         return text[:1].isspace() and text[1:2].isalpha()
 
     def between_sentences(self, written: Sequence[int]) -> bool:
-        """Whether what is written ends with a whole sentence or heading."""
+        """Whether the written text ends with a complete sentence or heading."""
         state = self._state(tuple(written))
         return not state.forced and state.ended
 
@@ -228,36 +227,39 @@ class DraftConstraint:
             self._states[written[: at + 1]] = state
         return state
 
-    def _must(self, state: _State) -> tuple[int, ...]:
+    def _forced_next(self, state: _State) -> tuple[int, ...]:
         if state.forced:
             return state.forced
         plan = self.sections[state.section]
         if not state.ended:
             return (self._full_stop,) if len(state.text) > LONGEST_SENTENCE else ()
-        settled = self._settled(state)
-        if settled.at < len(plan.sentences):
-            return plan.sentences[settled.at]
-        if settled.own >= plan.own or settled.repeats >= MAX_REPEATS:
-            return self._leaving(state)
+        counted = self._counted(state)
+        if counted.position < len(plan.sentences):
+            return plan.sentences[counted.position]
+        if counted.free_count >= plan.max_free or counted.repeats >= MAX_REPEATS:
+            return self._section_end(state)
         return ()
 
-    def _leaving(self, state: _State) -> tuple[int, ...]:
+    def _section_end(self, state: _State) -> tuple[int, ...]:
         return self.sections[1].heading if state.section == 0 else self._stop[:1]
 
-    def _settled(self, state: _State) -> _State:
-        """With the sentence of its own that ended counted."""
+    def _counted(self, state: _State) -> _State:
+        """The state after counting the free sentence that just ended."""
         if not state.text:
             return state
-        said = normalize(state.text)
-        repeated = said in state.said
+        sentence = normalize(state.text)
+        repeated = sentence in state.earlier
         return state._replace(
-            said=state.said if repeated else (*state.said, said), own=state.own + 1, text="", run="",
+            earlier=state.earlier if repeated else (*state.earlier, sentence),
+            free_count=state.free_count + 1,
+            text="",
+            run="",
             repeats=state.repeats + repeated,
-        )  # fmt: skip
+        )
 
-    def _may_leave(self, state: _State) -> bool:
-        settled = self._settled(state)
-        return state.ended and bool(settled.said or settled.at)
+    def _may_end_section(self, state: _State) -> bool:
+        counted = self._counted(state)
+        return state.ended and bool(counted.earlier or counted.position)
 
     def _after(self, state: _State, token: int) -> _State:
         if state.stopped:
@@ -266,30 +268,30 @@ class DraftConstraint:
         if state.forced and state.forced[0] == token:
             return state._replace(forced=state.forced[1:])
         if not state.forced and state.ended:
-            settled = self._settled(state)
-            if settled.at < len(plan.sentences) and plan.sentences[settled.at][0] == token:
-                return settled._replace(forced=plan.sentences[settled.at][1:], at=settled.at + 1)
+            counted = self._counted(state)
+            if counted.position < len(plan.sentences) and plan.sentences[counted.position][0] == token:
+                return counted._replace(forced=plan.sentences[counted.position][1:], position=counted.position + 1)
             if token in self._stop:
-                return settled._replace(stopped=True)
+                return counted._replace(stopped=True)
             if state.section == 0 and token == self.sections[1].heading[0]:
-                said = tuple(map(normalize, self.sections[1].said))
-                return _State(1, self.sections[1].heading[1:], said=said)
+                earlier = tuple(map(normalize, self.sections[1].earlier))
+                return _State(1, self.sections[1].heading[1:], earlier=earlier)
             text = self._text(token)
             if state.text and not text[:1].isspace():
-                settled, text = state, state.text + text
+                counted, text = state, state.text + text
         elif token in self._stop:
             return state._replace(stopped=True)
         else:
-            settled, text = state, state.text + self._text(token)
+            counted, text = state, state.text + self._text(token)
         lexicon = self.tokens.lexicon
-        followed = lexicon.follow(settled.run, self._text(token)) if lexicon else ""
+        followed = lexicon.follow(counted.run, self._text(token)) if lexicon else ""
         ended = ends_sentence(text) or (token == self._full_stop and len(state.text) > LONGEST_SENTENCE)
-        return settled._replace(forced=(), text=text, run=followed or "", ended=ended)
+        return counted._replace(forced=(), text=text, run=followed or "", ended=ended)
 
     def _allowed(self, state: _State, token: int) -> bool:
-        leaving = self._leaving(state)
-        if state.ended and token == leaving[0]:
-            return self._may_leave(state)
+        section_end = self._section_end(state)
+        if state.ended and token == section_end[0]:
+            return self._may_end_section(state)
         if token in self._special or (state.section == 0 and token == self.sections[1].heading[0]):
             return False
         text = self._text(token)

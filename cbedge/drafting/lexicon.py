@@ -1,10 +1,9 @@
-"""The words of a model's training reports, as hashes: what is drawn from a language model stays in words.
+"""The lexicon: hashes of the words in the training reports, so that a draft contains no invented words.
 
-A subword language model can join pieces of words into words that do not exist, once anything but its first choice is
-taken: sampling, beams, a ban on repetition. So a token may only continue a word of the training reports, or of the
-texts that come with a study. Text is cut into runs of letters (words) and runs of anything else (gaps: spaces,
-punctuation, digits); the lexicon holds both, and everything that one begins with, as 31-bit hashes. No report can be
-read from it.
+A subword language model can combine pieces into words that do not exist, in particular with sampling, beam search or a
+ban on repetition. So a token may only continue a word of the training reports, or of the texts that come with a study.
+Text is split into runs of letters (words) and runs of other characters (gaps: spaces, punctuation, digits). The lexicon
+holds 31-bit hashes of both and of all their prefixes. The reports cannot be recovered from it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from cbedge.errors import BundleError
 
 _RUN = re.compile(r"[^\W\d_]+|[\W\d_]+")
 _HEADINGS = frozenset(("FINDINGS", "IMPRESSION"))  # never inside a sentence
-REPORTS_WITH_WORD = 2  # that a word must be found in; a word of one report may be a name or a slip
+REPORTS_WITH_WORD = 2  # least number of reports with a word; a word of one report may be a name or a typing error
 REPORTS_WITH_GAP = 10
 
 
@@ -31,19 +30,19 @@ class Lexicon:
 
     Args:
         whole: hashes of the words and gaps.
-        begun: hashes of everything that one of them begins with, itself included.
+        prefixes: hashes of all their prefixes, the whole runs included.
     """
 
-    def __init__(self, whole: Iterable[int], begun: Iterable[int]):
-        self._whole, self._begun = frozenset(whole), frozenset(begun)
+    def __init__(self, whole: Iterable[int], prefixes: Iterable[int]):
+        self._whole, self._prefixes = frozenset(whole), frozenset(prefixes)
 
     def __len__(self) -> int:
         return len(self._whole)
 
     @classmethod
     def compile(cls, reports: Iterable[str]) -> Lexicon:
-        """Learn from reports without their headings: words of at least :data:`REPORTS_WITH_WORD` reports, gaps of at
-        least :data:`REPORTS_WITH_GAP`."""
+        """Build a lexicon from reports without headings: words that occur in at least :data:`REPORTS_WITH_WORD`
+        reports, gaps in at least :data:`REPORTS_WITH_GAP`."""
         counts: Counter[str] = Counter()
         for report in reports:
             counts.update({*_RUN.findall(f" {report}")} - _HEADINGS)
@@ -56,32 +55,32 @@ class Lexicon:
         return cls(map(_key, runs), (_key(run[:size]) for run in runs for size in range(1, len(run) + 1)))
 
     def extended(self, texts: Iterable[str]) -> Lexicon:
-        """The same lexicon with the words of some texts as well, in their own spelling."""
+        """This lexicon with the words of some texts added, in the given spelling."""
         words = {run for text in texts for run in _RUN.findall(text) if run[0].isalpha()} - _HEADINGS
         more = Lexicon._of(words)
-        return Lexicon(self._whole | more._whole, self._begun | more._begun)
+        return Lexicon(self._whole | more._whole, self._prefixes | more._prefixes)
 
     def knows(self, text: str) -> bool:
-        """Whether every word of a text is known; gaps are not looked at."""
+        """Whether every word of a text is known; gaps are ignored."""
         return all(_key(run) in self._whole for run in _RUN.findall(text) if run[0].isalpha())
 
     def follow(self, run: str, text: str) -> str | None:
-        """What is begun after ``text`` was added behind the begun run ``run``; ``None`` where that leaves the lexicon.
+        """The unfinished run after ``text`` is added to the unfinished run ``run``; ``None`` if the lexicon forbids it.
 
-        Every run but the last must be known; the last must begin one that is.
+        Every run but the last must be known; the last must be the prefix of a known one.
         """
         runs = _RUN.findall(run + text)
-        if not all(_key(one) in self._whole for one in runs[:-1]) or (runs and _key(runs[-1]) not in self._begun):
+        if not all(_key(one) in self._whole for one in runs[:-1]) or (runs and _key(runs[-1]) not in self._prefixes):
             return None
         return runs[-1] if runs else ""
 
     def complete(self, run: str) -> bool:
-        """Whether a begun run is a whole word or gap."""
+        """Whether a run is a complete word or gap."""
         return not run or _key(run) in self._whole
 
     def save(self, path: Path) -> None:
-        """Write one uint32 array: a hash each, its lowest bit set where it is one of a whole word or gap."""
-        keys = np.array(sorted(key | (key in self._whole) for key in self._begun), "<u4")
+        """Write one uint32 array of hashes; the lowest bit is set for complete words and gaps."""
+        keys = np.array(sorted(key | (key in self._whole) for key in self._prefixes), "<u4")
         with open(path, "wb") as file:
             np.save(file, keys, allow_pickle=False)
 
@@ -90,14 +89,14 @@ class Lexicon:
         """Read what :meth:`save` wrote.
 
         Raises:
-            BundleError: the file holds no word list.
+            BundleError: the file is not a lexicon.
         """
         try:
             keys = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, BadZipFile):
             keys = np.empty(0)
         if keys.dtype != np.dtype("<u4") or keys.ndim != 1:
-            raise BundleError(f"{path.name} in {path.parent} holds no word list: install or export the bundle again")
+            raise BundleError(f"{path.name} in {path.parent} is not a lexicon: install or export the bundle again")
         return cls((keys[keys & 1 == 1] & ~np.uint32(1)).tolist(), (keys & ~np.uint32(1)).tolist())
 
 

@@ -1,4 +1,4 @@
-"""Decide, before the first token, everything that steers a draft: prompt, opening, template, limits, bans."""
+"""Plan a draft before its first token: prompt, opening, template, limits and logits processors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
 from cbedge.drafting.codec import TextCodec
-from cbedge.drafting.constraints import MAX_OWN, DraftConstraint, SectionPlan, TokenTexts
+from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.drafting.templates import Template, Templates, parse_template
@@ -23,20 +23,20 @@ from cbedge.report import DraftToken
 from cbedge.sentences import normalize
 
 MAX_NEW_TOKENS = 1024
-ROOM_FOR_OWN = 96  # tokens beside a template's: for the opening and for sentences of the model's own
-MAX_OWN_IN_TEMPLATE = 2  # sentences of the model's own behind a template's findings
+EXTRA_TOKENS = 96  # in addition to a template's: for the opening and for free sentences
+MAX_FREE_IN_TEMPLATE = 2  # free sentences after a template's findings
 
 
 class DraftingResources:
-    """What a bundle brings to steer drafts; the same for all of them.
+    """Files of a bundle that all its drafts use: tokenizers, phrasebook, templates and lexicon.
 
     Args:
         bundle: an opened bundle, its files verified.
-        vocabulary: tokens that the language model knows, V.
+        vocabulary: size of the language model's vocabulary, V.
 
     Attributes:
-        codec: its tokenizers.
-        phrasebook, templates, lexicon: ``None`` where the bundle has none.
+        codec: the tokenizers.
+        phrasebook, templates, lexicon: ``None`` if the bundle has none.
 
     Raises:
         BundleError: a file cannot be read.
@@ -53,12 +53,12 @@ class DraftingResources:
 
     @cached_property
     def token_texts(self) -> TokenTexts:
-        """The texts of all tokens, with the words of the training reports."""
+        """The texts of all tokens, with the lexicon of the training reports."""
         never = frozenset((*self._never, *self.codec.special_ids))
         return TokenTexts(self.codec.token_text, self._vocabulary, never, self.lexicon)
 
     def parse(self, template: str) -> Template:
-        """A template's sentences; the one parsed last is kept."""
+        """A template's sentences; the last result is cached."""
         if self._last_parsed is None or self._last_parsed[0] != template:
             self._last_parsed = (template, parse_template(template))
         return self._last_parsed[1]
@@ -66,18 +66,18 @@ class DraftingResources:
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """Everything that steers a draft, known before its first token.
+    """Everything that is decided about a draft before its first token.
 
     Attributes:
         prompt_ids: tokens that follow the image embeddings.
-        opening: tokens that the draft begins with, for the findings of the image.
-        constraint: holds the draft to whole words and sentences, both headings and the template.
-        processors: bans and penalties.
-        denied: found in sentences that contradict a finding, which are left out; ``None`` for none.
-        given: sentences that are written as they are.
-        affirming: sentences of the language model's own are wanted only where they affirm something.
-        max_new_tokens: of the draft, the opening among them.
-        template, template_source: the template that the draft keeps to, and whether it is ``given`` or the ``model``'s.
+        opening: tokens of the fixed sentences that state the image findings.
+        constraint: allows known words, whole sentences, both headings in order, and the template's sentences.
+        processors: logits processors for bans and penalties.
+        denied: matches sentences that contradict a finding; they are removed. ``None`` if there are none.
+        fixed: sentences that are never removed.
+        affirming: remove free sentences of the findings section that only deny something.
+        max_new_tokens: maximum length, opening included.
+        template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
         warnings: which sentences of the user's template are left out, and why.
     """
 
@@ -86,7 +86,7 @@ class DraftPlan:
     constraint: DraftConstraint
     processors: tuple[LogitsProcessor, ...]
     denied: re.Pattern[str] | None
-    given: tuple[str, ...]
+    fixed: tuple[str, ...]
     affirming: bool
     max_new_tokens: int
     template: str | None
@@ -95,72 +95,72 @@ class DraftPlan:
 
     @property
     def opening_ids(self) -> list[int]:
-        """The opening's tokens."""
+        """Token ids of the opening."""
         return [token.token_id for token in self.opening]
 
     def new_filter(self) -> SentenceFilter:
-        """The last check of the draft's sentences."""
-        return SentenceFilter(self.denied, self.constraint.tokens.lexicon, self.given, self.affirming)
+        """A filter for the draft's sentences."""
+        return SentenceFilter(self.denied, self.constraint.tokens.lexicon, self.fixed, self.affirming)
 
 
 def plan_draft(
     reading: ImageReading, context: ClinicalContext, settings: Decoding, manifest: Manifest,
     resources: DraftingResources, template: str | None = None, max_new_tokens: int | None = None,
 ) -> DraftPlan:  # fmt: skip
-    """Decide all that steers one draft.
+    """Plan one draft.
 
-    A draft is opened with a fixed sentence for each finding of the image that has one. It keeps to the user's template,
-    without the sentences that contradict a finding; or, where the image shows no finding, to the bundle's template that
-    is usual for the context. Where it shows one, of the usual template only the impression is kept.
+    A draft opens with a fixed sentence for each image finding that has one. Then it follows the user's template,
+    without the sentences that contradict a finding. Without a user's template, it follows the bundle's template for the
+    clinical context: the whole template if there is no image finding, else only the impression.
 
     Args:
-        reading: of the study's images.
-        context: of the study.
-        settings: how tokens are chosen.
-        manifest: of the bundle.
-        resources: of the bundle.
-        template: the user's, of :func:`check_template`.
-        max_new_tokens: the user's limit; the opening is cut at it.
+        reading: the image reading of the study.
+        context: the study's clinical context.
+        settings: decoding settings.
+        manifest: the bundle's manifest.
+        resources: the bundle's tokenizers, templates and lexicon.
+        template: the user's template, from :func:`check_template`.
+        max_new_tokens: the user's limit, which also truncates the opening.
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
     openings = findings.open(present) if findings and present else {}
     opening = _opening(openings, reading.scores, codec)
     kept = template if settings.keep_to_template else None
-    usual = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
-    chosen = kept or (usual if not present else None)
-    wording = kept or usual
-    house = resources.parse(wording) if wording else Template((), (), True)
-    content, warnings = _sections(house, bool(wording), not chosen, [*openings.values()], present, manifest)
+    default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
+    chosen = kept or (default if not present else None)
+    wording = kept or default
+    parsed = resources.parse(wording) if wording else Template((), (), True)
+    content, warnings = _sections(parsed, bool(wording), not chosen, [*openings.values()], present, manifest)
     affirming = bool(content.findings and present and not openings)
     first = SectionPlan(
         codec.headings[0], codec.encode_sentences(content.findings),
-        MAX_OWN if not content.findings else MAX_OWN_IN_TEMPLATE if affirming else 0, tuple(openings.values()),
+        MAX_FREE if not content.findings else MAX_FREE_IN_TEMPLATE if affirming else 0, tuple(openings.values()),
     )  # fmt: skip
     second = SectionPlan(
-        codec.headings[1], codec.encode_sentences(content.impression), 0 if content.impression else MAX_OWN
+        codec.headings[1], codec.encode_sentences(content.impression), 0 if content.impression else MAX_FREE
     )
     texts = [text for text in (context.indication, context.comparison) if text]
-    words = resources.token_texts.extended([*texts, *openings.values(), *house.findings, *house.impression])
-    needed = sum(map(len, (*codec.headings, *first.sentences, *second.sentences))) + len(opening) + ROOM_FOR_OWN
-    usual_limit = max(manifest.decoding["max_new_tokens"], needed if kept else 0)
-    limit = min(MAX_NEW_TOKENS, usual_limit) if max_new_tokens is None else max_new_tokens
+    words = resources.token_texts.extended([*texts, *openings.values(), *parsed.findings, *parsed.impression])
+    needed = sum(map(len, (*codec.headings, *first.sentences, *second.sentences))) + len(opening) + EXTRA_TOKENS
+    default_limit = max(manifest.decoding["max_new_tokens"], needed if kept else 0)
+    limit = min(MAX_NEW_TOKENS, default_limit) if max_new_tokens is None else max_new_tokens
     opening = opening[:limit]
-    begun = [token.token_id for token in opening]
-    constraint = DraftConstraint((first, second), begun, manifest.stop_ids, words, codec.full_stop)
+    opening_ids = [token.token_id for token in opening]
+    constraint = DraftConstraint((first, second), opening_ids, manifest.stop_ids, words, codec.full_stop)
     return DraftPlan(
         prompt_ids=tuple(codec.encode_prompt(build_prompt(context, reading.findings, reading.has_lateral))),
         opening=opening, constraint=constraint,
         processors=processors_of(settings, manifest.stop_ids, manifest.never_ids, constraint.begins_word),
         denied=findings.contradicting(present) if findings and present else None,
-        given=(*openings.values(), *content.findings, *content.impression), affirming=affirming, max_new_tokens=limit,
+        fixed=(*openings.values(), *content.findings, *content.impression), affirming=affirming, max_new_tokens=limit,
         template=chosen, template_source="given" if kept else "model" if chosen else None,
         warnings=tuple(warnings if kept else ()),
     )  # fmt: skip
 
 
 def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCodec) -> tuple[DraftToken, ...]:
-    """The tokens of the sentences that open a draft, by finding."""
+    """The tokens of the opening sentences, each with its finding."""
     stream, tokens = codec.new_stream(), []
     for name, text in zip(openings, build_opening([*openings.values()]), strict=True):
         for token_id in codec.encode(text):
@@ -169,22 +169,22 @@ def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCode
 
 
 def _sections(
-    house: Template, exists: bool, impression_only: bool, opening: Sequence[str], present: Sequence[str],
+    template: Template, exists: bool, impression_only: bool, opening: Sequence[str], present: Sequence[str],
     manifest: Manifest,
 ) -> tuple[Template, list[str]]:  # fmt: skip
-    """The sentences of a template that a draft takes, and why others are left out.
+    """The sentences of a template that a draft uses, and warnings about those left out.
 
-    The impression says what opened the findings. A template that is not in English cannot be checked: it concludes
-    nothing where the image shows a finding, and its findings stay with a warning.
+    The impression repeats the opening sentences. Contradictions can be found in English only: if there is an image
+    finding, a template in another language loses its impression, and its findings stay with a warning.
     """
     warnings: list[str] = []
-    told = manifest.image_findings
-    checked = present if house.english else ()  # what contradicts a finding is known in English
+    findings_of_model = manifest.image_findings
+    checked = present if template.english else ()  # the patterns of contradictions are English
 
     def uncontradicted(sentences: Sequence[str]) -> list[str]:
         kept = []
         for text in sentences:
-            patterns = {name: told.contradicting([name]) for name in checked} if told else {}
+            patterns = {name: findings_of_model.contradicting([name]) for name in checked} if findings_of_model else {}
             against = [name for name, pattern in patterns.items() if pattern is not None and pattern.search(text)]
             if against:
                 reason = f"because the image scores point to {', '.join(against)}"
@@ -193,43 +193,43 @@ def _sections(
                 kept.append(text)
         return kept
 
-    concludes = house.english or not present
-    findings = [] if impression_only else uncontradicted(house.findings)
-    impression = uncontradicted(house.impression) if concludes else []
-    if house.impression and not concludes:
+    concludes = template.english or not present
+    findings = [] if impression_only else uncontradicted(template.findings)
+    impression = uncontradicted(template.impression) if concludes else []
+    if template.impression and not concludes:
         warnings.append(
             f"The template's impression was left out because the image scores point to {', '.join(present)} and it "
-            "could not be checked, for it is not in English."
+            "is not in English, so it cannot be checked."
         )
-    if present and not house.english:
+    if present and not template.english:
         warnings.append(
-            "The template is not in English: its sentences could not be checked against what the image scores "
-            f"point to ({', '.join(present)}). Check each of them."
+            "The template is not in English, so its sentences could not be checked against the image scores, which "
+            f"point to {', '.join(present)}. Check each sentence."
         )
     impression = [*opening, *impression] if exists else []
-    return Template(tuple(findings), tuple(impression), house.english), warnings
+    return Template(tuple(findings), tuple(impression), template.english), warnings
 
 
 def check_template(manifest: Manifest, text: str, codec: TextCodec) -> str:
-    """A user's template, read for a bundle; see :func:`cbedge.drafting.templates.parse_template`.
+    """Parse and check a user's template for a bundle; see :func:`cbedge.drafting.templates.parse_template`.
 
     Raises:
-        ContextError: it is no normal report, the model cannot write its words as they are, or has no image scores that
-            say what a template must not hide.
+        ContextError: the text is not a normal report, the tokenizer cannot represent it, it is too long, or the model
+            has no image scores to check it against.
     """
     template = parse_template(text)
     if manifest.image_findings is None:
-        raise ContextError(
-            f"{manifest.name} has no image scores that say what a template must not hide: leave the template out"
-        )
-    count = ROOM_FOR_OWN
+        raise ContextError(f"{manifest.name} has no image scores to check a template against: leave the template out")
+    count = EXTRA_TOKENS
     for sentence in (*template.findings, *template.impression):
         ids = codec.encode(f" {sentence}")
         count += len(ids)
         if codec.decode(ids).strip() != sentence:
-            raise ContextError(f"{manifest.name} cannot write the template's {sentence[:60]!r} as it is: reword it")
+            raise ContextError(
+                f"the tokenizer of {manifest.name} cannot write {sentence[:60]!r} of the template: reword it"
+            )
     if count > MAX_NEW_TOKENS:
         raise ContextError(
-            f"the template has {count - ROOM_FOR_OWN} tokens, more than {MAX_NEW_TOKENS - ROOM_FOR_OWN}: shorten it"
+            f"the template has {count - EXTRA_TOKENS} tokens; the limit is {MAX_NEW_TOKENS - EXTRA_TOKENS}: shorten it"
         )
     return template.text

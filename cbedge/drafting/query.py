@@ -1,4 +1,4 @@
-"""Ask the Q-Former about a study's radiographs."""
+"""Run the Q-Former on a study's radiographs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cbedge.prompt import ClinicalContext, build_query_instruction
 def query_films(
     backend: Backend, codec: TextCodec, features: Sequence[np.ndarray], context: ClinicalContext
 ) -> list[QFormerOutput]:
-    """Ask the Q-Former about each radiograph of a study, its frontal one first.
+    """Run the Q-Former on each radiograph of a study, the frontal one first.
 
     Args:
         backend: runs the Q-Former.
-        codec: tokenizes its instruction.
-        features: of the vision encoder, float32 [1, P, H] each.
-        context: of the study; its view is the first radiograph's.
+        codec: tokenizes the instruction.
+        features: vision features of each radiograph, float32 [1, P, H].
+        context: the study's clinical context; its view is the first radiograph's.
     """
     contexts = [context, replace(context, view="lateral")]
     ids = (codec.encode_instruction(build_query_instruction(one)) for one in contexts)
@@ -34,5 +34,5 @@ def read_images(
     backend: Backend, codec: TextCodec, findings: ImageFindings | None, features: Sequence[np.ndarray],
     context: ClinicalContext,
 ) -> ImageReading:  # fmt: skip
-    """:func:`query_films` and :func:`interpret` in one."""
+    """Run :func:`query_films` and :func:`interpret`."""
     return interpret(query_films(backend, codec, features, context), findings)

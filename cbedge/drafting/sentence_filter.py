@@ -1,9 +1,9 @@
-"""The last check of a draft, sentence by sentence: what fails it is left out, and nothing is shown before it passed.
+"""The last check of a draft, sentence by sentence: sentences that fail it are removed before anything is shown.
 
-A sentence of the language model's own is left out where it contradicts a finding that the image scores point to (a
-small language model may call the lungs clear behind an opacity), where its section says the same already, where it has
-a word that nobody knows, and where it does not end. The sentences that open a draft and those of a template are what
-they are. A section's heading waits for a sentence under it.
+A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
+that the lungs are clear after it stated an opacity), if its section already has the same sentence, if it has an unknown
+word, or if it is incomplete. Opening sentences and template sentences are fixed and always pass. A section heading is
+held back until a sentence follows.
 """
 
 from __future__ import annotations
@@ -18,70 +18,70 @@ from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 
 class SentenceFilter:
-    """Lets the tokens of a draft through, whole sentences at a time.
+    """Passes on the tokens of a draft, one accepted sentence at a time.
 
     Args:
-        denied: what is found in sentences to leave out; ``None`` for nothing.
-        lexicon: known words; ``None`` knows all.
-        given: sentences that stand as they are, such as a template's.
-        affirming: leave out of the findings what denies anything, unless it is given.
+        denied: matches sentences to remove; ``None`` for no such check.
+        lexicon: known words; ``None`` accepts every word.
+        fixed: sentences that always pass, such as a template's.
+        affirming: remove sentences of the findings section that deny something, unless they are fixed.
 
     Attributes:
-        said: the sentences let through, normalized, of findings and impression.
-        unknown: whether a sentence was left out because of a word that nobody knows.
+        accepted: the accepted sentences, normalized, of findings and impression.
+        has_unknown_word: whether a sentence was removed because of an unknown word.
     """
 
     def __init__(
-        self, denied: re.Pattern[str] | None = None, lexicon: Lexicon | None = None, given: Sequence[str] = (),
+        self, denied: re.Pattern[str] | None = None, lexicon: Lexicon | None = None, fixed: Sequence[str] = (),
         affirming: bool = False,
     ):  # fmt: skip
         self._denied, self._lexicon, self._affirming = denied, lexicon, affirming
-        self._given = {normalize(sentence) for sentence in given}
-        self._whole = {"FINDINGS:", "IMPRESSION:", *given}  # these end where they end, also with "Dr. X."
-        self.said: tuple[list[str], list[str]] = ([], [])
-        self.unknown = False
+        self._fixed = {normalize(sentence) for sentence in fixed}
+        self._indivisible = {"FINDINGS:", "IMPRESSION:", *fixed}  # not split at full stops inside, as in "Dr. X."
+        self.accepted: tuple[list[str], list[str]] = ([], [])
+        self.has_unknown_word = False
         self._section = 0
-        self._held: list[DraftToken] = []
+        self._pending: list[DraftToken] = []
         self._heading: list[DraftToken] = []
 
     def add(self, token: DraftToken) -> Iterator[DraftToken]:
-        """One more token; yields those that may be said now."""
-        if self._text().strip() in self._whole:
+        """Add a token; yields the tokens of the sentences accepted so far."""
+        if self._text().strip() in self._indivisible:
             yield from self._flush()
-        self._held.append(token)
+        self._pending.append(token)
         spans = sentence_spans(self._text())
         if len(spans) < 2:
             return
-        # A space alone may be a token: it belongs to what follows.
-        lengths = accumulate(len(one.piece) for one in self._held)
+        # A token may be a single space, which belongs to the next sentence.
+        lengths = accumulate(len(one.piece) for one in self._pending)
         ended = 1 + next(at for at, length in enumerate(lengths) if length >= spans[0][1])
-        rest, self._held = self._held[ended:], self._held[:ended]
+        rest, self._pending = self._pending[ended:], self._pending[:ended]
         yield from self._flush()
-        self._held = rest
+        self._pending = rest
 
     def end(self) -> Iterator[DraftToken]:
-        """What is still held, where the draft ends: a whole sentence; what was begun is left out."""
+        """End the draft: yields the last sentence if it is complete and accepted."""
         yield from self._flush()
 
     def _flush(self) -> Iterator[DraftToken]:
-        held, text, self._held = self._held, self._text().strip(), []
+        pending, text, self._pending = self._pending, self._text().strip(), []
         for place, name in enumerate(("FINDINGS:", "IMPRESSION:")):
             if text == name:
-                self._section, self._heading = place, held
+                self._section, self._heading = place, pending
                 return
-        if text.startswith("FINDINGS: "):  # tokens that hold the heading's end and a sentence's beginning
+        if text.startswith("FINDINGS: "):  # one token may span the end of the heading and the start of the sentence
             text = text.removeprefix("FINDINGS: ")
         if self._passes(text):
-            self.said[self._section].append(normalize(text))
+            self.accepted[self._section].append(normalize(text))
             heading, self._heading = self._heading, []
             yield from heading
-            yield from held
+            yield from pending
 
     def _passes(self, text: str) -> bool:
-        known = normalize(text)
-        if not known or known in self.said[self._section]:
+        normalized = normalize(text)
+        if not normalized or normalized in self.accepted[self._section]:
             return False
-        if known in self._given:
+        if normalized in self._fixed:
             return True
         if not ends_sentence(text):
             return False
@@ -90,12 +90,12 @@ class SentenceFilter:
         if self._affirming and self._section == 0 and DENIES.search(text):
             return False
         if self._lexicon is not None and not self._lexicon.knows(text):
-            self.unknown = True
+            self.has_unknown_word = True
             return False
         return True
 
     def _text(self) -> str:
-        return "".join(token.piece for token in self._held)
+        return "".join(token.piece for token in self._pending)
 
 
 DENIES = re.compile(

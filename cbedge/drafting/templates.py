@@ -1,13 +1,13 @@
-"""Normal reports in the wording of the house, to one of which a draft keeps, sentence by sentence.
+"""Templates: normal reports whose wording a draft follows, sentence by sentence.
 
-Radiologists write most of a report by template: the usual sentences on a normal chest, of which they change what the
-image shows otherwise. Which template is usual depends on who asks and why, more than on the image. So a bundle holds
-some templates and a small linear classifier that chooses one by the words of indication and comparison, for studies in
-which nothing abnormal is seen; or a user gives one of their own, for all. A template's sentence is taken whole, in its
-own words, or left out because it contradicts what was seen (:mod:`cbedge.drafting.constraints`).
+Radiologists write most of a report from a template: standard sentences about a normal chest, edited where the image
+differs. Which template is used depends on the referrer and the indication more than on the image. So a bundle has a few
+templates, and a small linear classifier that selects one from the words of indication and comparison, for studies in
+which no abnormality is detected. A user can give a template instead, which is then used for every study. A template's
+sentence is used verbatim, or left out because it contradicts an image finding (:mod:`cbedge.drafting.constraints`).
 
-A bundle's template is made of sentences that several training reports share, says of no finding that it is there, and
-has the findings of no report (:mod:`training.templates`).
+A bundle's template consists of sentences that several training reports share. It states no abnormal finding, and its
+findings section is not that of any single report (:mod:`training.templates`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cbedge.prompt import SPECIAL_TOKEN, ClinicalContext, build_target
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 BUCKETS = 8192
-LENGTHS = (2, 5)  # of the runs of characters that are counted, of a word with a space on either side
+LENGTHS = (2, 5)  # of the character n-grams, shortest and longest, of words padded with spaces
 MAX_TEMPLATE_CHARACTERS = 4000
-# Headings that stand for FINDINGS and IMPRESSION, in some languages; case does not matter.
+# Headings that mean FINDINGS or IMPRESSION, in several languages; case-insensitive.
 _FINDINGS = frozenset(
     [
         "findings",
@@ -98,8 +98,8 @@ _EMPHASIS = re.compile(r"\*{2,}")  # of Markdown
 _DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
 _BLANK = re.compile(r"_{2,}|X{3,}|\[\s*\]|<[A-Za-z][^<>|]{0,40}>")
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
-_WRAPPED = 50  # characters: a line as long as this, without an end, goes on in the next
-# Words that English reports can hardly do without, and that are no words of German, French, Spanish or Italian reports.
+_WRAPPED = 50  # characters: a line at least this long without a full stop continues in the next line
+# Words that are frequent in English reports and do not occur in German, French, Spanish or Italian ones.
 _ENGLISH = frozenset(
     [
         "the",
@@ -175,11 +175,11 @@ ENGLISH_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Template:
-    """A normal report in sentences.
+    """A normal report, split into sentences.
 
     Attributes:
-        findings, impression: the sentences of each section, each with its end; the impression may have none.
-        english: whether the words are English ones. What contradicts a finding is known by English words.
+        findings, impression: the sentences of each section, each with its full stop; the impression may be empty.
+        english: whether the text is English. Contradictions to image findings can be detected in English only.
     """
 
     findings: tuple[str, ...]
@@ -193,25 +193,27 @@ class Template:
 
 
 def parse_template(text: str) -> Template:
-    """Read a normal report: prose or a form, with headings of its own, labels, bullets or numbered items.
+    """Parse a normal report: prose or a form, with any headings, labels, bullets or numbered items.
 
-    Headings that stand for FINDINGS and IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) are taken as these;
-    any other heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without an end gets a
-    full stop, bullets and Markdown's marks are dropped, and a sentence that a section says twice is taken once. No
-    other character changes.
+    Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) start that section; any other
+    heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without a full stop gets one,
+    bullets and Markdown marks are removed, and a repeated sentence of a section is used once. No other character
+    changes.
 
     Raises:
-        ContextError: it is not text, has no findings, is too long, has blanks to fill in, or a heading inside a
-            sentence.
+        ContextError: the template is not text, has no findings, is too long, or has blanks to fill in or a heading
+            inside a sentence.
     """
     if not isinstance(text, str):
         raise ContextError(f"the template must be text, not {type(text).__name__}")
     if len(text) > MAX_TEMPLATE_CHARACTERS:
         raise ContextError(
-            f"the template has {len(text):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are taken: shorten it"
+            f"the template has {len(text):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}: shorten it"
         )
     if blank := _BLANK.search(text):
-        raise ContextError(f"the template has a blank ({blank.group()[:20]}): fill it in, or leave its sentence out")
+        raise ContextError(
+            f"the template has a blank to fill in ({blank.group()[:20]}): fill it in, or remove the sentence"
+        )
     while SPECIAL_TOKEN.search(text):
         text = SPECIAL_TOKEN.sub(" ", text)
     sections: tuple[list[str], list[str]] = ([], [])
@@ -236,8 +238,8 @@ def parse_template(text: str) -> Template:
     for sentence in (*sections[0], *sections[1]):
         if inner := _DRAFTS_HEADING.search(sentence):
             raise ContextError(
-                f"the template has {inner.group()} inside a sentence: give it as plain text, with the heading on a "
-                "line of its own"
+                f"the template has {inner.group()} inside a sentence: put the heading on its own line, and use plain "
+                "text"
             )
     if not sections[0]:
         raise ContextError("the template has no findings: give the sentences of a normal report")
@@ -247,7 +249,7 @@ def parse_template(text: str) -> Template:
 
 
 def read_template(text: str) -> str:
-    """A normal report as ``FINDINGS: … IMPRESSION: …``; see :func:`parse_template`.
+    """Parse a normal report and format it as ``FINDINGS: … IMPRESSION: …``; see :func:`parse_template`.
 
     Raises:
         ContextError: as :func:`parse_template`.
@@ -256,7 +258,7 @@ def read_template(text: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines with white space folded and bullets dropped; lines of one sentence are joined."""
+    """The lines of a text, white space normalized, bullets removed, and wrapped sentences joined."""
     lines: list[str] = []
     fresh = True
     for raw in text.splitlines():
@@ -282,7 +284,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _section_of(name: str, has_findings: bool) -> int | None:
-    """Which section a heading opens: 0 findings, 1 impression; ``None`` for any other text."""
+    """The section that a heading starts: 0 findings, 1 impression; ``None`` for other text."""
     words = " ".join(name.casefold().split())
     if words in _RESULT:
         return int(has_findings)
@@ -292,33 +294,33 @@ def _section_of(name: str, has_findings: bool) -> int | None:
 
 
 class Templates:
-    """Templates, and which of them is usual for a clinical context.
+    """A set of templates, and a classifier that selects one for a clinical context.
 
     Args:
         texts: the templates, each ``FINDINGS: … IMPRESSION: …``.
-        weights: of the classifier, float32 [F, K]: features of :func:`context_features`, templates.
+        weights: the classifier's, float32 [F, K]; F features of :func:`context_features`, K templates.
         bias: float32 [K].
 
     Raises:
-        ValueError: there is none, or the sizes do not fit.
+        ValueError: there is no template, or the sizes do not match.
     """
 
     def __init__(self, texts: Sequence[str], weights: np.ndarray, bias: np.ndarray):
         if not texts or weights.ndim != 2 or weights.shape[1] != len(texts) or bias.shape != (len(texts),):
-            raise ValueError(f"{len(texts)} templates with weights {weights.shape} and bias {bias.shape}")
+            raise ValueError(f"{len(texts)} templates do not match weights {weights.shape} and bias {bias.shape}")
         self.texts = tuple(texts)
         self._scale = np.maximum(np.abs(weights).max(0), 1e-12).astype(np.float32) / 127
         self._weights = np.round(weights / self._scale).astype(np.int8)
         self._bias = bias.astype(np.float32)
 
     def choose(self, context: ClinicalContext) -> str:
-        """The template that is usual for a context."""
+        """The template for a clinical context."""
         buckets, values = context_features(context, len(self._weights))
         rows = self._weights[buckets].astype(np.float32)
         return self.texts[int((values @ rows * self._scale + self._bias).argmax())]
 
     def save(self, path: Path) -> None:
-        """Write ``templates.npz``, weights in 8 bits."""
+        """Write ``templates.npz``, with 8-bit weights."""
         with open(path, "wb") as file:
             np.savez_compressed(
                 file, texts=np.array(self.texts), weights=self._weights, scale=self._scale, bias=self._bias
@@ -329,20 +331,22 @@ class Templates:
         """Read what :meth:`save` wrote.
 
         Raises:
-            BundleError: the file holds no templates.
+            BundleError: the file is not a set of templates.
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 texts = [str(text) for text in arrays["texts"]]
                 return cls(texts, arrays["weights"] * arrays["scale"], arrays["bias"])
         except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile):
-            raise BundleError(f"{path.name} in {path.parent} holds no templates: export the bundle again") from None
+            raise BundleError(
+                f"{path.name} in {path.parent} is not a set of templates: export the bundle again"
+            ) from None
 
 
 def context_features(context: ClinicalContext, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of characters in the words of indication and comparison, hashed and counted: (buckets, values).
+    """Hashed character n-grams of indication and comparison, as (buckets, values): int64 and float32 of equal size.
 
-    Values are 1 + log of the count, scaled to length 1; both are of one size, int64 and float32.
+    A value is 1 + log(count); the values have Euclidean norm 1.
     """
     counts: Counter[int] = Counter()
     for word in f"{context.indication or ''} | {context.comparison or ''}".split():
