@@ -45,7 +45,7 @@ def test_a_gate_is_saved_and_read_again(gate: Gate, tmp_path: Path):
     assert again.unlikeness(row) == pytest.approx(gate.unlikeness(row), rel=1e-4)
     assert again.limit == pytest.approx(gate.limit)
     (tmp_path / "gate.npy").write_bytes(b"nothing")
-    with pytest.raises(BundleError, match="no gate"):
+    with pytest.raises(BundleError, match="not a gate"):
         Gate.load(tmp_path / "gate.npy")
 
 

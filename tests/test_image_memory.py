@@ -252,29 +252,29 @@ DEFLATED = ("usual", "without preamble", "mark at the start", "without group len
 JPEGS = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLSLossless)
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     **{f"deflated {kind}": (functools.partial(deflated_as, kind), "deflated and holds more than") for kind in DEFLATED},
-    **{f"junk in {kind.keyword}": (functools.partial(jpeg_with_junk, kind), "damaged or cut short") for kind in JPEGS},
-    "run lengths": (lambda: run_lengths(b"\x81\0" * 8_000_000), "damaged or cut short"),
+    **{f"junk in {kind.keyword}": (functools.partial(jpeg_with_junk, kind), "damaged or truncated") for kind in JPEGS},
+    "run lengths": (lambda: run_lengths(b"\x81\0" * 8_000_000), "damaged or truncated"),
     "four components": (
         lambda: compressed(encoded(Image.new("RGBA", (5000, 5000)), "JPEG2000", irreversible=False, no_jp2=True),
-                           JPEG2000Lossless, 5000, 5000), "4 components, but SamplesPerPixel says 1",
+                           JPEG2000Lossless, 5000, 5000), "4 components, but SamplesPerPixel is 1",
     ),
     "tiny code blocks": (lambda: jpeg2000(tiny_blocks), "MB of memory"),
     "tiny tiles": (lambda: jpeg2000(tile_size=(20, 20)), "MB of memory"),
     "tiny precincts": (lambda: jpeg2000(tiny_precincts), "MB of memory"),
     "codestream behind another": (hidden_in_jp2, "9,000 x 9,000, but Columns and Rows say 200 x 240"),
-    "two frame headers": (lambda: compressed(two_frames(), JPEGBaseline8Bit), "damaged or cut short"),
+    "two frame headers": (lambda: compressed(two_frames(), JPEGBaseline8Bit), "damaged or truncated"),
     "colour of 48 megapixels": (
         lambda: dicom(np.empty((7000, 6850, 0)), SamplesPerPixel=3, PhotometricInterpretation="RGB",
                       PlanarConfiguration=0, PixelData=bytes(3 * 7000 * 6850 + 850_000), **EIGHT), "blank|memory",
     ),
     "frames behind the film": (lambda: dicom(SMALL, PixelData=bytes(100_000_000), **EIGHT), "pixels for 2,083 frames"),
-    "fewer pixels than rows": (lambda: dicom(SMALL, Rows=8000, Columns=8000, **EIGHT), "damaged or cut short"),
+    "fewer pixels than rows": (lambda: dicom(SMALL, Rows=8000, Columns=8000, **EIGHT), "damaged or truncated"),
     "offsets": (lambda: fragments(ITEM[:4] + struct.pack("<I", 80_000_000) + bytes(80_000_000)), "20,000,000 frames"),
     "fragments": (lambda: fragments(ITEM * 3_000_000), "too many parts"),
     "items": (lambda: inserted(element(0x00540220, b"SQ", ITEM * 2_000_000)), "16,000,000 bytes in the attribute View"),
     "items without length": (
         lambda: inserted(element(0x00540016, b"SQ", ITEM * 2_000_000 + SEQUENCE_END, True)),
-        "too many parts|not a DICOM file that",
+        "too many parts|cannot be read as a DICOM file",
     ),
     "elements": (
         lambda: inserted(struct.pack("<HH2sH", 0x79, 0x1001, b"CS", 0) * 2_000_000), "too many parts",

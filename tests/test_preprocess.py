@@ -97,7 +97,7 @@ def test_left_stays_left():
 
 
 def test_the_former_names_still_work_and_warn():
-    radiograph = importlib.import_module("cbedge.images.radiograph")
+    radiograph = importlib.import_module("cbedge.radiograph")
     for name, value in (("IMAGE_SIZE", 224), ("IMAGE_MEAN", MEAN), ("IMAGE_STD", STD)):
         with pytest.warns(DeprecationWarning, match=name):
             assert getattr(radiograph, name) == value

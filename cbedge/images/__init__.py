@@ -1,1 +1,1 @@
-"""From a file to a checked radiograph and the model's input."""
+"""Reading, checking and preprocessing radiographs."""

@@ -1,8 +1,8 @@
-"""What compressed pixels announce before they are decoded: size, components and structure of a codestream.
+"""Check compressed pixels before decoding: size, components and structure that a codestream declares.
 
-Decoders allocate what a codestream announces, whatever the file's header says, and skip what they do not understand
-until they find it. So a codestream is followed here marker by marker as the standards write it (JPEG: T.81 annex B,
-JPEG-LS: T.87 annex C, JPEG 2000: T.800 annex A), and what is not found like that is not decoded.
+Decoders allocate the size that a codestream declares, whatever the file's header says, and skip data that they do not
+understand. So a codestream is parsed here marker by marker according to the standards (JPEG: T.81 annex B, JPEG-LS:
+T.87 annex C, JPEG 2000: T.800 annex A); one that does not conform is not decoded.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from dataclasses import dataclass
 
 _SOS, _APP11 = 0xDA, 0xEB
 _JPEG_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7)
-_JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xF8, 0xFE)  # what may stand before the first scan
+_JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xF8, 0xFE)  # allowed before the first scan
 _J2K_START = b"\xff\x4f\xff\x51"
 _J2K_CODING, _J2K_PART, _J2K_DATA, _J2K_END = (0x52, 0x53), 0x90, 0x93, 0xD9
 _J2K_MARKERS = (0x50, 0x52, 0x53, 0x55, *range(0x57, 0x5A), *range(0x5C, 0x62), 0x63, 0x64, 0x74, 0x75, 0x77,
                 0x78)  # fmt: skip
-_RUN_PADDING = 1024  # bytes behind the pixels that a segment may unpack to
-_BLOCK_BYTES, _TILE_BYTES = 600, 12_000  # what OpenJPEG 2.5 allocates for one, at most
+_RUN_PADDING = 1024  # bytes by which an unpacked segment may exceed the pixels
+_BLOCK_BYTES, _TILE_BYTES = 600, 12_000  # upper bounds of what OpenJPEG 2.5 allocates for each
 
 
 class CodestreamError(ValueError):
-    """Compressed pixels that are no codestream, or that are not written as the standard says."""
+    """Compressed pixels are not a valid codestream."""
 
 
 @dataclass(frozen=True)
 class Codestream:
-    """What a codestream announces.
+    """Properties that a codestream declares.
 
     Attributes:
-        rows, columns: of the image.
-        components: of each pixel.
-        bits: of the deepest component.
-        overhead: bytes that its division into blocks and tiles costs beside the pixels.
+        rows, columns: size of the image.
+        components: components per pixel.
+        bits: largest bit depth of a component.
+        overhead: additional bytes for code blocks and tiles.
         is_signed: whether a component is signed.
     """
 
@@ -47,10 +47,10 @@ class Codestream:
 
 
 def read_jpeg(data: bytes) -> Codestream:
-    """The frame header of a JPEG or JPEG-LS codestream.
+    """Read the frame header of a JPEG or JPEG-LS codestream.
 
     Raises:
-        CodestreamError: it is none, holds something else before its first scan, or several frames.
+        CodestreamError: it is invalid, has unexpected markers before its first scan, or several frames.
     """
     if data[:2] != b"\xff\xd8":
         raise CodestreamError("no start of image")
@@ -59,7 +59,7 @@ def read_jpeg(data: bytes) -> Codestream:
         while data[at : at + 2] == b"\xff\xff":  # fill bytes
             at += 1
         if len(data) < at + 4 or data[at] != 0xFF:
-            raise CodestreamError("no marker where one must be")
+            raise CodestreamError("missing marker")
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in _JPEG_FRAMES and found is None and length >= 8 and len(data) >= at + 10:
             bits, components = data[at + 4], data[at + 9]
@@ -68,16 +68,16 @@ def read_jpeg(data: bytes) -> Codestream:
         elif marker == _SOS and found is not None:
             return found
         elif marker not in _JPEG_TABLES or length < 2 or (marker == _APP11 and data[at + 4 : at + 6] == b"JP"):
-            # What comes last is JPEG XT, which holds further images there.
-            raise CodestreamError("a marker that does not belong there")
+            # JPEG XT has additional images in APP11 segments.
+            raise CodestreamError("unexpected marker")
         at += 2 + length
 
 
 def read_jpeg2000(data: bytes) -> Codestream:
-    """The main header and the tile-part headers of a JPEG 2000 codestream, bare or in a JP2 file.
+    """Read the main header and the tile-part headers of a JPEG 2000 codestream, bare or in a JP2 file.
 
     Raises:
-        CodestreamError: it is none, or not written as the standard says.
+        CodestreamError: it is invalid.
     """
     at = 0 if data[:4] == _J2K_START else _jp2_codestream(data)
     if data[at : at + 4] != _J2K_START or len(data) < at + 44:
@@ -98,10 +98,10 @@ def read_jpeg2000(data: bytes) -> Codestream:
 
 
 def _jp2_codestream(data: bytes) -> int:
-    """Where the first codestream of a JP2 file begins."""
+    """Offset of the first codestream in a JP2 file."""
     at = 0
     if data[4:12] != b"jP  \r\n\x87\n":
-        raise CodestreamError("no JP2 file")
+        raise CodestreamError("not a JP2 file")
     while len(data) >= at + 8:
         length, kind, header = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], 8
         if length == 1:
@@ -115,11 +115,11 @@ def _jp2_codestream(data: bytes) -> int:
 
 
 def _smallest_block(data: bytes, at: int) -> int:
-    """Pixels of the smallest code block, by all coding styles behind the size."""
+    """Pixels of the smallest code block of all coding styles."""
     smallest, part, most = 2**24, 0, len(data)
     while at + 4 <= most:
         if data[at] != 0xFF:
-            raise CodestreamError("no marker where one must be")
+            raise CodestreamError("missing marker")
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _J2K_END:
             break
@@ -133,7 +133,7 @@ def _smallest_block(data: bytes, at: int) -> int:
         if marker == _J2K_PART and not part and length == 10:
             part = at
         elif marker not in _J2K_MARKERS or length < 2:
-            raise CodestreamError("a marker that does not belong there")
+            raise CodestreamError("unexpected marker")
         elif marker in _J2K_CODING:
             style = data[at + 4 : at + 2 + length]
             flags, rest = (style[:1], style[5:]) if marker == _J2K_CODING[0] else (style[1:2], style[2:])
@@ -143,9 +143,9 @@ def _smallest_block(data: bytes, at: int) -> int:
 
 
 def _block_of(flags: bytes, style: bytes) -> int:
-    """Pixels of the smallest code block by a coding style; a precinct may cut blocks smaller than they say."""
+    """Pixels of the smallest code block of a coding style; precincts can reduce the declared block size."""
     if not flags or len(style) < 5:
-        raise CodestreamError("a coding style cut short")
+        raise CodestreamError("a truncated coding style")
     across, down = style[1] + 2, style[2] + 2
     for number, sizes in enumerate(style[5:] if flags[0] & 1 else b""):
         halved = 1 if number else 0  # above the lowest resolution, a precinct covers three bands of half its size
@@ -154,28 +154,28 @@ def _block_of(flags: bytes, style: bytes) -> int:
 
 
 def check_run_lengths(data: bytes, pixels: int, bytes_per_pixel: int) -> None:
-    """See that run-length encoded pixels (PS3.5 annex G) unpack to as many bytes as there are to be.
+    """Check that run-length encoded pixels (PS3.5 annex G) unpack to the expected size.
 
     Args:
         data: one frame.
-        pixels: of it.
-        bytes_per_pixel: of all samples, one segment for each.
+        pixels: number of pixels.
+        bytes_per_pixel: bytes of all samples of a pixel; there is one segment for each.
 
     Raises:
-        CodestreamError: they unpack to more, or there is another number of segments.
+        CodestreamError: the pixels unpack to more bytes, or the number of segments differs.
     """
     if len(data) < 64:
         raise CodestreamError("no header")
     count, *offsets = struct.unpack("<16I", data[:64])
     if count != bytes_per_pixel:
-        raise CodestreamError("another number of segments")
+        raise CodestreamError("unexpected number of segments")
     for start, end in itertools.pairwise([*offsets[:count], len(data)]):
         if _unpacked_length(data[start:end], pixels + _RUN_PADDING) > pixels + _RUN_PADDING:
-            raise CodestreamError("a segment of more bytes than pixels")
+            raise CodestreamError("a segment with more bytes than pixels")
 
 
 def _unpacked_length(segment: bytes, enough: int) -> int:
-    """Bytes of a segment when unpacked; counting ends where there are more than enough."""
+    """Bytes of an unpacked segment; counting stops beyond ``enough``."""
     at = length = 0
     while at < len(segment) and length <= enough:
         header = segment[at]

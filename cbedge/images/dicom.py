@@ -1,4 +1,4 @@
-"""Read a DICOM radiograph (CR or DX): its pixels as a viewer shows them, its view and what its header says."""
+"""Read a DICOM radiograph (CR or DX): its pixels as a viewer shows them, its view, and its indication."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 
 @dataclass(frozen=True)
 class DicomFilm:
-    """What a DICOM file holds of a radiograph.
+    """A radiograph read from a DICOM file.
 
     Attributes:
-        pixels: float32 [rows, columns] in 0..1, upright and as seen from the front, padding cut off or dark.
-        view: ``frontal``, ``lateral`` or ``None`` where the header does not say.
-        indication: why the study was requested, or ``None``.
-        study_uid: of the study, or ``None``.
-        chroma: how colourful the pixels are, 0 to 1.
-        warnings: what could not be used of the header, a sentence each, without patient data.
+        pixels: float32 [rows, columns] in 0..1, upright, viewed from the front; padding is cropped or black.
+        view: ``frontal``, ``lateral``, or ``None`` if the header does not state it.
+        indication: reason for the study, or ``None``.
+        study_uid: Study Instance UID, or ``None``.
+        chroma: mean colourfulness of the pixels, 0 to 1.
+        warnings: unusable header attributes, one sentence each, without patient data.
     """
 
     pixels: np.ndarray
@@ -62,8 +62,8 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
 
     Args:
         data: the file's bytes, with or without the preamble and the file meta information.
-        name: what to call it in a message.
-        max_pixels: refuse more than this, from the header, before decoding.
+        name: name for error messages.
+        max_pixels: limit on the number of pixels, checked before decoding.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
@@ -72,19 +72,19 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
 
 
 def decode_dataset(dataset: Dataset, name: str, max_pixels: int) -> DicomFilm:
-    """The radiograph of a dataset in memory, which is left as it is; see :func:`read_dicom`."""
+    """Decode a dataset in memory without changing it; see :func:`read_dicom`."""
     silence_pydicom()
     return _decoded(dataset, name, max_pixels, 0)
 
 
-def _decoded(dataset: Dataset, name: str, max_pixels: int, held: int) -> DicomFilm:
+def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int) -> DicomFilm:
     found = Warnings()
     meta = getattr(dataset, "file_meta", None)
     dataset = _copied(dataset)
     if meta is not None:
         dataset.file_meta = copy.deepcopy(meta)
     _check_header(dataset, name, max_pixels, found)
-    needed = check_pixels(dataset, name, found) + held
+    needed = check_pixels(dataset, name, found) + file_bytes
     with working_memory(needed, name, (int(dataset.Columns), int(dataset.Rows))):
         pixels, chroma = _film(dataset, name, found)
         view = view_of(dataset, found)
@@ -97,12 +97,12 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, held: int) -> DicomFi
 
 
 def _film(dataset: Dataset, name: str, found: Warnings) -> tuple[np.ndarray, float]:
-    """Pixels in 0..1, padding cut off at the edges and dark elsewhere; and how colourful they are."""
+    """Pixels in 0..1, with padding cropped at the edges and black elsewhere; and their colourfulness."""
     decoded, chroma = decode_pixels(dataset, name)
     values = stored_values(dataset, decoded, found)
     padded = padding_mask(dataset, decoded, values)
     if not np.may_share_memory(values, decoded):
-        dataset.pop("PixelData", None)  # memory that is used no more
+        dataset.pop("PixelData", None)  # free the memory
     del decoded
     if padded is not None:
         box = crop_box(padded)
@@ -112,28 +112,28 @@ def _film(dataset: Dataset, name: str, found: Warnings) -> tuple[np.ndarray, flo
 
 
 def _copied(dataset: Dataset) -> Dataset:
-    """A dataset whose elements can be replaced without changing the other's, without those that cannot be decoded."""
+    """A copy whose elements can be replaced independently; elements that cannot be decoded are dropped."""
     from pydicom import Dataset
 
     copied = Dataset()
     for tag in [*dataset.keys()]:
         try:
             copied[tag] = copy.copy(dataset[tag])
-        except Exception:  # pydicom raises what it likes where a byte of a type is damaged
+        except Exception:  # pydicom raises various exceptions for damaged elements
             continue
     return copied
 
 
 def header_indication(dataset: Dataset) -> str | None:
-    """Why the study was requested, as the header says: the first of four attributes that says anything.
+    """The indication in the header: the first of four attributes that has content.
 
-    ``-``, ``n/a``, ``none`` and the like say nothing (:func:`cbedge.prompt.is_no_text`).
+    ``-``, ``n/a``, ``none`` and the like count as empty (:func:`cbedge.prompt.is_no_text`).
     """
     for name in INDICATIONS:
         text = str(dataset.get(name) or "").strip()
         try:
-            if text and (said := ClinicalContext(indication=text).indication):
-                return said
+            if text and (indication := ClinicalContext(indication=text).indication):
+                return indication
         except ContextError:
             continue
     return None
@@ -142,19 +142,19 @@ def header_indication(dataset: Dataset) -> str | None:
 def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> None:
     _check_modality(dataset, name, found)
     if not dataset.get("PixelData"):
-        raise RadiographError(f"{name} holds no image (no Pixel Data); export it with its pixels")
+        raise RadiographError(f"{name} has no image (no Pixel Data); export it with its pixels")
     frames = integer(dataset, "NumberOfFrames", 1)
     rows, columns = integer(dataset, "Rows", 0), integer(dataset, "Columns", 0)
     if rows < 1 or columns < 1:
         raise RadiographError(f"{name} lacks Rows or Columns: export it again")
     if frames > 1:
-        raise RadiographError(f"{name} holds {frames} frames; give a single radiograph")
+        raise RadiographError(f"{name} has {frames} frames; give a single radiograph")
     if rows * columns > max_pixels:
-        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; at most {max_pixels:,} in all: scale it down")
+        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; the limit is {max_pixels:,}: scale it down")
     _check_syntax(dataset, name, found)
     repair_pixel_attributes(dataset, found)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        raise RadiographError(f"{name} is in palette colour; a CR or DX radiograph is grey: export it as such")
+        raise RadiographError(f"{name} is in palette colour, but a radiograph is greyscale: export it as greyscale")
 
 
 def _check_modality(dataset: Any, name: str, found: Warnings) -> None:
@@ -163,7 +163,7 @@ def _check_modality(dataset: Any, name: str, found: Warnings) -> None:
     if not modality:
         modality = "DX" if kind.startswith(_DX_CLASSES) else _MODALITY_OF_CLASS.get(kind, "")
         if modality:
-            found.say("Modality", f"is missing; {modality} was taken from the SOP Class UID")
+            found.add("Modality", f"is missing; {modality} was derived from the SOP Class UID")
     if modality not in _MODALITIES:
         shown = modality if modality.isalnum() and len(modality) <= 8 else "none" if not modality else "unknown"
         raise RadiographError(f"{name} has modality {shown}; cbedge reads CR and DX radiographs only")
@@ -178,7 +178,7 @@ def _check_syntax(dataset: Any, name: str, found: Warnings) -> None:
         dataset.file_meta = FileMetaDataset()
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if not syntax:
-        found.say("TransferSyntaxUID", "is missing; uncompressed pixels were taken")
+        found.add("TransferSyntaxUID", "is missing; uncompressed pixels were assumed")
         syntax = dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     try:
         available = syntax != _DEFLATED_FRAMES and get_decoder(syntax).is_available
@@ -186,7 +186,7 @@ def _check_syntax(dataset: Any, name: str, found: Warnings) -> None:
         available = False
     if not available:
         raise RadiographError(
-            f"{name} is in transfer syntax {getattr(syntax, 'name', None) or 'unknown'}, which cbedge does not decode; "
+            f"{name} has the unsupported transfer syntax {getattr(syntax, 'name', None) or 'unknown'}; "
             "convert it to an uncompressed, JPEG or JPEG 2000 syntax"
         )
 
@@ -194,9 +194,9 @@ def _check_syntax(dataset: Any, name: str, found: Warnings) -> None:
 def _check_body_part(dataset: Dataset, found: Warnings) -> None:
     part = str(dataset.get("BodyPartExamined") or "").strip(" \0").upper()
     if part and not any(word in part for word in _CHEST):
-        found.say("BodyPartExamined", "names another part of the body than the chest: check that this is a chest film")
+        found.add("BodyPartExamined", "names a body part other than the chest: check that this is a chest radiograph")
 
 
 def header_view(dataset: Dataset) -> str | None:
-    """``frontal``, ``lateral`` or ``None`` from a header's view and orientation."""
+    """The view in a header: ``frontal``, ``lateral`` or ``None``."""
     return view_of(dataset, Warnings()).name

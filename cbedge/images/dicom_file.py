@@ -1,8 +1,8 @@
-"""Read DICOM files as they are: with or without the preamble and the file meta information, inflated, and no more of
-them than cbedge uses.
+"""Parse DICOM files, with or without preamble and file meta information, also deflated; only the used elements.
 
-pydicom holds every element of a file, makes objects of whatever a header's parts are, and inflates without an end; a
-file of a few megabytes can so take gigabytes. Here it is given the elements that are used, of bounded size and number.
+pydicom keeps every element of a file, creates an object for each part of a header, and inflates without a limit, so a
+file of a few megabytes can need gigabytes of memory. Here pydicom gets only the used elements, with limits on their
+size and number.
 """
 
 from __future__ import annotations
@@ -43,21 +43,20 @@ _USED = (
 _OVERLAY_BIT_POSITIONS = tuple(0x60000102 + 0x20000 * i for i in range(16))
 _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_VALUE, _MAX_SEQUENCE = 2**16, 2**22  # bytes of one attribute
-_MAX_READS = 200_000  # of parts: elements, items of sequences and fragments, two or three for each
+_MAX_READS = 200_000  # read calls: two or three for each element, sequence item and fragment
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _MARK = b"DICM"
-# The first element of a file without the mark is of the file meta information, of the data set in either byte order, or
-# of the message by which it came.
+# A file without the mark starts with an element of the file meta information, of the dataset in either byte order, or
+# of the DIMSE message.
 _STARTS = (b"\x02\0", b"\x08\0", b"\0\x08", b"\0\0\0\0\x04\0\0\0")
 _TEXT = ("PN", "LO", "SH", "ST", "LT", "UC", "UT")
 _GB2312 = b"\x1b$)A"
 
 
 def silence_pydicom() -> None:
-    """Keep pydicom and highdicom from printing header values, which are patient data, in any thread and for good.
+    """Permanently stop pydicom and highdicom from printing header values, which are patient data, in all threads.
 
-    ``warnings.catch_warnings`` changes the filters of all threads and back again: with several threads a value slips
-    through.
+    ``warnings.catch_warnings`` is not used because it is not thread-safe.
     """
     from pydicom import charset
 
@@ -71,20 +70,20 @@ def silence_pydicom() -> None:
 
 
 def is_dicom(start: bytes) -> bool:
-    """Whether a file is a DICOM file by its first 132 bytes: its mark, or the first element of one without it."""
+    """Whether a file is a DICOM file, judged by its first 132 bytes: the mark ``DICM`` or a typical first element."""
     return start[128:132] == _MARK or start[:4] == _MARK or start.startswith(_STARTS)
 
 
 def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
-    """The elements of a DICOM file that cbedge uses, with its ``file_meta``.
+    """Parse the elements of a DICOM file that cbedge uses, and its ``file_meta``.
 
     Args:
         file: read from its start.
-        name: what to call it in a message.
-        pixels: whether Pixel Data are read, too.
+        name: name for error messages.
+        pixels: whether to read Pixel Data.
 
     Raises:
-        RadiographError: it is no DICOM file, damaged, or its parts are too large or too many.
+        RadiographError: it is not a DICOM file, is damaged, or has too large or too many elements.
     """
     from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -110,23 +109,23 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
     except RadiographError:
         raise
     except Exception:
-        raise RadiographError(f"{name} is not a DICOM file that can be read: export it again") from None
+        raise RadiographError(f"{name} cannot be read as a DICOM file: export it again") from None
     if not dataset:  # pydicom drops all elements of a file that ends within one
-        raise RadiographError(f"{name} is cut short, or holds no radiograph: export it again")
+        raise RadiographError(f"{name} is truncated or has no radiograph: export it again")
     return dataset
 
 
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
-    """What cbedge uses of a DICOM file's header, without pixels; ``None`` where ``source`` is none, or no DICOM file.
+    """Read the header elements that cbedge uses, without pixels; ``None`` if ``source`` is ``None`` or not DICOM.
 
     A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.images.dicom_header.UNREADABLE`.
 
     Args:
         source: the file, with or without the preamble, or its bytes.
-        needed: raise where the file is a DICOM file that cannot be read; otherwise return ``None``.
+        needed: raise an error for an unreadable DICOM file, instead of returning ``None``.
 
     Raises:
-        RadiographError: ``needed``, and it is a DICOM file that cannot be read.
+        RadiographError: ``needed`` is true and the DICOM file cannot be read.
     """
     if source is None:
         return None
@@ -144,7 +143,7 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
 
 @cache
 def _used_tags() -> tuple[frozenset[int], frozenset[int]]:
-    """Tags of what is used, and those among them that are sequences."""
+    """Tags of the used elements, and those of them that are sequences."""
     from pydicom.datadict import tag_for_keyword
 
     tags = [frozenset(tag for name in names if (tag := tag_for_keyword(name))) for names in (_USED, _SEQUENCES)]
@@ -160,7 +159,7 @@ def _file_meta(parts: PartedFile, name: str) -> FileMetaDataset:
 def _elements(
     parts: PartedFile, name: str, implicit: bool, little: bool, group: int | None = None, pixels: bool = True
 ) -> Dataset:
-    """The used elements that follow, those of one group only or all; before Pixel Data only, or with them."""
+    """Read the used elements of one group or of all, with or without Pixel Data."""
     from pydicom.datadict import keyword_for_tag
     from pydicom.filereader import read_dataset
 
@@ -172,7 +171,7 @@ def _elements(
         most = _MAX_SEQUENCE if tag in sequences else _MAX_VALUE
         if tag in used and tag != _PIXEL_DATA and most < length < _UNDEFINED:
             raise RadiographError(
-                f"{name} holds {length:,} bytes in the attribute {keyword_for_tag(tag)}; at most {most:,} are read: "
+                f"{name} has {length:,} bytes in the attribute {keyword_for_tag(tag)}; the limit is {most:,}: "
                 "export it again"
             )
         return False
@@ -184,7 +183,7 @@ def _elements(
 
 
 def _part(dataset: Dataset, tag: int, parts: PartedFile) -> None:
-    """Part a sequence, which pydicom would do when it is asked for it, without an end."""
+    """Parse a sequence with a limit; pydicom would parse it on access, without one."""
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.filereader import read_sequence
 
@@ -197,7 +196,7 @@ def _part(dataset: Dataset, tag: int, parts: PartedFile) -> None:
             parts.within(value), raw.is_implicit_VR, raw.is_little_endian, len(value), dataset._character_set
         )
         dataset[tag] = DataElement(tag, "SQ", items)
-    except Exception:  # pydicom raises what it likes where a sequence is damaged
+    except Exception:  # pydicom raises various exceptions for damaged sequences
         dataset[tag] = DataElement(tag, "LO", UNREADABLE)
 
 
@@ -205,16 +204,16 @@ def _inflated(data: bytes, name: str) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     content = inflater.decompress(data, MAX_BYTES)
     if not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1):
-        raise RadiographError(f"{name} is deflated and holds more than {MAX_BYTES:,} bytes: export it uncompressed")
+        raise RadiographError(f"{name} is deflated and has more than {MAX_BYTES:,} bytes: export it uncompressed")
     return content
 
 
 def _decodable(dataset: Dataset) -> Dataset:
-    """The same with a mark in place of every value that cannot be decoded, in place.
+    """Replace every value that cannot be decoded by :data:`UNREADABLE`, in place.
 
-    pydicom decodes an element when asked for it, and raises what it likes where the bytes are damaged. Bytes beyond
-    ASCII that no character set is named for it reads as Latin-1, which would be a guess. It leaves the escape sequence
-    of ISO 2022 IR 58 in the text.
+    pydicom decodes an element on access and raises various exceptions for damaged bytes. It reads non-ASCII bytes
+    without a declared character set as Latin-1, which would be a guess, and leaves the escape sequence of ISO 2022 IR
+    58 in the text.
     """
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.valuerep import PersonName
@@ -238,7 +237,7 @@ def _decodable(dataset: Dataset) -> Dataset:
 
 
 def _starts_in_ascii(dataset: Dataset) -> bool:
-    """Whether text is ASCII up to the first escape sequence: no character set is named, or none that is known."""
+    """Whether text is ASCII up to the first escape sequence: the character set is missing or unknown."""
     from pydicom.charset import convert_encodings, default_encoding
 
     try:
@@ -250,6 +249,6 @@ def _starts_in_ascii(dataset: Dataset) -> bool:
 
 
 def _is_unnamed(raw: bytes, vr: str) -> bool:
-    """Whether bytes beyond ASCII stand where no escape sequence names their character set; delimiters end one."""
+    """Whether there are non-ASCII bytes without an escape sequence for their character set; delimiters reset it."""
     parts = re.split(rb"[\\\r\n\t\f^=]" if vr == "PN" else rb"[\\\r\n\t\f]", raw)
     return any(not part.partition(b"\x1b")[0].isascii() for part in parts)

@@ -1,8 +1,8 @@
-"""The part of a DICOM header that a document about the image copies: patient, study, and which image it is.
+"""The part of a DICOM header that a report document copies: patient, study, and identity of the image.
 
-A value is copied where it is valid by the standard; codes in lower case and the words for a sex are put right, as they
-can mean only one thing. Every other one is left out, and its attribute is named, never its value. Only an image whose
-study, series or instance UID is missing or unusable is refused.
+A value is copied if it is valid according to the standard. Lower-case codes and words for a sex are corrected, because
+they are unambiguous. Other invalid values are omitted; their attributes are listed, never their values. An image is
+refused only if its study, series or instance UID is missing or invalid.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from pydicom import Dataset
 
-UNREADABLE = "\ufffd"  # stands in a header for a value whose bytes cannot be decoded
+UNREADABLE = "\ufffd"  # replaces a header value whose bytes cannot be decoded
 
 _IDENTIFIERS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 _EMPTY_IF_MISSING = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
     "StudyID", "AccessionNumber",
 )  # fmt: skip
-# The Patient, General Study and Patient Study modules, without what needs other attributes beside it; then the
-# equipment that acquired the image.
+# The Patient, General Study and Patient Study modules, without attributes that require others; then the equipment that
+# acquired the image.
 _SCALARS = (
     *_EMPTY_IF_MISSING, "IssuerOfPatientID", "TypeOfPatientID", "PatientBirthTime", "OtherPatientNames", "EthnicGroup",
     "PatientComments", "StudyDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
@@ -42,7 +42,7 @@ _EQUIPMENT = (
 )  # fmt: skip
 _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
-COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # what is read of a header here
+COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # all attributes that are read here
 _CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
 _ALLOWED = {
     "PatientSex": ("M", "F", "O"), "SmokingStatus": ("YES", "NO", "UNKNOWN"),
@@ -60,12 +60,12 @@ _DECIMAL = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII
 
 @dataclass(frozen=True)
 class StudyHeader:
-    """What of a header can be copied.
+    """The valid part of a header.
 
     Attributes:
-        values: valid elements only; those that a document must have are there, if need be empty. The identifiers of
-            study, series, image and class are there.
-        left_out: names of the attributes whose values were not usable.
+        values: valid elements only. Elements that a document must have are present, possibly empty; the identifiers of
+            study, series, image and SOP class are always present.
+        left_out: names of the attributes with invalid values.
     """
 
     values: Dataset
@@ -73,17 +73,17 @@ class StudyHeader:
 
 
 def study_header(header: Dataset) -> StudyHeader:
-    """The usable part of a header for a document that refers to its image.
+    """The valid part of a header, for a document that refers to its image.
 
     Raises:
-        RadiographError: the study, series or instance UID is missing or is no UID.
+        RadiographError: the study, series or instance UID is missing or invalid.
     """
     from pydicom import Dataset
 
     for name in _IDENTIFIERS:
         if not _plain(header, name, "UI"):
-            found = "lacks" if not holds(header, name) else "holds no valid"
-            raise RadiographError(f"the DICOM header {found} {name}, which an SR must refer to: export it again")
+            found = "lacks" if not holds(header, name) else "has no valid"
+            raise RadiographError(f"the DICOM header {found} {name}, which an SR needs: export it again")
     values, left_out = Dataset(), []
     for name in _IDENTIFIERS:
         setattr(values, name, usable(header, name))
@@ -113,7 +113,7 @@ def is_uid(text: str) -> bool:
 
 
 def usable(header: Dataset, name: str) -> str | list[str] | None:
-    """An attribute's valid value as text, a list where the attribute can hold several; ``None`` where there is none."""
+    """An attribute's valid value as text, as a list if it can have several; ``None`` if there is no valid value."""
     from pydicom.datadict import dictionary_VM, dictionary_VR
 
     vr = dictionary_VR(name)
@@ -132,7 +132,7 @@ def _plain(header: Dataset, name: str, vr: str) -> str | None:
 def _value(header: Dataset, name: str) -> Any:
     try:
         return header.get(name)
-    except Exception:  # pydicom raises what it likes where a value is damaged
+    except Exception:  # pydicom raises various exceptions for damaged values
         return UNREADABLE
 
 
@@ -143,7 +143,7 @@ def _is_list(value: Any) -> bool:
 
 
 def holds(header: Dataset, name: str) -> bool:
-    """Whether an attribute has any value at all, valid or not."""
+    """Whether an attribute has a value, valid or not."""
     value = _value(header, name)
     if value is None or (_is_list(value) and not len(value)):
         return False
@@ -151,7 +151,7 @@ def holds(header: Dataset, name: str) -> bool:
 
 
 def _checked(name: str, vr: str, value: Any) -> str | None:
-    """The value as text of its type, or ``None``."""
+    """The value as valid text of its VR, or ``None``."""
     from pydicom.valuerep import PersonName
 
     if isinstance(value, bool) or not isinstance(value, str | int | float | PersonName):
@@ -162,7 +162,7 @@ def _checked(name: str, vr: str, value: Any) -> str | None:
     text = text.rstrip(" \0") if vr in ("ST", "LT") else text.strip(" \0")
     if not text or UNREADABLE in text or not _is_printable(text, vr):
         return None
-    if vr in ("CS", "AS") and text.isascii():  # these are upper case
+    if vr in ("CS", "AS") and text.isascii():  # always upper case
         text = text.upper()
     text = _WORDS.get(name, {}).get(text, text)
     if name in _ALLOWED and text not in _ALLOWED[name]:
@@ -202,19 +202,19 @@ _CHECKS: dict[str, Callable[[str], Any]] = {
     "UI": is_uid,
     "DS": lambda text: len(text) <= 16 and _DECIMAL.fullmatch(text) and math.isfinite(float(text)),
     "IS": lambda text: len(text) <= 12 and re.fullmatch(r"[+-]?\d+", text, re.ASCII),
-    "US": lambda text: text in ("1", "2", "3", "4"),  # PregnancyStatus is the only one
+    "US": lambda text: text in ("1", "2", "3", "4"),  # only PregnancyStatus has this VR
 }  # fmt: skip
 
 
 def _class_of(header: Dataset) -> str:
-    """The image's SOP class where the header does not say it: that of the file, or the usual one of the modality."""
+    """The SOP class of an image whose header lacks it: from the file meta information, or from the modality."""
     meta = getattr(header, "file_meta", None)
-    told = _plain(meta, "MediaStorageSOPClassUID", "UI") if meta is not None else None
-    return told or _CLASSES["CR" if _plain(header, "Modality", "CS") in ("CR", "RG") else "DX"]
+    of_file = _plain(meta, "MediaStorageSOPClassUID", "UI") if meta is not None else None
+    return of_file or _CLASSES["CR" if _plain(header, "Modality", "CS") in ("CR", "RG") else "DX"]
 
 
 def _usable_codes(header: Dataset, name: str) -> list[Dataset]:
-    """The codes of a sequence, without anything else that its items hold; none where one is not usable."""
+    """The codes of a sequence, without other elements of its items; empty if any of them is invalid."""
     from pydicom import Dataset
     from pydicom.sequence import Sequence
 

@@ -1,7 +1,7 @@
-"""From a DICOM dataset to pixels as a viewer shows them: bits, modality and VOI transform, padding, inversion.
+"""Convert DICOM pixel data to displayed values: bit depth, modality and VOI transform, padding, inversion.
 
-What a header says wrongly or not at all is replaced by what can be known without it, and a warning names the attribute.
-Only pixels that cannot be decoded are refused.
+Missing or invalid header attributes are replaced by defaults, with a warning that names the attribute. An image is
+refused only if its pixels cannot be decoded.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from cbedge.images.memory import kept_bytes, reduction
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_MOST_STRAY = 0.05  # share of the pixels above BitsStored that can be an overlay; more, and BitsStored is wrong
+_MOST_STRAY = 0.05  # fraction of pixels above BitsStored that may be an overlay; with more, BitsStored is wrong
 _LUT_ITEMS = 65536
-_DECODER_BYTES = 4  # of a sample in the decoders of pylibjpeg, beside what they return
+_DECODER_BYTES = 4  # per sample, used by pylibjpeg's decoders in addition to their output
 
 
 class Warnings(list[str]):
-    """Sentences about one header, each said once."""
+    """Warnings about one header, without duplicates."""
 
-    def say(self, attribute: str, what: str) -> None:
-        """Say that an attribute could not be used, and what was done instead."""
-        sentence = f"The DICOM attribute {attribute} {what}."
+    def add(self, attribute: str, problem: str) -> None:
+        """Add a warning that an attribute could not be used, and what was done instead."""
+        sentence = f"The DICOM attribute {attribute} {problem}."
         if sentence not in self:
             self.append(sentence)
 
 
 def integer(dataset: Dataset, name: str, default: int) -> int:
-    """An attribute as an integer; the default where it is missing or unusable."""
+    """An attribute as an integer; the default if it is missing or invalid."""
     try:
         value = dataset.get(name)
         return default if value is None or value == "" else int(value)
@@ -44,7 +44,7 @@ def integer(dataset: Dataset, name: str, default: int) -> int:
 
 
 def number(dataset: Dataset, name: str, position: int = 0) -> float | None:
-    """A (multi-valued) attribute's number at a position; ``None`` where it is missing or no finite number."""
+    """The number at a position of an attribute; ``None`` if it is missing or not a finite number."""
     try:
         value: Any = dataset.get(name)
         if value is None or value == "":
@@ -60,23 +60,23 @@ def number(dataset: Dataset, name: str, position: int = 0) -> float | None:
 
 
 def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
-    """Give the attributes that decoding needs usable values, in place."""
+    """Correct the attributes that decoding needs, in place."""
     allocated = integer(dataset, "BitsAllocated", 0)
     if allocated not in (1, 8, 16, 32):
         guess = 16 if integer(dataset, "BitsStored", 16) > 8 else 8
-        warnings.say("BitsAllocated", f"is missing or unusable; {guess} was taken")
+        warnings.add("BitsAllocated", f"is missing or invalid; {guess} was assumed")
         allocated = dataset.BitsAllocated = guess
     stored = integer(dataset, "BitsStored", 0)
     if not 1 <= stored <= allocated:
-        warnings.say("BitsStored", "is missing or unusable; all bits were taken")
+        warnings.add("BitsStored", "is missing or invalid; all bits were used")
         stored = dataset.BitsStored = allocated
     high = integer(dataset, "HighBit", -1)
     if not stored - 1 <= high < allocated:
         if "HighBit" in dataset and not warnings:
-            warnings.say("HighBit", "does not fit BitsStored; the lowest bits were taken")
+            warnings.add("HighBit", "does not match BitsStored; the lowest bits were used")
         dataset.HighBit = stored - 1
     if integer(dataset, "PixelRepresentation", -1) not in (0, 1):
-        warnings.say("PixelRepresentation", "is missing or unusable; values were taken as unsigned")
+        warnings.add("PixelRepresentation", "is missing or invalid; unsigned values were assumed")
         dataset.PixelRepresentation = 0
     if integer(dataset, "SamplesPerPixel", 0) not in (1, 3):
         dataset.SamplesPerPixel = 1
@@ -84,19 +84,19 @@ def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
     known = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
     if photometric not in known:
         photometric = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
-        warnings.say("PhotometricInterpretation", f"is missing or unknown; {photometric} was taken")
+        warnings.add("PhotometricInterpretation", f"is missing or unknown; {photometric} was assumed")
     dataset.PhotometricInterpretation = photometric
 
 
 def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
-    """The pixels of a dataset after :func:`repair_pixel_attributes`, in grey; its Photometric Interpretation is made to
-    fit, and compressed Pixel Data are removed.
+    """Decode the pixels of a dataset after :func:`repair_pixel_attributes` to greyscale. Its Photometric Interpretation
+    is adjusted, and compressed Pixel Data are removed.
 
     Returns:
-        integers [rows, columns], in memory that may be the dataset's own; and how colourful they are, 0 to 1.
+        integers [rows, columns], possibly sharing memory with the dataset; and their colourfulness, 0 to 1.
 
     Raises:
-        RadiographError: they are damaged, of several frames, or of another size than the header says.
+        RadiographError: the pixels are damaged, have several frames, or contradict the size in the header.
     """
     from pydicom.pixels import get_decoder
 
@@ -108,7 +108,7 @@ def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
         decoded, properties = decoder.as_array(dataset, **options)
     except Exception:
         raise RadiographError(
-            f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+            f"{name} is damaged or truncated: its pixels cannot be decoded; export it again"
         ) from None
     if syntax.is_encapsulated:
         del dataset.PixelData
@@ -120,7 +120,7 @@ def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
 
 
 def _in_grey(decoded: np.ndarray, is_ybr: bool) -> tuple[np.ndarray, float]:
-    """Grey values of colour pixels, integers [rows, columns, 3], and how colourful they are, 0 to 1."""
+    """Grey values of colour pixels, integers [rows, columns, 3], and their colourfulness, 0 to 1."""
     from pydicom.pixels.processing import convert_color_space
 
     grey = np.empty(decoded.shape[:2], decoded.dtype)
@@ -137,12 +137,12 @@ def _in_grey(decoded: np.ndarray, is_ybr: bool) -> tuple[np.ndarray, float]:
 
 
 def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> np.ndarray:
-    """Decoded pixels without the bits that are no part of them (overlays), with their sign.
+    """Decoded pixels with the correct sign, without unused bits (overlays).
 
     Args:
         dataset: after :func:`repair_pixel_attributes`.
         decoded: integers [rows, columns].
-        warnings: get what was found.
+        warnings: collects problems.
     """
     bits = int(dataset.BitsStored)
     if decoded.dtype.kind not in "iu" or bits >= 8 * decoded.dtype.itemsize:
@@ -157,22 +157,22 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
         block = raw[rows] >> raw.dtype.type(shift)
         masked = block & mask
         values[rows] = ((masked ^ sign) - sign if signed else masked).view(values.dtype)
-        if not shift:  # bits above are a sign, nothing, or something else
+        if not shift:  # the bits above are a sign extension, zero, or something else
             stray += int(np.count_nonzero((block != masked) & (block != values[rows].view(raw.dtype))))
     if stray > _MOST_STRAY * raw.size and not _has_embedded_overlay(dataset):
-        warnings.say("BitsStored", "is smaller than the stored values; all bits were taken")
+        warnings.add("BitsStored", "is too small for the stored values; all bits were used")
         return decoded
     return values
 
 
 def padding_mask(dataset: Dataset, decoded: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-    """Where pixels are padding by PixelPaddingValue and PixelPaddingRangeLimit, bool [rows, columns]; ``None`` for
-    nowhere.
+    """Which pixels are padding, by PixelPaddingValue and PixelPaddingRangeLimit, bool [rows, columns]; ``None`` if none
+    are.
 
     Args:
         dataset: the header.
-        decoded: pixels with all bits, which padding may take more of than the film does.
-        values: of :func:`stored_values`.
+        decoded: pixels with all bits, because padding may use more bits than the image.
+        values: from :func:`stored_values`.
     """
     first = _raw_value(dataset, "PixelPaddingValue", decoded)
     if first is None:
@@ -188,23 +188,23 @@ def padding_mask(dataset: Dataset, decoded: np.ndarray, values: np.ndarray) -> n
 
 
 def crop_box(padded: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns without the edges that are padding throughout."""
+    """Slices of rows and columns without the edges that are padding only."""
     rows, columns = (np.flatnonzero(~padded.all(axis=axis)) for axis in (1, 0))
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None, warnings: Warnings) -> np.ndarray:
-    """Stored values as they are shown: after modality and VOI transform, stretched by the film's own range, inverted
-    where the header says so.
+    """Displayed values: after modality and VOI transform, stretched to the image's own range, inverted if the header
+    says so.
 
     Args:
         dataset: the header.
-        values: of :func:`stored_values`.
-        film: which pixels are no padding, bool [rows, columns]; ``None`` for all.
-        warnings: get what could not be applied.
+        values: from :func:`stored_values`.
+        film: which pixels are not padding, bool [rows, columns]; ``None`` for all.
+        warnings: collects transforms that could not be applied.
 
     Returns:
-        float32 in 0..1, padding dark; of the largest films averaged as in
+        float32 in 0..1, padding black; very large images are reduced as in
         :attr:`cbedge.images.radiograph.Radiograph.pixels`.
     """
     rows, columns = values.shape
@@ -215,34 +215,35 @@ def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None
 
 
 def _is_inverted(dataset: Dataset) -> bool:
-    """Whether small values are bright: MONOCHROME1, or Presentation LUT Shape INVERSE, which says the same."""
+    """Whether small values are bright: MONOCHROME1, or Presentation LUT Shape INVERSE."""
     shape = str(dataset.get("PresentationLUTShape") or "").strip(" \0").upper()
     return dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE"
 
 
 def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
-    """See that there are as many pixels as the header tells, before they are decoded.
+    """Check before decoding that the pixel data match the header.
 
     Args:
-        dataset: after :func:`repair_pixel_attributes`; signed compressed pixels are signed in the header afterwards.
-        name: what to call it in a message.
-        warnings: get what contradicts the compressed pixels.
+        dataset: after :func:`repair_pixel_attributes`; its Pixel Representation is corrected for signed compressed
+            pixels.
+        name: name for error messages.
+        warnings: collects contradictions to the compressed pixels.
 
     Returns:
-        Bytes of memory that decoding and mapping them takes, with Pixel Data themselves.
+        Bytes of memory that decoding and mapping need, Pixel Data included.
 
     Raises:
-        RadiographError: they have another size or several frames, or none can be found.
+        RadiographError: the pixels have another size or several frames, or cannot be found.
     """
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
     count, wide, length = rows * columns * samples, -(-int(dataset.BitsAllocated) // 8), len(dataset.PixelData)
     pixels, kept = rows * columns, kept_bytes(rows, columns)
     mask = pixels if "PixelPaddingValue" in dataset else 0
-    is_copied = samples > 1 or int(dataset.BitsStored) < 8 * wide  # by stored_values and the like
+    is_copied = samples > 1 or int(dataset.BitsStored) < 8 * wide  # for example by stored_values
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         frames = 8 * length // (count * int(dataset.BitsAllocated))
         if frames > 1:
-            raise RadiographError(f"{name} holds pixels for {frames:,} frames; give a single radiograph")
+            raise RadiographError(f"{name} has pixels for {frames:,} frames; give a single radiograph")
         unpacked = count * wide if dataset.PhotometricInterpretation == "YBR_FULL_422" else 0
         copied = pixels * wide if is_copied else 0
         return max(length + unpacked + copied, (copied or length) + kept) + mask
@@ -251,20 +252,22 @@ def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
         found = _codestream(dataset, frame)
     except CodestreamError:
         raise RadiographError(
-            f"{name} is damaged or cut short: its pixels cannot be decoded; export it again"
+            f"{name} is damaged or truncated: its pixels cannot be decoded; export it again"
         ) from None
     if (found.rows, found.columns) != (rows, columns):
         raise RadiographError(
-            f"{name} has compressed pixels of {found.columns:,} x {found.rows:,}, but Columns and Rows say "
+            f"{name} has {found.columns:,} x {found.rows:,} compressed pixels, but Columns and Rows are "
             f"{columns:,} x {rows:,}: export it again"
         )
     if found.components != samples:
         raise RadiographError(
-            f"{name} has compressed pixels of {found.components} components, but SamplesPerPixel says {samples}: "
+            f"{name} has compressed pixels with {found.components} components, but SamplesPerPixel is {samples}: "
             "export it again"
         )
     if found.is_signed and dataset.PixelRepresentation == 0:
-        warnings.say("PixelRepresentation", "contradicts the compressed pixels, which are signed: so they were taken")
+        warnings.add(
+            "PixelRepresentation", "contradicts the compressed pixels, which are signed; signed values were used"
+        )
         dataset.PixelRepresentation = 1
     wide = max(wide, -(-found.bits // 8))
     decoding = length + len(frame) + count * (_DECODER_BYTES + 2 * wide) + found.overhead
@@ -276,7 +279,7 @@ def _only_frame(data: bytes, name: str) -> bytes:
 
     offsets = int.from_bytes(data[4:8], "little") // 4
     if offsets > 1:
-        raise RadiographError(f"{name} holds {offsets:,} frames; give a single radiograph")
+        raise RadiographError(f"{name} has {offsets:,} frames; give a single radiograph")
     try:
         return next(generate_frames(data, number_of_frames=1), b"")
     except Exception:
@@ -301,7 +304,7 @@ def _has_embedded_overlay(dataset: Dataset) -> bool:
 
 
 def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
-    """A pixel value of the header, read with the sign of the decoded pixels whatever its own VR was."""
+    """A pixel value in the header, with the sign of the decoded pixels, whatever its VR."""
     value = dataset.get(name)
     if isinstance(value, bytes) and len(value) == 2:
         value = int.from_bytes(value, "little")
@@ -315,7 +318,7 @@ def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
 
 
 def _transform(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> Transform:
-    """Modality and VOI transform of these values."""
+    """Modality and VOI transform for these values."""
     modality = _modality(dataset, warnings)
     voi = _voi(dataset, warnings)
     if voi is None:
@@ -330,7 +333,7 @@ def _transform(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> Tran
         lowest, highest = min(lowest, shown.min()), max(highest, shown.max())
         if highest > lowest:
             return both
-    warnings.say("WindowCenter", "leaves one value of the whole image; the image's own range was taken")
+    warnings.add("WindowCenter", "maps the whole image to one value; the image's own range was used")
     return modality
 
 
@@ -340,14 +343,14 @@ def _modality(dataset: Dataset, warnings: Warnings) -> Transform:
         return lambda values: _looked_up(values, *table)
     slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
     if "RescaleSlope" in dataset and not slope:
-        warnings.say("RescaleSlope", "is empty or unusable; 1 was taken")
+        warnings.add("RescaleSlope", "is empty or invalid; 1 was used")
     if "RescaleIntercept" in dataset and intercept is None:
-        warnings.say("RescaleIntercept", "is empty or unusable; 0 was taken")
+        warnings.add("RescaleIntercept", "is empty or invalid; 0 was used")
     return lambda values: values * (slope or 1.0) + (intercept or 0.0)
 
 
 def _voi(dataset: Dataset, warnings: Warnings) -> Transform | None:
-    """The first VOI LUT or the first usable window; ``None`` where the header has none."""
+    """The first VOI LUT or the first valid window; ``None`` if the header has neither."""
     table = _lut(dataset, "VOILUTSequence", warnings)
     if table is not None:
         return lambda values: _looked_up(values, *table)
@@ -355,7 +358,7 @@ def _voi(dataset: Dataset, warnings: Warnings) -> Transform | None:
         return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        warnings.say("VOILUTFunction", "is unknown; LINEAR was taken")
+        warnings.add("VOILUTFunction", "is unknown; LINEAR was used")
         function = "LINEAR"
     for position in range(64):
         centre, width = (number(dataset, name, position) for name in ("WindowCenter", "WindowWidth"))
@@ -364,7 +367,7 @@ def _voi(dataset: Dataset, warnings: Warnings) -> Transform | None:
         if centre is None or width is None or width <= 0:
             continue
         return _window(function, centre, width)
-    warnings.say("WindowWidth", "gives no usable window; the image's own range was taken")
+    warnings.add("WindowWidth", "has no valid window; the image's own range was used")
     return None
 
 
@@ -377,7 +380,7 @@ def _window(function: str, centre: float, width: float) -> Transform:
 
 
 def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarray] | None:
-    """A sequence's first lookup table, (first value mapped, float64 table); ``None`` where none is usable."""
+    """A sequence's first lookup table, as (first value mapped, float64 table); ``None`` if it is invalid."""
     sequence = dataset.get(name)
     if not sequence:
         return None
@@ -396,10 +399,10 @@ def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarr
         if not table.size or np.ptp(table) == 0:
             raise ValueError("an empty table")
     except Exception:
-        warnings.say(name, "holds no usable table; it was left out")
+        warnings.add(name, "has no valid table and was ignored")
         return None
     if len(table) < count:
-        warnings.say(name, "is shorter than it says; its last value was taken for the rest")
+        warnings.add(name, "is shorter than declared; its last value was used for the rest")
     return first, table
 
 

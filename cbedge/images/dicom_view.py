@@ -1,7 +1,8 @@
-"""Which view a DICOM radiograph is, and how it is turned to be seen upright and from the front.
+"""Determine the view of a DICOM radiograph, and rotate or flip it so that it is upright and viewed from the front.
 
-Three attributes can say it: View Position, View Code Sequence and Patient Orientation, which names the directions of
-rows and columns by the first letters of left, right, anterior, posterior, head and feet (PS3.3 C.7.6.1.1.1).
+Three attributes state the view: View Position, View Code Sequence and Patient Orientation. The last one gives the
+directions of rows and columns by the first letters of left, right, anterior, posterior, head and feet (PS3.3
+C.7.6.1.1.1).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _POSITIONS = {
     **dict.fromkeys(("FRONTAL", "PA", "AP", "APPA", "PAAP", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "PAUPRIGHT",
                      "APUPRIGHT", "APSUPINE", "APSITTING", "PAERECT", "APERECT", "PORTABLE", "SUPINE", "APPORTABLE",
                      "PACHEST", "APCHEST", "CHESTPA", "CHESTAP"), "frontal"),
-    # In a lateral decubitus view the patient lies on the side: the film is a frontal one.
+    # A lateral decubitus view is a frontal view of a patient who lies on the side.
     **dict.fromkeys(("LLD", "RLD", "LEFTLATERALDECUBITUS", "RIGHTLATERALDECUBITUS", "DECUBITUS", "LATDEC"), "frontal"),
     **dict.fromkeys(("LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT", "LATL", "LATR", "LLATERAL", "RLATERAL",
                      "LEFTLATERAL", "RIGHTLATERAL", "LATERALLEFT", "LATERALRIGHT", "LMLO", "LM", "ML", "LATLAT"),
@@ -41,13 +42,13 @@ _AXES = {"L": 0, "R": 0, "A": 1, "P": 1, "H": 2, "F": 2}
 
 @dataclass(frozen=True)
 class View:
-    """What a header says of a radiograph's view.
+    """The view of a radiograph according to its header.
 
     Attributes:
-        name: ``frontal``, ``lateral`` or ``None`` where it does not say.
-        transpose: rows and columns are to be exchanged, before flipping.
-        flip_rows, flip_columns: top and bottom, left and right are to be exchanged.
-        oriented: whether Patient Orientation said so, so that the result is known to be upright and not mirrored.
+        name: ``frontal``, ``lateral`` or ``None`` if unknown.
+        transpose: swap rows and columns, before flipping.
+        flip_rows, flip_columns: flip vertically, horizontally.
+        oriented: whether Patient Orientation is known, so that the result is upright and not mirrored.
     """
 
     name: str | None
@@ -58,32 +59,32 @@ class View:
 
 
 def view_of(dataset: Dataset, warnings: Warnings) -> View:
-    """The view that a header tells.
+    """The view that a header states.
 
     Args:
         dataset: the header.
-        warnings: get what is unknown or contradicts itself.
+        warnings: collects unknown values and contradictions.
     """
     position, code = _by_position(dataset, warnings), _by_code(dataset, warnings)
     orientation = _by_orientation(dataset, warnings)
-    said = position or code
+    stated = position or code
     if position and code and position != code:
-        warnings.say("ViewPosition", "contradicts ViewCodeSequence: check the view")
-    if said == "oblique":
-        warnings.say("ViewPosition" if position else "ViewCodeSequence",
-                     "says that the view is oblique: the draft is made as for a frontal one")  # fmt: skip
-        said = None
-    elif said and orientation.name and said != orientation.name:
-        warnings.say("PatientOrientation", f"does not fit a {said} view: check the view")
-        return View(said)
+        warnings.add("ViewPosition", "contradicts ViewCodeSequence: check the view")
+    if stated == "oblique":
+        warnings.add("ViewPosition" if position else "ViewCodeSequence",
+                     "states an oblique view: the draft treats it as a frontal view")  # fmt: skip
+        stated = None
+    elif stated and orientation.name and stated != orientation.name:
+        warnings.add("PatientOrientation", f"does not match a {stated} view: check the view")
+        return View(stated)
     return View(
-        said or orientation.name, orientation.transpose, orientation.flip_rows, orientation.flip_columns,
+        stated or orientation.name, orientation.transpose, orientation.flip_rows, orientation.flip_columns,
         orientation.oriented,
     )  # fmt: skip
 
 
 def orient(pixels: np.ndarray, view: View) -> np.ndarray:
-    """Pixels [rows, columns] turned so that the head is up and, of a frontal view, the patient's left is right."""
+    """Pixels [rows, columns] with the head up and, in a frontal view, the patient's left on the right."""
     turned = pixels.T if view.transpose else pixels
     turned = turned[::-1] if view.flip_rows else turned
     turned = turned[:, ::-1] if view.flip_columns else turned
@@ -96,10 +97,12 @@ def _by_position(dataset: Dataset, warnings: Warnings) -> str | None:
     if not name:
         return None
     if name not in _POSITIONS:
-        warnings.say("ViewPosition", "is none that is known: check the view")
+        warnings.add("ViewPosition", "has an unknown value: check the view")
         return None
     if name in _DECUBITUS:
-        warnings.say("ViewPosition", "says that the patient lies on the side: air and fluid lie otherwise than upright")
+        warnings.add(
+            "ViewPosition", "states a decubitus view: air and fluid are distributed differently than in an upright view"
+        )
     return _POSITIONS[name]
 
 
@@ -111,7 +114,7 @@ def _by_code(dataset: Dataset, warnings: Warnings) -> str | None:
         code = str(sequence[0].get("CodeValue") or "").strip()
         meaning = str(sequence[0].get("CodeMeaning") or "").lower()
     except Exception:  # a damaged sequence
-        warnings.say("ViewCodeSequence", "cannot be read: check the view")
+        warnings.add("ViewCodeSequence", "cannot be read: check the view")
         return None
     if code in _CODES:
         return _CODES[code]
@@ -119,7 +122,7 @@ def _by_code(dataset: Dataset, warnings: Warnings) -> str | None:
                        ("antero", "frontal"), ("postero", "frontal")):  # fmt: skip
         if word in meaning and "decubitus" not in meaning:
             return view
-    warnings.say("ViewCodeSequence", "holds no view that is known: check the view")
+    warnings.add("ViewCodeSequence", "has an unknown value: check the view")
     return None
 
 
@@ -132,7 +135,7 @@ def _by_orientation(dataset: Dataset, warnings: Warnings) -> View:
     axes = [_AXES.get(letter) for letter in letters]
     if len(axes) != 2 or None in axes or 2 not in axes or axes[0] == axes[1]:
         if any(letters):
-            warnings.say("PatientOrientation", "has no usable directions; the film is shown as it is stored")
+            warnings.add("PatientOrientation", "has no valid directions; the stored orientation was used")
         return View(None)
     transpose = axes[0] == 2  # rows run from head to feet
     across, down = (letters[1], letters[0]) if transpose else letters

@@ -1,4 +1,4 @@
-"""See that a study's radiographs look like what they are given as: chest films, of the right view, not mirrored."""
+"""Check that the images of a study look like chest radiographs, of the right view, and not mirrored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cbedge.images.radiograph import Radiograph
 
 @dataclass(frozen=True)
 class FilmCheck:
-    """What a bundle brings to check radiographs.
+    """A bundle's classifiers that check input images.
 
     Attributes:
-        gate, lateral_gate: know chest films of each view; ``None`` where the bundle has none.
-        film_view: tells lateral and mirrored films; ``None`` likewise.
-        reads_lateral: the model reads a lateral radiograph beside the frontal one.
+        gate, lateral_gate: out-of-distribution detectors for each view; ``None`` if the bundle has none.
+        film_view: classifier of lateral and mirrored radiographs; ``None`` if the bundle has none.
+        reads_lateral: whether the model reads a lateral radiograph together with the frontal one.
     """
 
     gate: Gate | None
@@ -31,15 +31,15 @@ class FilmCheck:
 
     @classmethod
     def load(cls, folder: Path, files: Collection[str], reads_lateral: bool) -> FilmCheck:
-        """Read the files of a bundle.
+        """Load the classifiers of a bundle.
 
         Args:
-            folder: of the bundle.
-            files: names of those that it has.
-            reads_lateral: see above.
+            folder: the bundle's folder.
+            files: names of its files.
+            reads_lateral: as above.
 
         Raises:
-            BundleError: one cannot be read.
+            BundleError: a file cannot be read.
         """
         return cls(
             Gate.load(folder / GATE) if GATE in files else None,
@@ -52,19 +52,19 @@ class FilmCheck:
         self, films: Sequence[Radiograph], features: Sequence[np.ndarray], view: str | None,
         accept_any_image: bool = False,
     ) -> tuple[str, ...]:  # fmt: skip
-        """Refuse what is no chest film of its view, and warn of what looks doubtful.
+        """Refuse images that do not look like chest radiographs of their view, and warn about doubtful ones.
 
         Args:
-            films: the study's, its frontal one first.
-            features: of each, by the vision encoder, float32 [1, P, H].
-            view: of the first one.
-            accept_any_image: refuse nothing.
+            films: radiographs of the study, the frontal one first.
+            features: vision features of each, float32 [1, P, H].
+            view: view of the first one.
+            accept_any_image: refuse no image.
 
         Returns:
-            Warnings, a sentence each.
+            Warnings, one sentence each.
 
         Raises:
-            RadiographError: one looks like no chest radiograph, or like a lateral one that is given as frontal.
+            RadiographError: an image does not look like a chest radiograph, or a frontal one looks like a lateral one.
         """
         views = ["lateral" if view == "lateral" else "frontal", "lateral"]
         warnings: list[str] = []
@@ -77,7 +77,7 @@ class FilmCheck:
             elif given == "lateral" and self.film_view is not None and not looks_lateral:
                 warnings.append("The radiograph given as lateral looks like a frontal view: check the view.")
             elif given == "frontal" and self.film_view is not None and self.film_view.is_mirrored(found):
-                warnings.append("The radiograph looks mirrored, left and right exchanged: check its side marker.")
+                warnings.append("The radiograph looks mirrored (left and right swapped): check its side marker.")
         return tuple(warnings)
 
     def _refuse(self, film: Radiograph, features: np.ndarray, view: str, looks_lateral: bool) -> None:
@@ -88,8 +88,8 @@ class FilmCheck:
             except NotAChestRadiograph:
                 if view != "lateral" or self.gate is None or gate is self.gate:
                     raise
-                self.gate.check(features, film.chroma)  # a frontal film that is given as lateral
+                self.gate.check(features, film.chroma)  # it may be a frontal view, given as lateral
         if looks_lateral and view == "frontal":
-            beside = "give it as --lateral beside the frontal one, or alone with --view lateral"
-            beside = beside if self.reads_lateral else "give the frontal one, or --view lateral"
-            raise RadiographError(f"the radiograph looks like a lateral view: {beside}")
+            remedy = "give it as --lateral together with the frontal view, or alone with --view lateral"
+            remedy = remedy if self.reads_lateral else "give the frontal view, or add --view lateral"
+            raise RadiographError(f"the radiograph looks like a lateral view: {remedy}")

@@ -1,7 +1,7 @@
-"""Tell from the image itself whether a radiograph is a lateral view, and whether left and right are exchanged.
+"""Classify from the image whether a radiograph is a lateral view, and whether it is mirrored.
 
-Linear classifiers on the vision encoder's features. Both are learnt without labels by people: a film flipped from left
-to right is a mirrored one, and collections say which films are lateral.
+Two linear classifiers on the vision encoder's features. Neither needs manual labels: mirrored images are made by
+flipping, and data sets state which images are lateral views.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LATERAL, MIRRORED = 0, 1  # rows of the classifiers
 
 
 class FilmView:
-    """Tells lateral and mirrored radiographs.
+    """Classifier of lateral and mirrored radiographs.
 
     Args:
-        weights: float32 [2, 3H], rows as :data:`LATERAL` and :data:`MIRRORED`.
+        weights: float32 [2, 3H], rows :data:`LATERAL` and :data:`MIRRORED`.
         bias: float32 [2].
-        limits: float32 [2]: a logit above it says yes.
+        limits: float32 [2], decision thresholds of the logits.
     """
 
     def __init__(self, weights: np.ndarray, bias: np.ndarray, limits: np.ndarray):
@@ -34,14 +34,16 @@ class FilmView:
         """Read what :meth:`save` wrote.
 
         Raises:
-            BundleError: the file holds no such classifiers.
+            BundleError: the file is not such a classifier.
         """
         try:
             rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             rows = np.empty(0)
         if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != 2 or not np.isfinite(rows).all():
-            raise BundleError(f"{path.name} in {path.parent} tells no views: install or export the bundle again")
+            raise BundleError(
+                f"{path.name} in {path.parent} is not a view classifier: install or export the bundle again"
+            )
         return cls(rows[:, 2:], rows[:, 0], rows[:, 1])
 
     def save(self, path: Path) -> None:
@@ -51,7 +53,7 @@ class FilmView:
             np.save(file, rows.astype(np.float32), allow_pickle=False)
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """The vision encoder's features of one image [1, P, H] → float32 [2]; 0 is undecided."""
+        """Vision features of one image, float32 [1, P, H] → logits, float32 [2]."""
         return self.weights @ halves(features)[0] + self.bias
 
     def is_lateral(self, features: np.ndarray) -> bool:
@@ -59,12 +61,12 @@ class FilmView:
         return bool(self.logits(features)[LATERAL] > self.limits[LATERAL])
 
     def is_mirrored(self, features: np.ndarray) -> bool:
-        """Whether a frontal view looks as if left and right were exchanged."""
+        """Whether a frontal view looks mirrored."""
         return bool(self.logits(features)[MIRRORED] > self.limits[MIRRORED])
 
 
 def halves(features: np.ndarray) -> np.ndarray:
-    """Features [N, P, H], the class token first, → class token and means of the left and of the right patches, float32
+    """Features [N, P, H], class token first → class token, mean of the left and mean of the right patches, float32
     [N, 3H]."""
     count, patches, width = features.shape
     side = math.isqrt(patches - 1)

@@ -1,9 +1,8 @@
-"""Refuse what is no chest radiograph before a report is drafted of it.
+"""The gate: refuse images that are not chest radiographs (out-of-distribution detection).
 
-A language model writes "the lungs are clear" of a photograph of a cat. The gate compares the vision encoder's features
-of an image with those of the radiographs that the model was trained on: how far along their main directions
-(Mahalanobis distance, Lee et al. 2018) and how far outside them. It is fitted at export, its limit chosen on validation
-studies.
+A language model writes "the lungs are clear" about a photograph of a cat. The gate compares the vision features of an
+image with those of the training radiographs: its distance along their principal directions (Mahalanobis distance, Lee
+et al. 2018) and outside them. It is fitted at export; its limit is chosen on validation studies.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ _HEAD_ROWS = 2
 
 
 class NotAChestRadiograph(RadiographError):
-    """The image looks unlike the chest radiographs that the model knows."""
+    """The image does not look like the chest radiographs that the model was trained on."""
 
 
 class Gate:
-    """Tells chest radiographs from other images.
+    """Detector of images that are not chest radiographs.
 
     Args:
-        mean: of the pooled features of known radiographs, float32 [D].
-        spread: mean squared length outside the main directions, and the limit of the score: float32 [D], the first two
-            used.
-        directions: main directions over the square root of their variances, float32 [K, D].
+        mean: mean of the pooled features of training radiographs, float32 [D].
+        scale_and_limit: mean squared residual outside the principal directions, and the limit of the score: the first
+            two values of a float32 [D].
+        directions: principal directions divided by their standard deviations, float32 [K, D].
     """
 
-    def __init__(self, mean: np.ndarray, spread: np.ndarray, directions: np.ndarray):
+    def __init__(self, mean: np.ndarray, scale_and_limit: np.ndarray, directions: np.ndarray):
         self.mean, self.directions = mean, directions
-        self.outside, self.limit = float(spread[0]), float(spread[1])
+        self.outside, self.limit = float(scale_and_limit[0]), float(scale_and_limit[1])
         lengths = np.linalg.norm(directions, axis=1, keepdims=True)
         self._units = directions / lengths
 
@@ -44,51 +43,55 @@ class Gate:
         """Read what :meth:`save` wrote.
 
         Raises:
-            BundleError: the file is no gate.
+            BundleError: the file is not a gate.
         """
         try:
             rows = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             rows = np.empty(0)
         if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) <= _HEAD_ROWS or not np.isfinite(rows).all():
-            raise BundleError(f"{path.name} in {path.parent} is no gate: install or export the bundle again")
+            raise BundleError(f"{path.name} in {path.parent} is not a gate: install or export the bundle again")
         return cls(rows[0], rows[1], rows[_HEAD_ROWS:])
 
     def save(self, path: Path) -> None:
-        """Write the gate as one float32 array: mean, spread, directions."""
-        spread = np.zeros_like(self.mean)
-        spread[:2] = self.outside, self.limit
+        """Write the gate as one float32 array: mean, scale and limit, directions."""
+        scale_and_limit = np.zeros_like(self.mean)
+        scale_and_limit[:2] = self.outside, self.limit
         with open(path, "wb") as file:
-            np.save(file, np.vstack([self.mean, spread, self.directions]).astype(np.float32), allow_pickle=False)
+            np.save(
+                file, np.vstack([self.mean, scale_and_limit, self.directions]).astype(np.float32), allow_pickle=False
+            )
 
     def score(self, features: np.ndarray) -> float:
-        """How unlike known radiographs an image is, by the encoder's features [1, P, H]; about 1 for one like them."""
+        """Distance of an image from the training radiographs, by its features [1, P, H]; about 1 for a similar one."""
         return self.unlikeness(pooled(features)[0])
 
     def unlikeness(self, row: np.ndarray) -> float:
-        """The score of pooled features, float32 [D]."""
+        """:meth:`score` of pooled features, float32 [D]."""
         offset = row - self.mean
         along = self.directions @ offset
         rest = offset - self._units.T @ (self._units @ offset)
         return float(np.mean(along**2) + rest @ rest / self.outside) / 2
 
     def check(self, features: np.ndarray, chroma: float) -> None:
-        """Let a chest radiograph pass.
+        """Raise an error if an image is not a chest radiograph.
 
         Args:
-            features: of the vision encoder, [1, P, H].
-            chroma: how colourful the file is: :attr:`cbedge.images.radiograph.Radiograph.chroma`.
+            features: vision features, float32 [1, P, H].
+            chroma: colourfulness of the file, :attr:`cbedge.images.radiograph.Radiograph.chroma`.
 
         Raises:
-            NotAChestRadiograph: the image is in colour, or unlike known radiographs.
+            NotAChestRadiograph: the image is in colour, or does not resemble the training radiographs.
         """
         if chroma > MAX_CHROMA:
-            raise NotAChestRadiograph("the image is in colour, a radiograph is grey: give one, or --accept-any-image")
+            raise NotAChestRadiograph(
+                "the image is in colour, but radiographs are greyscale: check it, or give --accept-any-image"
+            )
         score = self.score(features)
         if not score <= self.limit:
             raise NotAChestRadiograph(
-                f"the image does not look like a chest radiograph (unlikeness {score:.1f}, limit {self.limit:.1f}): "
-                "check it, or give --accept-any-image to draft all the same"
+                f"the image does not look like a chest radiograph (distance {score:.1f}, limit {self.limit:.1f}): "
+                "check it, or give --accept-any-image to draft anyway"
             )
 
 

@@ -1,7 +1,7 @@
-"""Where the model looked, drawn over the radiograph.
+"""Attention heat map over the radiograph.
 
-The map is the Q-Former's cross-attention, mean over heads and layers, for the findings that it saw. It says which
-patches were read, not why, nor that what is written of them is true; attention is no explanation (Jain and Wallace,
+The map shows the Q-Former's cross-attention, averaged over heads and layers, for the image findings. It shows which
+patches were attended to, not why, nor that the text is correct: attention is not an explanation (Jain and Wallace,
 2019).
 """
 
@@ -16,13 +16,13 @@ from cbedge.images.intensity import to_uint8
 from cbedge.images.radiograph import Radiograph
 
 CAVEAT = (
-    "Where the Q-Former's cross-attention looked. It does not show why a sentence was written, nor that it is true."
+    "The map shows the Q-Former's cross-attention. It does not show why a sentence was written, nor that it is true."
 )
 MAX_SIDE = 1024
 
 
 def scaled_map(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Attention of patches [rows, columns] → float32 [size[1], size[0]], 0 (least looked at) to 1 (most)."""
+    """Attention of patches [rows, columns] → float32 [size[1], size[0]], 0 (lowest) to 1 (highest)."""
     low, high = np.quantile(attention, 0.05), attention.max()
     levels = np.clip((attention - low) / max(float(high - low), 1e-9), 0, 1).astype(np.float32)
     image = Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC)
@@ -30,12 +30,12 @@ def scaled_map(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def overlay(radiograph: Radiograph, attention: np.ndarray, strength: float = 0.55) -> Image.Image:
-    """The radiograph, at most 1,024 pixels a side, with the map over it from transparent over orange to yellow.
+    """The radiograph, scaled to at most 1,024 pixels per side, with the map as a colour overlay (orange to yellow).
 
     Args:
-        radiograph: as it was drafted from.
-        attention: of patches, [rows, columns]: :attr:`cbedge.api.ReportStream.attention`.
-        strength: of the colour where most was looked, 0 to 1.
+        radiograph: the radiograph that was drafted.
+        attention: attention of patches, [rows, columns], from :attr:`cbedge.api.ReportStream.attention`.
+        strength: opacity of the colour at the highest attention, 0 to 1.
     """
     grey = Image.fromarray(to_uint8(radiograph.pixels))
     grey.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -47,7 +47,7 @@ def overlay(radiograph: Radiograph, attention: np.ndarray, strength: float = 0.5
 
 
 def png(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG file, with the caveat in it."""
+    """Encode an image as PNG, with the caveat as a comment."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

@@ -1,8 +1,8 @@
-"""Map pixel values of any depth to 0 (air, dark) to 1 (bone, bright), in one way for every kind of input.
+"""Map pixel values of any bit depth to the range 0 (air, dark) to 1 (bone, bright), for all input formats.
 
-The range is taken between two quantiles of the film's own values, so that a single saturated pixel, an unused part of
-the file's range or another number of bits changes nothing. Everything is computed some rows at a time: a large film
-needs no second array of its size.
+The range lies between two quantiles of the image's own values, so that single saturated pixels, unused parts of the
+value range and the bit depth do not matter. Everything is computed in blocks of rows, so that a large image needs no
+second array of its size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-TAIL = 0.0002  # share of the pixels that may lie below, and as many above, the range
+TAIL = 0.0002  # fraction of pixels below the range, and the same fraction above it
 _MAX_LEVELS = 2**20
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -21,18 +21,18 @@ def stretch(
     values: np.ndarray, counted: np.ndarray | None = None, *, transform: Transform | None = None,
     inverted: bool = False, factor: int = 1,
 ) -> np.ndarray:  # fmt: skip
-    """Stretch values to 0..1 by their own robust range; what lies outside is clipped.
+    """Stretch values to 0..1 by their own robust range; values outside are clipped.
 
     Args:
         values: integers or floats [rows, columns], finite.
-        counted: bool [rows, columns], the pixels that determine the range, the others become 0; default is all.
-        transform: applied before, element by element, float64 to finite float64.
+        counted: bool [rows, columns], pixels that determine the range; the others become 0. Default is all.
+        transform: elementwise function that is applied first, float64 to finite float64.
         inverted: small values become bright.
-        factor: average so many rows and columns at last; the ones left over at the edges by themselves.
+        factor: finally average blocks of this many rows and columns; blocks at the edges may be smaller.
 
     Returns:
-        float32 [ceil(rows / factor), ceil(columns / factor)]; all zero, or one if inverted, where the pixels counted
-        have one value.
+        float32 [ceil(rows / factor), ceil(columns / factor)]; all zero (one if inverted) if the counted pixels have a
+        single value.
     """
     if values.dtype.kind in "iu":
         least, most = int(values.min()), int(values.max())
@@ -52,13 +52,13 @@ def stretch(
 
 
 def blocks(values: np.ndarray, factor: int = 1, pixels: int = 2**20) -> Iterator[slice]:
-    """Rows, some at a time and a multiple of ``factor``, so that what is computed of them stays small."""
+    """Slices of rows, each a multiple of ``factor`` rows, to bound the memory of intermediate results."""
     rows = factor * max(1, pixels // max(1, values.shape[1] * factor))
     return (slice(start, start + rows) for start in range(0, values.shape[0], rows))
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """0..1, float of any shape, → 0 to 255."""
+    """Float in 0..1 of any shape → uint8."""
     eight_bits = np.empty(pixels.shape, np.uint8)
     for rows in blocks(pixels):
         eight_bits[rows] = np.rint(np.clip(pixels[rows], 0, 1) * 255)
@@ -66,12 +66,12 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """Means over so many rows and columns of float32 or uint8 [rows, columns] or uint8 [rows, columns, 3]."""
+    """Means of blocks of ``factor`` rows and columns; float32 or uint8 [rows, columns], or uint8 [rows, columns, 3]."""
     return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
 def _unit_levels(values: np.ndarray, least: int, levels: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
-    """What each value from ``least`` on becomes, float32 [L], by what it means, float64 [L] in any order."""
+    """The mapped value, float32 [L], of each level ``least``, ``least + 1``, ...; ``levels`` is float64 [L]."""
     counts = np.zeros(len(levels), np.int64)
     for rows in blocks(values):
         block = values[rows] if counted is None else values[rows][counted[rows]]
@@ -88,7 +88,7 @@ def _unit_levels(values: np.ndarray, least: int, levels: np.ndarray, counted: np
 
 
 def _quantiles(values: np.ndarray, counted: np.ndarray | None, transform: Transform | None) -> tuple[float, float]:
-    """The values between which all but two tails of :data:`TAIL` lie."""
+    """The quantiles :data:`TAIL` and 1 - :data:`TAIL` of the values."""
     total = values.size if counted is None else int(np.count_nonzero(counted))
     if not total:
         return 0.0, 0.0

@@ -1,8 +1,8 @@
-"""How much memory a radiograph may take to be read: estimated from its header, before anything is decoded.
+"""Limit the memory for reading a radiograph, estimated from its header before decoding.
 
-A file of a few kilobytes can announce gigabytes of pixels. Each reader adds up what its decoder and its arrays will
-need at once; more than :data:`MAX_WORKING_BYTES` is refused, and radiographs that are read at the same time in several
-threads wait for each other where they would need more together.
+A file of a few kilobytes can declare gigabytes of pixels. Each reader estimates the peak memory of its decoder and
+arrays. More than :data:`MAX_WORKING_BYTES` is refused; threads that read at the same time wait if they would need more
+together.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import IO
 
 from cbedge.errors import RadiographError
 
-MAX_PIXELS = 64_000_000  # the largest digitizers and detectors give some 30 million
-MAX_BYTES = 2 * MAX_PIXELS + 16 * 2**20  # of a file: so many pixels of 16 bits, and a header
+MAX_PIXELS = 64_000_000  # the largest digitizers and detectors have about 30 million
+MAX_BYTES = 2 * MAX_PIXELS + 16 * 2**20  # of a file: 16-bit pixels and a header
 LARGE_FILE_BYTES = 8 * 2**20
-MAX_WORKING_BYTES = 500_000_000  # while a radiograph is read, its file's bytes among them
-MAX_KEPT_BYTES = 144_000_000  # of a radiograph that has been read: 36 megapixels in grey
+MAX_WORKING_BYTES = 500_000_000  # peak while reading a radiograph, file content included
+MAX_KEPT_BYTES = 144_000_000  # of a radiograph after reading: 36 megapixels in grey
 
 
 class PartedFile:
-    """A binary file that is read in parts, not too many: a file of nothing but tiny parts needs a hundred times its
-    size in objects.
+    """A binary file with a limited number of read calls. A file that consists of tiny parts would need a hundred times
+    its size in objects.
 
     Args:
-        file: to be read and sought in.
-        name: what to call it in a message.
-        most: parts that are read.
+        file: readable and seekable file.
+        name: name for error messages.
+        most: maximum number of read calls.
     """
 
     def __init__(self, file: IO[bytes], name: str, most: int):
@@ -37,24 +37,24 @@ class PartedFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """As of a file.
+        """Read like a file.
 
         Raises:
-            RadiographError: it was called too often.
+            RadiographError: there were too many read calls.
         """
         if next(self._left, None) is None:
             raise RadiographError(f"{self._name} consists of too many parts to be a radiograph: export it again")
         return self._file.read(size)
 
     def within(self, content: bytes) -> PartedFile:
-        """A part of the same file by itself, whose own parts count as well."""
+        """A part of the same file as a file of its own; its read calls count as well."""
         inner = PartedFile(io.BytesIO(content), self._name, 0)
         inner._left = self._left
         return inner
 
 
 class _Pool:
-    """Bytes that threads take and give back."""
+    """A budget of bytes that threads reserve and release."""
 
     def __init__(self, size: int):
         self._size, self._taken, self._changed = size, 0, threading.Condition()
@@ -78,35 +78,35 @@ _large_file = threading.Lock()
 
 @contextmanager
 def file_memory(size: int) -> Iterator[None]:
-    """Read one large file at a time: the block, in which it is read and decoded, waits until no other one is."""
+    """Serialize the reading and decoding of large files; small files do not wait."""
     with _large_file if size > LARGE_FILE_BYTES else nullcontext():
         yield
 
 
 @contextmanager
 def working_memory(needed: int, name: str, size: tuple[int, int]) -> Iterator[None]:
-    """Hold so many bytes of memory free for the block; wait while other threads hold too many.
+    """Reserve memory for the block; wait while other threads have reserved too much.
 
     Args:
-        needed: bytes, an estimate.
-        name: what to call the radiograph in a message.
-        size: its columns and rows.
+        needed: estimated bytes.
+        name: name for error messages.
+        size: columns and rows.
 
     Raises:
-        RadiographError: it is more than a radiograph may take.
+        RadiographError: it exceeds :data:`MAX_WORKING_BYTES`.
     """
     if needed > MAX_WORKING_BYTES:
         raise RadiographError(
-            f"{name} has {size[0]:,} x {size[1]:,} pixels, which take {needed // 10**6:,} MB of memory to be read; at "
-            f"most {MAX_WORKING_BYTES // 10**6} MB are used: scale it down"
+            f"{name} has {size[0]:,} x {size[1]:,} pixels and needs {needed // 10**6:,} MB of memory to read; the "
+            f"limit is {MAX_WORKING_BYTES // 10**6} MB: scale it down"
         )
     with _pool.taken(needed):
         yield
 
 
 def reduction(rows: int, columns: int, bytes_per_pixel: int) -> int:
-    """Over how many rows and columns pixels are averaged, so that they take :data:`MAX_KEPT_BYTES` at most: 1 for all
-    but the largest films."""
+    """The factor by which an image is reduced so that it needs at most :data:`MAX_KEPT_BYTES`; 1 for all but the
+    largest images."""
     factor = 1
     while -(-rows // factor) * -(-columns // factor) * bytes_per_pixel > MAX_KEPT_BYTES:
         factor += 1
@@ -114,6 +114,6 @@ def reduction(rows: int, columns: int, bytes_per_pixel: int) -> int:
 
 
 def kept_bytes(rows: int, columns: int, bytes_per_pixel: int = 4) -> int:
-    """What is kept of a radiograph of this size."""
+    """Bytes of a radiograph of this size after reading."""
     factor = reduction(rows, columns, bytes_per_pixel)
     return -(-rows // factor) * -(-columns // factor) * bytes_per_pixel

@@ -1,8 +1,8 @@
-"""From a radiograph's pixels to the vision encoder's input, by settings that are a part of the model.
+"""Convert a radiograph's pixels to the vision encoder's input, with settings that belong to the model.
 
-A bundle's manifest and a checkpoint hold the settings; training, export, benchmarks and the runtime all read them
-there. A released InstructBLIP checkpoint brings those of its ``preprocessor_config.json``, and then sees what it sees
-in transformers.
+The settings are stored in a bundle's manifest and in a checkpoint, from which training, export, benchmarks and the
+runtime read them. For a released InstructBLIP checkpoint they come from its ``preprocessor_config.json``, so that the
+input is the same as in transformers.
 """
 
 import math
@@ -35,19 +35,19 @@ _LARGEST = 4096
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become the vision encoder's input; the defaults are the mini model's.
+    """Settings of the preprocessing; the defaults are the mini model's.
 
     Attributes:
         image_size: rows and columns of the input, S.
-        mean, std: of each channel, after rescaling: the input is ``(value * rescale_factor - mean) / std``.
+        mean, std: per channel, after rescaling: the input is ``(value * rescale_factor - mean) / std``.
         rescale_factor: for values from 0 to 255.
-        resample: filter of the resizing, a name of :data:`RESAMPLING`.
+        resample: resampling filter, a name in :data:`RESAMPLING`.
         resize_mode: ``stretch``: the whole image is scaled to S x S, whatever its aspect ratio, so nothing is cropped.
-        resize_dtype: ``float32`` resizes with all the precision that the file has; ``uint8`` rounds to 8 bits before
+        resize_dtype: ``float32`` resizes with the full precision of the file; ``uint8`` rounds to 8 bits before
             and after resizing, as transformers' image processors do.
         colour: ``grey`` gives every channel the same grey plane; ``rgb`` keeps the colours of a colour file.
         value_range: ``stretched`` takes the values that :func:`~cbedge.images.radiograph.load_radiograph` maps to the
-            range 0 to 1; ``stored`` takes an 8-bit file's values as they are stored. ``rgb`` needs ``stored``.
+            range 0 to 1; ``stored`` takes the stored values of an 8-bit file. ``rgb`` requires ``stored``.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message names it.
@@ -80,7 +80,7 @@ class Preprocessing:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Settings as a manifest's JSON holds them.
+        """Read settings from a manifest's JSON.
 
         Raises:
             ValueError, TypeError: a setting is unknown, missing or out of range.
@@ -94,13 +94,13 @@ def preprocess(pixels: np.ndarray, settings: Preprocessing) -> np.ndarray:
 
     Args:
         pixels: float [rows, columns] in 0..1, or uint8 [rows, columns] or [rows, columns, 3].
-        settings: the model's.
+        settings: the model's settings.
 
     Raises:
-        ValueError: the image has another shape, or colours that the settings do not take.
+        ValueError: the image has another shape, or colours that the settings do not allow.
     """
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] != 3 or settings.colour != "rgb"):
-        raise ValueError(f"pixels have shape {pixels.shape}; colour is {settings.colour}")
+        raise ValueError(f"pixels have shape {pixels.shape}, which does not match colour {settings.colour}")
     planes = np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None]
     if settings.resize_dtype == "uint8":
         eight_bits = (plane if plane.dtype == np.uint8 else to_uint8(plane) for plane in planes)
@@ -117,12 +117,12 @@ def preprocess(pixels: np.ndarray, settings: Preprocessing) -> np.ndarray:
 
 
 def preprocess_radiograph(radiograph: Radiograph, settings: Preprocessing) -> np.ndarray:
-    """What the vision encoder is given of a radiograph, float32 [1, 3, S, S]; see :func:`preprocess`."""
+    """The vision encoder's input for a radiograph, float32 [1, 3, S, S]; see :func:`preprocess`."""
     return preprocess(chosen_values(radiograph, settings), settings)
 
 
 def chosen_values(radiograph: Radiograph, settings: Preprocessing) -> np.ndarray:
-    """The values of a radiograph that the settings ask for, as :func:`preprocess` takes them."""
+    """The values of a radiograph that the settings select, as input of :func:`preprocess`."""
     if settings.value_range == "stretched" or radiograph.stored is None:
         return radiograph.pixels
     if settings.colour == "grey" and radiograph.stored.ndim == 3:

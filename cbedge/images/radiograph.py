@@ -34,19 +34,19 @@ class Radiograph:
     """A decoded radiograph.
 
     Attributes:
-        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright). Of films of more than 36 megapixels (29 of
-            8 bits, 20 in colour) each holds the mean of 2 x 2, or more, so that no film takes more than 144 MB.
-        view: ``frontal`` or ``lateral`` where the file says so, else ``None``.
+        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright). Images of more than 36 megapixels (29 with 8
+            bits, 20 in colour) are reduced by averaging blocks of 2 x 2 or more pixels, to at most 144 MB.
+        view: ``frontal`` or ``lateral`` according to the file, else ``None``.
         sha256: hash of the input file's bytes (of the raw pixels for an array).
-        indication: what a DICOM header says of why the study was requested, else ``None``.
-        chroma: how colourful the file is: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
-        read_ms: how long reading and decoding took, in milliseconds.
-        study_uid: of the study that a DICOM header names.
+        indication: reason for the study from the DICOM header, else ``None``.
+        chroma: colourfulness: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
+        read_ms: time for reading and decoding, in milliseconds.
+        study_uid: Study Instance UID from the DICOM header, else ``None``.
         warnings: what a reader of the draft must know about the file, such as an attribute that could not be used; one
             sentence each, without patient data.
-        stored: an 8-bit file's own values, uint8 [rows, columns] or in colour [rows, columns, 3], where ``pixels`` do
-            not hold them: the file is in colour, or its range was stretched. For models whose preprocessing takes
-            stored values (:mod:`cbedge.images.preprocess`); averaged as they are. ``None`` otherwise.
+        stored: stored values of an 8-bit file, uint8 [rows, columns] or in colour [rows, columns, 3], for models whose
+            preprocessing uses them (:mod:`cbedge.images.preprocess`), reduced like ``pixels``. ``None`` if ``pixels``
+            represent them exactly, or for other files.
     """
 
     pixels: np.ndarray
@@ -79,13 +79,13 @@ def load_radiograph(source: "ImageSource", max_pixels: int = MAX_PIXELS) -> Radi
     """Read a radiograph from a path, bytes, a file object, a PIL image, an array or a pydicom dataset.
 
     Args:
-        source: a path (``str`` or ``os.PathLike``), the file's bytes, a binary file object (read from where it stands),
+        source: a path (``str`` or ``os.PathLike``), the file's bytes, a binary file object (read from its position),
             a ``PIL.Image.Image``, a ``pydicom.Dataset`` with its pixels, or an array [rows, columns] or
             [rows, columns, 1, 3 or 4]: bool, integers of any size, or float in 0..1.
-        max_pixels: refuse more pixels than this, before decoding.
+        max_pixels: limit on the number of pixels, checked before decoding.
 
     Raises:
-        RadiographError: the input is missing, empty, damaged, too large, or no single-frame radiograph.
+        RadiographError: the input is missing, empty, damaged, too large, or not a single-frame radiograph.
     """
     if isinstance(source, Radiograph):
         return source
@@ -123,7 +123,7 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
 
 
 def printable(name: str) -> str:
-    """A file's name as a message can hold it: on one line, undecodable bytes and control characters escaped."""
+    """A file name for messages: one line, with undecodable bytes and control characters escaped, shortened."""
     escaped = name.encode("utf-8", "backslashreplace").decode()
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
     return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-30:]}"
@@ -138,7 +138,7 @@ def _read_file(path: Path, max_pixels: int) -> Radiograph:
         if not stat.S_ISREG(status.st_mode):
             raise RadiographError(f"{name} is not a regular file; give one image file")
         if status.st_size > MAX_BYTES:
-            raise RadiographError(f"{name} has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read: scale it down")
+            raise RadiographError(f"{name} has {status.st_size:,} bytes; the limit is {MAX_BYTES:,}: scale it down")
     with file_memory(status.st_size):
         with _file_errors(name):
             data = path.read_bytes()
@@ -147,7 +147,7 @@ def _read_file(path: Path, max_pixels: int) -> Radiograph:
 
 @contextmanager
 def _file_errors(name: str) -> Iterator[None]:
-    """Say in one line why a file cannot be read."""
+    """Convert errors of reading a file to one-line messages."""
     try:
         yield
     except FileNotFoundError:
@@ -163,11 +163,11 @@ def _read_stream(source: Any) -> bytes:
     try:
         data = source.read(MAX_BYTES + 1)
     except Exception as error:  # whatever the object raises
-        raise RadiographError(f"the file object cannot be read ({type(error).__name__}): open it anew") from None
+        raise RadiographError(f"the file object cannot be read ({type(error).__name__}): open it again") from None
     if not isinstance(data, bytes | bytearray):
-        raise RadiographError("the file object gives text, not bytes: open it in binary mode")
+        raise RadiographError("the file object returns text, not bytes: open it in binary mode")
     if len(data) > MAX_BYTES:
-        raise RadiographError(f"the input has more than {MAX_BYTES:,} bytes; scale the radiograph down")
+        raise RadiographError(f"the input has more than {MAX_BYTES:,} bytes: scale the radiograph down")
     return bytes(data)
 
 
@@ -206,7 +206,7 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
         for part in blocks(values):
             block = values[part]
             if values.dtype.kind == "f" and not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
-                raise RadiographError(f"{name} is float but not within 0..1; scale it, or give integers")
+                raise RadiographError(f"{name} has float values outside 0..1: scale them, or give integers")
         grey, chroma = _in_grey(values) if coloured else (values.reshape(rows, columns), 0.0)
         grey = grey.view(np.uint8) if grey.dtype.kind == "b" else grey
         is_stored = values.dtype == np.uint8
@@ -218,18 +218,18 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
 
 
 def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Grey values of an array [rows, columns, 3 or 4], float32 if it is in colour, and how colourful it is, 0 to 1."""
-    grey, spread = np.empty(values.shape[:2], np.float32), 0.0
+    """Grey values of an array [rows, columns, 3 or 4], float32 if it is in colour, and its colourfulness, 0 to 1."""
+    grey, colour = np.empty(values.shape[:2], np.float32), 0.0
     for part in blocks(values):
         channels = values[part][..., :3].astype(np.float32)
-        spread += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
+        colour += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
         grey[part] = channels @ np.array([0.299, 0.587, 0.114], np.float32)
     most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
-    return (grey, spread / grey.size / most) if spread else (values[..., 0], 0.0)
+    return (grey, colour / grey.size / most) if colour else (values[..., 0], 0.0)
 
 
 def _digest(array: np.ndarray) -> str:
-    """SHA-256 of an array's bytes, without a copy of them."""
+    """SHA-256 of an array's bytes, without copying them."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Decode PNG, JPEG, TIFF and WebP radiographs with Pillow, as every viewer shows them."""
+"""Decode PNG, JPEG, TIFF and WebP radiographs with Pillow, as a viewer shows them."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from cbedge.errors import RadiographError
 from cbedge.images.intensity import averaged, blocks, stretch, to_uint8
 from cbedge.images.memory import PartedFile, kept_bytes, reduction, working_memory
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG brings MPO, of cameras
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG includes MPO, the cameras' multi-picture format
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV", "LAB")
 MIN_SIDE = 32
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # a RIFF file can be anything
-# Pillow warns of large and of damaged images; what matters is said here in one line. For good, since
-# warnings.catch_warnings is not safe with threads.
+# Pillow's warnings about large and damaged images are replaced by the messages here. The filter is permanent because
+# warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # a TIFF's tag
-_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # another one
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag and value
+_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # TIFF tag and values
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
-_MAX_READS = 1_000_000  # of the parts of a file: a PNG of 60 MB has 40,000
-_MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # of 64 KB in a JPEG
-_MAX_TAG_BYTES = 2**22  # of a TIFF's tags that hold numbers, of which Pillow makes an object each
-_TAG_BYTES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by a tag's type
-_MAX_FRAMES = 100  # counted for a message
+_MAX_READS = 1_000_000  # read calls per file; a PNG of 60 MB needs 40,000
+_MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # parts of 64 KB in a JPEG
+_MAX_TAG_BYTES = 2**22  # of numeric TIFF tags; Pillow creates an object for each number
+_TAG_BYTES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # by type of tag
+_MAX_FRAMES = 100  # counting stops here
 
 
 @dataclass
 class _Picture:
-    """A decoded image as it is stored.
+    """A decoded image with its stored values.
 
     Attributes:
         grey: integers or floats [rows, columns].
-        colour: uint8 [rows, columns, 3], averaged like the radiograph's pixels, of an image in colour.
-        chroma: how colourful it is, 0 to 1.
+        colour: uint8 [rows, columns, 3] for an image in colour, reduced like the radiograph's pixels.
+        chroma: colourfulness, 0 to 1.
         orientation: as in EXIF, 1 to 8.
         is_negative: whether small values are bright.
     """
@@ -57,18 +57,18 @@ class _Picture:
 
 
 def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """Decode a file's bytes.
+    """Decode an image file.
 
     Args:
-        data: the file.
-        name: what to call it in a message.
-        max_pixels: refuse more, from the header, before decoding.
+        data: the file's bytes.
+        name: name for error messages.
+        max_pixels: limit on the number of pixels, checked before decoding.
 
     Returns:
         As :func:`image_values`.
 
     Raises:
-        RadiographError: no image of a known format, damaged, too large, or of several frames.
+        RadiographError: the format is unknown, or the image is damaged, too large, or has several frames.
     """
     _silence_libtiff()
     image = _open(data, name, max_pixels)
@@ -80,14 +80,14 @@ def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
 
 
 def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """The values of a Pillow image, turned as its orientation tag says.
+    """The values of a Pillow image, rotated according to its orientation tag.
 
     Returns:
-        pixels, float32 [rows, columns] in 0..1; how colourful they are, 0 to 1; and the stored 8-bit values, as
+        pixels, float32 [rows, columns] in 0..1; their colourfulness, 0 to 1; and the stored 8-bit values, as
         :attr:`cbedge.images.radiograph.Radiograph.stored`.
 
     Raises:
-        RadiographError: damaged, or of a pixel type that is not supported.
+        RadiographError: the image is damaged, or its pixel type is not supported.
     """
     _silence_libtiff()
     with working_memory(_needed(image), name, image.size):
@@ -95,7 +95,7 @@ def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.n
 
 
 def stored_values(values: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
-    """What :attr:`Radiograph.stored` holds of an array [rows, columns(, channels)], averaged like the pixels."""
+    """The value of :attr:`Radiograph.stored` for an array [rows, columns(, channels)], reduced like the pixels."""
     if values.dtype != np.uint8:
         return None
     if values.ndim == 3:
@@ -107,21 +107,23 @@ def stored_values(values: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:
-    """See that (columns, rows) are those of a radiograph.
+    """Check that (columns, rows) are plausible for a radiograph.
 
     Raises:
-        RadiographError: they are too many or too few.
+        RadiographError: there are too many or too few.
     """
     columns, rows = size
     if columns * rows > max_pixels:
-        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; at most {max_pixels:,} in all: scale it down")
+        raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; the limit is {max_pixels:,}: scale it down")
     if min(columns, rows) < min_side:
-        raise RadiographError(f"{name} has {columns} x {rows} pixels, too few for a radiograph (at least {min_side})")
+        raise RadiographError(
+            f"{name} has {columns} x {rows} pixels; the minimum is {min_side} x {min_side}: give the original image"
+        )
 
 
 @cache
 def _silence_libtiff() -> None:
-    """Keep libtiff from writing to stderr what is wrong with a file, as Pillow does for its warnings only."""
+    """Stop libtiff from writing errors to standard error; Pillow stops only the warnings."""
     package = Path(PIL.__file__).parent
     for path in (*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")):
         with suppress(OSError, AttributeError):
@@ -132,7 +134,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     tiff_frames = _check_tags(data, name)
     try:
         image = Image.open(PartedFile(io.BytesIO(data), name, _MAX_READS), formats=FORMATS)  # type: ignore[arg-type]
-        # An MPO's further frames are previews; Pillow would read every frame of a TIFF to count them.
+        # Additional frames of an MPO are previews. For a TIFF, Pillow would read all frames to count them.
         frames = tiff_frames or (1 if image.format == "MPO" else getattr(image, "n_frames", 1))
         exif = len(image.info.get("exif") or image.info.get("Raw profile type exif") or "")
     except RadiographError:
@@ -140,40 +142,42 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         if data.startswith(_STARTS):
             raise RadiographError(
-                f"{name} has a damaged header, or pixels of a kind that is not supported; save it as 8 or 16 bit grey"
+                f"{name} has a damaged header or an unsupported pixel type; save it as 8 or 16 bit greyscale"
             ) from error
         raise RadiographError(
-            f"{name} is not an image that cbedge reads; give PNG, JPEG, TIFF, WebP or DICOM (CR or DX)"
+            f"{name} is not a supported image; give PNG, JPEG, TIFF, WebP or DICOM (CR or DX)"
         ) from None
     except Image.DecompressionBombError:
-        raise RadiographError(f"{name} has far too many pixels; at most {max_pixels:,} in all: scale it down") from None
-    except Exception as error:  # likewise on damaged headers
+        raise RadiographError(f"{name} has far too many pixels; the limit is {max_pixels:,}: scale it down") from None
+    except Exception as error:  # Pillow raises various exceptions for damaged headers
         raise RadiographError(f"{name} has a damaged header: export it again") from error
     check_size(image.size, name, max_pixels, MIN_SIDE)
     if frames > 1:
         raise RadiographError(
-            f"{name} holds {frames if frames < _MAX_FRAMES else 'very many'} frames; give a single radiograph"
+            f"{name} has {frames if frames < _MAX_FRAMES else 'very many'} frames; give a single radiograph"
         )
     if exif > _MAX_EXIF_BYTES:
-        raise RadiographError(f"{name} holds {exif:,} bytes of EXIF data; at most {_MAX_EXIF_BYTES:,} are read")
+        raise RadiographError(
+            f"{name} has {exif:,} bytes of EXIF data; the limit is {_MAX_EXIF_BYTES:,}: export it without EXIF"
+        )
     return image
 
 
 def _check_tags(data: bytes, name: str) -> int:
-    """See that Pillow can afford to read a file's tags, and count a TIFF's frames, which it would do by reading all."""
+    """Check that a file's tags are not too large for Pillow, and count the frames of a TIFF without reading them."""
     if data[:2] == b"\xff\xd8" and data.count(b"Exif\0\0") > _MAX_EXIF_PARTS:
-        raise RadiographError(f"{name} holds too many parts of EXIF data: export it again")
+        raise RadiographError(f"{name} has too many parts of EXIF data: export it again")
     if data[:2] not in (b"II", b"MM"):
         return 0
     frames = size = 0
-    with suppress(struct.error):  # a damaged file, which Pillow refuses
+    with suppress(struct.error):  # Pillow refuses damaged files
         following, further = _first_directory(data), []
         seen: set[int] = set()
         while following and following not in seen and frames < _MAX_FRAMES:
             seen.add(following)
             frames += 1
             found, following, inner = _read_directory(data, following)
-            if frames == 1:  # the only one that Pillow is to read
+            if frames == 1:  # Pillow reads only this one
                 size, further = found, inner
         while further and len(seen) < 2 * _MAX_FRAMES:
             seen.add(len(seen))
@@ -181,7 +185,7 @@ def _check_tags(data: bytes, name: str) -> int:
             size, further = size + found, further + inner
     if size > _MAX_TAG_BYTES:
         raise RadiographError(
-            f"{name} holds {size:,} bytes of numbers in its tags; at most {_MAX_TAG_BYTES:,} are read"
+            f"{name} has {size:,} bytes of numbers in its tags; the limit is {_MAX_TAG_BYTES:,}: export it again"
         )
     return max(frames, 1)
 
@@ -192,7 +196,7 @@ def _first_directory(data: bytes) -> int:
 
 
 def _read_directory(data: bytes, at: int) -> tuple[int, int, list[int]]:
-    """A TIFF's directory: bytes of its numbers, where the next one is, and where those are that belong to it."""
+    """Read a TIFF directory: size of its numbers in bytes, offset of the next directory, offsets of sub-directories."""
     order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"\x2b"
     entry = struct.Struct(order + ("HHQQ" if big else "HHLL"))
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
@@ -209,19 +213,19 @@ def _read_directory(data: bytes, at: int) -> tuple[int, int, list[int]]:
 
 
 def _needed(image: Image.Image) -> int:
-    """Bytes that decoding an image and mapping its values take."""
+    """Bytes of memory for decoding an image and mapping its values."""
     (columns, rows), mode = image.size, image.mode
     stored = 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
     grey = stored if mode.startswith("I") or mode == "F" else 1
     kept = kept_bytes(rows, columns, _kept_per_pixel(mode))
-    copy = 4 if _kept_per_pixel(mode) == 7 and mode not in ("RGB", "1", "LA", "La") else 0  # of _chroma
+    copy = 4 if _kept_per_pixel(mode) == 7 and mode not in ("RGB", "1", "LA", "La") else 0  # used by _chroma
     decoding, tile, tags = stored, 0, getattr(image, "tag_v2", {})
     if image.format == "WEBP":
         decoding = 16  # two canvases, the frame and its bytes
     elif image.format in ("JPEG", "MPO"):
-        decoding += 2 * len(image.getbands())  # coefficients, of all but the simplest
+        decoding += 2 * len(image.getbands())  # DCT coefficients, except for simple baseline files
     elif tags:
-        decoding *= 2  # a strip that is all of it, or the image turned
+        decoding *= 2  # one strip may hold the whole image, or a rotated copy is made
         across, down = tags.get(_TILE_WIDTH), tags.get(_TILE_LENGTH)
         tile = 4 * across * down if isinstance(across, int) and isinstance(down, int) else 0
     pixels = rows * columns
@@ -229,13 +233,13 @@ def _needed(image: Image.Image) -> int:
 
 
 def _kept_per_pixel(mode: str) -> int:
-    """Bytes of a radiograph's pixels and stored values, by the mode of the image."""
+    """Bytes per pixel of a radiograph after reading (pixels and stored values), by image mode."""
     return 4 if mode.startswith("I") or mode == "F" else 5 if mode == "L" else 7
 
 
 def _picture(image: Image.Image, name: str) -> _Picture:
     try:
-        white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # loading forgets the tags
+        white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # the tags are lost after loading
         image.load()
         orientation = image.getexif().get(_ORIENTATION, 1)
         colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
@@ -246,8 +250,8 @@ def _picture(image: Image.Image, name: str) -> _Picture:
         )  # fmt: skip
     except RadiographError:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged data
-        raise RadiographError(f"{name} is damaged or cut short: export it again") from error
+    except Exception as error:  # Pillow's decoders raise various exceptions for damaged data
+        raise RadiographError(f"{name} is damaged or truncated: export it again") from error
 
 
 def _shown(picture: _Picture) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -263,7 +267,7 @@ def _shown(picture: _Picture) -> tuple[np.ndarray, float, np.ndarray | None]:
 
 
 def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """An array as the EXIF tag says that it is shown."""
+    """Rotate or flip an array according to the EXIF orientation."""
     turned = array.swapaxes(0, 1) if orientation > 4 else array
     turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
     turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
@@ -271,21 +275,21 @@ def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _is_white_zero(image: Image.Image) -> bool:
-    """Whether a TIFF of more than 8 bits stores white as 0; Pillow inverts those of 1 to 8 bits itself."""
+    """Whether a TIFF with more than 8 bits stores white as 0; Pillow inverts TIFFs of 1 to 8 bits itself."""
     tags = getattr(image, "tag_v2", None)
     deep = image.mode.startswith("I") or image.mode == "F"
     return tags is not None and deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _stored_type(image: Image.Image) -> str | None:
-    """The type of a TIFF's samples where Pillow takes their bits for another one's; ``None`` elsewhere."""
+    """The correct sample type of a TIFF that Pillow misinterprets; ``None`` otherwise."""
     tags = getattr(image, "tag_v2", None)
     found = (image.mode, tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))) if tags is not None else None
     return "u4" if found == ("I", (_UNSIGNED,)) else "i1" if found == ("L", (_SIGNED,)) else None
 
 
 def _parts(image: Image.Image, factor: int = 1) -> Iterator[tuple[slice, Image.Image]]:
-    """An image some rows at a time, so that what is made of them stays small."""
+    """Blocks of rows of an image, to bound the memory of intermediate results."""
     columns, rows = image.size
     for part in blocks(np.broadcast_to(np.uint8(0), (rows, columns)), factor):
         yield part, image.crop((0, part.start, columns, min(part.stop, rows)))
@@ -295,14 +299,12 @@ def _grey(image: Image.Image, name: str) -> np.ndarray:
     """Grey values [rows, columns]."""
     known = image.mode == "L" or image.mode in EIGHT_BIT_MODES or image.mode.startswith("I") or image.mode == "F"
     if not known:
-        raise RadiographError(
-            f"{name} has pixel type {image.mode}, which is not supported; save it as 8 or 16 bit grey"
-        )
+        raise RadiographError(f"{name} has the unsupported pixel type {image.mode}; save it as 8 or 16 bit greyscale")
     grey: np.ndarray | None = None
     for rows, part in _parts(image):
         values = np.asarray(_opaque(part).convert("L") if image.mode in EIGHT_BIT_MODES else part)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise RadiographError(f"{name} holds values that are not finite; export it again")
+            raise RadiographError(f"{name} has values that are not finite; export it again")
         if grey is None:
             grey = np.empty(image.size[::-1], values.dtype.newbyteorder("="))
         grey[rows] = values
@@ -311,7 +313,7 @@ def _grey(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _colour(image: Image.Image) -> np.ndarray | None:
-    """An 8-bit image's values uint8 [rows, columns, 3], over black where it is transparent."""
+    """Values of an 8-bit image, uint8 [rows, columns, 3], on black where it is transparent."""
     factor = reduction(image.size[1], image.size[0], _kept_per_pixel(image.mode))
     colour = np.empty((-(-image.size[1] // factor), -(-image.size[0] // factor), 3), np.uint8)
     for rows, part in _parts(image, factor):
@@ -322,7 +324,7 @@ def _colour(image: Image.Image) -> np.ndarray | None:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The image over black where it is transparent."""
+    """The image on black where it is transparent."""
     if image.mode in ("La", "LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
