@@ -33,7 +33,8 @@ def listen(
 ) -> None:
     """Run a DICOM node: draft a report for each CR or DX image received, and send it on as a Structured Report."""
     try:
-        from cbedge.services.dicom_node import ListenSettings, Peer, run_listener
+        from cbedge.services.delivery import Peer
+        from cbedge.services.dicom_node import ListenSettings, run_listener
     except ImportError as error:
         raise OutputError(
             f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'

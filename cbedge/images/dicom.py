@@ -171,7 +171,7 @@ def _check_modality(dataset: Any, name: str, found: Warnings) -> None:
 
 def _check_syntax(dataset: Any, name: str, found: Warnings) -> None:
     from pydicom.dataset import FileMetaDataset
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import ExplicitVRLittleEndian
 
     if getattr(dataset, "file_meta", None) is None:

@@ -98,7 +98,7 @@ def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
     Raises:
         RadiographError: the pixels are damaged, have several frames, or contradict the size in the header.
     """
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     syntax = dataset.file_meta.TransferSyntaxUID
     decoder = get_decoder(syntax)
@@ -305,11 +305,11 @@ def _has_embedded_overlay(dataset: Dataset) -> bool:
 
 def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
     """A pixel value in the header, with the sign of the decoded pixels, whatever its VR."""
-    value = dataset.get(name)
+    value: Any = dataset.get(name)
     if isinstance(value, bytes) and len(value) == 2:
         value = int.from_bytes(value, "little")
     try:
-        found = int(value)  # type: ignore[arg-type]
+        found = int(value)
     except (TypeError, ValueError):
         return None
     bits = 8 * decoded.dtype.itemsize
