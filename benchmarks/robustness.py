@@ -46,7 +46,7 @@ NEAR_LOSSY = 0.05
 MOST_BYTES = 2**30
 RESULTS = Path(__file__).parent / "results" / "robustness"
 _ROOT = Path(__file__).parent.parent
-_BATCH_LINES = re.compile(r"failed: |skipped|\d+ (drafts|files)|note: |warning: |cbedge: ")
+_BATCH_LINES = re.compile(r"failed: |wrote \d+ drafts? to |\d+ (files|folders) |note: |warning: |cbedge: ")
 
 
 @dataclass
