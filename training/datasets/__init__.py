@@ -1,14 +1,37 @@
-"""Collections of radiographs and reports: one door for all of them."""
+"""Collections of radiographs and reports, one entry each.
+
+A new one is a module that makes a :class:`~training.datasets.collection.Collection`, and an entry in
+:data:`COLLECTIONS`.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from training.datasets import iu_xray, mimic_cxr
+from training.datasets.collection import Collection
+from training.datasets.iu_xray import IU_XRAY
+from training.datasets.mimic_cxr import MIMIC_CXR
 from training.datasets.provenance import Provenance, read_dataset_json, unnamed
 from training.datasets.studies import Record, Study, Tally, studies_of
 from training.fetch import DEFAULT_CACHE
 
 INDEX_CACHE = DEFAULT_CACHE.parent / "index"
+COLLECTIONS: list[Collection] = [MIMIC_CXR, IU_XRAY]
+
+
+def find_collection(folder: Path) -> Collection:
+    """The collection that a folder holds.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no known collection.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    for collection in COLLECTIONS:
+        if collection.is_in(folder):
+            return collection
+    known = " or ".join(f"{collection.provenance.name} ({collection.files})" for collection in COLLECTIONS)
+    raise FileNotFoundError(f"no known collection in {folder}: give {known}")
 
 
 def open_studies(
@@ -17,7 +40,7 @@ def open_studies(
     """The studies of some splits that have a frontal radiograph and a report to learn, of whatever collection it is.
 
     Args:
-        folder: IU X-RAY in any of its layouts, or MIMIC-CXR-JPG.
+        folder: of one of :data:`COLLECTIONS`.
         splits: of ``train``, ``val``, ``test``, ``extra``.
         limit: only the first so many.
         cache: where the index of a large collection is kept.
@@ -26,12 +49,7 @@ def open_studies(
         FileNotFoundError: the folder holds no known collection.
         ValueError: a file of it is damaged.
     """
-    if mimic_cxr.is_mimic_cxr(folder):
-        index = mimic_cxr.index_path(folder, cache)
-        mimic_cxr.build_index(folder, index)
-        studies = mimic_cxr.IndexedStudies(index, folder, splits)
-        return studies if limit is None else studies[:limit]
-    return [s for s in iu_xray.read_studies(folder, splits) if s.target][:limit]
+    return find_collection(folder).studies(Path(folder), splits, limit, cache)
 
 
 def find_provenance(folder: Path) -> Provenance:
@@ -43,9 +61,9 @@ def find_provenance(folder: Path) -> Provenance:
     given = read_dataset_json(folder)
     if given is not None:
         return given
-    for collection, is_there in ((mimic_cxr, mimic_cxr.is_mimic_cxr), (iu_xray, iu_xray.is_iu_xray)):
-        if is_there(Path(folder)):
-            return collection.PROVENANCE if collection.is_recognised(Path(folder)) else unnamed(folder)
+    collection = next((one for one in COLLECTIONS if one.is_in(Path(folder))), None)
+    if collection is not None and collection.is_recognised(Path(folder)):
+        return collection.provenance
     return unnamed(folder)
 
 
@@ -56,27 +74,19 @@ def open_records(folder: Path, tally: Tally, cache: Path = INDEX_CACHE) -> tuple
         FileNotFoundError: the folder holds no known collection.
         ValueError: a file of it is damaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    if mimic_cxr.is_mimic_cxr(folder):
-        index = mimic_cxr.index_path(folder, cache)
-        mimic_cxr.build_index(folder, index, tally)
-        return find_provenance(folder).name, mimic_cxr.records(index, folder)
-    if iu_xray.is_iu_xray(folder):
-        return find_provenance(folder).name, iu_xray.records(folder, tally)
-    raise FileNotFoundError(
-        f"no known collection in {folder}: give IU X-RAY (studies.jsonl, indiana_reports.csv, annotation.json or XML "
-        "reports) or MIMIC-CXR-JPG (mimic-cxr-2.0.0-split.csv.gz and its neighbours)"
-    )
+    collection = find_collection(folder)
+    return find_provenance(folder).name, collection.records(Path(folder), tally, cache)
 
 
 __all__ = [
+    "COLLECTIONS",
     "INDEX_CACHE",
+    "Collection",
     "Provenance",
     "Record",
     "Study",
     "Tally",
+    "find_collection",
     "find_provenance",
     "open_records",
     "open_studies",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from training.datasets.collection import Collection
 from training.datasets.provenance import Provenance
 from training.datasets.studies import SPLITS, Record, Study, Tally, View, derive_tags, studies_of
 from training.ontology import ONTOLOGY, TAGS
@@ -337,3 +338,17 @@ def clean_reference(report: str) -> str:
         if sentence:
             sentences.append(re.sub(r"\s+", " ", sentence))
     return " . ".join(sentences) + " ." if sentences else ""
+
+
+def _open(folder: Path, splits: tuple[str, ...], limit: int | None, cache: Path) -> list[Study]:
+    return [study for study in read_studies(folder, splits) if study.target][:limit]
+
+
+IU_XRAY = Collection(
+    files="studies.jsonl, indiana_reports.csv, annotation.json or XML reports",
+    provenance=PROVENANCE,
+    is_in=is_iu_xray,
+    is_recognised=is_recognised,
+    studies=_open,
+    records=lambda folder, tally, cache: records(folder, tally),
+)

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from training.datasets.collection import Collection
 from training.datasets.provenance import Provenance
 from training.datasets.studies import Record, Study, Tally, View, make_study
 from training.ontology import ONTOLOGY, TAGS
@@ -312,3 +313,26 @@ def _read_tally(index: Path, tally: Tally) -> Tally:
         getattr(tally, kind)[name] += count
     base.close()
     return tally
+
+
+def _studies(folder: Path, splits: tuple[str, ...], limit: int | None, cache: Path) -> Sequence[Study]:
+    index = index_path(folder, cache)
+    build_index(folder, index)
+    studies = IndexedStudies(index, folder, splits)
+    return studies if limit is None else studies[:limit]
+
+
+def _records(folder: Path, tally: Tally, cache: Path) -> Iterator[Record]:
+    index = index_path(folder, cache)
+    build_index(folder, index, tally)
+    return records(index, folder)
+
+
+MIMIC_CXR = Collection(
+    files="mimic-cxr-2.0.0-split.csv.gz and its neighbours",
+    provenance=PROVENANCE,
+    is_in=is_mimic_cxr,
+    is_recognised=is_recognised,
+    studies=_studies,
+    records=_records,
+)
