@@ -251,7 +251,7 @@ DEFLATED = ("usual", "without preamble", "mark at the start", "without group len
             "group length of another type", "long meta", "implicit meta")  # fmt: skip
 JPEGS = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLSLossless)
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
-    **{f"deflated {kind}": (functools.partial(deflated_as, kind), "deflated and holds more than") for kind in DEFLATED},
+    **{f"deflated {kind}": (functools.partial(deflated_as, kind), "deflated and has more than") for kind in DEFLATED},
     **{f"junk in {kind.keyword}": (functools.partial(jpeg_with_junk, kind), "damaged or truncated") for kind in JPEGS},
     "run lengths": (lambda: run_lengths(b"\x81\0" * 8_000_000), "damaged or truncated"),
     "four components": (

@@ -5,6 +5,7 @@ import pytest
 from cbedge.prompt import ClinicalContext
 from training.datasets import COLLECTIONS, Collection, Study, find_provenance, open_studies
 from training.datasets.provenance import Provenance
+from training.ontology import TAGS
 
 
 def test_a_new_collection_is_one_file_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -12,7 +13,10 @@ def test_a_new_collection_is_one_file_and_one_entry(tmp_path: Path, monkeypatch:
 
     def studies(folder: Path, splits: tuple[str, ...], limit: int | None, cache: Path) -> list[Study]:
         rows = [line.split(",") for line in (folder / "my.csv").read_text().splitlines()]
-        return [Study(image, "train", folder / image, ClinicalContext(), text) for image, text in rows][:limit]
+        tags = (0,) * len(TAGS)
+        return [Study(image, "train", folder / image, ClinicalContext(), text, text, "", tags) for image, text in rows][
+            :limit
+        ]
 
     mine = Collection(
         files="my.csv", provenance=Provenance("My hospital", "none", "here", "nobody"),
