@@ -70,7 +70,7 @@ def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Pat
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "names no image"),
+    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "has no image path"),
      ("image,id\n\n,\n", "no radiograph"), ("image,id\na,1\nb,1\n", "twice"),
      ("image\n", "no radiograph"), ("image\n\x00\n", "NUL character")],
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_line_left_unfinished_is_drafted_again(tiny_bundle: Path, films: Path,
     last = whole.splitlines(keepends=True)[-1]
     out.write_bytes(whole[: -len(last) // 2])
     done = run_batch(tiny_bundle, films / "more", out)
-    assert done.returncode == 0 and "1 drafts written" in done.stderr
+    assert done.returncode == 0 and "wrote 1 draft to" in done.stderr
     assert [line["id"] for line in batch.read_lines(out)] == ["0.png", "1.png", "2.png"]
 
 
@@ -207,7 +207,7 @@ def test_a_corrected_row_is_drafted_anew_and_the_others_are_kept(tiny_bundle: Pa
     for indication, written in (("cough", 2), ("fever", 1), ("fever", 0)):
         write_table(table, f"image,indication\n{names[0]},cough\n{names[1]},{indication}\n")
         done = run_batch(tiny_bundle, table, out)
-        assert done.returncode == 0 and f"{written} drafts written" in done.stderr, done.stderr
+        assert done.returncode == 0 and f"wrote {written} draft" in done.stderr, done.stderr
     assert len(out.read_text().splitlines()) == 2
 
 
@@ -231,7 +231,7 @@ def test_file_names_that_are_no_text_are_drafted_and_resumed(tiny_bundle: Path, 
     with open(odd, "wb") as file:
         file.write(source.read_bytes())
     (folder / "zwei_\u00e4.png").write_bytes(source.read_bytes())
-    for env, told in (({"LC_ALL": "C"}, "2 drafts written"), ({}, "0 drafts written")):
+    for env, told in (({"LC_ALL": "C"}, "wrote 2 drafts to"), ({}, "wrote 0 drafts to")):
         done = run_cli("cbedge.cli", "batch", folder, "--out", tmp_path / "o.jsonl", "--model", tiny_bundle, "--device",
                        "cpu", "--accept-any-image", "--max-new-tokens", "8", **env)  # fmt: skip
         assert done.returncode == 0 and told in done.stderr, done.stderr
@@ -276,7 +276,7 @@ def test_each_draft_is_a_file_of_its_own_too(tiny_bundle: Path, films: Path, tmp
     assert {safe_name(line["id"]) for line in lines} == {*texts}
     assert all(line["impression"] in texts[safe_name(line["id"])] for line in lines)
     taken = run_batch(tiny_bundle, films / "more", tmp_path / "other.jsonl", "--documents", documents)
-    assert taken.returncode == 7 and "holds files already" in taken.stderr
+    assert taken.returncode == 7 and "already has files" in taken.stderr
     assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 7
 
 
@@ -323,18 +323,18 @@ def count_drafts(bundle: Path, studies: object, out: Path) -> str:
 def test_drafts_are_kept_where_films_are_copied_touched_or_offline(tiny_bundle: Path, films: Path, tmp_path: Path):
     table, out = films / "studies.csv", tmp_path / "reports.jsonl"
     table.write_text("image,lateral\nmore/0.png,more/2.png\nmore/1.png,\n", encoding="utf-8")
-    assert "2 drafts written" in count_drafts(tiny_bundle, table, out)
+    assert "wrote 2 drafts to" in count_drafts(tiny_bundle, table, out)
     before = out.read_bytes()
     os.utime(films / "more" / "0.png", (1, 1))
-    assert "0 drafts written" in count_drafts(tiny_bundle, table, out)
+    assert "wrote 0 drafts to" in count_drafts(tiny_bundle, table, out)
     copy = tmp_path / "elsewhere"
     shutil.copytree(films, copy, copy_function=shutil.copyfile)
-    assert "0 drafts written" in count_drafts(tiny_bundle, copy / "studies.csv", out)
+    assert "wrote 0 drafts to" in count_drafts(tiny_bundle, copy / "studies.csv", out)
     (films / "more" / "1.png").unlink()
-    assert "0 drafts written" in count_drafts(tiny_bundle, table, out)
+    assert "wrote 0 drafts to" in count_drafts(tiny_bundle, table, out)
     assert out.read_bytes() == before
     Image.fromarray(draw_chest(7)).save(films / "more" / "1.png")
-    assert "1 drafts written" in count_drafts(tiny_bundle, table, out)
+    assert "wrote 1 draft to" in count_drafts(tiny_bundle, table, out)
 
 
 @pytest.mark.parametrize("content", ["Dear colleague", "{}", "[1]", "x\0\0"])
@@ -366,7 +366,7 @@ def test_a_linked_output_stays_a_link_with_one_lock(tiny_bundle: Path, films: Pa
     run_batch(tiny_bundle, films / "more", real)
     real.write_bytes(real.read_bytes() + b"\n")
     link.symlink_to(real)
-    assert "0 drafts written" in count_drafts(tiny_bundle, films / "more", link)
+    assert "wrote 0 drafts to" in count_drafts(tiny_bundle, films / "more", link)
     assert link.is_symlink() and len(list(batch.read_lines(real))) == 3
     lock = lock_file(lock_path(real), "busy")
     try:
@@ -385,7 +385,7 @@ def test_a_file_has_one_name_under_every_locale(tiny_bundle: Path, tmp_path: Pat
     command = ("cbedge.cli", "batch", films, "--out", out, "--model", tiny_bundle, "--max-new-tokens", 4)
     assert run_cli(*command).returncode == 0
     plain = run_cli(*command, "--parquet", tmp_path / "t.parquet", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert plain.returncode == 0 and "0 drafts written" in plain.stderr, plain.stderr
+    assert plain.returncode == 0 and "wrote 0 drafts to" in plain.stderr, plain.stderr
     names = {row["id"] for row in pyarrow.read_table(tmp_path / "t.parquet").to_pylist()}
     assert names == {"ü.png", "\\udcfc.png"}
 

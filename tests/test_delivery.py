@@ -72,9 +72,9 @@ def run_until(sender: Delivery, condition: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (0xA900, "refused it with status 0xa900 (data set does not match sop class)"), (0xC123, "cannot understand"),
+        (0xA900, "rejected it with status 0xa900 (data set does not match sop class)"), (0xC123, "cannot understand"),
         (0x0122, "sop class not supported"), (0x0110, "processing failure"), (0x1234, "0x1234 (unknown)"),
-        (None, f"PACS does not take Enhanced SR documents (SOP class {EnhancedSRStorage})"),
+        (None, f"PACS does not accept Enhanced SR documents (SOP class {EnhancedSRStorage})"),
     ],
 )  # fmt: skip
 def test_a_draft_that_the_pacs_keeps_refusing_is_put_aside_and_can_be_sent_again(
@@ -97,7 +97,7 @@ def test_a_draft_that_the_pacs_keeps_refusing_is_put_aside_and_can_be_sent_again
 
 def test_a_pacs_that_is_away_or_full_is_tried_for_ever(drafts: Spool, monkeypatch: pytest.MonkeyPatch):
     said = []
-    monkeypatch.setattr(delivery, "tell", said.append)
+    monkeypatch.setattr(delivery, "log", said.append)
     pacs = Refusing(0xA700)
     sender = pacs.sender(drafts)
     run_until(sender, lambda: len(pacs.asked) > 2 * MAX_REFUSALS)
@@ -105,7 +105,7 @@ def test_a_pacs_that_is_away_or_full_is_tried_for_ever(drafts: Spool, monkeypatc
     before = len(said)
     run_until(sender, lambda: len(said) > before + 2 * MAX_REFUSALS)
     assert len(drafts.waiting(drafts.outgoing)) == 2 and names(drafts.failed) == set()
-    assert "out of resources with status 0xa700" in said[0] and "nobody answers" in said[-1]
+    assert "out of resources with status 0xa700" in said[0] and "no answer from" in said[-1]
     away = Delivery(drafts, "CBEDGE", Peer("PACS", "127.0.0.1", free_port()), 5, 15)
     assert 4 < away.run() <= 5 and 3 < away.run() <= 5  # it was not tried again at once
     away._due = 0
@@ -187,9 +187,9 @@ def test_the_log_says_why_the_pacs_takes_no_draft(listen: Callable, film: Path, 
     server = other.start_server(("127.0.0.1", pacs_port), block=False)
     port, _ = listen(pacs_port)
     assert send(port, another(film)) == 0
-    wait_for(lambda: "PACS does not take Enhanced SR documents" in (tmp_path / "log").read_text())
+    wait_for(lambda: "PACS does not accept Enhanced SR documents" in (tmp_path / "log").read_text())
     server.shutdown()
-    wait_for(lambda: f"nobody answers at 127.0.0.1:{pacs_port}" in (tmp_path / "log").read_text())
+    wait_for(lambda: f"no answer from at 127.0.0.1:{pacs_port}" in (tmp_path / "log").read_text())
     strict = AE("ELSEWHERE")
     strict.require_called_aet = True
     strict.add_supported_context(EnhancedSRStorage)

@@ -89,7 +89,7 @@ def test_events_are_pieces_and_then_the_report_with_its_map(client: TestClient, 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_what_cannot_be_used_is_told_with_the_status(client: TestClient, chest_png: Path, stream: str):
     bad = post(client, b"hello", stream=stream)
-    assert bad.status_code == 422 and "not an image" in bad.json()["detail"]
+    assert bad.status_code == 422 and "not a supported image" in bad.json()["detail"]
     view = post(client, chest_png.read_bytes(), view="sideways", stream=stream)
     assert view.status_code == 422 and "unknown view" in view.json()["detail"]
     assert client.post("/v1/reports", data={}).status_code == 422
@@ -120,8 +120,8 @@ def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, v
     ("files", "data", "told"),
     [
         ([], {"indicaton": "cough"}, "unknown form field 'indicaton'; the fields are: image"),
-        ([("image", ("y", b"more"))], {}, "image comes twice"), ([], {"stream": "perhaps"}, "give true or false"),
-        ([], {"format": "pdf"}, "unknown format 'pdf'"), ([], {"lateral": "as text"}, "lateral came as text"),
+        ([("image", ("y", b"more"))], {}, "image occurs twice"), ([], {"stream": "perhaps"}, "give true or false"),
+        ([], {"format": "pdf"}, "unknown format 'pdf'"), ([], {"lateral": "as text"}, "lateral was sent as text"),
         ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"), ([], {"max_new_tokens": "5"}, "unknown"),
         ([("indication", ("t", b"x" * 9000))], {}, "more than 4,000 bytes"),
     ],

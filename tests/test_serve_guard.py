@@ -19,7 +19,8 @@ import uvicorn
 from conftest import EXAMPLES, free_port, served, wait_for
 from fastapi.testclient import TestClient
 
-from cbedge import ReportGenerator, serve_guard
+from cbedge import ReportGenerator
+from cbedge.services import http_guard
 from cbedge.services.http import ServeSettings, create_app
 from cbedge.services.http_guard import RequestGuard, patient_protocol
 
@@ -217,7 +218,7 @@ def test_slow_uploads_are_told_so_and_keep_nobody_waiting(server: tuple[int, sub
         told = b""
         while part := connection.recv(65536):
             told += part
-        assert statuses(told) == [408] and b"came too slowly" in told
+        assert statuses(told) == [408] and b"was too slow" in told
         connection.close()
 
 
@@ -247,7 +248,7 @@ def test_an_unforeseen_error_is_told_without_its_text(
     with TestClient(create_app(generator, ServeSettings()), raise_server_exceptions=False) as client:
         answer = client.post("/v1/reports", files={"image": FILM})
         assert client.get("/healthz").status_code == 200
-    assert answer.status_code == 500 and "an unforeseen error (KeyError)" in answer.json()["detail"]
+    assert answer.status_code == 500 and "an unexpected error (KeyError)" in answer.json()["detail"]
     told = [json.loads(record.message) for record in caplog.records if record.name == "cbedge.serve"]
     assert {"event": "error", "kind": "KeyError"} in told and "secret" not in json.dumps(told) + answer.text
 
@@ -338,7 +339,7 @@ def test_a_connection_that_does_not_get_on_ends(monkeypatch: pytest.MonkeyPatch)
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(begun)
                 assert least < drip(connection, 10) < 5
-        monkeypatch.setattr(serve_guard, "UNREAD_S", 0.5)
+        monkeypatch.setattr(http_guard, "UNREAD_S", 0.5)
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.settimeout(10)
             with pytest.raises(ConnectionError):  # asks on and on and reads nothing
@@ -347,7 +348,7 @@ def test_a_connection_that_does_not_get_on_ends(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_connections_have_a_limit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve_guard, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(http_guard, "MAX_CONNECTIONS", 20)
     with protocol(header_s=2, body_s=2) as port:
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
         ended = 0

@@ -1,1 +1,1 @@
-"""Batches, the HTTP service and the DICOM node."""
+"""Batch processing, the HTTP service and the DICOM node."""

@@ -1,7 +1,7 @@
-"""Draft the reports of many radiographs: one JSON line each, resumable after any interruption.
+"""Draft the reports of many radiographs, one JSON line each; a run can be resumed after any interruption.
 
-A line is written whole and synced before the next radiograph is begun. What a killed run left of its last line is cut
-off when it goes on, so nothing is lost but the drafts in the making, and nothing is written twice.
+Each line is written and synced before the next radiograph is started. When a killed run is resumed, its incomplete last
+line is removed. So only the current draft is lost, and none is written twice.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from cbedge.report import Report
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
 _DELIMITERS = (",", ";", "\t")
-_START = b'{"id": '  # of every line of an output
+_START = b'{"id": '  # start of every output line
 _MAX_CSV_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Item:
-    """One radiograph to be drafted.
+    """One radiograph to draft.
 
     Attributes:
-        id: what it is called in the output: the table's ``id``, or its path below what was given.
+        id: its name in the output: the table's ``id``, or its path relative to the given folder.
         image: its file.
-        indication, comparison, view: as of :meth:`ReportGenerator.generate`.
-        lateral: file of the same study's lateral radiograph.
-        paths: the image and the lateral as the table names them, so that a table can be moved with its files.
+        indication, comparison, view: as in :meth:`ReportGenerator.generate`.
+        lateral: file of the lateral radiograph of the same study.
+        paths: paths of image and lateral as written in the table, so that a table can be moved with its files.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Item:
     paths: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells whether a draft that was written of this item is still of the same inputs."""
+        """Fingerprint of the inputs, to detect whether an existing draft is still valid."""
         row = [self.paths, self.indication, self.comparison, self.view]
         content = json.dumps(row).encode()
         files = [_state(path) for path in (self.image, self.lateral) if path is not None]
@@ -64,7 +64,7 @@ class Item:
 
 
 def _state(path: Path) -> list[int] | None:
-    """Size and time of the last change of a file; ``None`` where it is not there."""
+    """Size and modification time of a file; ``None`` if it does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -73,22 +73,22 @@ def _state(path: Path) -> list[int] | None:
 
 
 def _name(path: str) -> str:
-    """A path as text that is the same under every locale; bytes that are no UTF-8 are lone surrogates."""
+    """A path as locale-independent text; bytes that are not UTF-8 become lone surrogates."""
     return path if os.name == "nt" else os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def _path(name: str) -> Path:
-    """The path that :func:`_name` names, under this locale."""
+    """The inverse of :func:`_name` in the current locale."""
     return Path(name if os.name == "nt" else os.fsdecode(name.encode("utf-8", "surrogateescape")))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder, pattern or table names.
+    """The content of a folder, pattern or table.
 
     Attributes:
         items: the radiographs.
-        skipped: files of a folder that are none: neither by suffix nor, for DICOM, by content.
+        skipped: other files of a folder, judged by suffix and, for DICOM, by content.
         unreadable: folders that could not be read.
     """
 
@@ -99,8 +99,8 @@ class Found:
 
 @dataclass
 class Tally:
-    """What a run did: drafts written, items that were there already, and why others failed, now or before, as
-    (id, message)."""
+    """Result of a run: number of drafts written, number of items that were already done, and failures of this or an
+    earlier run as (id, message)."""
 
     written: int
     skipped: int
@@ -113,7 +113,7 @@ def find_items(studies: str) -> list[Item]:
 
 
 def pair_views(items: Sequence[Item]) -> list[Item]:
-    """Join a study's frontal and lateral DICOM files to one item, the frontal one's, where it has just one of each."""
+    """Combine the frontal and lateral DICOM file of a study into one item, if the study has exactly one of each."""
     from cbedge.images.dicom import header_view
     from cbedge.images.dicom_file import read_header
 
@@ -136,12 +136,12 @@ def pair_views(items: Sequence[Item]) -> list[Item]:
 def find_studies(studies: str) -> Found:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
-    Of a folder's files those with a suffix of an image are taken, and every DICOM file whatever its name. A table is a
-    ``.csv`` (also with semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and, where
-    known, ``id``, ``indication``, ``comparison``, ``view`` and ``lateral`` (a path too).
+    In a folder, files with an image suffix and all DICOM files are used. A table is a ``.csv`` file (separated by
+    commas, semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and optionally ``id``,
+    ``indication``, ``comparison``, ``view`` and ``lateral`` (also a path).
 
     Raises:
-        RadiographError: nothing is found, two items share a name, or a table cannot be read.
+        RadiographError: nothing is found, two items have the same id, or a table cannot be read.
     """
     path = Path(studies)
     try:
@@ -164,7 +164,7 @@ def find_studies(studies: str) -> Found:
     for item in found.items:
         if item.id in seen:
             raise RadiographError(
-                f"{printable(path.name)} names {printable(item.id)} twice: give every radiograph an id of its own"
+                f"{printable(path.name)} has the id {printable(item.id)} twice: give every radiograph a unique id"
             )
         seen.add(item.id)
     return found
@@ -188,16 +188,16 @@ def _read_folder(folder: Path) -> Found:
     return found
 
 
-# Drafts one item: the values of its line.
+# Drafts one item and returns the values of its line.
 Draft = Callable[[Item], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where each draft is written as a file of its own, beside its line.
+    """Additional output: each draft as a separate file.
 
     Attributes:
-        folder: of the files.
+        folder: folder for the files.
         form: a name of :data:`cbedge.outputs.FORMATS`.
     """
 
@@ -205,28 +205,28 @@ class Documents:
     form: str
 
     def prepare(self, resumed: bool, force: bool) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Args:
-            resumed: the batch was begun before, and so was the folder.
-            force: files that are there may be replaced.
+            resumed: whether an earlier run of this batch created the folder.
+            force: allow overwriting existing files.
 
         Raises:
-            OutputError: it holds files that this batch did not write, or cannot be made.
+            OutputError: the folder has files of another origin, or cannot be created.
         """
         try:
             self.folder.mkdir(exist_ok=True)
             if not (resumed or force) and any(self.folder.iterdir()):
-                raise OutputError(f"{self.folder} holds files already: give a new folder, or --force")
+                raise OutputError(f"{self.folder} already has files: give a new folder, or --force")
         except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror}; give another one") from None
+            raise OutputError(f"cannot create the folder {self.folder}: {error.strerror}; give another one") from None
 
     def write(self, item: Item, report: Report) -> None:
         """Write one draft.
 
         Raises:
             OutputError: it cannot be written.
-            RadiographError: the format needs a DICOM file, and the radiograph is none.
+            RadiographError: the format needs a DICOM file, and the radiograph is not one.
         """
         content = render(report, self.form, item.image)
         write_output(self.folder / f"{safe_name(item.id)}{FORMATS[self.form].suffix}", content, True, [item.image])
@@ -236,7 +236,7 @@ def draft_item(
     item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool,
     decoding: Decoding | None = None, documents: Documents | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Draft one radiograph: the values of its line, with ``status`` ``ok`` or ``failed`` and the error then.
+    """Draft one radiograph: the values of its line, with ``status`` ``ok``, or ``failed`` and ``error``.
 
     Raises:
         OutputError: a document cannot be written.
@@ -254,7 +254,7 @@ def draft_item(
         return {"status": "failed", "error": str(error)}
     except MemoryError:
         name = printable(item.image.name)
-        return {"status": "failed", "error": f"{name} needs more memory than there is: scale it down"}
+        return {"status": "failed", "error": f"not enough memory for {name}: scale it down"}
     return {"status": "ok", **json.loads(report.to_json())}
 
 
@@ -262,21 +262,21 @@ def run_batch(
     items: Sequence[Item], out: Path, model: str, draft: Draft, retry_failed: bool = False,
     progress: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:  # fmt: skip
-    """Draft every item that ``out`` does not hold yet, and add a line for each.
+    """Draft every item that is not in ``out`` yet, and append a line for each.
 
     Args:
         items: see :func:`find_items`.
-        out: JSON lines; an existing file of an earlier run is resumed.
-        model: name, version and variant of the model (and what else drafts hang on); one file holds drafts of one.
+        out: JSON Lines file; the file of an earlier run is resumed.
+        model: name, version and variant of the model, and other settings that change drafts; the same in a whole file.
         draft: drafts one item.
-        retry_failed: try again what failed before; its old lines are taken out.
-        progress: is told after every item.
+        retry_failed: retry items that failed before; their old lines are removed.
+        progress: called after every item.
 
     Raises:
-        OutputError: ``out`` is something else, was begun with another model, or cannot be written.
+        OutputError: ``out`` is not a batch output, is of another model, or cannot be written.
     """
     try:
-        out = Path(os.path.realpath(out))  # one lock for a file and the links to it; a link stays one
+        out = Path(os.path.realpath(out))  # one lock for a file and its links; links are kept
         check_output(out, True, regular=True)  # it is read again
         lock = lock_file(
             lock_path(out), f"another cbedge batch is writing {out.name}: wait for it, or give another --out"
@@ -287,7 +287,7 @@ def run_batch(
             lock.release()
     except OSError as error:
         raise OutputError(
-            f"cannot write {out.name}: {error.strerror}; what was written is kept, run it again to go on"
+            f"cannot write {out.name}: {error.strerror}; finished drafts are kept, run the command again to resume"
         ) from None
 
 
@@ -316,10 +316,10 @@ def _run_locked(
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a batch's output; blank ones, and what a killed run left of the last, are passed over.
+    """The lines of a batch output; blank lines and the incomplete last line of a killed run are skipped.
 
     Raises:
-        OutputError: the file holds something else.
+        OutputError: the file is not a batch output.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -328,7 +328,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             begun = line[: len(_START)] == _START[: len(line)]
             if not line or (begun and not whole):
                 continue
-            if begun and b"\0" in line:  # torn by a power cut, and written behind by an older version
+            if begun and b"\0" in line:  # damaged by a power failure, then continued by an older version
                 continue
             try:
                 values = json.loads(line)
@@ -341,11 +341,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Iterable[Path] = ()) -> None:
-    """Write a finished batch as one Parquet table, nested values as JSON text.
+    """Convert a batch output to a Parquet table; nested values become JSON text.
 
     Args:
-        lines: a batch's output.
-        target, replace, inputs: as of :func:`cbedge.files.write_output`; ``lines`` is never replaced.
+        lines: the batch output.
+        target, replace, inputs: as in :func:`cbedge.files.write_output`; ``lines`` is never overwritten.
 
     Raises:
         OutputError: pyarrow is not installed, or the file cannot be written.
@@ -367,20 +367,22 @@ def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Itera
 
 
 def _valid(value: Any) -> Any:
-    """Text without lone surrogates, which Parquet cannot hold; they become escapes."""
+    """Text with lone surrogates escaped, because Parquet cannot store them."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _open_lines(
     out: Path, model: str, retry_failed: bool, items: dict[str, Item], prints: dict[str, dict[str, Any]]
 ) -> dict[str, str | None]:
-    """Ids that need no draft any more, each with why it failed, or ``None``; the file then holds just these lines."""
+    """Ids of finished items, each with its error or ``None``; outdated lines are removed from the file."""
     if not out.exists():
         return {}
     lines = list(read_lines(out))
     other = next((line["batch_model"] for line in lines if line["batch_model"] != model), None)
     if other is not None:
-        raise OutputError(f"{out.name} was begun with {other}, this is {model}: give that model, or another --out")
+        raise OutputError(
+            f"{out.name} was begun with {other}, but this run uses {model}: use the same model, or another --out"
+        )
     kept = {
         line["id"]: line for line in lines
         if (line["status"] == "ok" or not retry_failed)
@@ -394,10 +396,10 @@ def _open_lines(
 
 
 def _is_current(line: dict[str, Any], item: Item | None, now: dict[str, Any] | None) -> bool:
-    """Whether a line was written of the inputs that the item has now; lines of older versions do not say.
+    """Whether a line was written from the item's current inputs; lines of older versions count as current.
 
-    A draft is also kept where a file cannot be read at present, as on a share that is offline: there is nothing to
-    draft it from. A file with another time of change, as in a copy, is compared by its content.
+    A draft is also kept if its file cannot be read now, for example on an offline network share. A file with another
+    modification time, such as a copy, is compared by content.
     """
     before = line.get("batch_input")
     if item is None or now is None or before is None or before == now:
@@ -427,7 +429,7 @@ def _size_of(line: dict[str, Any]) -> int:
 
 
 def _encoded(values: dict[str, Any]) -> bytes:
-    # A file name that is no UTF-8 holds lone surrogates: as escapes they are JSON, and the same name again when read.
+    # File names that are not UTF-8 have lone surrogates; escaped, they are valid JSON and survive a round trip.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -454,7 +456,7 @@ def _decode_table(data: bytes, name: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError:
         raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV in UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # of Windows, and of Excel's CSV (Macintosh)
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # Windows; Excel's CSV (Macintosh)
 
 
 def _header(text: str, name: str) -> tuple[str, list[str]]:
@@ -466,13 +468,13 @@ def _header(text: str, name: str) -> tuple[str, list[str]]:
         if "image" in columns:
             break
     else:
-        raise RadiographError(f"{name} has no column image; its columns may be: {', '.join(COLUMNS)}")
+        raise RadiographError(f"{name} has no column image; possible columns are: {', '.join(COLUMNS)}")
     while columns and not columns[-1]:  # some programs end every line with delimiters
         columns.pop()
     unknown = [column for column in columns if column not in COLUMNS]
     if unknown:
         shown = ", ".join(repr(column[:30]) for column in unknown[:5])
-        raise RadiographError(f"{name} has unknown columns ({shown}); its columns may be: {', '.join(COLUMNS)}")
+        raise RadiographError(f"{name} has unknown columns ({shown}); possible columns are: {', '.join(COLUMNS)}")
     twice = next((column for column in columns if columns.count(column) > 1), None)
     if twice:
         raise RadiographError(f"{name} has the column {twice} twice: keep one")
@@ -485,7 +487,7 @@ def _read_table(path: Path) -> list[Item]:
         if path.stat().st_size > _MAX_CSV_BYTES:
             raise RadiographError(f"{name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
         text = _decode_table(path.read_bytes(), name).lstrip("\ufeff")
-        hint = text[:4].lower() == "sep="  # a line by which spreadsheet programs are told the delimiter
+        hint = text[:4].lower() == "sep="  # a line that gives spreadsheet programs the delimiter
         text = text.partition("\n")[2] if hint else text
         delimiter, columns = _header(text, name)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -507,12 +509,12 @@ def _read_table(path: Path) -> list[Item]:
         cells = {column: cell.strip() for column, cell in zip(columns, row, strict=True)}
         image, lateral = cells["image"], cells.get("lateral")
         if not image:
-            raise RadiographError(f"{name}, line {number}, names no image: fill it in, or take the line out")
+            raise RadiographError(f"{name}, line {number}, has no image path: add it, or remove the line")
         if "\0" in image or "\0" in (lateral or ""):
             raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
-        told = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
+        texts = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
         items.append(
-            Item(cells.get("id") or image, path.parent / _path(image), **told,
+            Item(cells.get("id") or image, path.parent / _path(image), **texts,
                  lateral=path.parent / _path(lateral) if lateral else None, paths=(image, lateral or ""))
         )  # fmt: skip
     return items

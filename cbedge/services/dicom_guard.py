@@ -1,7 +1,7 @@
-"""What stands before the DICOM node: limits of size and time for its peers, for those that have not associated too.
+"""Protection of the DICOM node: limits on size and time for its peers, also before they associate.
 
-pynetdicom reads a PDU of any length whole, waits for its end without a limit, and holds every object in memory until it
-is complete. All three are bounded here, so that no peer can fill the memory or keep others out.
+pynetdicom reads a PDU of any length, waits for its end without a timeout, and keeps every object in memory until it is
+complete. All three are limited here, so that no peer can exhaust the memory or block others.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from pynetdicom import AE, evt
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.transport import ThreadedAssociationServer
 
-from cbedge.services.dicom_log import tell
+from cbedge.services.dicom_log import log
 
-MAX_PDU_BYTES = 2**20  # many times what is offered to peers; a request for many presentation contexts needs 150 kB
-MAX_QUEUED_MESSAGES = 64  # a peer sends the next one after the answer to the last
+MAX_PDU_BYTES = 2**20  # much more than is negotiated; a request with many presentation contexts needs 150 kB
+MAX_QUEUED_MESSAGES = 64  # a correct peer waits for each answer
 MAX_CONNECTIONS = 400
-PDU_S = 20.0  # seconds from the first byte of a PDU to its last, and at most as many again for one part
-_HEADER = struct.Struct(">BxL")  # type, length of what follows
+PDU_S = 20.0  # seconds from the first byte of a PDU to its last, and for each read
+_HEADER = struct.Struct(">BxL")  # type, length of the rest
 
 
 class PeerSocket(socket.socket):
-    """A connection that ends when a PDU is longer, or takes more time, than it may.
+    """A connection that is closed if a PDU is too long or too slow.
 
     Args:
-        connection: the connection, which this object takes over.
+        connection: the connection, whose ownership is transferred.
     """
 
     def __init__(self, connection: socket.socket):
         super().__init__(fileno=connection.detach())
         self.settimeout(PDU_S)
         self._header = b""
-        self._left = 0  # bytes of the PDU behind its header
+        self._left = 0  # remaining bytes of the PDU
         self._due = 0.0
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receive at most so many bytes of one PDU.
+        """Receive at most ``size`` bytes of one PDU.
 
         Raises:
             TimeoutError: the PDU is not complete in time.
-            ConnectionError: it is too long.
+            ConnectionError: the PDU is too long.
         """
         if not self._left and not self._header:
             self._due = monotonic() + PDU_S
@@ -66,7 +66,7 @@ class PeerSocket(socket.socket):
 
 
 class _Server(ThreadedAssociationServer):
-    """Connections as :class:`PeerSocket`, and no more than :data:`MAX_CONNECTIONS`."""
+    """Server with :class:`PeerSocket` connections, at most :data:`MAX_CONNECTIONS`."""
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -76,11 +76,11 @@ class _Server(ThreadedAssociationServer):
         return len(self.active_associations) < MAX_CONNECTIONS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        tell("a connection could not be served")
+        log("a connection could not be served")
 
 
 class GuardedAE(AE):
-    """An application entity whose servers bound what peers may do."""
+    """An application entity whose servers limit their peers."""
 
     def make_server(self, *args: Any, **options: Any) -> Any:
         """See :meth:`pynetdicom.AE.make_server`."""
@@ -88,8 +88,8 @@ class GuardedAE(AE):
 
 
 @dataclass
-class _Held:
-    """Bytes in memory that came over one association."""
+class _Received:
+    """Bytes in memory that were received over one association."""
 
     command: int = 0
     data: int = 0
@@ -97,28 +97,28 @@ class _Held:
 
 
 class ReceptionLimit:
-    """Counts the bytes of objects while they are received, and aborts the association that sends too many.
+    """Counts the bytes of objects while they are received, and aborts associations that send too many.
 
     Args:
-        most_each: bytes that one association may have in memory.
-        most_together: bytes that all may have.
-        on_refusal: is given the reason in words.
+        most_each: limit of bytes in memory for one association.
+        most_together: limit of bytes in memory for all associations.
+        on_refusal: called with the reason in words.
     """
 
     def __init__(self, most_each: int, most_together: int, on_refusal: Callable[[str], None]):
         self.most_each, self.most_together, self.on_refusal = most_each, most_together, on_refusal
         self.together = 0
-        self._held: dict[Any, _Held] = {}
+        self._received: dict[Any, _Received] = {}
         self._lock = threading.Lock()
 
     def handlers(self) -> list[tuple[Any, Callable[[evt.Event], None]]]:
-        """What a server's associations have to call."""
+        """Event handlers for the server's associations."""
         return [(evt.EVT_PDU_RECV, self._add), (evt.EVT_CONN_CLOSE, self._forget)]
 
     def kept(self, association: Any, size: int) -> None:
-        """An object of so many bytes is no longer in memory."""
+        """Note that an object of this size is no longer in memory."""
         with self._lock:
-            held = self._held.get(association)
+            held = self._received.get(association)
             if held is not None:
                 size = min(size, held.data)
                 held.data -= size
@@ -128,13 +128,13 @@ class ReceptionLimit:
         if not isinstance(event.pdu, P_DATA_TF):
             return
         with self._lock:
-            held = self._held.setdefault(event.assoc, _Held())
-            if held.refused:  # what still comes is discarded
+            held = self._received.setdefault(event.assoc, _Received())
+            if held.refused:  # the rest is discarded
                 return
             for item in event.pdu.presentation_data_value_items:
                 value = item.presentation_data_value or b"\0"
                 control, size = value[0], len(value) - 1
-                if control & 1:  # a command, which is gone when it is complete
+                if control & 1:  # a command, which is released when complete
                     held.command = 0 if control & 2 else held.command + size
                 else:
                     held.data += size
@@ -148,17 +148,17 @@ class ReceptionLimit:
         event.assoc.abort()
         self.on_refusal(reason)
 
-    def _reason(self, held: _Held, queued: int) -> str:
+    def _reason(self, held: _Received, queued: int) -> str:
         if held.command + held.data > self.most_each:
-            return f"a radiograph of more than {self.most_each:,} bytes was refused"
+            return f"a radiograph with more than {self.most_each:,} bytes was rejected"
         if self.together > self.most_together:
-            return f"more than {self.most_together:,} bytes are being received at once: one sender was refused"
+            return f"more than {self.most_together:,} bytes were being received at once: one sender was rejected"
         if queued > MAX_QUEUED_MESSAGES:
-            return "a sender that does not wait for answers was refused"
+            return "a sender that does not wait for responses was rejected"
         return ""
 
     def _forget(self, event: evt.Event) -> None:
         with self._lock:
-            held = self._held.pop(event.assoc, None)
+            held = self._received.pop(event.assoc, None)
             if held is not None:
                 self.together -= held.data

@@ -1,4 +1,4 @@
-"""What the DICOM node logs: JSON lines on standard error, without patient data."""
+"""Log of the DICOM node: JSON lines on standard error, without patient data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cbedge.images.dicom_file import silence_pydicom
 _log = logging.getLogger("cbedge.listen")
 
 
-def tell(text: str) -> None:
-    """Log a sentence; it may hold nothing of a header."""
+def log(text: str) -> None:
+    """Log a message; it must not contain header values."""
     _log.info(json.dumps(text))
 
 
 def log_to_stderr() -> None:
-    """Log to standard error, and keep libraries from printing what they are sent."""
+    """Log to standard error, and stop libraries from printing received data."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "message": %(message)s}'))
     _log.addHandler(handler)
@@ -26,4 +26,4 @@ def log_to_stderr() -> None:
     _log.propagate = False
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
     silence_pydicom()
-    threading.excepthook = lambda ended: tell(f"a connection was ended by an error: {ended.exc_type.__name__}")
+    threading.excepthook = lambda ended: log(f"a connection ended with an error: {ended.exc_type.__name__}")

@@ -1,8 +1,8 @@
-"""A DICOM node: radiographs are sent to it, drafts go back to the PACS as Structured Reports.
+"""A DICOM node that receives radiographs and sends drafts to the PACS as Structured Reports.
 
-What was received is on disk before the sender is told so, and every step ends with a rename, so a process that is
-killed at any moment goes on where it stopped. A draft that is made or sent again has the same identifiers, so a PACS
-keeps one.
+A radiograph is on disk before its reception is acknowledged, and every step ends with an atomic rename, so a killed
+process resumes where it stopped. A draft that is written or sent twice has the same identifiers, so the PACS stores
+one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cbedge.images.dicom_header import is_uid
 from cbedge.outputs.sr import to_sr
 from cbedge.services.delivery import RESCAN_S, Delivery, Peer
 from cbedge.services.dicom_guard import GuardedAE, ReceptionLimit
-from cbedge.services.dicom_log import log_to_stderr, tell
+from cbedge.services.dicom_log import log, log_to_stderr
 from cbedge.services.spool import Spool, machine_trouble, version_of
 
 _IMAGES = (
@@ -47,28 +47,28 @@ _SYNTAXES = [
 ]  # fmt: skip
 _SUCCESS, _NO_SPACE, _OTHER_CLASS, _CANNOT_STORE = 0x0000, 0xA700, 0xA900, 0xC000
 _RESERVE_BYTES = 50 * 2**20
-MAX_DEATHS = 5  # processes that end while they draft a radiograph, as one that needs too much memory makes them
-MAX_DEATHS_AS_PAIR = 2  # then its two views are drafted each by itself: only one of them may be the cause
-MAX_ASSOCIATIONS = 200  # connections that have not associated yet count too
-ASSOCIATE_S, IDLE_S = 10, 60  # seconds until such a connection, or an association that says nothing, is closed
+MAX_DEATHS = 5  # crashes while drafting a radiograph, for example because it needs too much memory
+MAX_DEATHS_AS_PAIR = 2  # then the two views are drafted separately, because only one may be the cause
+MAX_ASSOCIATIONS = 200  # includes connections before association
+ASSOCIATE_S, IDLE_S = 10, 60  # timeouts in seconds before association, and for silence after it
 
 
 @dataclass(frozen=True)
 class ListenSettings:
-    """How the node behaves.
+    """Settings of the DICOM node.
 
     Attributes:
-        aet: its own application entity title.
-        host, port: where it listens.
-        known: titles of the nodes that may send; no other is let in.
-        peer: where drafts go; ``None`` leaves them in the spool's folder ``outgoing``.
+        aet: the node's application entity title.
+        host, port: address to listen on.
+        known: AE titles of the nodes that may send; others are rejected.
+        peer: PACS that receives drafts; ``None`` leaves them in the spool's folder ``outgoing``.
         spool: folder of the queue.
-        first_retry_s, last_retry_s: seconds after a failed delivery, doubled up to the last.
-        pair_wait_s: how long a frontal or lateral radiograph waits for its study's other one, to be drafted with it; 0
-            drafts each by itself, as a model that reads no lateral one always does.
-        max_waiting: radiographs that may wait in the spool; one more is refused, and its sender keeps it.
-        max_object_bytes: largest radiograph; a sender of a larger one is cut off before it is in memory.
-        max_received_bytes: of all radiographs that are being received at a time.
+        first_retry_s, last_retry_s: seconds until the first retry, doubled with each failure up to the last.
+        pair_wait_s: seconds that a radiograph waits for the other view of its study; 0 drafts every view alone, as does
+            a model that cannot read lateral radiographs.
+        max_waiting: maximum number of radiographs in the spool; more are rejected, and their sender keeps them.
+        max_object_bytes: maximum size of a radiograph; the association is aborted before a larger one is in memory.
+        max_received_bytes: maximum size of all radiographs that are being received.
     """
 
     aet: str
@@ -86,32 +86,32 @@ class ListenSettings:
 
 
 class Listener:
-    """Receives, drafts and sends, each in a thread of its own.
+    """Receives radiographs, drafts reports and sends them, each in its own thread.
 
     Args:
         generator: writes the drafts.
-        settings: see there.
+        settings: settings of the node.
     """
 
     def __init__(self, generator: ReportGenerator, settings: ListenSettings):
         self.generator, self.settings, self.spool = generator, settings, Spool(settings.spool)
         self._stop, self._arrived, self._ready = threading.Event(), threading.Event(), threading.Event()
         self._pair_wait = settings.pair_wait_s if generator.reads_lateral else 0.0
-        self._held: float | None = None  # seconds until a radiograph has waited long enough for another
+        self._held: float | None = None  # seconds until a radiograph stops waiting for the other view
         self._threads: list[threading.Thread] = []
         self._server: Any = None
-        self._reception = ReceptionLimit(settings.max_object_bytes, settings.max_received_bytes, tell)
+        self._reception = ReceptionLimit(settings.max_object_bytes, settings.max_received_bytes, log)
         self._delivery: Delivery | None = None
-        self._pause: float = RESCAN_S  # seconds until a draft may be sent again
+        self._pause: float = RESCAN_S  # seconds until the next delivery
         if settings.peer is not None:
             retries = settings.first_retry_s, settings.last_retry_s
             self._delivery = Delivery(self.spool, settings.aet, settings.peer, *retries, self._stop.is_set)
 
     def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            ContextError: the address is taken.
+            ContextError: the address is in use.
         """
         node = GuardedAE(self.settings.aet)
         node.require_calling_aet = list(self.settings.known)
@@ -136,7 +136,7 @@ class Listener:
         self._ready.set()
 
     def stop(self) -> None:
-        """Take nothing more, finish the draft in the making."""
+        """Stop receiving, and finish the current draft."""
         if self._server is not None:
             self._server.shutdown()
         self._stop.set()
@@ -146,31 +146,31 @@ class Listener:
             thread.join(60)
 
     def _receive(self, event: evt.Event) -> int:
-        """A radiograph has come: on disk first, acknowledged then."""
+        """Store a received radiograph on disk, then acknowledge it."""
         request: Any = event.request
         content = request.DataSet.getbuffer() if request.DataSet is not None else b""
         try:
             uid = str(request.AffectedSOPInstanceUID)
-            if not is_uid(uid):  # it becomes a file's name
-                tell("a radiograph whose SOP Instance UID is malformed was refused")
+            if not is_uid(uid):  # it becomes a file name
+                log("a radiograph with a malformed SOP Instance UID was rejected")
                 return _CANNOT_STORE
             if request.AffectedSOPClassUID != event.context.abstract_syntax:
-                tell("an object of another SOP class than was agreed on was refused")
+                log("an object whose SOP class was not negotiated was rejected")
                 return _OTHER_CLASS
             self.spool.make()
             if shutil.disk_usage(self.spool.folder).free < _RESERVE_BYTES:
-                tell("no space left in the spool: a radiograph was refused")
+                log("no space left in the spool: a radiograph was rejected")
                 return _NO_SPACE
             if self.spool.is_full(self.settings.max_waiting):
-                tell(f"{self.settings.max_waiting:,} radiographs wait already: one more was refused")
+                log(f"{self.settings.max_waiting:,} radiographs are already waiting: another one was rejected")
                 return _NO_SPACE
             header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
             self.spool.put(self.spool.incoming, f"{safe_name(uid)}.dcm", header, content)
         except OSError as error:
-            tell(f"a radiograph could not be kept ({error.strerror}) and was refused")
+            log(f"a radiograph could not be stored ({error.strerror}) and was rejected")
             return _NO_SPACE
         except Exception as error:
-            tell(f"a radiograph could not be kept ({type(error).__name__}) and was refused")
+            log(f"a radiograph could not be stored ({type(error).__name__}) and was rejected")
             return _CANNOT_STORE
         finally:
             self._reception.kept(event.assoc, len(content))
@@ -181,9 +181,9 @@ class Listener:
         while not self._stop.is_set():
             try:
                 work()
-            except Exception as error:  # a full disk, say: nothing is lost, and it is tried again
+            except Exception as error:  # such as a full disk: nothing is lost, and the work is retried
                 reason = error.strerror if isinstance(error, OSError) else None  # without the file's name
-                tell(f"{reason or type(error).__name__}: trying again in {self.settings.first_retry_s:.0f} s")
+                log(f"{reason or type(error).__name__}: retrying in {self.settings.first_retry_s:.0f} s")
                 self._stop.wait(self.settings.first_retry_s)
                 self._arrived.set()
                 self._ready.set()
@@ -193,21 +193,21 @@ class Listener:
         self._arrived.clear()
         trouble: OSError | None = None
         deaths = self.spool.deaths()
-        # Radiographs at which a process ended come last: others are not held up, and one that is always being drafted
-        # when the process ends is tried alone at last, which tells it from one that happened to be in turn.
+        # Radiographs that were being drafted when a process crashed come last. So they do not delay others, and the one
+        # that causes the crash is finally tried alone.
         waiting = sorted(self.spool.waiting(self.spool.incoming), key=lambda path: deaths.get(path, 0))
         for path, lateral in self._studies(waiting, deaths):
             if self._stop.is_set() or (path in deaths and self._arrived.is_set()):
                 break
             try:
                 self._draft(path, lateral, deaths.get(path, 0))
-            except OSError as error:  # the machine's, such as a full disk: the others are tried, too
+            except OSError as error:  # a machine error, such as a full disk: the others are tried as well
                 trouble = error
         if trouble is not None:
             raise trouble
 
     def _studies(self, waiting: list[Path], deaths: dict[Path, int]) -> list[tuple[Path, Path | None]]:
-        """What is to be drafted now: a radiograph, and the lateral one of its study beside it."""
+        """The studies to draft now: a radiograph, and optionally the lateral one of its study."""
         self._held = None
         if not self._pair_wait:
             return [(path, None) for path in waiting]
@@ -226,12 +226,12 @@ class Listener:
             )
             try:
                 left = self._pair_wait - (time() - path.stat().st_mtime)
-            except OSError:  # it was taken away
+            except OSError:  # removed meanwhile
                 continue
             if other is not None:
                 found.append((path, other) if view == "frontal" else (other, path))
                 used |= {path, other}
-            elif study and view and 0 < left <= self._pair_wait:  # more, if the clock was set back
+            elif study and view and 0 < left <= self._pair_wait:  # it is larger if the clock was set back
                 self._held = left if self._held is None else min(self._held, left)
             else:
                 found.append((path, None))
@@ -241,21 +241,21 @@ class Listener:
         start = monotonic()
         read = {image: version_of(image) for image in (path, lateral) if image is not None}
         if deaths >= MAX_DEATHS:
-            reason = f"{deaths} processes ended while they drafted it; does it need more memory than there is?"
-            how = f"to try again, send it again or move it to the folder {self.spool.incoming.name} of the spool"
-            self.spool.fail(path, read[path], f"no draft: {reason} {how}")
+            reason = f"{deaths} processes ended while they drafted it, perhaps because of too little memory;"
+            remedy = f"to retry, send it again or move it to the folder {self.spool.incoming.name} of the spool"
+            self.spool.fail(path, read[path], f"no draft: {reason} {remedy}")
             self.spool.end(path)
-            tell("no draft: given up after several attempts that ended the process")
+            log("no draft: given up after several crashes of the process")
             return
         for image in read:
             self.spool.begin(image, deaths)
         try:
-            self._draft_begun(path, lateral, start, read)
-        finally:  # whatever came of it, this process lives
+            self._draft_now(path, lateral, start, read)
+        finally:  # this process did not crash
             for image in read:
                 self.spool.end(image)
 
-    def _draft_begun(
+    def _draft_now(
         self, path: Path, lateral: Path | None, start: float, read: dict[Path, tuple[int, int, int] | None]
     ) -> None:
         try:
@@ -264,23 +264,23 @@ class Listener:
             except RadiographError:
                 if lateral is None:
                     raise
-                report, lateral = self.generator.generate(path), None  # the lateral one is tried by itself, later
+                report, lateral = self.generator.generate(path), None  # the lateral view is drafted alone, later
             document = to_sr(report, read_header(path), same_again=True)
-        except Exception as error:  # this image's trouble must not hold up the others
-            if not path.exists():  # somebody took it away
+        except Exception as error:  # one bad image must not block the others
+            if not path.exists():  # removed meanwhile
                 return
             trouble = machine_trouble(error)
             if trouble is not None:
-                raise trouble from None  # the image stays and is tried again
-            # The text of other exceptions may hold header values: only their kind is told.
+                raise trouble from None  # the image stays and is retried
+            # The text of other exceptions may contain header values: only their type is logged.
             reason = str(error) if isinstance(error, CbedgeError) else f"no draft: {type(error).__name__}"
             self.spool.fail(path, read[path], reason)
-            tell(f"no draft: {type(error).__name__}")
+            log(f"no draft: {type(error).__name__}")
             return
         self.spool.put(self.spool.outgoing, path.name, document)
         for done in filter(None, (path, lateral)):
-            self.spool.remove(done, read[done])  # one that was sent again meanwhile is drafted again
-        tell(f"drafted in {monotonic() - start:.2f} s")
+            self.spool.remove(done, read[done])  # a radiograph that was sent again is drafted again
+        log(f"drafted in {monotonic() - start:.2f} s")
         self._ready.set()
 
     def _send_all(self) -> None:
@@ -291,25 +291,25 @@ class Listener:
 
 
 def _study_and_view(path: Path) -> tuple[str | None, str | None]:
-    """What a radiograph's header says of both; nothing where it cannot be read, which drafting it will tell."""
+    """Study UID and view of a radiograph; (None, None) if the header cannot be read, which drafting will report."""
     try:
         header = read_header(path)
         if header is None:
             return None, None
         return str(header.get("StudyInstanceUID") or "") or None, header_view(header)
-    except Exception:  # whatever a damaged header raises
+    except Exception:  # damaged headers raise various exceptions
         return None, None
 
 
 def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:
-    """Listen until the process is told to end."""
+    """Listen until the process receives SIGTERM or SIGINT."""
     log_to_stderr()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     listener = Listener(generator, settings)
     listener.start()
-    tell(f"{settings.aet} listens on {settings.host}:{settings.port}")
+    log(f"{settings.aet} listens on {settings.host}:{settings.port}")
     ended.wait()
     listener.stop()
-    tell("ended")
+    log("ended")

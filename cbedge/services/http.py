@@ -1,7 +1,7 @@
-"""An HTTP service for workstation tools: a radiograph in, a draft out, whole or as it is written.
+"""An HTTP service for workstation tools: receives a radiograph, returns a draft, complete or streamed.
 
-One worker drafts at a time, for one draft uses every core; others wait in a queue that has an end, and who would
-have to wait behind it is told when to come again. Logs hold no patient data: no text, no file names, no addresses.
+There is one draft at a time, because a draft uses all cores. Other requests wait in a queue of limited length; when it
+is full, clients are told when to retry. Logs contain no patient data: no text, no file names, no addresses.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ _POLICY = (
     "connect-src 'self'"
 )
 MAX_TICKETS = 64
-TICKET_GRACE_S = 10  # a ticket holds so much longer than Retry-After
+TICKET_GRACE_S = 10  # a ticket is valid this much longer than Retry-After
 _log = logging.getLogger("cbedge.serve")
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How the service behaves.
+    """Settings of the HTTP service.
 
     Attributes:
-        token: what ``Authorization: Bearer`` must hold; ``None`` lets everybody on the same machine in.
-        max_bytes: largest request that is read.
-        queue: drafts that may wait; one more is answered 429.
-        deadline_s: seconds from a request's arrival to its last token, after which it is given up with 503.
-        idle_s: seconds in which the next part of a request has to come, else it is answered 408.
-        hosts: names by which the service may be addressed; empty allows any.
-        max_together: bytes of all requests that are read or wait at a time; one more is answered 503. They lie in the
-            folder for temporary files.
+        token: required in ``Authorization: Bearer``; ``None`` allows all local clients.
+        max_bytes: maximum size of a request.
+        queue: maximum number of waiting drafts; further requests get status 429.
+        deadline_s: time limit from arrival to the last token, in seconds; then the status is 503.
+        idle_s: timeout for the next part of a request, in seconds; then the status is 408.
+        hosts: host names that clients may use; empty allows any.
+        max_together: maximum size of all open requests, which are stored as temporary files; beyond it, the status is
+            503.
     """
 
     token: str | None = None
@@ -78,8 +78,8 @@ class Overloaded(Exception):
     """The queue is full.
 
     Attributes:
-        retry_after: seconds after which it may have room.
-        ticket: who shows it then goes before those who come for the first time; ``None`` where too many hold one.
+        retry_after: seconds until the client should retry.
+        ticket: gives the client priority when it retries; ``None`` if too many tickets are issued.
     """
 
     def __init__(self, retry_after: int, ticket: str | None):
@@ -87,14 +87,14 @@ class Overloaded(Exception):
 
 
 class GivenUp(Exception):
-    """The deadline passed, or nobody waits for the draft any more."""
+    """The deadline passed, or the client disconnected."""
 
 
 class Drafter:
-    """One generator, one draft at a time, a bounded queue before it.
+    """Runs one draft at a time, with a queue of limited length.
 
-    Who is turned away gets a ticket, and half of the queue is kept for those who come back with one: else clients that
-    ask again as soon as they are answered would keep the queue full, and others out of it, for ever.
+    A rejected client gets a ticket, and half of the queue is reserved for clients with tickets. Otherwise clients that
+    send requests without pause could keep the queue full and block others forever.
     """
 
     def __init__(self, generator: ReportGenerator, settings: ServeSettings, metrics: Metrics):
@@ -102,22 +102,22 @@ class Drafter:
         self.draining = False
         self.waiting = 0
         self._turn = asyncio.Lock()
-        self._writer = ThreadPoolExecutor(1, "draft")  # always the same thread: CUDA graphs are recorded for each anew
+        self._writer = ThreadPoolExecutor(1, "draft")  # one thread, because CUDA graphs are recorded per thread
         self._usual_s = 1.0
-        self._tickets: dict[str, float] = {}  # when each lapses
+        self._tickets: dict[str, float] = {}  # ticket → expiry time
 
     async def draft(
         self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
-        tell: Callable[[str], Awaitable[None]] | None = None, ticket: str | None = None,
+        send: Callable[[str], Awaitable[None]] | None = None, ticket: str | None = None,
     ) -> ReportStream:  # fmt: skip
-        """Draft in a thread; ``tell`` is given every piece, ``alive`` is asked between pieces whether to go on.
+        """Draft in a thread. ``send`` is called with every piece; ``alive`` is checked between pieces.
 
-        ``ticket`` is that of an earlier :class:`Overloaded`.
+        ``ticket`` is the ticket of an earlier :class:`Overloaded`.
 
         Raises:
-            Overloaded: too many wait already.
-            GivenUp: see there.
-            CbedgeError: the radiograph or its context cannot be used.
+            Overloaded: the queue is full.
+            GivenUp: the deadline passed, or the client disconnected.
+            CbedgeError: the radiograph or its context is invalid.
         """
         self._admit(ticket)
         deadline = time.monotonic() + self.settings.deadline_s
@@ -127,13 +127,13 @@ class Drafter:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.settings.deadline_s):
                 await self._turn.acquire()
         except TimeoutError:
-            raise GivenUp("the deadline passed in the queue") from None
+            raise GivenUp("the deadline passed while waiting in the queue") from None
         finally:
             self.waiting -= 1
             self.metrics.waiting.set(self.waiting)
         try:
             start = time.monotonic()
-            stream = await self._write(make, alive, tell, deadline)
+            stream = await self._write(make, alive, send, deadline)
             self._usual_s = 0.8 * self._usual_s + 0.2 * (time.monotonic() - start)
             return stream
         finally:
@@ -156,7 +156,7 @@ class Drafter:
 
     async def _write(
         self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
-        tell: Callable[[str], Awaitable[None]] | None, deadline: float,
+        send: Callable[[str], Awaitable[None]] | None, deadline: float,
     ) -> ReportStream:  # fmt: skip
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop, stop = asyncio.get_running_loop(), threading.Event()
@@ -166,9 +166,9 @@ class Drafter:
                 stream = make()
                 for piece in stream:
                     if stop.is_set():
-                        raise GivenUp("nobody waits for it any more")
+                        raise GivenUp("the client disconnected")
                     if time.monotonic() > deadline:
-                        raise GivenUp("the deadline passed while writing")
+                        raise GivenUp("the deadline passed during the draft")
                     loop.call_soon_threadsafe(pieces.put_nowait, piece)
                 return stream
             finally:
@@ -179,23 +179,25 @@ class Drafter:
             while (piece := await pieces.get()) is not None:
                 if not await alive():
                     stop.set()
-                elif tell is not None:
-                    await tell(piece)
+                elif send is not None:
+                    await send(piece)
         except BaseException:
             stop.set()
             raise
         finally:
-            await asyncio.wait([task])  # the thread is out before the next draft begins
+            await asyncio.wait([task])  # the thread ends before the next draft starts
         return task.result()
 
 
 class Metrics:
-    """What ``/metrics`` tells Prometheus."""
+    """Metrics for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.drafts = Counter("cbedge_drafts", "Drafts by outcome.", ["outcome"], registry=self.registry)
-        self.refused = Counter("cbedge_refused", "Requests turned away, the queue being full.", registry=self.registry)
+        self.refused = Counter(
+            "cbedge_refused", "Requests rejected because the queue was full.", registry=self.registry
+        )
         self.seconds = Histogram(
             "cbedge_draft_seconds", "Seconds from arrival to the last token.", registry=self.registry,
             buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60),
@@ -205,10 +207,10 @@ class Metrics:
 
 
 def check_exposure(host: str, token: str | None) -> None:
-    """See that a service that other machines can reach asks for a token.
+    """Check that a service that other machines can reach requires a token.
 
     Raises:
-        ContextError: it does not, or the token is too short to be one.
+        ContextError: it has no token, or the token is invalid.
     """
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -217,9 +219,9 @@ def check_exposure(host: str, token: str | None) -> None:
     if not local and token is None:
         raise ContextError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
     if token is not None and not token.strip():
-        raise ContextError("the token is blank: give a secret of at least 16 characters, or none")
+        raise ContextError("the token is blank: give a secret of at least 16 characters, or no token")
     if token is not None and (token != token.strip() or not token.isprintable()):
-        raise ContextError("the token begins or ends with a space, or holds a control character: give another one")
+        raise ContextError("the token starts or ends with a space, or has a control character: give another one")
     if token is not None and len(token) < 16:
         raise ContextError("the token has fewer than 16 characters: give a longer one")
 
@@ -229,7 +231,7 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
 
     Args:
         generator: writes the drafts.
-        settings: see there.
+        settings: settings of the service.
     """
     settings = settings or ServeSettings()
     metrics = Metrics()
@@ -249,74 +251,75 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         RequestGuard, max_bytes=settings.max_bytes, idle_s=settings.idle_s, body_s=settings.deadline_s,
         max_together=settings.max_together, hosts=settings.hosts,
     )  # fmt: skip
-    app.add_exception_handler(CbedgeError, _refuse)
-    app.add_exception_handler(Overloaded, _later)
-    app.add_exception_handler(GivenUp, _late)
-    app.add_exception_handler(RequestValidationError, _explain)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _report)
+    app.add_exception_handler(CbedgeError, _invalid_input)
+    app.add_exception_handler(Overloaded, _queue_full)
+    app.add_exception_handler(GivenUp, _deadline_passed)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _unexpected_error)
     allowed = Depends(token_check(settings.token))
-    app.include_router(_drafting(generator, drafter, metrics, allowed))
-    app.include_router(_telling(generator, drafter, metrics, settings, allowed))
+    app.include_router(_draft_routes(generator, drafter, metrics, allowed))
+    app.include_router(_info_routes(generator, drafter, metrics, settings, allowed))
     return app
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def _invalid_input(request: Request, error: Exception) -> Response:
     status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
     return JSONResponse({"detail": str(error)}, status)
 
 
-async def _explain(request: Request, error: Exception) -> Response:
+async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     where = ", ".join(str(found["loc"][-1]) for found in error.errors()[:3])
-    return JSONResponse({"detail": f"the request cannot be used: check {where}"}, 422)
+    return JSONResponse({"detail": f"the request is invalid: check {where}"}, 422)
 
 
-async def _later(request: Request, error: Exception) -> Response:
+async def _queue_full(request: Request, error: Exception) -> Response:
     assert isinstance(error, Overloaded)
-    text = f"too many drafts are waiting: come again in {error.retry_after} s"
+    text = f"too many drafts are waiting: retry in {error.retry_after} s"
     ticket = {"Queue-Ticket": error.ticket} if error.ticket else {}
     return JSONResponse({"detail": text}, 429, {"Retry-After": str(error.retry_after)} | ticket)
 
 
-async def _late(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": f"given up: {error}"}, 503, {"Retry-After": "5"})
+async def _deadline_passed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"no draft: {error}; retry later"}, 503, {"Retry-After": "5"})
 
 
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody reads it
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # the client is gone
 
 
-async def _report(request: Request, error: Exception) -> Response:
+async def _unexpected_error(request: Request, error: Exception) -> Response:
     kind = type(error).__name__
-    _log.error(json.dumps({"event": "error", "kind": kind}))  # the text of an error may hold patient data
-    return JSONResponse({"detail": f"an unforeseen error ({kind}): please report it"}, 500)
+    _log.error(json.dumps({"event": "error", "kind": kind}))  # the text of an error may contain patient data
+    return JSONResponse({"detail": f"an unexpected error ({kind}): please report it"}, 500)
 
 
-def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
-    """What drafts a report."""
+def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
+    """Routes that draft reports."""
     router = APIRouter(dependencies=[allowed])
 
     @router.post(
         "/v1/reports", summary="Draft the report of one study",
         responses={
             200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
-                  "description": "The draft; or, with `stream`, events `piece` with text and a last one `report`."},
-            400: {"description": "The body is no multipart form."},
+                  "description": "The draft; with `stream`, events `piece` with text, and finally `report`."},
+            400: {"description": "The body is not a valid multipart form."},
             401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
-            403: {"description": "The request comes from a page of another site."},
-            408: {"description": "The request came too slowly."},
-            421: {"description": "The Host header names another machine."},
-            422: {"description": "The radiograph or its context cannot be used."},
-            429: {"description": "The queue is full: come again after Retry-After; the answer's Queue-Ticket, sent "
-                                 "as a header, lets you in before others."},
-            503: {"description": "The deadline passed, the service is shutting down, or it has no room for the request "
-                                 "at present: come again after Retry-After."},
+            403: {"description": "The request comes from a page of another website."},
+            408: {"description": "The request was too slow."},
+            421: {"description": "The Host header is not allowed."},
+            422: {"description": "The radiograph or its context is invalid."},
+            429: {"description": "The queue is full: retry after Retry-After, with the response's Queue-Ticket as a "
+                                 "header to get priority."},
+            503: {"description": "The deadline passed, the service is shutting down, or it has no space for the "
+                                 "request: retry after Retry-After."},
         },
         openapi_extra={"requestBody": form_schema()},
     )  # fmt: skip
     async def reports(
-        request: Request, queue_ticket: Annotated[str | None, Header(description="Of an answer 429.")] = None
+        request: Request,
+        queue_ticket: Annotated[str | None, Header(description="Queue-Ticket of an earlier response 429.")] = None,
     ) -> Response:
         if drafter.draining:
             raise HTTPException(503, "the service is shutting down", {"Retry-After": "10"})
@@ -329,7 +332,7 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
         held: dict[str, Any] = {}
 
         def make() -> ReportStream:
-            # Read and decoded only when it is this request's turn: of those that wait, nothing is in memory.
+            # Files are read only when it is this request's turn, so waiting requests use no memory.
             held["content"] = form.image.file.read()
             held["radiograph"] = load_radiograph(held["content"])
             second = form.lateral.file.read() if form.lateral is not None else None
@@ -339,10 +342,10 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
         async def alive() -> bool:
             return not await request.is_disconnected()
 
-        async def run(tell: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
+        async def run(send: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
             outcome, report = "failed", None
             try:
-                done = await drafter.draft(make, alive, tell, queue_ticket)
+                done = await drafter.draft(make, alive, send, queue_ticket)
                 outcome, report = "written", done.report
                 return done
             except Overloaded:
@@ -362,31 +365,31 @@ def _drafting(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, al
             document = await asyncio.to_thread(render, report, form.format, held["content"])
             return Response(document, media_type=FORMATS[form.format].media_type, headers={"X-Request-Id": number})
         events = _events(run, held, form.heatmap)
-        first = await anext(events)  # what is wrong with the input is told by the status, before the stream begins
+        first = await anext(events)  # errors of the input set the status, before the stream starts
         return StreamingResponse(_chain(first, events), media_type="text/event-stream",
                                  headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
 
     return router
 
 
-def _telling(
+def _info_routes(
     generator: ReportGenerator, drafter: Drafter, metrics: Metrics, settings: ServeSettings, allowed: Any
 ) -> APIRouter:
-    """What tells of the service and of the model, and the page."""
+    """Routes with information on the service and the model, and the web page."""
     router = APIRouter()
 
-    @router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
+    @router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process is alive")
     async def healthz() -> str:
         return "ok"
 
-    @router.get("/readyz", response_class=PlainTextResponse, summary="Whether it takes radiographs")
+    @router.get("/readyz", response_class=PlainTextResponse, summary="Whether the service accepts requests")
     async def readyz() -> Response:
         full = drafter.waiting > settings.queue
         state = "shutting down" if drafter.draining else "the queue is full" if full else "ready"
         return PlainTextResponse(state, 200 if state == "ready" else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse, dependencies=[allowed], summary="For Prometheus")
-    async def tell_metrics() -> Response:
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=[allowed], summary="Metrics for Prometheus")
+    async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @router.get("/v1/model", dependencies=[allowed], summary="The model, with its card")
@@ -414,12 +417,12 @@ async def _events(
     """Server-sent events of one draft."""
     ready: asyncio.Queue[bytes | None] = asyncio.Queue()
 
-    async def tell(piece: str) -> None:
+    async def send(piece: str) -> None:
         ready.put_nowait(_event("piece", {"text": piece}))
 
     async def work() -> None:
         try:
-            done = await run(tell)
+            done = await run(send)
             values = json.loads(done.report.to_json())
             if heatmap:
                 picture = await asyncio.to_thread(lambda: png(overlay(held["radiograph"], done.attention)))
@@ -455,12 +458,12 @@ def _event(name: str, values: dict[str, Any]) -> bytes:
 
 def _note(metrics: Metrics, number: str, outcome: str, seconds: float, report: Report | None) -> None:
     metrics.drafts.labels(outcome).inc()
-    told: dict[str, Any] = {"event": "draft", "request": number, "outcome": outcome, "seconds": round(seconds, 3)}
+    entry: dict[str, Any] = {"event": "draft", "request": number, "outcome": outcome, "seconds": round(seconds, 3)}
     if report is not None:
         metrics.seconds.observe(seconds)
         metrics.tokens.inc(report.new_tokens)
-        told |= {"tokens": report.new_tokens, "ms": {k: round(v, 1) for k, v in asdict(report.timings).items()}}
-    _log.info(json.dumps(told))
+        entry |= {"tokens": report.new_tokens, "ms": {k: round(v, 1) for k, v in asdict(report.timings).items()}}
+    _log.info(json.dumps(entry))
 
 
 def _schema() -> dict[str, Any]:
@@ -468,11 +471,11 @@ def _schema() -> dict[str, Any]:
 
 
 def run_server(generator: ReportGenerator, host: str, port: int, settings: ServeSettings) -> None:
-    """Serve until the process is told to end; drafts that are being written are finished first.
+    """Serve until the process is asked to end; the current draft is finished first.
 
     Raises:
         ContextError: see :func:`check_exposure`.
-        OSError: the address is taken.
+        OSError: the address is in use.
     """
     import uvicorn
 
@@ -482,9 +485,9 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
-    for library in ("python_multipart", "asyncio"):  # they print parts of what is sent, and are no JSON
+    for library in ("python_multipart", "asyncio"):  # their messages contain request data and are not JSON
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    if not settings.hosts and settings.token is None:  # else the token keeps other sites out
+    if not settings.hosts and settings.token is None:  # with a token, other websites have no access anyway
         settings = replace(settings, hosts=(*LOOPBACK, host))
     app = create_app(generator, settings)
     server = uvicorn.Server(uvicorn.Config(

@@ -1,4 +1,4 @@
-"""The form that a client of the HTTP service sends, read whole and without guessing."""
+"""Parse the form that a client of the HTTP service sends."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MAX_TEXT_BYTES = 4 * MAX_CONTEXT_CHARACTERS
 
 @dataclass(frozen=True)
 class DraftForm:
-    """One request for a draft.
+    """A parsed request for a draft.
 
     Attributes:
         image, lateral: uploaded files, not read yet.
-        context: indication, comparison, view and template, ``None`` for each that is not given.
-        format: of :data:`FORMATS`.
+        context: indication, comparison, view and template; ``None`` for those not given.
+        format: a name in :data:`FORMATS`.
         stream, heatmap, accept_any_image: switches.
     """
 
@@ -46,11 +46,11 @@ class DraftForm:
 
 @asynccontextmanager
 async def open_form(request: Request) -> AsyncIterator[FormData]:
-    """The multipart form of a request. Names and texts hold the bytes that came, a character each, as the parser would
-    guess at bytes that are no UTF-8.
+    """Open the multipart form of a request. Names and texts are decoded as Latin-1, one character per byte, so that
+    bytes that are not UTF-8 are preserved.
 
     Raises:
-        ContextError: the request holds no multipart form.
+        ContextError: the request is not a multipart form.
         HTTPException: the form is malformed (400), or there is no space for its files (503).
     """
     kind = request.headers.get("content-type", "")
@@ -64,7 +64,7 @@ async def open_form(request: Request) -> AsyncIterator[FormData]:
     except MultiPartException as error:
         raise HTTPException(400, f"the multipart form is malformed: {error.message}") from None
     except OSError as error:
-        reason = f"no space for the files of the form ({error.strerror}): come again later"
+        reason = f"no space for the files of the form ({error.strerror}): retry later"
         raise HTTPException(503, reason, {"Retry-After": "30"}) from None
     try:
         yield form
@@ -73,11 +73,11 @@ async def open_form(request: Request) -> AsyncIterator[FormData]:
 
 
 async def read_form(form: FormData) -> DraftForm:
-    """Read a form of :func:`open_form`.
+    """Parse a form of :func:`open_form`.
 
     Raises:
-        ContextError: a field is unknown, comes twice, or has a value that cannot be used.
-        RadiographError: there is no file ``image``.
+        ContextError: a field is unknown, occurs twice, or has an invalid value.
+        RadiographError: the file ``image`` is missing.
     """
     fields: dict[str, Any] = {}
     for raw_name, value in form.multi_items():
@@ -85,12 +85,12 @@ async def read_form(form: FormData) -> DraftForm:
         if name not in _FIELDS:
             raise ContextError(f"unknown form field {_shown(name)}; the fields are: {', '.join(_FIELDS)}")
         if name in fields:
-            raise ContextError(f"the form field {name} comes twice: send it once")
+            raise ContextError(f"the form field {name} occurs twice: send it once")
         fields[name] = value
     for name in FILES:
         if isinstance(fields.get(name), str):
             if name == "image" or fields[name]:
-                raise RadiographError(f"{name} came as text: send it as a file, such as -F {name}=@study.dcm")
+                raise RadiographError(f"{name} was sent as text: send it as a file, such as -F {name}=@study.dcm")
             del fields[name]
     if "image" not in fields:
         raise RadiographError("the form has no file image: send one, such as -F image=@study.dcm")
@@ -104,7 +104,7 @@ async def read_form(form: FormData) -> DraftForm:
 
 
 async def _text(name: str, value: str | UploadFile | None) -> str | None:
-    """A text field, which may also come as a text file."""
+    """The value of a text field, which may also be sent as a text file."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -144,15 +144,17 @@ def form_schema() -> dict[str, Any]:
 
     properties = {
         "image": file("PNG, JPEG, TIFF, WebP or DICOM (CR, DX)."),
-        "lateral": file("The same study's lateral radiograph, if any."),
-        "indication": text("Why the study was requested; text or a text file.", "cough"),
-        "comparison": text("What earlier study it is compared with; text or a text file.", "2019"),
+        "lateral": file("Lateral radiograph of the same study (optional)."),
+        "indication": text("Reason for the study; text or a text file.", "cough"),
+        "comparison": text("Prior study to compare with; text or a text file.", "2019"),
         "view": {"type": "string", "description": "frontal or lateral.", "examples": ["PA"]},
-        "template": text("A normal report in your words; text or a text file.", "The lungs are clear."),
+        "template": text(
+            "Your normal report, whose wording the draft follows; text or a text file.", "The lungs are clear."
+        ),
         "format": {"type": "string", "enum": [*FORMATS], "default": "json"},
         "stream": switch("Send server-sent events."),
-        "heatmap": switch("Add a PNG of where the model looked, with `stream`."),
-        "accept_any_image": switch("Draft even of what does not look like a chest radiograph."),
+        "heatmap": switch("With `stream`, add a heat map of the model's attention (PNG)."),
+        "accept_any_image": switch("Also draft from images that do not look like a chest radiograph."),
     }
     schema = {"type": "object", "required": ["image"], "properties": properties, "additionalProperties": False}
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}

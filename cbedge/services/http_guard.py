@@ -1,4 +1,4 @@
-"""What stands before the HTTP service: limits of size and time, known hosts, and the token."""
+"""Protection of the HTTP service: limits on size and time, allowed hosts, and the token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_OPEN_REQUESTS = 256
 MAX_CONNECTIONS = 512
-UNREAD_S = 30.0  # until a client that does not read its answer is cut off
+UNREAD_S = 30.0  # timeout for a client that does not read the response
 
 
 _LATER, _CLOSE = {"Retry-After": "5"}, {"Connection": "close"}
@@ -24,22 +24,22 @@ _LATER, _CLOSE = {"Retry-After": "5"}, {"Connection": "close"}
 
 @dataclass
 class _Body:
-    """How much of a request's body has come, in bytes."""
+    """Number of bytes received of a request's body."""
 
     read: int = 0
 
 
 class RequestGuard:
-    """Refuses a request that is too large, too slow, or for another host, before it reaches the application.
+    """Rejects a request that is too large, too slow, or for another host, before it reaches the application.
 
     Args:
-        app: the application behind.
-        max_bytes: of a request's body, by what it announces and by what comes.
-        idle_s: seconds in which the next part of a body has to come.
-        body_s: seconds in which a whole body has to come.
-        max_together: bytes of all bodies that are held at a time; they lie in the folder for temporary files.
-        hosts: names by which the service may be addressed, without ports; empty allows any. A page of another site can
-            make a browser send requests to this machine under a name of its own (DNS rebinding); this stops it.
+        app: the protected application.
+        max_bytes: maximum size of a body, both declared and received.
+        idle_s: timeout for the next part of a body, in seconds.
+        body_s: timeout for the complete body, in seconds.
+        max_together: maximum size of all bodies that are stored as temporary files at the same time.
+        hosts: allowed host names, without ports; empty allows any. They prevent DNS rebinding, by which a page of
+            another website makes a browser send requests to this machine under a name of its own.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RequestGuard:
         self._open = self._together = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
+        """Pass a request on, or reject it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -60,7 +60,7 @@ class RequestGuard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # as GET; the server sends no body, as it knows the request as it came
+        if scope["method"] == "HEAD":  # treated as GET; the server omits the body
             scope = {**scope, "method": "GET"}
         self._open += 1
         body = _Body()
@@ -73,17 +73,15 @@ class RequestGuard:
     def _refusal(self, scope: Scope, host: str | None) -> JSONResponse | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self._open >= MAX_OPEN_REQUESTS:
-            return JSONResponse({"detail": "too many requests are open: come again in 5 s"}, 503, _LATER)
+            return JSONResponse({"detail": "too many requests are open: retry in 5 s"}, 503, _LATER)
         if self.hosts and host is not None and host not in self.hosts:
-            return JSONResponse(
-                {"detail": "the Host header names another machine: use this service's own address"}, 421
-            )
+            return JSONResponse({"detail": "the Host header is not allowed: use this service's own address"}, 421)
         origin = headers.get(b"origin")
         if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and _site(origin) != host:
-            return JSONResponse({"detail": "the request comes from a page of another site"}, 403)
+            return JSONResponse({"detail": "the request comes from a page of another website"}, 403)
         announced = headers.get(b"content-length", "0")
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            # A proxy before this service may go by the other one, and take the body's end for a request.
+            # A proxy may use the other header, and take the end of the body for a new request (request smuggling).
             return JSONResponse({"detail": "send Content-Length or Transfer-Encoding, not both"}, 400, _CLOSE)
         if not announced.isdigit():
             return JSONResponse({"detail": "Content-Length is not a number"}, 400)
@@ -105,7 +103,7 @@ class RequestGuard:
                 async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the request came too slowly: send it again", _CLOSE) from None
+                raise HTTPException(408, "the request was too slow: send it again", _CLOSE) from None
             size = len(message.get("body", b""))
             body.read += size
             self._together += size
@@ -113,7 +111,7 @@ class RequestGuard:
             if body.read > self.max_bytes:
                 raise HTTPException(413, self._too_large())
             if self._together > self.max_together:
-                raise HTTPException(503, "too much is being sent at once: come again in 5 s", _LATER)
+                raise HTTPException(503, "too many requests are being sent at once: retry in 5 s", _LATER)
             return message
 
         return limited
@@ -123,7 +121,7 @@ class RequestGuard:
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, in lower case and without the port."""
+    """The host name in a Host header, in lower case, without the port."""
     name = header.strip().lower()
     if name.startswith("["):  # IPv6
         return name[1:].partition("]")[0]
@@ -131,10 +129,10 @@ def host_name(header: str) -> str:
 
 
 def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
-    """The scope with the target's path alone, and the name by which the service is addressed, if any.
+    """Normalize the request target to a path; returns the scope and the host name, or ``None`` if there is none.
 
-    A client may send the whole address as the target (RFC 9112, 3.2.2), which then counts instead of the Host header.
-    One of HTTP/1.0, such as a health check of a load balancer, need not name a host. A browser always does.
+    A client may send an absolute URL as the target (RFC 9112, 3.2.2), which then overrides the Host header. An HTTP/1.0
+    client, such as the health check of a load balancer, may omit the host. A browser always sends it.
     """
     host = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"), None)
     if scope["path"].startswith("/") or "://" not in scope["path"]:
@@ -145,7 +143,7 @@ def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
 
 
 def _site(origin: str) -> str | None:
-    """The name of the machine that an Origin header names, in lower case."""
+    """The host name in an Origin header, in lower case."""
     try:
         return urlsplit(origin).hostname
     except ValueError:
@@ -153,16 +151,16 @@ def _site(origin: str) -> str | None:
 
 
 def token_check(token: str | None) -> Callable[[Request], None]:
-    """A dependency that refuses requests without the token."""
+    """A FastAPI dependency that rejects requests without the token."""
 
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")  # as it was on the wire
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
         wanted = f"Bearer {token}"
         forms = [wanted.encode()]
         if token and not token.isascii():
             forms += [wanted.encode(name, "ignore") for name in ("latin-1",) if _fits(wanted, name)]
         if token and not any([hmac.compare_digest(given, form) for form in forms]):
-            raise HTTPException(401, "give the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, "send the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
 
     return check
 
@@ -176,24 +174,24 @@ def _fits(text: str, encoding: str) -> bool:
 
 
 def patient_protocol(header_s: float, body_s: float) -> Any:
-    """A uvicorn protocol that closes connections which keep a place without using it.
+    """A uvicorn protocol that closes idle and slow connections.
 
-    These are: port checks, clients that send the headers of a request a byte at a time, those that go on sending a body
-    after they were answered, and those that do not read the answer.
+    These are port checks, clients that send headers byte by byte, clients that continue to send a body after the
+    response, and clients that do not read the response.
 
     Args:
-        header_s: seconds in which a request's headers have to come.
-        body_s: seconds in which the rest of a body that is not needed is thrown away: who reads the answer only after
-            having sent all would not see it on a closed connection.
+        header_s: timeout for a request's headers, in seconds.
+        body_s: time for which the rest of an unneeded body is read and discarded, in seconds. A client that reads the
+            response only after sending everything would not see it on a closed connection.
     """
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class PatientProtocol(H11Protocol):
-        """HTTP/1.1 with limits on the time that everything but the answer takes."""
+        """HTTP/1.1 with time limits on everything except the computation of the response."""
 
         def connection_made(self, transport: Any) -> None:
-            """Start the clock."""
+            """Start the timer."""
             super().connection_made(transport)
             self._unread: asyncio.TimerHandle | None = None
             self._due: asyncio.TimerHandle | None = self.loop.call_later(header_s, transport.abort)
@@ -201,7 +199,7 @@ def patient_protocol(header_s: float, body_s: float) -> Any:
                 transport.abort()
 
         def data_received(self, data: bytes) -> None:
-            """Go on with the request, or begin the next one."""
+            """Continue the request, or start the next one."""
             super().data_received(data)
             self._watch(True)
 
@@ -211,7 +209,7 @@ def patient_protocol(header_s: float, body_s: float) -> Any:
             self._watch(bool(self.conn.trailing_data[0]))
 
         def _watch(self, more: bool) -> None:
-            """Stop the clock while a request is answered; start it when more comes than was asked for."""
+            """Stop the timer while a request is processed; start it when further data arrive."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop()
             elif self._due is None:
@@ -226,18 +224,18 @@ def patient_protocol(header_s: float, body_s: float) -> Any:
                 self._due = None
 
         def pause_writing(self) -> None:
-            """The client does not read."""
+            """The client stopped reading."""
             super().pause_writing()
             self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
 
         def resume_writing(self) -> None:
-            """The client reads again."""
+            """The client continued reading."""
             super().resume_writing()
             if self._unread is not None:
                 self._unread.cancel()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Stop the clocks."""
+            """Stop the timers."""
             self._stop()
             if self._unread is not None:
                 self._unread.cancel()
