@@ -78,7 +78,7 @@ def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path,
     ("options", "code", "told"),
     [
         (["--template", "none.txt"], 4, "none.txt"),
-        (["--template", "README.md"], 4, "at most 4,000"),
+        (["--template", "README.md"], 4, "limit is 4,000"),
         (["--template", "README.md", "--no-template"], 4, "cannot be combined"),
         (["--indication", "x" * 1001], 4, "1,000"),
         (["--view", "sideways"], 4, "frontal"),
@@ -146,4 +146,4 @@ def test_a_terminal_sees_the_draft_and_the_statement(tiny_bundle: Path, chest_pn
 
 def test_help_says_what_is_taken_where_nothing_is_given():
     told = cbedge("generate", "--help").stdout
-    assert "what the file says" in told and "--no-template" in told
+    assert "from the file" in told and "--no-template" in told
