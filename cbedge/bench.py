@@ -1,4 +1,4 @@
-"""How long a draft takes on this machine, stage by stage, how much memory it needs, and what limits it."""
+"""Benchmark of drafts on this machine: time of each stage, memory use, and what limits the speed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def bench(
         rows.append(_row(generator, drafts, load, bandwidth))
         progress(f"{name}: again")
         generator.recent = Recent(1)
-        rows[-1]["redraft_ms"] = _spread([draft(image).timings.total for image in images for _ in range(2)][1::2])
+        rows[-1]["redraft_ms"] = _percentiles([draft(image).timings.total for image in images for _ in range(2)][1::2])
         generator.recent = Recent(0)
         del generator
     return {
@@ -114,7 +114,7 @@ def bench(
 
 
 def drawn_chest() -> Radiograph:
-    """Two dark lungs in a bright body, for want of a radiograph: good for timing, not for reading the draft."""
+    """A synthetic image, two dark lungs in a bright body: suitable for timing only."""
     y, x = np.mgrid[0:512, 0:512] / 512
     pixels = np.full((512, 512), 0.8)
     for centre in (0.3, 0.7):
@@ -123,10 +123,10 @@ def drawn_chest() -> Radiograph:
 
 
 def cold_start(image: Path | None, model: Path | None, variant: str, repeat: int) -> dict[str, Any]:
-    """``cbedge generate`` in a process of its own, again and again: median seconds, and the peak memory in MB.
+    """Run ``cbedge generate`` repeatedly in new processes: median seconds, and peak memory in MB.
 
     Raises:
-        OutputError: the command fails; the message holds what it said.
+        OutputError: the command fails; the message has its error message.
     """
     scratch = tempfile.TemporaryDirectory()
     if image is None:
@@ -158,7 +158,7 @@ def cold_start(image: Path | None, model: Path | None, variant: str, repeat: int
 
 
 def machine(bandwidth: float | None = None) -> dict[str, Any]:
-    """What the figures hold for: processor, cores that this process may use, memory, versions, date."""
+    """The conditions of a measurement: processor, usable cores, memory, versions, date."""
     cores = usable_cores()
     return {
         "processor": _processor(), "cores": cores, "memory_gb": _memory_gb(), "gpu": _gpu(),
@@ -170,7 +170,7 @@ def machine(bandwidth: float | None = None) -> dict[str, Any]:
 
 
 def read_bandwidth(threads: int | None = None) -> float:
-    """Bytes a second that all cores together read from memory: the best of five passes over 256 MB."""
+    """Memory read bandwidth of all cores in bytes per second: the best of five passes over 256 MB."""
     count = threads or usable_cores()
     parts = np.array_split(np.ones(_BUFFER_BYTES // 8), count)
     best = 0.0
@@ -183,7 +183,7 @@ def read_bandwidth(threads: int | None = None) -> float:
 
 
 def render(record: dict[str, Any], form: str, before: dict[str, Any] | None = None) -> str:
-    """The record as ``json``, ``csv``, ``md`` or ``table``; ``before``, an older record, is set beside its medians."""
+    """Format a record as ``json``, ``csv``, ``md`` or ``table``, compared with the older record ``before`` if given."""
     if form == "json":
         return json.dumps(record, indent=1)
     rows = _table(record, before)
@@ -208,23 +208,23 @@ def render(record: dict[str, Any], form: str, before: dict[str, Any] | None = No
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """An older record.
+    """Read an older record.
 
     Raises:
-        OutputError: the file is none that ``cbedge bench --format json`` wrote.
+        OutputError: the file was not written by ``cbedge bench --format json``.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         _ = [row["ms"]["total"]["median"] for row in record["variants"]], record["machine"]["processor"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
-            f"{path} is no record of cbedge bench --format json ({type(error).__name__}): give one"
+            f"{path} was not written by cbedge bench --format json ({type(error).__name__}): give such a file"
         ) from None
     return record
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Stacked medians of the stages of every variant, as PNG.
+    """Plot the median time of each stage and variant as a PNG.
 
     Raises:
         OutputError: matplotlib is not installed, or the file cannot be written.
@@ -258,24 +258,24 @@ def plot(record: dict[str, Any], path: Path) -> None:
 def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidth: float) -> dict[str, Any]:
     spans = {stage: [asdict(d.timings)[stage] for d in drafts] for stage in STAGES}
     first = [sum(asdict(d.timings)[stage] for stage in ("read", "vision", "qformer", "prefill")) for d in drafts]
-    # The stop token is a token too; what opened the draft was read, not written.
+    # The stop token counts; opening tokens do not, because they were not generated.
     written = [max(1, d.new_tokens - d.opening_tokens + d.complete) for d in drafts]
-    # Where nothing is guessed, each token but the first is a pass; else a pass gives one and the guesses that held,
-    # some of which the draft may leave out again.
+    # Without speculative decoding, each token but the first needs a pass. With it, a pass yields one token and the
+    # accepted guesses, some of which the sentence filter may remove.
     decoded = [d.passes + d.accepted_tokens or n - 1 for n, d in zip(written, drafts, strict=True)]
     passes = [d.passes or n for n, d in zip(decoded, drafts, strict=True)]
     decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
-    read = _bytes_a_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))
+    read = _bytes_per_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))
     used = statistics.median(read * n / s for n, s in zip(passes, decode_s, strict=True))
     guessed = sum(d.guessed_tokens for d in drafts)
     return {
         "variant": generator.variant, "device": generator.backend.device, "threads": generator.backend.threads,
         "drafts": len(drafts), "load_s": round(load, 3),
-        "ms": {name: _spread(values) for name, values in {**spans, "first token": first}.items()},
+        "ms": {name: _percentiles(values) for name, values in {**spans, "first token": first}.items()},
         "prompt_tokens": statistics.median(d.prompt_tokens for d in drafts),
         "new_tokens": statistics.median(d.new_tokens for d in drafts),
-        "tokens_per_second": _spread([n / s for n, s in zip(decoded, decode_s, strict=True)]),
-        # None where openings alone were written: nothing was decoded.
+        "tokens_per_second": _percentiles([n / s for n, s in zip(decoded, decode_s, strict=True)]),
+        # None if the drafts consist of openings only: nothing was decoded.
         "tokens_per_pass": round(sum(decoded) / sum(passes), 2) if sum(passes) else None,
         "guesses_accepted": round(sum(d.accepted_tokens for d in drafts) / guessed, 3) if guessed else None,
         "bytes_per_pass": read,
@@ -295,27 +295,27 @@ def _table(record: dict[str, Any], before: dict[str, Any] | None) -> list[list[s
     for stage in (*STAGES[:-1], "first token", "total"):
         rows.append([f"{stage}, ms", *(_cell(row, old.get(row["variant"]), stage) for row in record["variants"])])
     if any("redraft_ms" in row for row in record["variants"]):
-        add("total of the same study again, ms", lambda row: _or_dash(row["redraft_ms"]["median"], "{:.1f}"))
+        add("total, same study again, ms", lambda row: _or_dash(row["redraft_ms"]["median"], "{:.1f}"))
     add("tokens/s while decoding", lambda row: f"{row['tokens_per_second']['median']:.0f}")
-    add("tokens read, written", lambda row: f"{row['prompt_tokens']:.0f}, {row['new_tokens']:.0f}")
-    add("tokens a pass (guesses accepted)", _guessing)
-    add("MB read a pass", lambda row: f"{row['bytes_per_pass'] / 1e6:.1f}")
+    add("prompt tokens, new tokens", lambda row: f"{row['prompt_tokens']:.0f}, {row['new_tokens']:.0f}")
+    add("tokens per pass (guesses accepted)", _guessing)
+    add("MB read per pass", lambda row: f"{row['bytes_per_pass'] / 1e6:.1f}")
     add("share of memory bandwidth", lambda row: _or_dash(row["bandwidth_share"], "{:.0%}"))
     add("loading, s", lambda row: f"{row['load_s']:.2f}")
     add("peak memory, MB", lambda row: f"{row['peak_memory_mb']:.0f}")
     if any(row["gpu_memory_mb"] for row in record["variants"]):
         add("GPU memory, MB", lambda row: _or_dash(row["gpu_memory_mb"], "{:.0f}"))
     if cold := record.get("cold"):
-        rows.append(["cold command, s", f"{cold['command_s']:.2f}", *[""] * (len(rows[0]) - 2)])
-        rows.append(["cold command, peak MB", f"{cold['peak_memory_mb']:.0f}", *[""] * (len(rows[0]) - 2)])
+        rows.append(["cold start of the command, s", f"{cold['command_s']:.2f}", *[""] * (len(rows[0]) - 2)])
+        rows.append(["cold start, peak memory, MB", f"{cold['peak_memory_mb']:.0f}", *[""] * (len(rows[0]) - 2)])
     return rows
 
 
 def _cell(row: dict[str, Any], old: dict[str, Any] | None, stage: str) -> str:
-    spread = row["ms"][stage]
-    text = f"{spread['median']:.1f} (p95 {spread['p95']:.1f}, p99 {spread['p99']:.1f})"
+    percentiles = row["ms"][stage]
+    text = f"{percentiles['median']:.1f} (p95 {percentiles['p95']:.1f}, p99 {percentiles['p99']:.1f})"
     if old and old["ms"].get(stage, {}).get("median"):
-        text += f", {spread['median'] / old['ms'][stage]['median']:.2f} x before"
+        text += f", {percentiles['median'] / old['ms'][stage]['median']:.2f} x before"
     return text
 
 
@@ -332,18 +332,18 @@ def _title(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     bandwidth = f"{where['read_bandwidth_gb_s']:.0f} GB/s" if where["read_bandwidth_gb_s"] else ""
     parts = [where["processor"], f"{where['cores']} cores", bandwidth, where["gpu"] or "", versions, where["date"]]
-    drafts = f"{record['images']} radiographs, {record['repeat']} times"
+    drafts = f"{record['images']} radiographs x {record['repeat']} drafts"
     return f"{record['model']}, median of {drafts}. " + ", ".join(filter(None, parts))
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
     p95, p99 = np.percentile(values, (95, 99))
     found = {"median": statistics.median(values), "p95": p95, "p99": p99, "least": min(values), "most": max(values)}
     return {name: round(float(value), 3) for name, value in found.items()}
 
 
-def _bytes_a_pass(bundle: Bundle, variant: str, length: float) -> int:
-    """What one pass of the decoder reads: all its weights, and keys and values of what was read before."""
+def _bytes_per_pass(bundle: Bundle, variant: str, length: float) -> int:
+    """Bytes that one decoder pass reads: all weights, and the KV cache."""
     chosen = bundle.manifest.variants[variant]
     graphs = {chosen.graphs["decoder_model_merged"]} if chosen.graphs else set(chosen.data)
     names = graphs | {n for n in chosen.data if n.startswith("decoder_model_merged")}
@@ -355,7 +355,7 @@ def _bytes_a_pass(bundle: Bundle, variant: str, length: float) -> int:
 
 
 def _peak_memory(children: bool = False) -> float:
-    """The most resident memory that this process, or a finished child, has had, in MB."""
+    """Peak resident memory of this process, or of its finished children, in MB."""
     try:
         import resource
     except ImportError:  # Windows

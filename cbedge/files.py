@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and lock what only one process may change. Works on Linux, macOS and Windows."""
+"""Atomic writing and locking of files, on Linux, macOS and Windows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 @contextmanager
 def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A new file to write to, which appears at ``path`` whole and synced to disk when the block ends without an error.
+    """Open a new file that appears at ``path``, complete and synced to disk, if the block ends without an error.
 
     A new file's permissions follow the umask. A file that is replaced keeps its permissions.
 
@@ -53,16 +53,16 @@ def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
             _rename_new(partial, path)
         sync_folder(path.parent)
     finally:
-        with suppress(OSError):  # such as a disk that became read-only; the first error is the one to tell
+        with suppress(OSError):  # such as a disk that became read-only; the first error is the relevant one
             partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, *content: bytes | memoryview, replace: bool = True) -> None:
-    """Write a file that appears whole and synced to disk, or not at all; see :func:`open_atomically`.
+    """Write a file atomically and sync it to disk; see :func:`open_atomically`.
 
     Args:
         path: the file; its folder must exist.
-        content: its bytes, in one piece or in several.
+        content: its bytes, in one or more pieces.
         replace: whether a file that exists may be replaced.
 
     Raises:
@@ -77,10 +77,10 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
     """Check before the work starts that :func:`write_output` can write there, and that it is not one of the inputs.
 
     Args:
-        path: where the output is to be written.
+        path: path of the output.
         replace: whether a file that exists may be replaced.
-        inputs: files that are read. No output may replace one of them, under whatever name or link.
-        regular: whether only a regular file will do, because it is read again.
+        inputs: files that are read; they must not be overwritten, under any name or link.
+        regular: whether the output must be a regular file, because it is read again.
 
     Raises:
         OutputError: the output cannot be written there.
@@ -88,7 +88,7 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
     number = None if regular else _descriptor(path)
     fault = windows_fault(path.name) if ON_WINDOWS else None
     if fault:
-        raise OutputError(f"Windows has no files like {_short(path)}: the name {fault}; give another one")
+        raise OutputError(f"Windows does not allow the file name {_short(path)}, which {fault}; give another one")
     try:
         state = path.stat() if number is None else os.fstat(number)
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
             if ON_WINDOWS and len(os.path.abspath(path)) > MAX_WINDOWS_PATH:
                 long = f"longer than the {MAX_WINDOWS_PATH} characters that Windows allows"
                 raise OutputError(f"the path {_short(path)} is {long}: give a shorter one") from None
-            raise OutputError(f"no such folder: {folder}; make it, or give another path") from None
+            raise OutputError(f"no such folder: {folder}; create it, or give another path") from None
         return
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {_short(path)}: {_reason(error)}; give another path") from None
@@ -115,18 +115,18 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
             raise OutputError(f"{path} is not a regular file; give another path")
         return
     if not replace:
-        raise OutputError(f"{path} exists already: give --force to replace it, or another name")
+        raise OutputError(f"{path} already exists: give --force to overwrite it, or another name")
 
 
 def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Path] = ()) -> None:
-    """Write an output that a user named. Pipes, terminals and other character devices are written to as they are; the
+    """Write an output to a path given by a user. Pipes, terminals and other character devices are written directly; the
     file behind a symbolic link is replaced and the link is kept.
 
     Args:
-        path: where; see :func:`check_output`.
+        path: path of the output; see :func:`check_output`.
         content: its bytes.
         replace: whether a file that exists may be replaced.
-        inputs: files that are never replaced.
+        inputs: files that are never overwritten.
 
     Raises:
         OutputError: it cannot be written there.
@@ -143,13 +143,13 @@ def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Pat
         else:
             write_atomically(_target(path), content, replace=replace)
     except FileExistsError:
-        raise OutputError(f"{path} exists already: give --force to replace it, or another name") from None
+        raise OutputError(f"{path} already exists: give --force to overwrite it, or another name") from None
     except OSError as error:
         raise OutputError(f"cannot write {_short(path)}: {_reason(error)}; give another path") from None
 
 
 def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two paths name one file: by another spelling, a symbolic link or a hard link."""
+    """Whether two paths are the same file, also by another spelling, a symbolic link or a hard link."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def is_same_file(first: Path, second: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
+    """Make renames in a folder durable, if the system supports it (Windows cannot open folders)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -171,19 +171,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path, busy: str) -> FileLock:
-    """Take the lock of a file or folder for as long as the returned lock lives or until its ``release()``.
+    """Lock a file or folder until the returned lock is released or deleted.
 
-    The lock ends with the process, however that ends: a lock file that was left behind locks nothing.
+    The lock ends with the process: a lock file that was left behind has no effect.
 
     Args:
-        path: the lock file, made where it does not exist.
-        busy: what to say where another process has the lock.
+        path: the lock file, created if necessary.
+        busy: error message if another process has the lock.
 
     Raises:
         OutputError: another process has the lock.
-        OSError: the lock file cannot be made, or the file system cannot lock.
+        OSError: the lock file cannot be created, or the file system cannot lock.
     """
-    from filelock import FileLock, Timeout  # a command that locks nothing starts sooner
+    from filelock import FileLock, Timeout  # imported here because most commands need no lock
 
     lock = FileLock(path)
     try:
@@ -196,7 +196,7 @@ def lock_file(path: Path, busy: str) -> FileLock:
 
 
 def lock_path(path: Path) -> Path:
-    """The lock file that belongs to a file: beside it, under a hidden name."""
+    """The lock file of a file: in the same folder, with a hidden name."""
     name = f".{path.name}.lock"
     if len(os.fsencode(name)) > _MAX_NAME_BYTES:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.lock"
@@ -204,19 +204,19 @@ def lock_path(path: Path) -> Path:
 
 
 def _rename_new(partial: Path, path: Path) -> None:
-    """Rename, but never over a file that appeared meanwhile."""
+    """Rename without overwriting a file that was created meanwhile."""
     try:
         os.link(partial, path)
     except FileExistsError:
         raise
-    except (AttributeError, OSError):  # no hard links here: a small window remains
+    except (AttributeError, OSError):  # no hard links: a short race remains
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(partial, path)
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of the open file that a path such as ``/dev/stdout`` or ``/dev/fd/3`` names."""
+    """The file descriptor of a path such as ``/dev/stdout`` or ``/dev/fd/3``."""
     name = os.path.normpath(path)
     match = _DESCRIPTOR.fullmatch(name)
     return int(match[1]) if match else _STREAMS.get(name)

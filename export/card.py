@@ -1,4 +1,4 @@
-"""The model card: what the model is, where it comes from, how good it is, and what it must not be used for."""
+"""The model card: what the model is, its origin, its measured quality, and its limits."""
 
 from typing import Any
 
@@ -9,36 +9,36 @@ from training.datasets.iu_xray import PROVENANCE
 from training.datasets.provenance import NO_LICENCE
 
 _OPENED = (
-    "Where its image scores reach their thresholds, the draft begins with a fixed sentence for each such finding, and "
-    "the language model goes on from there; which sentences those are is said with every draft."
+    "For each finding whose image score reaches its threshold, the draft starts with a fixed sentence. The language "
+    "model continues from there. Every draft states which of its sentences are of this kind."
 )
 _CONSISTENT = (
-    "A sentence that goes on to contradict one of them (that the lungs are clear, behind an opacity) is left out, "
-    "where it is known by its words."
+    "A later sentence that contradicts such a finding (for example, clear lungs after an opacity) is removed if a "
+    "pattern for the finding recognizes it."
 )
 
 _NOT_COMPARED = (
-    "Not compared: the graphs were written layer by layer, for a machine that does not hold the whole model in fp32. "
-    "`python -m export` compares."
+    "Not compared: the graphs were exported layer by layer, for machines without enough memory for the whole model in "
+    "fp32. `python -m export` compares them."
 )
 _TEMPLATES = (
-    "Where the image scores see nothing abnormal, the draft is a template, word for word: a normal report chosen by "
-    "indication and comparison. So a normal draft says what normal reports usually say, not what was looked at. The "
-    "sentences of a template that the user gives stand in every draft, without those that contradict the image scores; "
-    "the report names these. The impression says again what the draft began with, and what the template concludes "
-    "unless that contradicts it. No template has the findings of a report of the training collection."
+    "If no abnormality is detected, the draft is a normal-report template, word for word, selected by indication and "
+    "comparison. So a normal draft states what normal reports usually state, not what was examined. A user's template "
+    "is used in every draft, without the sentences that contradict the image scores; the report lists these. The "
+    "impression repeats the fixed sentences of the findings, followed by the template's impression unless it "
+    "contradicts them. No template has the findings section of a training report."
 )
 _KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests that do not say it
-_BESIDE = ", and the study's lateral one beside it where that is given,"
+_AND_LATERAL = ", and optionally the lateral one of the study,"
 
 
 def model_card(manifest: Manifest, parity: Parity | None, templates: bool = False) -> str:
-    """The text of ``MODEL_CARD.md``; it states only what was measured.
+    """The text of ``MODEL_CARD.md``, with measured values only.
 
     Args:
-        manifest: of the bundle.
-        parity: ``None`` where nothing was compared.
-        templates: drafts keep to the bundle's templates.
+        manifest: the bundle's manifest.
+        parity: comparison with torch, or ``None``.
+        templates: whether drafts follow the bundle's templates.
     """
     quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
     side = manifest.preprocessing.image_size
@@ -50,14 +50,14 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
         "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
         "2024;8:e32690). "
-        f"It reads one frontal chest radiograph{_BESIDE if lateral else ''} with its indication and comparison, and "
+        f"It reads one frontal chest radiograph{_AND_LATERAL if lateral else ''} with indication and comparison, and "
         "writes findings and impression.",
         *([_OPENED] if opened else []),
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([_TEMPLATES] if templates else []),
         "", "## Licence",
-        f"{manifest.license}; research use. The licences of the base weights and of the training data (below) hold "
-        "too; no image or report is in the weights as a file. The software around them is Apache-2.0.", "",
+        f"{manifest.license}; research use. The licences of the base weights and of the training data (below) also "
+        "apply. The weights contain no image or report as a file. The software is licensed under Apache-2.0.", "",
         "## Base weights",
         *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights], "",
         "## Training data",
@@ -78,11 +78,11 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
     lines += [
         "", "## Parity with torch", "", parity.to_markdown() if parity else _NOT_COMPARED, "",
         "## Limits",
-        "- Not a medical device; not validated for any clinical use. Never act on a draft that nobody checked.",
-        "- It misses findings and invents others; fluent, plausible sentences are no sign that it saw something.",
-        "- N-gram scores on such reports are high for a constant normal report too: read them beside the controls.",
-        f"- Radiographs are seen at {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
-        f"- It sees {'' if lateral else 'no lateral view and '}no earlier study; what it says of a comparison comes "
+        "- Not a medical device; not validated for clinical use. Never act on an unchecked draft.",
+        "- It misses findings and invents others. Fluent, plausible sentences do not show that a finding was seen.",
+        "- A constant normal report also gets high n-gram scores on such data: compare them with the controls.",
+        f"- Images are scaled to {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
+        f"- It does not see {'' if lateral else 'lateral views or '}prior studies; statements about a comparison come "
         "from the given text.",
         *_populations(manifest), "",
     ]  # fmt: skip
@@ -101,14 +101,14 @@ def _training_data(record: dict[str, str]) -> str:
 
 
 def _populations(manifest: Manifest) -> list[str]:
-    """Whose radiographs the model knows, as far as its records say."""
+    """The populations of the training data, as far as they are recorded."""
     known = [data.get("population") or _KNOWN.get(data["name"], "") for data in manifest.training_data]
-    told = [f"- {text}" for text in dict.fromkeys(known) if text]
-    return told if told and all(known) else [*told, "- Whose radiographs it was trained on is not stated in full."]
+    lines = [f"- {text}" for text in dict.fromkeys(known) if text]
+    return lines if lines and all(known) else [*lines, "- The population of the training data is not fully documented."]
 
 
 def _clinical(measured: dict[str, Any] | None) -> list[str]:
-    """What drafts get right of abnormality and of each finding, from an evaluation's record."""
+    """Scores of abnormality and of each finding, from the record of an evaluation."""
     if not measured:
         return []
     names = {"balanced_accuracy": "abnormal or normal, balanced accuracy", "finding_f1": "F1 of 13 findings, micro",
@@ -116,10 +116,10 @@ def _clinical(measured: dict[str, Any] | None) -> list[str]:
     rows = {row: {text: values[name][0] for name, text in names.items()} for row, values in measured["scores"].items()}
     main, by_finding = next(iter(measured["by_finding"].items()))
     return [
-        f"Abnormal by people's tags: {measured['abnormal_studies']} of {measured['studies']}. Findings of drafts and "
-        "references are read by `training/findings.py`.", "",
+        f"Abnormal by manual tags: {measured['abnormal_studies']} of {measured['studies']}. Findings of drafts and "
+        "references are labelled by `training/findings.py`.", "",
         *_table(rows), "",
-        f"By finding, {main} (no figures by age, sex or device: the collection does not tell them):", "",
+        f"By finding, {main} (not by age, sex or device, which the data set does not record):", "",
         "| | precision | recall | F1 | positives |", "| --- |" + " --- |" * 4,
         *[f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
           for label, s in by_finding.items()],

@@ -52,7 +52,7 @@ def test_an_unknown_variant_is_told_with_those_that_exist(tiny_bundle: Path):
         ({"format_version": 99}, "format 99"),
         ({"prompt_version": 99}, "prompt version 99"),
         ({"shapes": {}}, "not valid"),
-        ({"files": {"../evil": {"size": 1, "sha256": ""}}}, "leaves the folder"),
+        ({"files": {"../evil": {"size": 1, "sha256": ""}}}, "not a plain name"),
         ({"default_variant": "none"}, "no variant"),
     ],
 )

@@ -189,7 +189,7 @@ def test_the_log_says_why_the_pacs_takes_no_draft(listen: Callable, film: Path, 
     assert send(port, another(film)) == 0
     wait_for(lambda: "PACS does not accept Enhanced SR documents" in (tmp_path / "log").read_text())
     server.shutdown()
-    wait_for(lambda: f"no answer from at 127.0.0.1:{pacs_port}" in (tmp_path / "log").read_text())
+    wait_for(lambda: f"no answer from 127.0.0.1:{pacs_port}" in (tmp_path / "log").read_text())
     strict = AE("ELSEWHERE")
     strict.require_called_aet = True
     strict.add_supported_context(EnhancedSRStorage)

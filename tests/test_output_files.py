@@ -101,7 +101,7 @@ def test_a_console_that_lacks_letters_gets_escapes(letters: str, tmp_path: Path)
     done = cbedge("doctor", "--model", "Modell-\u0416\u2713", cwd=tmp_path,
                   env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": letters, "PYTHONUTF8": "0",
                        "LC_ALL": "C.UTF-8"})  # fmt: skip
-    assert "no model bundle at Modell-\\u0416\\u2713\n" in done.stdout
+    assert "no model bundle at Modell-\\u0416\\u2713 (manifest.json is missing)\n" in done.stdout
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 

@@ -1,6 +1,6 @@
-"""What a model is on disk: a folder of ONNX graphs, tokenizers and a card, described by ``manifest.json``.
+"""A model on disk: a folder with ONNX graphs, tokenizers and a model card, described by ``manifest.json``.
 
-Opening verifies every file that a variant needs; writing is atomic. There is no pickle anywhere.
+Opening verifies every file that a variant needs; writing is atomic. No file is a pickle.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from cbedge.images.preprocess import Preprocessing
 from cbedge.prompt import PROMPT_VERSION
 
 FORMAT_VERSION = 2
-READABLE_FORMATS = (1, 2)  # format 1 has the default preprocessing and no suffix_ids
+READABLE_FORMATS = (1, 2)  # format 1 implies the default preprocessing and no suffix_ids
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
@@ -32,9 +32,9 @@ PHRASEBOOK = "phrasebook.npy"
 TEMPLATES = "templates.npz"
 WORDS = "words.npy"
 GRAPHS = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
-FOR_GPUS = ("q4f16", "fp16")  # variants, the best first
+FOR_GPUS = ("q4f16", "fp16")  # variants for GPUs, best first
 IN_INT8 = "q4a8"  # the variant that reads int4's weights and multiplies in 8-bit integers
-ENCODER = "encoder_model"  # a fifth graph, of a language model that has an encoder (Flan-T5)
+ENCODER = "encoder_model"  # additional graph of an encoder-decoder language model (Flan-T5)
 BACKENDS = ("onnx", "torch_nf4")
 DEFAULT_BUNDLE = Path(__file__).parent.parent / "models" / "default"
 
@@ -52,10 +52,10 @@ class Variant:
     """One precision of the same model.
 
     Attributes:
-        description: one line for people.
-        graphs: the ONNX file of each of :data:`GRAPHS`, and of :data:`ENCODER` where the language model has one.
-        data: files of external weights that those graphs refer to, or that another backend reads.
-        backend: ``onnx``, or ``torch_nf4``, which reads no graph.
+        description: one line of text.
+        graphs: ONNX file of each of :data:`GRAPHS`, and of :data:`ENCODER` if the language model has an encoder.
+        data: files with external weights of those graphs, or files of another backend.
+        backend: ``onnx``, or ``torch_nf4``, which has no graphs.
     """
 
     description: str
@@ -66,7 +66,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes that the runtime needs to know before it runs a graph."""
+    """Sizes that the runtime needs before it runs a graph."""
 
     image_size: int
     num_query_tokens: int
@@ -81,24 +81,24 @@ class Manifest:
     """The content of ``manifest.json``.
 
     Attributes:
-        name, version, license: of the model.
-        prompt_version: of ``cbedge/prompt.py`` that the model was trained with.
+        name, version, license: name, version and license of the model.
+        prompt_version: version of the prompt that the model was trained with.
         shapes: see :class:`Shapes`.
-        preprocessing: how pixels become the vision encoder's input.
+        preprocessing: settings of the preprocessing.
         prefix_ids: token ids between the image embeddings and the prompt (a beginning-of-text token, or none).
         suffix_ids: token ids right after the prompt (an end-of-text token for an encoder such as Flan-T5's, or none).
         stop_ids: token ids that end a report.
-        start_ids: token ids that a decoder with an encoder before it begins with.
+        start_ids: start token ids of the decoder of an encoder-decoder model.
         decoding: defaults: ``max_new_tokens``, and ``no_repeat`` and ``stop_bias`` of
             :class:`cbedge.decoding.Decoding`.
-        default_variant: the variant that is taken when none is named.
-        variants, files: what is in the folder.
+        default_variant: the variant that is used by default.
+        variants, files: content of the folder.
         training_data, base_weights: origin and licence of each.
         quality: measured scores, each with its control rows.
-        image_findings: what the Q-Former's graph scores (its output ``finding_logits``), the prompt tells, and drafts
-            are opened with; ``None`` for a model that is not told.
-        reads_lateral: the model was trained to read a lateral radiograph beside the frontal one.
-        never_ids: tokens that a draft never holds: pieces of characters that no training report has.
+        image_findings: findings that the Q-Former's graph scores (its output ``finding_logits``), the prompt lists, and
+            drafts start with; ``None`` for a model without finding scores.
+        reads_lateral: whether the model was trained to read a lateral radiograph together with the frontal one.
+        never_ids: tokens that are never generated: parts of characters that occur in no training report.
     """
 
     name: str
@@ -132,8 +132,8 @@ class Bundle:
     manifest: Manifest
 
     def variant(self, name: str | None = None) -> tuple[str, Variant]:
-        """The named variant, or the default one, as (name, variant); a machine may have a better one: see
-        :func:`cbedge.backends.choose_variant`.
+        """The named or the default variant, as (name, variant). See :func:`cbedge.backends.choose_variant` for the
+        best variant of a machine.
 
         Raises:
             BundleError: the bundle has no such variant.
@@ -145,17 +145,17 @@ class Bundle:
         return name, self.manifest.variants[name]
 
     def verify(self, names: tuple[str, ...] | None = None, sizes_alone: bool = False) -> None:
-        """Check size and SHA-256 of the named files (default: all), or that they are there with their size.
+        """Check size and SHA-256 of the named files (default: all), or only existence and size.
 
         Raises:
-            BundleError: a file is missing or is not what was exported.
+            BundleError: a file is missing, altered or damaged.
         """
         names = tuple(self.manifest.files) if names is None else names
         with ThreadPoolExecutor() as pool:
             list(pool.map(partial(self._verify_file, sizes_alone=sizes_alone), names))
 
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
-        """Every file that running a variant reads."""
+        """All files that are needed to run a variant."""
         optional = [
             name
             for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, LATERAL_GATE, FILM_VIEW)
@@ -167,7 +167,9 @@ class Bundle:
         record = self.manifest.files.get(name)
         path = self.folder / name
         if record is None:
-            raise BundleError(f"{MANIFEST} lists no {name}: the bundle is incomplete; install or export it again")
+            raise BundleError(
+                f"{MANIFEST} does not list {name}, so the bundle is incomplete: install or export it again"
+            )
         if not path.is_file():
             raise BundleError(f"{name} is missing from the bundle {self.folder}: install or export it again")
         if path.stat().st_size != record.size or not (sizes_alone or file_sha256(path) == record.sha256):
@@ -181,19 +183,21 @@ def file_sha256(path: Path) -> str:
 
 
 def open_bundle(folder: Path | str | None = None) -> Bundle:
-    """Read a bundle's manifest; the files themselves are checked by :meth:`Bundle.verify`.
+    """Read a bundle's manifest; :meth:`Bundle.verify` checks the files.
 
     Args:
         folder: the bundle; default is the embedded model.
 
     Raises:
-        BundleError: there is no bundle, or its manifest is damaged, of a newer format or of another prompt version.
+        BundleError: there is no bundle, or its manifest is damaged or has an unsupported format or prompt version.
     """
     path = DEFAULT_BUNDLE if folder is None else Path(folder)
     try:
         values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"no model bundle at {path}: it has no {MANIFEST}; give a folder that export wrote") from None
+        raise BundleError(
+            f"no model bundle at {path} ({MANIFEST} is missing): give the folder of an exported bundle"
+        ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{MANIFEST} in {path} cannot be read ({type(error).__name__}): export it again") from None
     version = values.get("format_version") if isinstance(values, dict) else None
@@ -206,22 +210,22 @@ def open_bundle(folder: Path | str | None = None) -> Bundle:
         raise BundleError(f"{MANIFEST} in {path} is not valid ({error}): export it again") from None
     if manifest.prompt_version != PROMPT_VERSION:
         raise BundleError(
-            f"{manifest.name} was trained with prompt version {manifest.prompt_version}, this cbedge writes "
+            f"{manifest.name} was trained with prompt version {manifest.prompt_version}, but this cbedge uses version "
             f"{PROMPT_VERSION}: update cbedge or the model"
         )
     return Bundle(path, manifest)
 
 
 def write_bundle(folder: Path, fill: Callable[[Path], Manifest], force: bool = False) -> Bundle:
-    """Write a bundle atomically: a temporary folder beside it, fsync, rename.
+    """Write a bundle atomically: a temporary folder next to it, fsync, rename.
 
     Args:
-        folder: where the bundle is to be.
-        fill: writes the files into the folder it is given and returns the manifest; its ``files`` are filled in here.
-        force: replace a bundle that is already there.
+        folder: folder of the bundle.
+        fill: writes the files into a given folder and returns the manifest; its ``files`` are set here.
+        force: overwrite an existing bundle.
 
     Raises:
-        OutputError: something is at ``folder`` and ``force`` is not given, or it is no bundle, or cannot be written.
+        OutputError: ``folder`` exists and may not be overwritten, or cannot be written.
     """
     check_target(folder, force)
     scratch = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
@@ -247,17 +251,17 @@ def write_bundle(folder: Path, fill: Callable[[Path], Manifest], force: bool = F
 
 
 def check_target(folder: Path, force: bool) -> None:
-    """Refuse to write over what is there.
+    """Check that a folder may be written.
 
     Raises:
-        OutputError: ``folder`` holds something, and it is no bundle or ``force`` is not given.
+        OutputError: ``folder`` is not empty, and it is not a bundle or ``force`` is false.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
-        raise OutputError(f"{folder} is there and is not a bundle: give another folder, nothing was written")
+        raise OutputError(f"{folder} exists and is not a bundle: give another folder; nothing was written")
     if not force:
-        raise OutputError(f"{folder} holds a bundle already: give --force to replace it, or another folder")
+        raise OutputError(f"{folder} already has a bundle: give --force to overwrite it, or another folder")
 
 
 def _record(path: Path) -> FileRecord:
@@ -274,7 +278,7 @@ def _fsync(path: Path) -> None:
 
 def _manifest(values: dict[str, Any]) -> Manifest:
     if values.get("topics") or values.get("decoding", {}).get("guidance", 1) != 1:
-        raise ValueError("it was made for guided decoding or topics, which cbedge no longer has")
+        raise ValueError("it uses guided decoding or topics, which cbedge no longer supports")
     known = {f.name for f in fields(Manifest)}
     values = {key: value for key, value in values.items() if key in known}
     values["shapes"] = shapes = Shapes(**values["shapes"])
@@ -284,7 +288,7 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     else:
         values["preprocessing"] = Preprocessing.from_values(values["preprocessing"])
     if values["preprocessing"].image_size != shapes.image_size:
-        raise ValueError(f"preprocessing gives images of another size than {shapes.image_size}")
+        raise ValueError(f"the image size of preprocessing is not {shapes.image_size}")
     values["files"] = {_plain(name): FileRecord(**record) for name, record in values["files"].items()}
     values["variants"] = {name: _variant(variant) for name, variant in values["variants"].items()}
     for key in ("stop_ids", "prefix_ids", "suffix_ids", "start_ids", "never_ids", "training_data", "base_weights"):
@@ -313,5 +317,5 @@ def _variant(values: dict[str, Any]) -> Variant:
 
 def _plain(name: str) -> str:
     if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"the file name {name!r} leaves the folder")
+        raise ValueError(f"the file name {name!r} is not a plain name")
     return name

@@ -1,7 +1,7 @@
-"""A draft as text, JSON, DICOM SR or FHIR R4.
+"""Output formats of a draft: text, JSON, DICOM SR and FHIR R4.
 
-SR and FHIR say that they are preliminary and unverified, which model wrote them, and of which image. Their libraries
-come with the extra ``hospital``.
+SR and FHIR documents are marked preliminary and unverified, and name the model and the image. Their libraries are
+installed with the extra ``hospital``.
 """
 
 from cbedge.outputs.registry import FORMATS, SCHEMA, Format, check_format, render

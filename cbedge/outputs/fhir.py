@@ -20,7 +20,7 @@ _LOINC = "http://loinc.org"
 
 
 def write(report: Report, source: Source) -> bytes:
-    """A report as FHIR JSON; of a DICOM file, its identifiers are taken."""
+    """Write a report as FHIR JSON, with the identifiers of a DICOM source."""
     return (to_fhir(report, read_header(source, needed=False)) + "\n").encode()
 
 
@@ -29,7 +29,7 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
 
     Args:
         report: the draft.
-        header: the image's, where it is a DICOM file: study, accession number and patient identifier are taken from it.
+        header: header of a DICOM image, from which study, accession number and patient identifier are taken.
     """
     from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 
@@ -72,7 +72,7 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
 
 
 def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
-    """The image scores, and what a reader should know beside the text."""
+    """The image scores and the notes."""
     observation: dict[str, Any] = {
         "resourceType": "Observation", "id": "image-scores", "status": "preliminary",
         "code": {"text": "Image scores of a research model, 0 to 1; they rank findings and are not probabilities"},
@@ -92,7 +92,7 @@ def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
 
 
 def _study(header: Dataset) -> tuple[dict[str, Any], list[str]]:
-    """Whose study it is, by identifiers alone; and the attributes of those that are not usable."""
+    """Identifiers of patient and study, and the names of invalid ones."""
     names = ("PatientID", "StudyInstanceUID", "AccessionNumber")
     patient, study, accession = (usable(header, name) for name in names)
     found: dict[str, Any] = {}

@@ -1,14 +1,14 @@
-"""Text for people, and JSON."""
+"""Readable text, and JSON."""
 
 from cbedge.outputs.registry import Source
 from cbedge.report import Report
 
 
 def write_text(report: Report, source: Source) -> bytes:
-    """A section a paragraph, the notes, and that it is a draft."""
+    """Write sections, notes and the draft statement."""
     return f"{report.to_text()}\n".encode()
 
 
 def write_json(report: Report, source: Source) -> bytes:
-    """All fields of the report; see ``report.schema.json``."""
+    """Write all fields of the report; see ``report.schema.json``."""
     return f"{report.to_json()}\n".encode()

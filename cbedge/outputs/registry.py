@@ -42,10 +42,10 @@ FORMATS = {
 
 
 def check_format(name: str) -> None:
-    """See that a format is known and its library is installed, before any work is done.
+    """Check that a format exists and its library is installed, before any work is done.
 
     Raises:
-        OutputError: it is not.
+        OutputError: the format is unknown or its library is missing.
     """
     if name not in FORMATS:
         raise OutputError(f"unknown format {name[:20]!r}; give one of: {', '.join(FORMATS)}")
@@ -60,16 +60,16 @@ def check_format(name: str) -> None:
 
 
 def render(report: Report, form: str, source: Source = None) -> bytes:
-    """A report in one of :data:`FORMATS`, as the bytes of a file.
+    """Write a report in one of :data:`FORMATS`.
 
     Args:
         report: the draft.
         form: the format.
-        source: the radiograph's file, whose header tells patient and study; ``sr`` needs it, ``fhir`` takes it.
+        source: the radiograph's file, whose header identifies patient and study; required for ``sr``, used by ``fhir``.
 
     Raises:
-        OutputError: the format or its library is not there.
-        RadiographError: ``sr`` of a radiograph that is no DICOM file, or whose header lacks its identifiers.
+        OutputError: the format is unknown or its library is missing.
+        RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers.
     """
     check_format(form)
     module, function = FORMATS[form].writer.split(":")

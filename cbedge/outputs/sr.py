@@ -18,34 +18,34 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 _MANUFACTURER = "cbedge"
-_SCORE_MEANING = "Image finding score, 0 to 1: ranks, is no probability"
+_SCORE_MEANING = "Image finding score, 0 to 1; ranks, not a probability"
 
 
 def write(report: Report, source: Source) -> bytes:
-    """A report as the bytes of a DICOM file.
+    """Write a report as a DICOM file.
 
     Raises:
-        RadiographError: the source is no DICOM file, or its header lacks its identifiers.
+        RadiographError: the source is not a DICOM file, or its header lacks identifiers.
     """
     return to_sr(report, read_header(source))
 
 
 def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> bytes:
-    """An Enhanced SR document in the image's study: preliminary, partial, unverified.
+    """Write an Enhanced SR document in the image's study: preliminary, partial, unverified.
 
-    Of the header, what is valid is copied, in Unicode; a comment names the attributes that were left out.
+    Valid attributes of the header are copied, in Unicode; a comment lists the omitted ones.
 
     Args:
         report: the draft.
-        header: the image's, without pixels.
-        same_again: derive the document's identifiers from all that makes its text, so that a document that is made
-            again after an interruption is the same one to whoever has it already, and any other draft is another.
+        header: the image's header, without pixels.
+        same_again: derive the document's identifiers from its content, so that a document that is written again after
+            an interruption has the same identifiers, and a different draft has others.
 
     Raises:
-        RadiographError: there is none, or its identifiers are missing or malformed.
+        RadiographError: there is no header, or its identifiers are missing or invalid.
     """
     if header is None:
-        raise RadiographError("a DICOM SR belongs to a study: give the radiograph as a DICOM file, or another --format")
+        raise RadiographError("a DICOM SR needs a study: give the radiograph as a DICOM file, or another --format")
     import highdicom
     from pydicom.uid import generate_uid
 
@@ -55,7 +55,7 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
     uids = [generate_uid(entropy_srcs=[identity, kind] if same_again else None) for kind in ("series", "document")]
 
     class Document(highdicom.sr.EnhancedSR):
-        """Copies patient and study of the checked header, also of an image whose SOP class highdicom does not know."""
+        """Copies patient and study from the checked header, for any SOP class of the image."""
 
         def copy_patient_and_study_information(self, dataset: Dataset) -> None:
             for name in PATIENT_AND_STUDY:
@@ -77,7 +77,7 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
 
 
 def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:
-    """A hash of all that makes a document: what it copies, the images, what wrote it and every word that it says."""
+    """A hash of a document's content: copied attributes, images, model and text."""
     parts = [
         {str(element.tag): str(element.value) for element in study.values}, content.to_json(), report.text,
         report.complete, report.image_sha256, report.lateral_sha256, report.view, report.template, report.model,
@@ -87,18 +87,18 @@ def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:
 
 
 def _long_string(text: str) -> str:
-    """Text that fits an attribute of type LO."""
+    """Text that is valid for the VR LO."""
     return "".join(c if c.isprintable() and c != "\\" else " " for c in text)[:64].strip() or "unknown"
 
 
 def _series_number(header: Dataset) -> int:
-    """High enough not to meet the modality's own series."""
+    """A number that is unlikely to collide with the modality's series."""
     number = usable(header, "SeriesNumber")
     return 9000 + int(str(number or 0)) % 900
 
 
 def _content(report: Report, study: StudyHeader) -> Dataset:
-    """The content tree: what wrote it, that it is a draft, what to check first, the sections, the finding scores."""
+    """The content tree: model, draft statement, notes, sections, finding scores."""
     from highdicom.sr import (
         CodeContentItem,
         CodedConcept,
@@ -131,7 +131,7 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         container.ContentSequence = ContentSequence([item])
         return container
 
-    # The device's identity follows from what it is, so that two drafts of one model name the same observer.
+    # The UID is derived from the model, so that two drafts of a model have the same observer.
     observer = generate_uid(entropy_srcs=[report.model, report.model_version, report.variant])
     items = [
         CodeContentItem(

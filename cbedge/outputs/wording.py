@@ -11,7 +11,7 @@ IMPRESSION = ("19005-8", "Radiology imaging study")
 
 
 def left_out(names: Sequence[str]) -> list[str]:
-    """A sentence on the attributes of a DICOM header that were not usable, where there are any."""
+    """A sentence that lists the invalid attributes of a DICOM header; empty if there are none."""
     if not names:
         return []
-    return [f"Left out of what is copied from the DICOM header, because not usable: {', '.join(names)}."]
+    return [f"Invalid attributes of the DICOM header that were not copied: {', '.join(names)}."]
