@@ -89,7 +89,7 @@ def test_what_cannot_be_used_is_said_on_the_page(page, tmp_path: Path):
     page.set_input_files("#file", str(tmp_path / "x.png"))
     page.click("#go")
     page.wait_for_selector("#state.bad")
-    assert "not an image" in page.text_content("#state") and page.is_enabled("#go")
+    assert "not a supported image" in page.text_content("#state") and page.is_enabled("#go")
 
 
 def test_the_page_is_used_by_keyboard_and_names_its_parts(page):
