@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cbedge.findings.image_findings import ImageFindings, scores_of
+from cbedge.findings.image_findings import CONTRARY, ImageFindings, scores_of
 from cbedge.images.preprocess import Preprocessing
 from training.fetch import BASE_PARTS, fetch_base
 from training.processor import load_preprocessing, save_preprocessing
@@ -202,7 +202,8 @@ def load_finding_head(folder: Path) -> FindingHead | None:
     values = json.loads(path.read_text(encoding="utf-8"))
     tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
     lines = (tuple(values.get(key, ())) for key in ("openings", "denials", "lateral_shares"))
-    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), *lines)
+    excludes = tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY))
+    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), *lines, excludes)
     return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 
 
