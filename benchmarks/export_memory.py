@@ -81,9 +81,9 @@ def watch(command: list[str]) -> tuple[float, float]:
 def main(
     output: Annotated[Path, typer.Option(help="JSON to write.")],
     depths: Annotated[list[int], typer.Option(help="Layers of the checkpoint; repeated.")] = [2, 4],  # noqa: B006
-    at_once: Annotated[int, typer.Option(min=1, help="Layers in memory together.")] = 1,
-    width: Annotated[int, typer.Option(help="Of the hidden state; 4096 is Vicuna-7B's.")] = 4096,
-    vocabulary: Annotated[int, typer.Option(help="Tokens; 32,000 are Vicuna-7B's.")] = 32_000,
+    at_once: Annotated[int, typer.Option(min=1, help="Number of layers in memory at a time.")] = 1,
+    width: Annotated[int, typer.Option(help="Width of the hidden state; 4096 for Vicuna-7B.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(help="Vocabulary size; 32,000 for Vicuna-7B.")] = 32_000,
     variant: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int4",
 ) -> None:
     """Measure, print and record."""

@@ -35,7 +35,7 @@ def _refuse(out: Path) -> None:
 @app.command("empty")
 def empty_command(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must be new.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
 ) -> None:
     """Write the bundle without its weights."""
     _refuse(out)
@@ -67,7 +67,7 @@ def emptied(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 @app.command("fill")
 def fill_command(
-    folder: Annotated[Path, typer.Argument(help="What `empty` wrote; it becomes a bundle again.")],
+    folder: Annotated[Path, typer.Argument(help="Folder written by `empty`; it becomes a bundle again.")],
 ) -> None:
     """Draw weights."""
     rng = np.random.default_rng(0)

@@ -108,8 +108,8 @@ def _ids(out: Path) -> tuple[list[str], int]:
 
 @app.command(help=__doc__)
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that two batches are killed.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the moments.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times two batches are killed.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the times of the kills.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Run, print and record; end with 1 where anything is lost or twice."""

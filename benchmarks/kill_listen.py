@@ -82,9 +82,9 @@ def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: f
 
 @app.command(help=__doc__)
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that the node is killed.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times the node is killed.")] = 50,
     per_round: Annotated[int, typer.Option(min=1, help="Radiographs sent in each round.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the times of the kills.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Run, print and record; end with 1 where anything is lost, twice or put aside."""

@@ -81,9 +81,9 @@ def losses(run: Path, stage: str) -> list[list[str]]:
 def main(
     output: Annotated[Path, typer.Option(help="JSON to write.")],
     shape: Annotated[str, typer.Option(help="vicuna-7b or tiny.")] = "vicuna-7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the language model.", show_default="all")] = None,
-    base_precision: Annotated[str, typer.Option(help="Of frozen weights: nf4 or bf16.")] = "nf4",
-    force: Annotated[bool, typer.Option("--force", help="Replace a record that is already there.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the language model.", show_default="all")] = None,
+    base_precision: Annotated[str, typer.Option(help="Precision of frozen weights: nf4 or bf16.")] = "nf4",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing record.")] = False,
 ) -> None:
     """Measure, print and record."""
     if output.exists() and not force:

@@ -44,9 +44,9 @@ class Outcome:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
     output: Annotated[Path, typer.Option(help="JSON to write.")],
-    requests: Annotated[int, typer.Option(min=1, help="Drafts to ask for.")] = 2000,
-    clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
-    radiographs: Annotated[int, typer.Option(min=1, help="Different ones, taken in turn.")] = 20,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 2000,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 16,
+    radiographs: Annotated[int, typer.Option(min=1, help="Number of different radiographs.")] = 20,
     model: Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")] = None,
 ) -> None:
     """Measure, print and record."""

@@ -60,10 +60,12 @@ def measure(generator: ReportGenerator, prompt: int, runs: int) -> dict[str, flo
 @app.command(help=__doc__)
 def main_command(
     bundle: Annotated[Path, typer.Option(help="A bundle.")],
-    variant: Annotated[str | None, typer.Option(help="Of it.", show_default="as cbedge chooses")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the bundle.", show_default="chosen for this machine")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    prompt: Annotated[int, typer.Option(min=1, help="Embeddings read before.")] = 80,
-    runs: Annotated[int, typer.Option(min=1, help="Of each stage; twice as many of a pass.")] = 20,
+    prompt: Annotated[int, typer.Option(min=1, help="Length of the prompt in embeddings.")] = 80,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each stage; twice as many of a pass.")] = 20,
 ) -> None:
     """Measure and print as JSON."""
     generator = ReportGenerator.from_pretrained(bundle, variant, device)

@@ -528,10 +528,10 @@ def main(
         typer.Option(help="Its checkpoint, as for python -m export.", show_default="the bundle's fp32, restored"),
     ] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its run.")] = None,
-    image: Annotated[Path, typer.Option(help="Radiograph.", show_default="examples/chest_pa.png")] = EXAMPLE,
-    indication: Annotated[str, typer.Option(help="In the prompt.")] = INDICATION,
+    image: Annotated[Path, typer.Option(help="Radiograph to draft.", show_default="examples/chest_pa.png")] = EXAMPLE,
+    indication: Annotated[str, typer.Option(help="Indication in the prompt.")] = INDICATION,
     data: Annotated[
-        Path | None, typer.Option(help="Instead: the first validation studies of this collection, one a round.")
+        Path | None, typer.Option(help="Use the first validation studies of this data set instead, one per round.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens to write.", show_default="60; with --data as many as fp32 does")
@@ -540,8 +540,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     optimum_python: Annotated[str | None, typer.Option(help="Interpreter that has optimum-onnx.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only these runners; may be repeated.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a record that is already there.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only these runners; repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing record.")] = False,
 ) -> None:
     """Measure, print and record."""
     if output.with_suffix(".json").exists() and not force:

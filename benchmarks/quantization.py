@@ -79,7 +79,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Record as OUTPUT.json and OUTPUT.md.")],
     limit: Annotated[int, typer.Option(min=1, help="Validation studies whose tokens are compared.")] = 30,
     drafts: Annotated[int, typer.Option(min=0, help="Validation studies that are drafted, for CIDEr.")] = 100,
-    only: Annotated[list[str] | None, typer.Option(help="Only these settings; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these settings; repeatable.")] = None,
 ) -> None:
     """Measure, print and record."""
     generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu")

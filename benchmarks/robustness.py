@@ -505,7 +505,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 @app.command(help=__doc__)
 def main(
     inputs: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for all inputs.")] = 0,
     inputs_from: Annotated[int, typer.Option(min=0, help="Number of the first input.")] = 0,
     only: Annotated[str | None, typer.Option(help=f"One kind: {', '.join(KINDS)}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for the Python API and the commands.")] = 2,

@@ -178,10 +178,10 @@ def to_markdown(record: dict[str, Any], command: str) -> str:
 
 @app.command()
 def scale_command(
-    latency: Annotated[Path, typer.Option(help="What `cbedge bench --format json` wrote.")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    latency: Annotated[Path, typer.Option(help="Output of `cbedge bench --format json`.")],
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
     workers: Annotated[int, typer.Option(min=1, help="Workstations that serve one queue.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """Write the page."""
     for suffix in (".json", ".md"):

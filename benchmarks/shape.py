@@ -78,9 +78,9 @@ def configuration(shape: str, layers: int | None) -> InstructBlipConfig:
 
 @app.command(help=__doc__)
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write; it must be new.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
     shape: Annotated[str, typer.Option(help="vicuna-7b or tiny.")] = "vicuna-7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the language model.", show_default="all")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the language model.", show_default="all")] = None,
 ) -> None:
     """Write one checkpoint, in bf16."""
     if shape not in SHAPES or out.exists():

@@ -53,7 +53,7 @@ def soak(objects: int, peers: int, seed: int, folder: Path, limit_s: float) -> d
     """Send so many objects, one in five garbage, and idle connections and noise on the port beside them.
 
     Args:
-        objects: C-STOREs in all.
+        objects: Total number of C-STORE requests.
         peers: that send at the same time.
         seed: of what is sent.
         folder: an empty one to work in.
@@ -154,10 +154,10 @@ def table(record: dict[str, Any]) -> str:
 
 @app.command(help=__doc__)
 def main(
-    objects: Annotated[int, typer.Option(min=100, help="C-STOREs in all.")] = 5_000,
-    peers: Annotated[int, typer.Option(min=1, help="That send at the same time.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of what is sent.")] = 0,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 7200,
+    objects: Annotated[int, typer.Option(min=100, help="Total number of C-STORE requests.")] = 5_000,
+    peers: Annotated[int, typer.Option(min=1, help="Concurrent senders.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the objects.")] = 0,
+    limit: Annotated[float, typer.Option(min=1, help="Time limit in seconds.")] = 7200,
     output: Annotated[Path | None, typer.Option(help="JSON file for the record; a table is written beside it.")] = None,
 ) -> None:
     """Soak the node and print or write the record; end with 1 where an object is not accounted for."""

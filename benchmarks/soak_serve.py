@@ -124,8 +124,8 @@ def soak(drafts: int, clients: int = 4, seed: int = 0) -> dict[str, object]:
 
 @app.command(help=__doc__)
 def main(
-    drafts: Annotated[int, typer.Option(min=100, help="Requests in all.")] = 20_000,
-    clients: Annotated[int, typer.Option(min=1, help="That ask at the same time.")] = 4,
+    drafts: Annotated[int, typer.Option(min=100, help="Total number of requests.")] = 20_000,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 4,
     output: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
 ) -> None:
     """Soak the service and print or write the record."""

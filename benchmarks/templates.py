@@ -305,7 +305,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY.")],
     films: Annotated[int, typer.Option(min=1, help="Validation studies that are drafted.")] = 20,
-    variant: Annotated[list[str] | None, typer.Option(help="Only these variants; may be repeated.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only these variants; repeatable.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")] = None,
     output: Annotated[
         Path,

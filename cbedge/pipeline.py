@@ -167,7 +167,7 @@ def write_tokens(
     guesses = engine.resources.phrasebook if settings.is_greedy and settings.speculative else None
     return decode(
         decoder, logits, stop_ids, limit, sampler=sampler_of(settings), processors=plan.processors,
-        constraint=plan.constraint, guesser=guesses, guess_length=engine.guess_length, stats=stats, begun=opening,
+        constraint=plan.constraint, guesser=guesses, guess_length=engine.guess_length, stats=stats, opening=opening,
     )  # fmt: skip
 
 

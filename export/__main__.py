@@ -22,7 +22,7 @@ def export(
     checkpoint: Annotated[str, typer.Option(help="InstructBLIP folder or hub name: the base of the adapters.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
     adapters: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a run, or of one finished stage; may be repeated in order.")
+        list[Path] | None, typer.Option(help="Folder of a run, or of one finished stage; repeatable in order.")
     ] = None,
     variant: Annotated[
         list[str] | None,
@@ -34,9 +34,9 @@ def export(
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
     origin: Annotated[
-        Path | None, typer.Option(help="JSON of base_weights and training_data.", show_default="what the run says")
+        Path | None, typer.Option(help="JSON file with base_weights and training_data.", show_default="from the run")
     ] = None,
-    quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
+    quality: Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")] = None,
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
     vocabulary: Annotated[
         str, typer.Option(help="full; or domain, which keeps the tokens of --data's train reports and common ones.")
@@ -44,15 +44,19 @@ def export(
     common: Annotated[
         int, typer.Option(min=0, help="With --vocabulary domain, how many of the language's first merges are kept.")
     ] = 12_000,
-    no_repeat: Annotated[int, typer.Option(min=0, help="Drafts never hold a run of so many tokens twice.")] = 0,
-    stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0 drafts become longer.")] = 0.0,
+    no_repeat: Annotated[
+        int, typer.Option(min=0, help="Drafts never repeat an n-gram of this many tokens; 0 allows repeats.")
+    ] = 0,
+    stop_bias: Annotated[
+        float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter drafts.")
+    ] = 0.0,
     block_size: Annotated[
-        int, typer.Option(help="Weights that share a scale, in the language model: 32, 64 or 128.")
+        int, typer.Option(help="Block size of the language model's quantization: 32, 64 or 128.")
     ] = 32,
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Of the language model's 4-bit weights: gptq (on --data), rtn, k_quant or hqq.",
+            help="Quantization of the language model's 4-bit weights: gptq (needs --data), rtn, k_quant or hqq.",
             show_default="gptq with --data, else rtn",
         ),
     ] = None,
@@ -67,8 +71,8 @@ def export(
         ),
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
 ) -> None:
     """Export one bundle."""
     wanted = _variants(variant or ["int4"], told=lambda text: typer.echo(text, err=True))

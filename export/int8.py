@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
-from cbedge.backends.int8 import PROBE_DEPTH, Product, Table, read_files
+from cbedge.backends.int8 import PROBE_DEPTH, QuantizedLinear, Table, read_files
 from export.tracing import HEAD, ExportError
 
 _DOMAIN = "cbedge"
@@ -93,7 +93,7 @@ class _Stored:
             and not any(node.input[3:5])
         )
 
-    def product(self, node: NodeProto, name: str, exponents: tuple[int, ...]) -> Product:
+    def product(self, node: NodeProto, name: str, exponents: tuple[int, ...]) -> QuantizedLinear:
         """A node's line in the table."""
         size = {key: int(helper.get_node_attr_value(node, key)) for key in ("N", "K", "bits", "block_size")}
         file, weights = self._place(self.tensors[node.input[1]])
@@ -102,7 +102,9 @@ class _Stored:
         self.sources |= {file, scale_file}
         bits = 16 if scales.data_type == TensorProto.FLOAT16 else 32
         sizes = (size["N"], size["K"], size["bits"], size["block_size"])
-        return Product(name, file, weights, at, bits, *sizes, exponents, "" if scale_file == file else scale_file)
+        return QuantizedLinear(
+            name, file, weights, at, bits, *sizes, exponents, "" if scale_file == file else scale_file
+        )
 
     def wide(self, node: NodeProto) -> np.ndarray:
         """A product's weights, float32 [columns, rows]."""

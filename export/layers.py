@@ -367,11 +367,11 @@ def bundle_by_layers(
 @app.command(help=__doc__)
 def main_command(
     checkpoint: Annotated[Path, typer.Option(help="Folder of a checkpoint in safetensors.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new.")],
-    adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run; repeatable.")] = None,
     variant: Annotated[str, typer.Option(help="fp32, int8, int4 or q4f16.")] = "int4",
-    at_once: Annotated[int, typer.Option(min=1, help="Layers in memory together.")] = 2,
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 32,
+    at_once: Annotated[int, typer.Option(min=1, help="Number of layers in memory at a time.")] = 2,
+    block_size: Annotated[int, typer.Option(help="Block size of the quantization: 32, 64 or 128.")] = 32,
     eight_bits: Annotated[
         str, typer.Option(help="Regular expression of the language model's linear layers that keep 8 bits.")
     ] = HEAD,

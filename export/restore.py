@@ -58,8 +58,10 @@ class RestoreError(ValueError):
 def main_command(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],
-    variant: Annotated[str | None, typer.Option(help="Whose weights.", show_default="the bundle's own default")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is already there.")] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant with the weights.", show_default="the bundle's default")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing folder.")] = False,
 ) -> None:
     """Restore one checkpoint."""
     _check_target(out, force)

@@ -54,16 +54,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def revise(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     out: Annotated[Path, typer.Option(help="Folder of the new bundle; the same folder with --force.")],
-    version: Annotated[str | None, typer.Option(help="Version of the model.", show_default="as it is")] = None,
+    version: Annotated[str | None, typer.Option(help="Version of the model.", show_default="unchanged")] = None,
     openings: Annotated[
-        Path | None, typer.Option(help="YAML of finding: sentence that opens a draft; an empty one for none.")
+        Path | None, typer.Option(help="YAML file, finding: opening sentence of a draft; an empty file for none.")
     ] = None,
     denials: Annotated[
         bool,
-        typer.Option("--denials", help="Take what contradicts each finding anew from training/ontology.yaml."),
+        typer.Option("--denials", help="Update the patterns of contradictions from training/ontology.yaml."),
     ] = False,
     templates: Annotated[
-        Path | None, typer.Option(help="IU X-RAY folder: make the templates anew of its train reports.")
+        Path | None, typer.Option(help="IU X-RAY folder: rebuild the templates from its train reports.")
     ] = None,
     phrases: Annotated[
         Path | None,
@@ -73,23 +73,25 @@ def revise(
         ),
     ] = None,
     phrase_studies: Annotated[
-        int | None, typer.Option(min=1, help="Of these studies, only the first so many.", show_default="all")
+        int | None, typer.Option(min=1, help="Maximum number of these studies.", show_default="all")
     ] = None,
     film_view: Annotated[
         Path | None,
-        typer.Option(help="IU X-RAY folder: learn anew to tell lateral and mirrored films from its train films."),
+        typer.Option(
+            help="IU X-RAY folder: retrain the classifier of lateral and mirrored images on its train images."
+        ),
     ] = None,
     more_films: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with films.jsonl, of frontal films to learn from too; may be repeated."),
+        typer.Option(help="Folder with films.jsonl, of frontal films to learn from too; repeatable."),
     ] = None,
     words: Annotated[
         Path | None,
-        typer.Option(help="IU X-RAY or MIMIC-CXR-JPG folder: make the word list anew of its train reports."),
+        typer.Option(help="IU X-RAY or MIMIC-CXR-JPG folder: rebuild the lexicon from its train reports."),
     ] = None,
-    no_templates: Annotated[bool, typer.Option("--no-templates", help="Leave the templates out.")] = False,
+    no_templates: Annotated[bool, typer.Option("--no-templates", help="Remove the templates.")] = False,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Only this variant; may be repeated, the first becomes the default.")
+        list[str] | None, typer.Option(help="Only this variant; repeatable, the first becomes the default.")
     ] = None,
     gpu: Annotated[
         bool,
@@ -114,8 +116,8 @@ def revise(
         Path | None,
         typer.Option(help="IU X-RAY folder: compare on 50 validation studies.", show_default="the example radiograph"),
     ] = None,
-    quality: Annotated[Path | None, typer.Option(help="JSON that `python -m training evaluate` wrote.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    quality: Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
 ) -> None:
     """Write the revised bundle."""
     check_target(out, force)

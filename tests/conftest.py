@@ -406,5 +406,5 @@ def unconstrained_text(
     plan = plan_draft(reading, context, plain, manifest, resources, max_new_tokens=limit)
     decoder, logits = prefill(backend, reading, plan)
     begun, most = plan.opening_ids, limit - len(plan.opening)
-    tokens = decode(decoder, logits, manifest.stop_ids, most, processors=plan.processors, begun=begun)
+    tokens = decode(decoder, logits, manifest.stop_ids, most, processors=plan.processors, opening=begun)
     return resources.codec.decode([*begun, *(token.id for token in tokens)]).strip()

@@ -130,7 +130,7 @@ def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
 
 
 def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         ImageFindings(("abnormal",), (0.5,), (), ("(",))
     with pytest.raises(ValueError, match="1 findings with 2 denials"):
         ImageFindings(("abnormal",), (0.5,), (), ("", ""))

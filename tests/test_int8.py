@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant, int8, open_backend
-from cbedge.backends.int8 import Product, Table, read_files
+from cbedge.backends.int8 import QuantizedLinear, Table, read_files
 from export.int8 import multiply_in_int8, write_probe
 from export.quantize import Int4Settings, quantize_language_model
 
@@ -170,14 +170,14 @@ def test_files_that_are_not_verified_are_not_read(bundle: Path):
 def test_a_file_that_is_too_short_is_told(bundle: Path, tmp_path: Path):
     table = Table.read(bundle / "qformer_q4a8.json")
     (tmp_path / table.sources[0]).write_bytes(b"short")
-    with pytest.raises(BundleError, match=r"does not hold p0"):
+    with pytest.raises(BundleError, match=r"does not contain p0"):
         table.initializers(tmp_path)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path):
     products = (
-        Product("p0", "a", 1, 2, 16, 3, 4, 4, 32, (0, -1, 2, 7)),
-        Product("p1", "a", 1, 2, 32, 3, 4, 8, 32, (), "b"),
+        QuantizedLinear("p0", "a", 1, 2, 16, 3, 4, 4, 32, (0, -1, 2, 7)),
+        QuantizedLinear("p1", "a", 1, 2, 32, 3, 4, 8, 32, (), "b"),
     )
     Table(("a", "b"), products).save(tmp_path / "t.json")
     assert Table.read(tmp_path / "t.json") == Table(("a", "b"), products)

@@ -18,7 +18,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 @app.command("fetch-base")
 def fetch_base_command(
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
     """Download the mini configuration's base weights: pinned, hash-checked, kept."""
     from training.fetch import BASE_PARTS, fetch_base
@@ -31,8 +31,8 @@ def fetch_base_command(
 def average_command(
     run_folder: Annotated[list[Path], typer.Option("--run", help="Folder of a finished run; give two or more.")],
     data: Annotated[Path, typer.Option(help="IU X-RAY's or MIMIC-CXR's folder, for its validation studies.")],
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint to write; it must be new.")],
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
     """Average the weights of runs that differ in their seeds, into a checkpoint that sees better than each."""
     from training.average import average
@@ -48,7 +48,7 @@ def average_command(
     typer.echo(f"checkpoint: {out}; AUC on validation studies: {told}")
 
 
-data_app = typer.Typer(help="Look at a collection before training on it.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect a data set before training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -57,9 +57,9 @@ def data_check_command(
     folder: Annotated[Path, typer.Argument(help="IU X-RAY in any of its layouts, or MIMIC-CXR-JPG.")],
     plot: Annotated[Path | None, typer.Option(help="PNG of report lengths and label counts to write.")] = None,
     index_cache: Annotated[
-        Path | None, typer.Option(help="Where the index of a large collection is kept (it holds report text).")
+        Path | None, typer.Option(help="Cache folder for the index of a large data set (it contains report text).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let --plot replace a file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot.")] = False,
 ) -> None:
     """Say what was found, joined and dropped, and why."""
     from rich.console import Console
@@ -80,15 +80,16 @@ def data_check_command(
 @app.command("run")
 def run_command(
     config: Annotated[Path, typer.Option(help="The run's YAML, such as training/configs/iu_xray_mini.yaml.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the data, over the file's.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run, over the file's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data; overrides the configuration.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; overrides the configuration.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
     base_precision: Annotated[
-        str | None, typer.Option(help="Of frozen weights: fp32, bf16 or nf4.", show_default="the file's")
+        str | None,
+        typer.Option(help="Precision of frozen weights: fp32, bf16 or nf4.", show_default="from the configuration"),
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Maximum number of steps per stage, for trials.")] = None,
 ) -> None:
     """Train the stages of a configuration; run it again to go on after an interruption."""
     from training.config import load_config
@@ -103,10 +104,11 @@ def run_command(
 @app.command("evaluate")
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
-    model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
+    model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; repeatable.")] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Of the first --model; repeated, each gets a row.", show_default="its own")
+        list[str] | None,
+        typer.Option(help="Variant of the first --model; repeatable, one row each.", show_default="its default"),
     ] = None,
     run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a run, evaluated in torch.")] = None,
     image_blind: Annotated[
@@ -116,18 +118,16 @@ def evaluate_command(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
-    drafts: Annotated[
-        Path | None, typer.Option(help="JSON lines of all drafts; keep it out of the repository.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of studies, for trials.")] = None,
+    drafts: Annotated[Path | None, typer.Option(help="JSON Lines file for all drafts; do not commit it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Studies at once, for --run.")] = 16,
-    chexbert: Annotated[Path | None, typer.Option(help="Your chexbert.pth, for CheXbert's scores.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size in studies, for --run.")] = 16,
+    chexbert: Annotated[Path | None, typer.Option(help="Path of chexbert.pth, for CheXbert scores.")] = None,
     radgraph: Annotated[
-        Path | None, typer.Option(help="Folder that holds radgraph/, the unpacked model, for RadGraph F1.")
+        Path | None, typer.Option(help="Folder with the unpacked model radgraph/, for RadGraph F1.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
     """Score bundles (as users run them) or a run (in torch) on IU X-RAY, with controls.
 
@@ -177,19 +177,19 @@ def evaluate_command(
 @app.command("ablate")
 def ablate_command(
     config: Annotated[Path, typer.Option(help="The whole run's YAML, such as training/configs/iu_xray_mini.yaml.")],
-    runs: Annotated[Path, typer.Option(help="Folder for the runs, one a cell; resumed when it is there.")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the data, over the file's.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder for the runs, one per cell; existing runs are resumed.")],
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data; overrides the configuration.")] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=2, help="Only so many studies, for a trial.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of studies, for trials.")] = None,
     cell: Annotated[
-        list[str] | None, typer.Option(help="Only this cell, such as both-priors or none-no-priors; may be repeated.")
+        list[str] | None, typer.Option(help="Only this cell, such as both-priors or none-no-priors; repeatable.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (fp32 on CPU, bf16 on GPU), fp32 or bf16.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="End each stage early, for a trial.")] = None,
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Maximum number of steps per stage, for trials.")] = None,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """The paper's ablation: LoRA on no, vision, language, both parts; priors off and on. One table."""
     from training.ablation import CELLS, ablate, to_markdown
@@ -212,15 +212,15 @@ def ablate_command(
 @app.command("curve")
 def curve_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json, OUTPUT.md and OUTPUT.png.")],
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json, OUTPUT.md and OUTPUT.png.")],
     base: Annotated[str, typer.Option(help="mini, a checkpoint folder or a hub name: the frozen image side.")] = "mini",
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    repeats: Annotated[int, typer.Option(min=1, help="Draws of each part of the train split.")] = 5,
-    limit: Annotated[int | None, typer.Option(min=8, help="Only so many studies of a split, for a trial.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Random samples of each fraction of the train split.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=8, help="Maximum number of studies per split, for trials.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Radiographs at once.")] = 16,
-    cache: Annotated[Path, typer.Option(help="Where base weights are kept.")] = DEFAULT_CACHE,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size in radiographs.")] = 16,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """Whether more studies would help: linear probes of a frozen image side, learnt on parts of the train split."""
     from training import learning_curve as curve
@@ -244,14 +244,14 @@ def curve_command(
 
 @app.command("browse")
 def browse_command(
-    drafts: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
+    drafts: Annotated[Path, typer.Argument(help="JSON Lines file written by `evaluate --drafts`.")],
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the radiographs.")],
     out: Annotated[Path, typer.Option(help="HTML page to write; it holds patient data, so keep it with the data.")],
     row: Annotated[
-        str | None, typer.Option(help="Whose drafts, such as 'int4 (cbedge)'.", show_default="the first")
+        str | None, typer.Option(help="Row of the drafts, such as 'int4 (cbedge)'.", show_default="the first")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many studies.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a page that is already there.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of studies.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing page.")] = False,
 ) -> None:
     """Write a page to read drafts beside references and radiographs, errors first."""
     from training.browser import write_browser
@@ -263,13 +263,13 @@ def browse_command(
 
 @app.command("like-paper")
 def like_paper_command(
-    drafts: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
+    drafts: Annotated[Path, typer.Argument(help="JSON Lines file written by `evaluate --drafts`.")],
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY, for the constant report.")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
     wordnet: Annotated[
         Path | None, typer.Option(help="Folder of WordNet 3.0's files.", show_default="nltk's own data")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """Score drafts by the protocol nearest to the paper's figures: nltk's METEOR, ROUGE, findings with impression."""
     from training.evaluate import write_record
@@ -284,14 +284,16 @@ def like_paper_command(
 
 @app.command("compare")
 def compare_command(
-    first: Annotated[Path, typer.Argument(help="JSON lines that `evaluate --drafts` wrote.")],
-    second: Annotated[Path, typer.Argument(help="The same of another model; or the same file, with other rows.")],
-    output: Annotated[Path, typer.Option(help="Where to write: OUTPUT.json and OUTPUT.md.")],
-    first_row: Annotated[str | None, typer.Option(help="Whose drafts.", show_default="the first file's first")] = None,
-    second_row: Annotated[
-        str | None, typer.Option(help="Whose drafts.", show_default="the second file's first")
+    first: Annotated[Path, typer.Argument(help="JSON Lines file written by `evaluate --drafts`.")],
+    second: Annotated[Path, typer.Argument(help="The same for another model, or the same file with another row.")],
+    output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
+    first_row: Annotated[
+        str | None, typer.Option(help="Row of the drafts.", show_default="the first file's first")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are already there.")] = False,
+    second_row: Annotated[
+        str | None, typer.Option(help="Row of the drafts.", show_default="the second file's first")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """Compare two models study by study, with intervals and p-values by bootstrap."""
     from training.comparison import compare_drafts, to_markdown

@@ -1,4 +1,4 @@
-"""What runs a bundle's variant: ONNX Runtime, or transformers with bitsandbytes."""
+"""Backends that run a variant of a bundle: ONNX Runtime, or transformers with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """One variant of a bundle, ready to run.
+    """A loaded variant of a bundle.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        threads: of the CPU.
-        vocabulary: tokens that the language model knows, V.
-        decoder_only: whether prompt and draft are read alike, so that a prompt may be read in parts.
+        threads: number of CPU threads.
+        vocabulary: size of the language model's vocabulary, V.
+        decoder_only: whether the language model has no encoder, so that a prompt can be read in parts.
     """
 
     device: str
@@ -33,7 +33,7 @@ class Backend(Protocol):
         ...
 
     def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
-        """Features and the Q-Former's tokens of the instruction, int64 [1, I] → what it answers."""
+        """Vision features and token ids of the instruction, int64 [1, I] → the Q-Former's output."""
         ...
 
     def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
@@ -41,17 +41,17 @@ class Backend(Protocol):
         ...
 
     def new_decoder(self, capacity: int) -> Decoder:
-        """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
+        """A decoder with an empty KV cache for up to ``capacity`` embeddings and tokens."""
         ...
 
 
 def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto") -> tuple[str, str]:
     """The variant to run and the device to run it on, as (name, device).
 
-    Where none is named: on a GPU those for GPUs come before the bundle's default (ONNX Runtime has attention with a
-    cache in place for 16 bits alone there); on a CPU that multiplies 8-bit numbers exactly,
-    :data:`~cbedge.bundles.bundle.IN_INT8` comes before ``int4``, whose weights it reads. ``auto`` stands for the CPU
-    where the variant is none for GPUs.
+    If ``name`` is ``None``: on a GPU, variants for GPUs are preferred to the bundle's default (ONNX Runtime supports an
+    in-place KV cache on GPUs for 16 bits only). On a CPU with exact 8-bit multiplication,
+    :data:`~cbedge.bundles.bundle.IN_INT8` is preferred to ``int4``, whose weights it reads. ``auto`` selects the CPU
+    for a variant that is not for GPUs.
 
     Raises:
         BundleError: the bundle has no such variant.
@@ -71,7 +71,7 @@ def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto"
         if usual == "int4" and IN_INT8 in variants and is_cpu and multiplies_exactly():
             usual = IN_INT8
     if device == "auto" and usual not in preferred and ENCODER not in variant.graphs:
-        chosen = "cpu"  # where it is quicker
+        chosen = "cpu"  # faster for these variants
     return usual, chosen
 
 
@@ -82,11 +82,11 @@ def open_backend(bundle: Bundle, variant: Variant, device: str, threads: int | N
         bundle: an opened bundle, its files verified.
         variant: one of its variants.
         device: ``auto`` or one of :data:`cbedge.backends.registry.PROVIDERS`.
-        threads: CPU threads; default is one a core.
+        threads: CPU threads; default is one per core.
 
     Raises:
-        BundleError: it cannot be loaded.
-        DeviceError: what it needs is not installed, or the device is not available.
+        BundleError: the variant cannot be loaded.
+        DeviceError: a required package is not installed, or the device is not available.
     """
     if variant.backend == "torch_nf4":
         from cbedge.backends.torch_nf4 import TorchNf4Backend

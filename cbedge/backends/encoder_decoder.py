@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class OnnxEncoderDecoder:
-    """An encoder-decoder (Flan-T5) in the middle of one report, or of several drafts of one.
+    """Decoding state of an encoder-decoder (Flan-T5), for one or several drafts.
 
-    Image embeddings and prompt are read by the encoder, once; the cache holds what was written alone. Keys and values
-    stay where the sessions run. A pass copies the cache, which is small beside the weights that it reads.
+    The encoder reads image embeddings and prompt once; the KV cache contains only the generated tokens. Keys and values
+    stay on the device of the sessions. A pass copies the cache, which is small compared with the weights.
 
     Args:
         backend: whose sessions are used.
-        capacity: embeddings and tokens to hold at most.
+        capacity: maximum number of embeddings and tokens.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int):
@@ -38,7 +38,7 @@ class OnnxEncoderDecoder:
         """Read input embeddings, float32 [1, L, D]; return the logits of the draft's first token, float32 [V]."""
         backend = self._backend
         assert backend._encoder is not None
-        self.length = embeds.shape[1] - len(backend._start_ids)  # what the decoder begins with is not counted
+        self.length = embeds.shape[1] - len(backend._start_ids)  # start tokens of the decoder are not counted
         given = {"inputs_embeds": self._to_ortvalue(np.ascontiguousarray(embeds, np.float32))}
         self._cross = self._bound(backend._encoder, given, self._crossed)
         shapes = backend.shapes
@@ -56,7 +56,7 @@ class OnnxEncoderDecoder:
         return self._run(embeds.reshape(len(token_ids), 1, -1))[:, 0]
 
     def rewind(self, length: int) -> None:
-        """Forget all that was read after the first ``length``."""
+        """Discard everything after the first ``length`` embeddings and tokens."""
         gone = self.length - length
         if gone > 0:
             self._cache = {
@@ -66,7 +66,7 @@ class OnnxEncoderDecoder:
             self.length = length
 
     def fork(self, rows: Sequence[int]) -> OnnxEncoderDecoder:
-        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        """A decoder of several drafts; draft i is a copy of draft ``rows[i]``."""
         other = OnnxEncoderDecoder(self._backend, self.capacity)
         other.length, chosen = self.length, list(rows)
         for ours, theirs in ((other._cache, self._cache), (other._cross, self._cross)):
@@ -74,7 +74,7 @@ class OnnxEncoderDecoder:
         return other
 
     def enlarged(self, capacity: int) -> OnnxEncoderDecoder:
-        """Itself: its cache grows with what it reads."""
+        """This decoder: its cache grows as needed."""
         self.capacity = capacity
         return self
 
@@ -99,7 +99,7 @@ class OnnxEncoderDecoder:
     def _bound(
         self, session: onnxruntime.InferenceSession, given: dict[str, onnxruntime.OrtValue], wanted: Sequence[str]
     ) -> dict[str, onnxruntime.OrtValue]:
-        """Run a session on what lies where it runs, and leave what comes out there."""
+        """Run a session with inputs and outputs on its own device."""
         binding = session.io_binding()
         for name, value in given.items():
             binding.bind_ortvalue_input(name, value)

@@ -1,8 +1,8 @@
-"""Linear layers multiplied in 8-bit integers, exactly, on x86 processors.
+"""Linear layers with exact 8-bit integer multiplication, on x86 processors.
 
-ONNX Runtime multiplies 8-bit activations by 8-bit weights several times as fast as it multiplies by blocks of 4- or
-8-bit weights, where more than a few tokens are read at a time. A bundle stores no weights for that: a variant of this
-kind reads those of ``int4``, which are widened, scaled column by column and rounded to 8 bits when it is loaded.
+For more than a few tokens at a time, ONNX Runtime multiplies 8-bit activations by 8-bit weights several times faster
+than by block-quantized 4- or 8-bit weights. A bundle stores no additional weights for this: when the variant is loaded,
+the weights of ``int4`` are dequantized, scaled per output and rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 _PROBE = Path(__file__).parent / "int8_probe.onnx"
 _LIMIT = 127  # of weights' absolute values
-PROBE_DEPTH = 64  # inputs of the probe's layer, whose weights are all 127
-EXACT = ("session.x64quantprecision", "1")  # session option: no sums of products in 16 bits
-_COLUMNS = 128  # of weights that are rounded at a time
-Files = Mapping[str, np.ndarray]  # the bytes of files by name, as read_files gives them
+PROBE_DEPTH = 64  # inputs of the probe layer, whose weights are all 127
+EXACT = ("session.x64quantprecision", "1")  # session option: do not accumulate products in 16 bits
+_COLUMNS = 128  # columns of weights that are rounded at a time
+Files = Mapping[str, np.ndarray]  # file name → bytes, from read_files
 
 
 @dataclass(frozen=True)
-class Product:
-    """One linear layer, and where its block-quantized weights lie.
+class QuantizedLinear:
+    """A linear layer, and the location of its block-quantized weights.
 
     Attributes:
-        name: of the layer; the graph calls its 8-bit weights ``name/weights``, its scales ``name/scales``.
-        file: of the bundle, in which the weights lie; ``scale_file``: the one of their scales, where it is another.
-        weights, scales: where they begin there, in bytes.
-        scale_bits: 16 or 32, of a scale.
+        name: name of the layer; the graph's initializers are ``name/weights`` (8 bits) and ``name/scales``.
+        file: bundle file with the weights; ``scale_file``: file with the scales, if different.
+        weights, scales: their offsets in bytes.
+        scale_bits: bits of a scale, 16 or 32.
         rows, columns: outputs and inputs of the layer.
-        bits: 4 or 8, of a weight.
-        block_size: weights of a row that share a scale.
-        exponents: of two, one an input: the weights are multiplied by those powers and the graph divides the inputs by
-            them; or none.
+        bits: bits of a weight, 4 or 8.
+        block_size: consecutive weights of a row that share a scale.
+        exponents: exponents of two, one per input, or empty: the weights are multiplied by these powers of two, and the
+            graph divides the inputs by them.
     """
 
     name: str
@@ -60,21 +60,21 @@ class Product:
 
     @property
     def blocks(self) -> int:
-        """Blocks in a row."""
+        """Number of blocks in a row."""
         return -(-self.columns // self.block_size)
 
     @property
     def stored_bytes(self) -> int:
-        """What its weights take in the file, without scales."""
+        """Size of the weights in the file, without scales."""
         return self.rows * self.blocks * self.block_size * self.bits // 8
 
     def load(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
         """Weights, int8 [columns, rows], and the scale of each row, float32 [rows].
 
-        A user waits for this at every cold start: some columns at a time stay in a core's cache.
+        This runs at every cold start, so it works on blocks of columns that fit into the CPU cache.
         """
         raw, scales = self._stored(files)
-        steps = np.abs(scales).max(1) * (2 ** (self.bits - 1) / _LIMIT)  # which the largest integer would need
+        steps = np.abs(scales).max(1) * (2 ** (self.bits - 1) / _LIMIT)  # so that the largest weight fits
         steps[steps == 0] = 1
         scales = np.ascontiguousarray((scales / steps[:, None]).T)
         if self.exponents:
@@ -94,12 +94,12 @@ class Product:
         return weights[: self.columns], steps
 
     def widen(self, files: Files) -> np.ndarray:
-        """The weights as they are stored, float32 [columns, rows]."""
+        """The dequantized weights, float32 [columns, rows]."""
         raw, scales = self._stored(files)
         return self._widen(raw, scales.T)[: self.columns]
 
     def _stored(self, files: Files) -> tuple[np.ndarray, np.ndarray]:
-        """Integers, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks]."""
+        """Stored integers, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks]."""
         raw = files[self.file][self.weights : self.weights + self.stored_bytes]
         kind = np.float16 if self.scale_bits == 16 else np.float32
         end = self.scales + self.rows * self.blocks * kind().nbytes
@@ -123,19 +123,19 @@ class Product:
 
 @dataclass(frozen=True)
 class Table:
-    """What is beside a graph of this kind, under the same name with ``.json``: its products.
+    """The quantized layers of a graph, stored next to it as ``.json`` with the same name.
 
     Attributes:
-        sources: files of the bundle that the graph or its products read.
-        products: see :class:`Product`.
+        sources: bundle files that the graph or its layers read.
+        products: the quantized layers.
     """
 
     sources: tuple[str, ...]
-    products: tuple[Product, ...]
+    products: tuple[QuantizedLinear, ...]
 
     @staticmethod
     def path(graph: Path) -> Path:
-        """Where a graph's table is."""
+        """Path of a graph's table."""
         return graph.with_suffix(".json")
 
     @classmethod
@@ -143,19 +143,21 @@ class Table:
         """Read a table.
 
         Raises:
-            BundleError: the file is none.
+            BundleError: the file is not a valid table.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            products = tuple(Product(**{**p, "exponents": tuple(p.get("exponents", ()))}) for p in values["products"])
+            products = tuple(
+                QuantizedLinear(**{**p, "exponents": tuple(p.get("exponents", ()))}) for p in values["products"]
+            )
             table = cls(tuple(values["sources"]), products)
         except (OSError, ValueError, KeyError, TypeError):
             raise BundleError(
-                f"{path.name} is no table of 8-bit products: install or export the bundle again"
+                f"{path.name} is not a table of quantized layers: install or export the bundle again"
             ) from None
         known = {*table.sources, ""}
         if any({p.file, p.scale_file} - known or p.bits not in (4, 8) for p in table.products):
-            raise BundleError(f"{path.name} names weights that are not there: install or export the bundle again")
+            raise BundleError(f"{path.name} refers to unknown weights: install or export the bundle again")
         return table
 
     def save(self, path: Path) -> None:
@@ -165,10 +167,10 @@ class Table:
         path.write_text(f'{{"sources": {json.dumps(self.sources)}, "products": [\n{lines}\n]}}\n', encoding="utf-8")
 
     def initializers(self, folder: Path) -> dict[str, onnxruntime.OrtValue]:
-        """The graph's weights and scales, by name, made of the files in ``folder``.
+        """The graph's initializers (weights and scales) by name, computed from the files in ``folder``.
 
         Raises:
-            BundleError: a file is shorter than the table says.
+            BundleError: a file is shorter than the table states.
         """
         import onnxruntime
 
@@ -177,15 +179,15 @@ class Table:
         for product in self.products:
             try:
                 weights, scales = product.load(files)
-            except ValueError:  # a slice that ends too soon has another shape
-                raise BundleError(f"{product.file} does not hold {product.name}: export the bundle again") from None
+            except ValueError:  # a slice of a truncated file has another shape
+                raise BundleError(f"{product.file} does not contain {product.name}: export the bundle again") from None
             for part, array in (("weights", weights), ("scales", scales)):
                 made[f"{product.name}/{part}"] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         return made
 
 
 def read_files(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The bytes of some files, uint8 [size], read when they are looked at."""
+    """Memory maps of files, uint8 [size]."""
     return {name: np.asarray(np.memmap(folder / name, np.uint8, "r")) for name in names}
 
 
@@ -193,10 +195,10 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 def multiplies_exactly() -> bool:
     """Whether ONNX Runtime multiplies 8-bit integers exactly on this processor, and faster than 4-bit weights.
 
-    x86 processors without VNNI (before 2019, and AMD's before Zen 4) add pairs of products of unsigned and signed
-    numbers in 16 bits, which overflow. :data:`EXACT` makes ONNX Runtime store the weights as unsigned numbers there,
-    whose products it adds in 32 bits; processors with VNNI are not affected. To be sure, the largest numbers are
-    multiplied here and the result is compared.
+    x86 processors without VNNI (before 2019; AMD before Zen 4) add pairs of products of unsigned and signed numbers in
+    16 bits, which can overflow. :data:`EXACT` makes ONNX Runtime use unsigned weights there, whose products are added
+    in 32 bits; processors with VNNI are not affected. This function multiplies the largest numbers and checks the
+    result.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False

@@ -1,4 +1,4 @@
-"""Keys and values of a decoder, held where its session runs."""
+"""KV cache of a decoder, on the device of its session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def empty_cache(backend: OnnxBackend, capacity: int, drafts: int) -> dict[str, np.ndarray]:
-    """Keys and values of nothing, as the decoder wants them: name → float32 or 16 [drafts, heads, capacity, size]."""
+    """An empty KV cache in the decoder's format: name → float32 or float16 [drafts, heads, capacity, size]."""
     shapes = backend.shapes
     half = any(node.type == "tensor(float16)" for node in backend._decoder.get_inputs())
     shape = (drafts, shapes.num_key_value_heads, capacity, shapes.head_size)
@@ -22,14 +22,14 @@ def empty_cache(backend: OnnxBackend, capacity: int, drafts: int) -> dict[str, n
 
 
 def bind_cache(binding: onnxruntime.IOBinding, cache: dict[str, onnxruntime.OrtValue]) -> None:
-    """Give a binding keys and values, to be read and written in place."""
+    """Bind a KV cache as input and output, so that it is updated in place."""
     for name, value in cache.items():
         binding.bind_ortvalue_input(f"past_key_values.{name}", value)
         binding.bind_ortvalue_output(f"present.{name}", value)
 
 
 def to_ortvalue(array: np.ndarray, device: str) -> onnxruntime.OrtValue:
-    """An array where a session of ``device``, ``cpu`` or ``cuda``, reads it; on the CPU it stays itself."""
+    """An array on ``device``, ``cpu`` or ``cuda``; on the CPU, the memory is shared."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array, device)

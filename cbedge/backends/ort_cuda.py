@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA execution provider: its decoder looks tokens up on the GPU and replays CUDA graphs."""
+"""The CUDA execution provider of ONNX Runtime, whose decoder embeds tokens on the GPU and replays CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cbedge.bundles.bundle import FOR_GPUS
 if TYPE_CHECKING:
     from cbedge.backends.ort import OnnxBackend
 
-_RECORDED = (2, 5, 9, 17, 33)  # tokens in a recorded pass: others are padded to one of these
-_PLACES = 256  # caches are as long as a multiple of it, so that they serve one report after another
+_RECORDED = (2, 5, 9, 17, 33)  # tokens in a recorded pass; other counts are padded to one of these
+_PLACES = 256  # cache lengths are multiples of this, so that caches can be reused
 
 
 class CudaMemory:
-    """What the decoder reads and writes on the GPU, at places that never change: a CUDA graph holds addresses.
+    """Buffers of the decoder on the GPU, with fixed addresses as CUDA graphs require.
 
     Args:
         backend: whose sessions are used.
-        capacity: embeddings and tokens to hold.
-        drafts: how many.
+        capacity: number of embeddings and tokens.
+        drafts: number of drafts.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int):
@@ -42,20 +42,20 @@ class CudaMemory:
         self._steps: dict[int, CudaStep] = {}
 
     def step(self, count: int) -> CudaStep:
-        """What reads ``count`` more tokens in each draft."""
+        """The pass over ``count`` more tokens in each draft."""
         if count not in self._steps:
             self._steps[count] = CudaStep(self._backend, self, count)
         return self._steps[count]
 
 
 class CudaStep:
-    """One more pass over the same number of tokens: the first time its kernels are recorded, then they are replayed as
-    one CUDA graph. Started one by one, hundreds of short kernels would wait for ONNX Runtime.
+    """A pass over a fixed number of tokens. Its kernels are recorded in the first run and then replayed as one CUDA
+    graph, because launching hundreds of short kernels one by one is slow.
 
     Args:
         backend: whose sessions are used.
         memory: what the decoder reads and writes.
-        count: tokens that each draft reads.
+        count: number of tokens per draft.
     """
 
     _next = itertools.count(1)
@@ -77,9 +77,9 @@ class CudaStep:
         self._pass.bind_ortvalue_input("inputs_embeds", self.embeds)
         self._pass.bind_ortvalue_input("attention_mask", memory.mask)
         self._pass.bind_ortvalue_output("logits", self.logits)
-        self._pass.bind_cpu_input(*backend.wanted(count))
+        self._pass.bind_cpu_input(*backend.logits_request(count))
         self._positions = (
-            to_ortvalue(np.zeros((drafts, count), np.int64), backend.memory) if backend.told_positions else None
+            to_ortvalue(np.zeros((drafts, count), np.int64), backend.memory) if backend.has_position_ids else None
         )
         if self._positions is not None:
             self._pass.bind_ortvalue_input("position_ids", self._positions)
@@ -87,7 +87,7 @@ class CudaStep:
         self._options.add_run_config_entry("gpu_graph_id", str(next(CudaStep._next)))
 
     def run(self, token_ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Token ids, int64 [1, drafts * tokens], the attention mask, int64 [drafts, capacity], and the tokens' places,
+        """Token ids, int64 [1, drafts * tokens], attention mask, int64 [drafts, capacity], and positions,
         int64 [drafts, tokens] → logits, float32 [drafts, tokens, V]."""
         self.ids.update_inplace(token_ids)
         self._memory.mask.update_inplace(mask)
@@ -99,11 +99,11 @@ class CudaStep:
 
 
 class CudaDecoder(OnnxDecoder):
-    """The language model on the GPU: tokens are looked up there, and a pass over a few is a CUDA graph.
+    """The decoder on the GPU: embeds tokens there, and runs a pass over a few tokens as a CUDA graph.
 
-    Each number of tokens would be a graph of its own: they are filled up to one of a few. What fills up is read behind
-    all others, so they know nothing of it, and the next pass writes over it. The memory is the backend's, and is given
-    back to it for the next report.
+    Each number of tokens needs its own graph, so tokens are padded to one of a few sizes. The padding comes last, so it
+    does not affect the other tokens, and the next pass overwrites it. The buffers belong to the backend and are
+    returned to it for the next report.
     """
 
     def __init__(self, backend: OnnxBackend, capacity: int, drafts: int = 1):
@@ -111,7 +111,7 @@ class CudaDecoder(OnnxDecoder):
 
         super().__init__(backend, capacity, drafts)
         self._options = onnxruntime.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings differ: nothing is recorded
+        self._options.add_run_config_entry("gpu_graph_id", "-1")  # prompts and openings vary in length: record nothing
 
     def _hold_cache(self) -> int:
         room = -(-self.capacity // _PLACES) * _PLACES
@@ -142,7 +142,7 @@ class CudaDecoder(OnnxDecoder):
             value.update_inplace(array)
 
     def _step(self, token_ids: np.ndarray, count: int, kept: int) -> np.ndarray:
-        """Read ``count`` tokens in each draft, of which ``kept`` are to be remembered."""
+        """Read ``count`` tokens in each draft, of which the first ``kept`` stay in the cache."""
         positions = np.tile(np.arange(self.length, self.length + count, dtype=np.int64), (self.drafts, 1))
         mask = np.zeros((self.drafts, self._room), np.int64)
         mask[:, : self.length + count] = 1
@@ -151,11 +151,11 @@ class CudaDecoder(OnnxDecoder):
 
 
 def _load_libraries() -> None:
-    """Load CUDA and cuDNN where pip put them, which the system's loader does not search."""
+    """Load CUDA and cuDNN from pip's packages, which the system loader does not search."""
     import onnxruntime
 
     if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # what it does not find, a session misses and we say
+        with contextlib.redirect_stdout(io.StringIO()):  # missing libraries are reported by the session
             onnxruntime.preload_dlls()
 
 
@@ -168,18 +168,18 @@ CUDA = Provider(
     name="CUDAExecutionProvider",
     new_decoder=CudaDecoder,
     install=(
-        "CUDA was asked for, but the installed ONNX Runtime is the CPU build; type: "
+        "CUDA was requested, but the installed ONNX Runtime is the CPU build; type: "
         'pip uninstall -y onnxruntime && pip install "cbedge[gpu]", or give --device cpu'
     ),
     failure=(
-        "CUDA was asked for, but ONNX Runtime could not start it: check the NVIDIA driver (nvidia-smi) and type: "
+        "CUDA was requested, but ONNX Runtime could not start it: check the NVIDIA driver (nvidia-smi) and type: "
         'pip install "cbedge[gpu]" for the CUDA and cuDNN libraries, or give --device cpu'
     ),
     memory="cuda",
     variants=FOR_GPUS,
     has_hardware=_has_nvidia_driver,
     prepare=_load_libraries,
-    # Multiply 4-bit weights as they are, with kernels chosen at loading, where they fit (blocks of 32).
+    # Use kernels for 4-bit weights, selected when the model is loaded, where they are supported (blocks of 32).
     session_config={"ep.cuda.fpa_intb_gemm": "1"},
     decoder_options={"enable_cuda_graph": "1"},
 )

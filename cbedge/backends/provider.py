@@ -1,4 +1,4 @@
-"""What ONNX Runtime's execution providers differ in."""
+"""Settings of an ONNX Runtime execution provider."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Provider:
     """An execution provider of ONNX Runtime.
 
     Attributes:
-        device: what users call it.
-        name: ONNX Runtime's name of it.
-        new_decoder: makes a decoder for a backend and a capacity.
-        install: said where the installed ONNX Runtime is not built for it.
-        failure: said where it is built for it and does not start.
-        memory: where its tensors lie, ``cpu`` or ``cuda``.
-        is_repeatable: its kernels give an embedding the same keys and values whatever else is read in its pass, bit for
-            bit.
-        variants: those to take before the bundle's default, the best first.
-        has_hardware: whether the machine has what it runs on, for ``auto``.
-        prepare: is called before the first session.
+        device: name for users.
+        name: name in ONNX Runtime.
+        new_decoder: creates a decoder for a backend and a capacity.
+        install: error message if the installed ONNX Runtime does not support it.
+        failure: error message if it is supported but does not start.
+        memory: device of its tensors, ``cpu`` or ``cuda``.
+        is_repeatable: whether its kernels compute bit-identical keys and values for an embedding, regardless of the
+            other embeddings in a pass.
+        variants: variants that are preferred to the bundle's default, best first.
+        has_hardware: whether the machine has the hardware, for ``auto``.
+        prepare: called before the first session is created.
         session_config: entries of the session options.
         decoder_options: provider options of the decoder's session, tried first.
     """
@@ -49,23 +49,23 @@ class Provider:
 
 
 def check_runtime() -> None:
-    """See that exactly one build of ONNX Runtime is installed; the two builds overwrite each other's files.
+    """Check that exactly one build of ONNX Runtime is installed; the two builds overwrite each other's files.
 
     Raises:
-        DeviceError: none is installed, or both are.
+        DeviceError: none or both are installed.
     """
     present = [name for name in ("onnxruntime", "onnxruntime-gpu") if is_installed(name)]
     if not present:
         raise DeviceError('ONNX Runtime is not installed; type: pip install "cbedge[cpu]" (or "cbedge[gpu]" for CUDA)')
     if len(present) == 2:
         raise DeviceError(
-            "onnxruntime and onnxruntime-gpu are both installed and break each other; type: "
+            "onnxruntime and onnxruntime-gpu are both installed, which does not work; type: "
             'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "cbedge[gpu]" (or "cbedge[cpu]")'
         )
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether pip has installed a distribution."""
+    """Whether a distribution is installed."""
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

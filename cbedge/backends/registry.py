@@ -1,6 +1,6 @@
-"""The execution providers, one entry each.
+"""Registry of execution providers.
 
-A new one is a module that makes a :class:`~cbedge.backends.provider.Provider`, and an entry here.
+To add one, write a module that creates a :class:`~cbedge.backends.provider.Provider`, and add an entry here.
 """
 
 from cbedge.backends.ort_cuda import CUDA
@@ -16,15 +16,15 @@ CPU = Provider(
     is_repeatable=True,
     failure='ONNX Runtime could not start on the CPU: pip install --force-reinstall "cbedge[cpu]"',
 )
-PROVIDERS = {provider.device: provider for provider in (CUDA, CPU)}  # ``auto`` takes the first one that can run
+PROVIDERS = {provider.device: provider for provider in (CUDA, CPU)}  # ``auto`` selects the first one that can run
 DEVICES = ("auto", *sorted(PROVIDERS))
 
 
 def choose_device(name: str) -> str:
-    """A device's name; ``auto`` is the first of :data:`PROVIDERS` that the installed ONNX Runtime and the machine have.
+    """Resolve a device name; ``auto`` is the first of :data:`PROVIDERS` that ONNX Runtime and the machine support.
 
     Raises:
-        DeviceError: the name is unknown, or the installed ONNX Runtime is not built for the device.
+        DeviceError: the name is unknown, or the installed ONNX Runtime does not support the device.
     """
     check_runtime()
     if name not in DEVICES:

@@ -1,6 +1,6 @@
 """Run a bundle's NF4 variant: transformers with the language model's linear layers in 4-bit NormalFloat (bitsandbytes).
 
-It saves memory, not time; the ONNX variants are the fast ones. torch is imported here and nowhere else in
+It saves memory, not time: the ONNX variants are faster. torch is imported here and nowhere else in
 the runtime.
 """
 
@@ -23,7 +23,7 @@ from cbedge.findings.reading import QFormerOutput
 if TYPE_CHECKING:
     import torch
 
-# What transformers calls the files that a bundle holds under other names.
+# File name in a bundle → file name in transformers.
 FILES = {"nf4_config.json": "config.json", "nf4_model.safetensors": "model.safetensors"}
 DEVICES = ("auto", "cpu", "cuda")  # torch's
 HEAD = "nf4_finding_head.safetensors"
@@ -31,7 +31,7 @@ INSTALL = 'pip install torch "transformers>=5.20" bitsandbytes accelerate safete
 
 
 class TorchNf4Backend:
-    """The model in torch, asked as :class:`cbedge.backends.ort.OnnxBackend` is asked.
+    """The model in torch, with the interface of :class:`cbedge.backends.ort.OnnxBackend`.
 
     Args:
         bundle: an opened bundle.
@@ -40,13 +40,13 @@ class TorchNf4Backend:
         threads: CPU threads; default is torch's own.
 
     Attributes:
-        device, threads: as used.
+        device, threads: actual values.
         decoder_only: see :class:`cbedge.backends.Backend`.
-        vocabulary: tokens that the language model knows.
+        vocabulary: size of the language model's vocabulary.
 
     Raises:
-        DeviceError: torch, transformers or bitsandbytes is missing, or CUDA is asked for and is not available.
-        BundleError: the files do not load.
+        DeviceError: torch, transformers or bitsandbytes is missing, or CUDA is requested and not available.
+        BundleError: the files cannot be loaded.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant, device: str, threads: int | None = None):
@@ -75,7 +75,7 @@ class TorchNf4Backend:
         self.decoder_only = bool(self._model.config.use_decoder_only_language_model)
         self.vocabulary = int(self._model.config.text_config.vocab_size)
         self._attention: list[Any] = []
-        self._looking = threading.Lock()  # while what is attended to is collected
+        self._collecting = threading.Lock()  # while attention weights are collected
         for layer in self._model.qformer.encoder.layer:
             if layer.has_cross_attention:
                 layer.crossattention.attention.register_forward_hook(self._take_weights)
@@ -94,11 +94,11 @@ class TorchNf4Backend:
             return self._model.vision_model(pixel_values=given).last_hidden_state.float().cpu().numpy()
 
     def query_image(self, features: np.ndarray, instruction_ids: np.ndarray) -> QFormerOutput:
-        """Ask the Q-Former; see :meth:`cbedge.backends.ort.OnnxBackend.query_image`."""
+        """Run the Q-Former; see :meth:`cbedge.backends.ort.OnnxBackend.query_image`."""
         import torch
 
         model = self._model
-        with self._looking, torch.inference_mode():
+        with self._collecting, torch.inference_mode():
             self._attention.clear()
             ids = torch.from_numpy(instruction_ids).to(self.device)
             count = model.query_tokens.shape[1]
@@ -124,16 +124,16 @@ class TorchNf4Backend:
             return embed(torch.from_numpy(ids).to(self.device)).float().cpu().numpy()
 
     def new_decoder(self, capacity: int) -> TorchDecoder:
-        """A decoder with an empty KV cache for at most ``capacity`` embeddings and tokens."""
+        """A decoder with an empty KV cache for up to ``capacity`` embeddings and tokens."""
         return TorchDecoder(self._model.language_model, self.decoder_only, self.device, capacity)
 
 
 class TorchDecoder:
-    """The language model in the middle of one report, or of several drafts of one.
+    """Decoding state of the language model, for one or several drafts.
 
     See :class:`cbedge.decoding.Decoder`.
 
-    An encoder-decoder (Flan-T5) reads the prompt in its encoder; its cache then holds what was written alone.
+    The encoder of an encoder-decoder (Flan-T5) reads the prompt; the cache then has the generated tokens only.
     """
 
     def __init__(self, model: Any, decoder_only: bool, device: str, capacity: int):
@@ -166,13 +166,13 @@ class TorchDecoder:
             return self._run_one(torch.tensor([list(token_ids)], device=self._device))
 
     def rewind(self, length: int) -> None:
-        """Forget all that was read after the first ``length``."""
+        """Discard everything after the first ``length`` embeddings and tokens."""
         if length < self.length:
-            self._cache.crop(length - self.length)  # a negative number is taken off the end
+            self._cache.crop(length - self.length)  # a negative number removes tokens from the end
             self.length = length
 
     def fork(self, rows: Sequence[int]) -> TorchDecoder:
-        """A decoder of many drafts, each of which has read what the draft in ``rows`` has."""
+        """A decoder of several drafts; draft i is a copy of draft ``rows[i]``."""
         import torch
 
         other = copy.copy(self)
@@ -194,7 +194,7 @@ class TorchDecoder:
             return self._run(torch.tensor(list(token_ids), device=self._device)[:, None])[:, -1]
 
     def enlarged(self, capacity: int) -> TorchDecoder:
-        """Itself: its cache grows with what it reads."""
+        """This decoder: its cache grows as needed."""
         self.capacity = capacity
         return self
 
@@ -216,5 +216,5 @@ def _choose(device: str, cuda: bool) -> str:
     if device not in DEVICES:
         raise DeviceError(f"unknown device {device[:20]!r}; give one of: {', '.join(DEVICES)}")
     if device == "cuda" and not cuda:
-        raise DeviceError("CUDA was asked for, but torch finds no CUDA device: check nvidia-smi, or give --device cpu")
+        raise DeviceError("CUDA was requested, but torch finds no CUDA device: check nvidia-smi, or give --device cpu")
     return "cuda" if cuda and device != "cpu" else "cpu"

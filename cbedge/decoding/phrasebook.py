@@ -1,10 +1,10 @@
-"""The draft model of lossless speculative decoding: which token followed which in reports.
+"""The phrasebook: an n-gram draft model for lossless speculative decoding.
 
-Report drafts are made of phrases that come again and again. The phrasebook guesses the next few tokens by the longest
-run of tokens that it knows, and the language model checks the guesses all at once (:func:`cbedge.decoding.decode`).
-A wrong guess costs a little time and never changes a word, which is why keys may collide. It knows training reports,
-and best also the model's own drafts of training studies (``python -m export.revise --phrases``): a model says the same
-things in far fewer ways than radiologists do.
+Reports consist of recurring phrases. The phrasebook guesses the next few tokens from the longest known n-gram, and the
+language model verifies all guesses in one pass (:func:`cbedge.decoding.decode`). A wrong guess costs a little time and
+never changes the text, so hash collisions are harmless. It is built from training reports, and preferably also from
+the model's own drafts of training studies (``python -m export.revise --phrases``), because a model's wording varies far
+less than that of radiologists.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cbedge.errors import BundleError
 
 ORDER = 12
 MAX_BYTES = 1_000_000
-START = 0xFFFFFFFF  # stands before the first token of a report
+START = 0xFFFFFFFF  # precedes the first token of a report
 _ENTRY = np.dtype([("key", "<u4"), ("token", "<u4")])
 
 
 class Phrasebook:
-    """Guesses how a report goes on.
+    """Guesses the continuation of a report.
 
     Args:
-        followers: what followed most often, by the key of a known run of 1 to :data:`ORDER` tokens.
+        followers: the most frequent next token, by the key of an n-gram of 1 to :data:`ORDER` tokens.
     """
 
     def __init__(self, followers: Mapping[int, int]):
@@ -44,14 +44,14 @@ class Phrasebook:
         """Read what :meth:`save` wrote.
 
         Raises:
-            BundleError: the file is no phrasebook.
+            BundleError: the file is not a phrasebook.
         """
         try:
             entries = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, BadZipFile):
             entries = np.empty(0)
         if entries.dtype != _ENTRY or entries.ndim != 1:
-            raise BundleError(f"{path.name} in {path.parent} is no phrasebook: install or export the bundle again")
+            raise BundleError(f"{path.name} in {path.parent} is not a phrasebook: install or export the bundle again")
         return cls(dict(zip(entries["key"].tolist(), entries["token"].tolist(), strict=True)))
 
     def save(self, path: Path) -> None:
@@ -62,10 +62,10 @@ class Phrasebook:
 
     @classmethod
     def compile(cls, reports: Iterable[Sequence[int]], max_bytes: int = MAX_BYTES) -> Phrasebook:
-        """Learn from reports, each as token ids with the stop token.
+        """Build a phrasebook from reports, each as token ids with the stop token.
 
-        A run is kept where it was met at least twice and says something else than the same run less its first token;
-        where that is more than ``max_bytes``, the most frequent are kept.
+        An n-gram is kept if it occurs at least twice and predicts another token than the n-gram without its first
+        token. If these need more than ``max_bytes``, the most frequent are kept.
         """
         followers: dict[tuple[int, ...], Counter[int]] = {}
         for report in reports:
@@ -85,7 +85,7 @@ class Phrasebook:
         return cls(entries)
 
     def guess(self, written: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow what is written; fewer, or none, where no run is known."""
+        """Guess up to ``count`` next tokens; fewer, or none, if no n-gram is known."""
         recent = [START, *written][-ORDER:] if len(written) < ORDER else list(written[-ORDER:])
         guesses: list[int] = []
         while len(guesses) < count:

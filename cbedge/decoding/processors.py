@@ -1,4 +1,4 @@
-"""Logits processors: bans and penalties, each on its own."""
+"""Logits processors: bans, biases and penalties."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _everywhere(token: int) -> bool:
 
 @dataclass(frozen=True)
 class SuppressTokens:
-    """Tokens that are never written."""
+    """Bans tokens."""
 
     token_ids: tuple[int, ...]
 
@@ -30,7 +30,7 @@ class SuppressTokens:
 
 @dataclass(frozen=True)
 class TokenBias:
-    """Adds a number to the logits of some tokens."""
+    """Adds a bias to the logits of some tokens."""
 
     token_ids: tuple[int, ...]
     bias: float
@@ -44,11 +44,11 @@ class TokenBias:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Divides the logits of tokens already written by a penalty and multiplies negative ones (Keskar et al. 2019).
+    """Divides positive logits of earlier tokens by a penalty and multiplies negative ones (Keskar et al. 2019).
 
     Attributes:
         penalty: above 1.
-        applies: to which tokens.
+        applies: selects the tokens that it affects.
     """
 
     penalty: float
@@ -65,11 +65,11 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class NoRepeatNgram:
-    """Never writes a run of tokens a second time.
+    """Bans the repetition of an n-gram.
 
     Attributes:
-        size: tokens of a run.
-        applies: which tokens may be banned for it.
+        size: tokens of the n-gram.
+        applies: selects the tokens that may be banned.
     """
 
     size: int
@@ -94,13 +94,13 @@ def processors_of(
     never: Sequence[int] = (),
     begins_word: Callable[[int], bool] | None = None,
 ) -> tuple[LogitsProcessor, ...]:
-    """The processors that settings ask for.
+    """The logits processors for decoding settings.
 
     Args:
-        settings: the user's.
+        settings: decoding settings.
         stop_ids: tokens that end a report.
-        never: tokens that are never written, beside those of the settings.
-        begins_word: repetition is controlled at these tokens alone; ``None`` for all.
+        never: banned tokens, in addition to those of the settings.
+        begins_word: restricts the control of repetition to these tokens; ``None`` for all.
     """
     applies = begins_word or _everywhere
     processors: list[LogitsProcessor] = []

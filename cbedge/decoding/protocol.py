@@ -1,4 +1,4 @@
-"""What the decoding loop needs from a backend, a draft's policy and a guesser."""
+"""Interfaces that the decoding loop uses: decoder, logits processor, sampler, constraint, guess source."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import numpy as np
 
 
 class Token(NamedTuple):
-    """A token that was written, and the probability that it had there, before any processor."""
+    """A generated token and its probability before logits processing."""
 
     id: int
     probability: float
 
 
 class Decoder(Protocol):
-    """A language model in the middle of one report; it holds the KV cache of what it has read."""
+    """Decoding state of a language model, with its KV cache."""
 
     @property
     def length(self) -> int:
-        """Embeddings and tokens read so far."""
+        """Number of embeddings and tokens read so far."""
         ...
 
     @property
     def capacity(self) -> int:
-        """How many it can hold."""
+        """Maximum number of embeddings and tokens."""
         ...
 
     @property
     def keeps_prompt(self) -> bool:
-        """Whether another prompt need not be read where it begins as the last one did."""
+        """Whether the common prefix of two successive prompts is reused."""
         ...
 
     @property
     def reused(self) -> int:
-        """Embeddings of the last prompt that were not read again."""
+        """Number of embeddings of the last prompt that were not read again."""
         ...
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
@@ -47,12 +47,12 @@ class Decoder(Protocol):
         ...
 
     def rewind(self, length: int) -> None:
-        """Forget all that was read after the first ``length``."""
+        """Discard everything after the first ``length`` embeddings and tokens."""
         ...
 
     def fork(self, rows: Sequence[int]) -> Decoder:
-        """A decoder of several drafts: its draft i has read what draft ``rows[i]`` of this one has. A new decoder has
-        one draft, 0. ``append`` is for one draft, ``step`` for any number."""
+        """A decoder of several drafts; draft i is a copy of this decoder's draft ``rows[i]``. A new decoder has one
+        draft, 0. ``append`` works with one draft, ``step`` with any number."""
         ...
 
     def step(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -60,7 +60,7 @@ class Decoder(Protocol):
         ...
 
     def enlarged(self, capacity: int) -> Decoder:
-        """A new decoder for ``capacity`` that has read the prompt that this one keeps, and nothing else."""
+        """A new decoder of ``capacity`` that has read this decoder's prompt, and nothing else."""
         ...
 
 
@@ -68,8 +68,7 @@ class LogitsProcessor(Protocol):
     """Changes logits before a token is chosen."""
 
     def __call__(self, written: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        """The tokens written so far and logits, float32 [V] → other logits, float32 [V]; the given ones stay as they
-        are."""
+        """Tokens written so far and logits, float32 [V] → new logits, float32 [V]. The input is not modified."""
         ...
 
 
@@ -77,25 +76,25 @@ class Sampler(Protocol):
     """Chooses a token.
 
     Attributes:
-        is_greedy: it always takes the likeliest token.
+        is_greedy: whether it always selects the most probable token.
     """
 
     is_greedy: bool
 
     def __call__(self, logits: np.ndarray) -> int:
-        """A token by logits, float32 [V]; -inf is never chosen."""
+        """Choose a token by logits, float32 [V]; -inf is never chosen."""
         ...
 
 
 class Constraint(Protocol):
-    """Says which tokens may be written next."""
+    """Determines which tokens may be written next."""
 
     def forced(self, written: Sequence[int]) -> Sequence[int]:
-        """The tokens that must follow, up to the next choice; empty where there is one."""
+        """The tokens that must follow, up to the next free choice; empty if the next token is free."""
         ...
 
     def allows(self, written: Sequence[int], token: int) -> bool:
-        """Whether a token may follow, where none is forced."""
+        """Whether a token may follow, if none is forced."""
         ...
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
@@ -104,8 +103,8 @@ class Constraint(Protocol):
 
 
 class GuessSource(Protocol):
-    """Guesses how a draft goes on; a wrong guess costs time and changes no token."""
+    """Guesses the continuation of a draft; a wrong guess costs time but changes no token."""
 
     def guess(self, written: Sequence[int], count: int) -> list[int]:
-        """At most ``count`` tokens that may follow what is written."""
+        """Guess up to ``count`` next tokens."""
         ...

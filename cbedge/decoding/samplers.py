@@ -1,4 +1,4 @@
-"""Samplers: how a token is chosen from processed logits."""
+"""Samplers: choose a token from processed logits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from cbedge.decoding.protocol import Sampler
 from cbedge.decoding.settings import Decoding
 
-# Least probability of a drawn token, as a share of the likeliest one's (min-p sampling, Nguyen et al. 2024).
+# Minimum probability of a sampled token relative to the most probable one (min-p sampling, Nguyen et al. 2024).
 MIN_P = 0.02
 
 
 class Greedy:
-    """Takes the likeliest token."""
+    """Selects the most probable token."""
 
     is_greedy = True
 
@@ -22,11 +22,11 @@ class Greedy:
 
 
 class NucleusSampler:
-    """Draws from the likeliest tokens that together have a probability (Holtzman et al. 2020), with :data:`MIN_P`.
+    """Nucleus sampling (Holtzman et al. 2020) combined with min-p sampling (:data:`MIN_P`).
 
     Args:
-        temperature: above 0.
-        top_p: that probability, above 0, at most 1.
+        temperature: sampling temperature, above 0.
+        top_p: total probability of the nucleus, above 0, at most 1.
         seed: random seed.
     """
 
@@ -47,13 +47,13 @@ class NucleusSampler:
 
 
 def sampler_of(settings: Decoding) -> Sampler:
-    """The sampler that settings ask for."""
+    """The sampler for decoding settings."""
     if settings.temperature == 0:
         return Greedy()
     return NucleusSampler(settings.temperature, settings.top_p, settings.seed)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Of logits of which one at least is finite, of the same shape."""
+    """Log-probabilities of logits, of the same shape; at least one logit must be finite."""
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())

@@ -18,30 +18,30 @@ def decode(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, *, sampler: Sampler = GREEDY,
     processors: Sequence[LogitsProcessor] = (), constraint: Constraint | None = None,
     guesser: GuessSource | None = None, guess_length: GuessLength | None = None,
-    stats: SpeculationStats | None = None, begun: Sequence[int] = (),
+    stats: SpeculationStats | None = None, opening: Sequence[int] = (),
 ) -> Iterator[Token]:  # fmt: skip
-    """Write tokens one pass after another; forced and guessed tokens are read in one pass with the token before them.
+    """Generate tokens. Forced and guessed tokens are read in the same pass as the token before them.
 
-    Guesses change no token of a greedy draft: all are checked in one pass, and the longest run that the model would
-    have written itself is kept (Leviathan et al. 2023, with n-grams as the draft model).
+    Guesses do not change a greedy draft: all are verified in one pass, and the longest prefix that the model itself
+    would have written is accepted (Leviathan et al. 2023, with n-grams as the draft model).
 
     Args:
-        decoder: has read everything that ``logits`` follow.
+        decoder: has read everything before ``logits``.
         logits: float32 [V].
-        stop_ids: tokens that end the report; they are yielded, as the last one.
-        max_new_tokens: tokens to write at most, the stop token counted.
+        stop_ids: tokens that end the report; the stop token is yielded last.
+        max_new_tokens: maximum number of tokens, stop token included.
         sampler: chooses each token.
-        processors: are applied to the logits in order.
-        constraint: which tokens may be written.
-        guesser: guesses ahead; ``None`` for one token a pass. It must be ``None`` for a sampler that draws.
-        guess_length: learns how many guesses pay; keep one for each generator.
-        stats: is filled in.
-        begun: tokens that the draft began with, read already; processors and constraint count them.
+        processors: applied to the logits in order.
+        constraint: determines which tokens may be written.
+        guesser: source of speculative tokens; ``None`` for one token per pass. Must be ``None`` unless greedy.
+        guess_length: chooses the number of guesses; keep one per generator.
+        stats: updated in place.
+        opening: initial tokens of the draft, already read; processors and constraint see them.
     """
     stats = SpeculationStats() if stats is None else stats
     guess_length = guess_length or GuessLength()
-    written = [*begun]
-    most = len(begun) + max_new_tokens
+    written = [*opening]
+    most = len(opening) + max_new_tokens
 
     def choose(row: np.ndarray) -> Token:
         return _choose(row, written, sampler, processors, constraint)
@@ -66,29 +66,29 @@ def decode(
                 break
             written.append(guess)
             chosen.append(choose(row))
-        *held, token = chosen
-        decoder.rewind(length + 1 + len(held))
+        *accepted, token = chosen
+        decoder.rewind(length + 1 + len(accepted))
         stats.passes += 1
         if guesser and not forced:
             stats.guessed += len(guesses)
-            stats.accepted += len(held)
-            guess_length.learn(len(guesses), len(held), seconds)
-        yield from held
+            stats.accepted += len(accepted)
+            guess_length.learn(len(guesses), len(accepted), seconds)
+        yield from accepted
 
 
 def beam_search(
     decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, width: int,
-    processors: Sequence[LogitsProcessor] = (), constraint: Constraint | None = None, begun: Sequence[int] = (),
+    processors: Sequence[LogitsProcessor] = (), constraint: Constraint | None = None, opening: Sequence[int] = (),
 ) -> list[Token]:  # fmt: skip
-    """The hypothesis of the highest mean log-probability among ``width``; the stop token is its last one. The other
-    arguments are those of :func:`decode`."""
+    """Beam search with ``width`` beams: the hypothesis with the highest mean log-probability, stop token included. The
+    other arguments are those of :func:`decode`."""
     alive: list[tuple[float, list[Token]]] = [(0.0, [])]
     rows = logits[None]
     finished: list[tuple[float, list[Token]]] = []
     for count in range(1, max_new_tokens + 1):
         options: list[tuple[float, int, int]] = []
         for row, (total, written) in enumerate(alive):
-            so_far = [*begun, *(token.id for token in written)]
+            so_far = [*opening, *(token.id for token in written)]
             log_probabilities = log_softmax(_allowed(rows[row], so_far, processors, constraint))
             for token_id in np.argpartition(log_probabilities, -2 * width)[-2 * width :]:
                 if log_probabilities[token_id] == -np.inf:
@@ -123,7 +123,7 @@ def _choose(
         return Token(forced[0], _probability(logits, forced[0]))
     if constraint is None or sampler.is_greedy:
         token_id = sampler(_processed(logits, written, processors))
-        if constraint is None or constraint.allows(written, token_id):  # the mask of all tokens costs time
+        if constraint is None or constraint.allows(written, token_id):  # computing the whole mask is slower
             return Token(token_id, _probability(logits, token_id))
     token_id = sampler(_allowed(logits, written, processors, constraint))
     return Token(token_id, _probability(logits, token_id))
@@ -138,8 +138,8 @@ def _processed(logits: np.ndarray, written: Sequence[int], processors: Sequence[
 def _allowed(
     logits: np.ndarray, written: Sequence[int], processors: Sequence[LogitsProcessor], constraint: Constraint | None
 ) -> np.ndarray:
-    """Processed logits, and -inf for what the constraint does not allow; where the processors leave nothing of that,
-    they do not count."""
+    """Processed logits, with -inf for tokens that the constraint does not allow. If the processors ban all allowed
+    tokens, the unprocessed logits are used."""
     processed = _processed(logits, written, processors)
     if constraint is None:
         return processed
@@ -148,7 +148,7 @@ def _allowed(
         kept = np.where(mask, values, np.float32(-np.inf))
         if np.isfinite(kept.max()):
             return kept
-    return processed  # a vocabulary without any token that may follow
+    return processed  # no token of the vocabulary is allowed
 
 
 def _probability(logits: np.ndarray, token_id: int) -> float:

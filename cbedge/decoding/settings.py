@@ -14,25 +14,24 @@ MAX_BEAMS = 8
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen; the default is greedy.
+    """Decoding settings; the default is greedy decoding.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above it tokens are drawn, the more evenly the higher.
-        top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020).
+        temperature: 0 selects the most probable token; above 0, tokens are sampled, more evenly for higher values.
+        top_p: sample from the most probable tokens with this total probability (Holtzman et al. 2020).
         seed: random seed for sampling.
-        beams: above 1, beam search with so many hypotheses, compared by mean log-probability.
-        repetition_penalty: logits of tokens already written are divided by it, or multiplied where negative
-            (Keskar et al. 2019); 1 is none. In a report it acts where words begin, so that no word is broken.
-        no_repeat: never begin a word that would repeat a run of so many tokens; 0 allows it.
-        stop_bias: added to the logits of the tokens that end a report: below 0, drafts become longer, above it shorter.
-        never: tokens that are never written; a bundle's own (its ``never_ids``) are added to them.
-        keep_to_template: write the sentences of the template that is given, or that the bundle has
-            (:mod:`cbedge.drafting.templates`); where there is none it does nothing.
-        speculative: let the template and the bundle's phrasebook guess ahead where that is faster. It changes no token,
-            and is used where the likeliest token is taken.
+        beams: number of beams; above 1, beam search by mean log-probability.
+        repetition_penalty: positive logits of earlier tokens are divided by it, negative ones multiplied (Keskar et al.
+            2019); 1 has no effect. In a report it applies at word starts only, so that no word is broken.
+        no_repeat: never start a word that would repeat an n-gram of this many tokens; 0 allows repeats.
+        stop_bias: added to the logits of stop tokens: below 0, drafts become longer; above 0, shorter.
+        never: banned tokens, in addition to the bundle's ``never_ids``.
+        keep_to_template: follow the given template, or the bundle's, if any (:mod:`cbedge.drafting.templates`).
+        speculative: use speculative decoding with the template and the bundle's phrasebook where it is faster. It
+            changes no token, and is used with greedy decoding only.
 
     Raises:
-        ContextError: a value is out of its range, or two cannot be combined.
+        ContextError: a value is out of range, or two values cannot be combined.
     """
 
     temperature: float = 0.0
@@ -76,5 +75,5 @@ class Decoding:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken, of those that the controls leave."""
+        """Whether the most probable allowed token is always selected."""
         return self.temperature == 0 and self.beams == 1

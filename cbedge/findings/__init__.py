@@ -1,1 +1,1 @@
-"""Findings: what they are called, how they are scored and what contradicts them."""
+"""Image findings: names, scores and contradictions."""

@@ -1,13 +1,13 @@
-"""What the Q-Former sees in the radiograph, told to the language model as words in the prompt.
+"""Image findings: scores of the Q-Former that are listed in the prompt and open a draft.
 
-ClinicalBLIP (Ji et al. 2024) puts prior knowledge into the prompt. Here the model's own image findings join it: a
-linear head on the Q-Former's output scores findings, and those above their thresholds are named in the prompt. So what
-the language model writes of the image can be traced to a score.
+ClinicalBLIP (Ji et al. 2024) puts prior knowledge into the prompt. Here the model's own image findings are added: a
+linear head on the Q-Former's output scores findings, and the prompt lists those above their thresholds. So statements
+of the language model about the image can be traced to a score.
 
-A small language model passes over much of what it is told, and falls back on the usual normal report. So the draft can
-be opened with a sentence for each finding that is told, and the language model goes on from there (a prefix constraint,
-the simplest of the lexical constraints of Hokamp and Liu, ACL 2017). What goes on after it and contradicts it is left
-out (:mod:`cbedge.drafting.sentence_filter`).
+A small language model ignores much of its prompt and falls back on a normal report. So a draft can be opened with a
+sentence for each listed finding, from which the language model continues (a prefix constraint, the simplest of the
+lexical constraints of Hokamp and Liu, ACL 2017). Later sentences that contradict these are removed
+(:mod:`cbedge.drafting.sentence_filter`).
 """
 
 import re
@@ -22,22 +22,22 @@ CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such p
 
 @dataclass(frozen=True)
 class ImageFindings:
-    """Which findings are told, from which score on.
+    """The findings of a model, with thresholds, opening sentences and contradictions.
 
     Attributes:
-        names: of the findings; the first stands for "abnormal" and is the gate of all others.
-        thresholds: for each name the least score that counts, 0 to 1. Chosen on validation studies.
-        openings: for each name the sentence that opens a draft where the finding is told, or an empty text; or nothing
-            at all, and no draft is opened.
-        denials: for each name a regular expression, case ignored, of sentences that contradict the finding, or an empty
-            text; or nothing at all.
-        lateral_shares: for each name how much the lateral radiograph weighs beside the frontal one, 0 to 1; or nothing
-            at all, and they weigh the same. Chosen on validation studies.
-        excludes: pairs of findings that are never told together.
+        names: names of the findings; the first means "abnormal", and the others count only if it is present.
+        thresholds: for each name, the score at which the finding counts as present, 0 to 1; chosen on validation
+            studies.
+        openings: for each name, the sentence that opens a draft if the finding is present, or an empty string. An empty
+            tuple for no openings.
+        denials: for each name, a case-insensitive regular expression of sentences that contradict the finding, or an
+            empty string. An empty tuple for none.
+        lateral_shares: for each name, the weight of the lateral radiograph, 0 to 1; chosen on validation studies. An
+            empty tuple for equal weights.
+        excludes: pairs of findings that are never reported together.
 
     Raises:
-        ValueError: they have not the same length, or are empty; a denial is no regular expression, or a share is out of
-            its range.
+        ValueError: lengths differ, there are no names, or a denial or a share is invalid.
     """
 
     names: tuple[str, ...]
@@ -61,13 +61,13 @@ class ImageFindings:
         self.contradicting(self.names)
 
     def join(self, frontal: np.ndarray, lateral: np.ndarray) -> np.ndarray:
-        """The logits of both radiographs, [..., names], as those of the study."""
+        """Combine the logits of both radiographs, [..., names]."""
         shares = np.array(self.lateral_shares or (0.5,) * len(self.names), frontal.dtype)
         return (1 - shares) * frontal + shares * lateral
 
     def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
-        """The findings to tell, for scores [names]: none below the gate; above it those that reach their thresholds, of
-        two that exclude each other the one farther above its own; or :data:`OTHER` where none does."""
+        """The findings that are present, for scores [names]: none if "abnormal" is below its threshold; else those that
+        reach their thresholds (of an excluding pair, the one further above its own), or :data:`OTHER` if none does."""
         if scores[0] < self.thresholds[0]:
             return ()
         rows = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
@@ -77,34 +77,34 @@ class ImageFindings:
                 del above[min(pair, key=lambda name: above[name])]
         return tuple(above) or (OTHER,)
 
-    def open(self, told: Sequence[str]) -> dict[str, str]:
-        """The sentences that open the draft: finding → sentence, for those told that have one."""
-        return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in told}
+    def open(self, present: Sequence[str]) -> dict[str, str]:
+        """The sentences that open the draft: finding → sentence, for present findings that have one."""
+        return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in present}
 
-    def contradicting(self, told: Sequence[str]) -> re.Pattern[str] | None:
-        """What is found in a sentence that contradicts a finding told; ``None`` where nothing is known to.
-        :data:`OTHER` is contradicted by what contradicts the first name, "abnormal".
+    def contradicting(self, present: Sequence[str]) -> re.Pattern[str] | None:
+        """A pattern that matches sentences which contradict a present finding, or ``None``. :data:`OTHER` is
+        contradicted like the first name, "abnormal".
 
         Raises:
-            ValueError: a denial is no regular expression.
+            ValueError: a denial is not a regular expression.
         """
         known = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ("",))[0]}
-        return any_of([known.get(name, "") for name in told])
+        return any_of([known.get(name, "") for name in present])
 
 
 def any_of(denials: Sequence[str]) -> re.Pattern[str] | None:
-    """One regular expression, case ignored, for all of some denials but the empty ones; ``None`` for none.
+    """One case-insensitive regular expression for all non-empty denials; ``None`` if there are none.
 
     Raises:
-        ValueError: one is no regular expression.
+        ValueError: one is not a regular expression.
     """
     parts = [f"(?:{text})" for text in denials if text]
     try:
         return re.compile("|".join(parts), re.IGNORECASE) if parts else None
     except re.error as error:
-        raise ValueError(f"a denial is no regular expression: {error}") from None
+        raise ValueError(f"a denial is not a regular expression: {error}") from None
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
-    """Logits → scores from 0 to 1, of the same shape. They rank images; they are no calibrated probabilities."""
+    """Logits → scores from 0 to 1, of the same shape. Scores rank images; they are not calibrated probabilities."""
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -60, 60)))

@@ -1,4 +1,4 @@
-"""What the model reads in a study's radiographs: image embeddings for the language model, and scores of findings."""
+"""The reading of a study's radiographs: image embeddings for the language model, and scores of findings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cbedge.findings.image_findings import ImageFindings, scores_of
 
 
 class QFormerOutput(NamedTuple):
-    """The Q-Former's answer for one radiograph.
+    """The Q-Former's output for one radiograph.
 
     Attributes:
         embeds: image embeddings for the language model, float32 [1, Q, D].
-        attention: how much each finding's query attended to each patch (the first is the class token), float32 [T, P];
+        attention: attention of each finding's query to each patch (the first is the class token), float32 [T, P];
             one row for a model without finding scores.
-        finding_logits: float32 [T], or ``None`` for such a model.
+        finding_logits: float32 [T]; ``None`` for a model without finding scores.
     """
 
     embeds: np.ndarray
@@ -28,16 +28,16 @@ class QFormerOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageReading:
-    """What the model reads in a study's radiograph, or in two.
+    """The reading of one study, with one or two radiographs.
 
     Attributes:
-        image_embeds: for the language model, float32 [1, Q, D]; Q is twice the number of queries with a lateral one.
-        findings: those that the prompt names, empty where none reaches its threshold; ``None`` for a model without
+        image_embeds: image embeddings, float32 [1, Q, D]; Q is twice the number of queries with a lateral view.
+        findings: findings that are present, empty if none reaches its threshold; ``None`` for a model without
             finding scores.
-        scores: of every finding that is looked for, 0 to 1.
-        attention: how much each patch was attended to for these findings (for "abnormal" where there is none), float32
-            [P], the class token first; of the frontal radiograph.
-        has_lateral: a lateral radiograph was read as well.
+        scores: score of every finding, 0 to 1.
+        attention: attention to each patch of the frontal radiograph for these findings (for "abnormal" if there are
+            none), float32 [P], class token first.
+        has_lateral: whether a lateral radiograph was read.
     """
 
     image_embeds: np.ndarray
@@ -48,7 +48,7 @@ class ImageReading:
 
 
 def interpret(outputs: Sequence[QFormerOutput], findings: ImageFindings | None) -> ImageReading:
-    """Join the Q-Former's answers for the radiographs of a study, and read its findings off their scores."""
+    """Combine the Q-Former's outputs for the radiographs of a study, and derive its findings from their scores."""
     embeds, attention, logits = outputs[0]
     for more, _, second in outputs[1:]:
         embeds = np.concatenate([embeds, more], axis=1)
