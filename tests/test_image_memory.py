@@ -261,7 +261,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "tiny code blocks": (lambda: jpeg2000(tiny_blocks), "MB of memory"),
     "tiny tiles": (lambda: jpeg2000(tile_size=(20, 20)), "MB of memory"),
     "tiny precincts": (lambda: jpeg2000(tiny_precincts), "MB of memory"),
-    "codestream behind another": (hidden_in_jp2, "9,000 x 9,000, but Columns and Rows say 200 x 240"),
+    "codestream behind another": (hidden_in_jp2, "9,000 x 9,000 compressed pixels, but Columns and Rows are 200 x 240"),
     "two frame headers": (lambda: compressed(two_frames(), JPEGBaseline8Bit), "damaged or truncated"),
     "colour of 48 megapixels": (
         lambda: dicom(np.empty((7000, 6850, 0)), SamplesPerPixel=3, PhotometricInterpretation="RGB",
