@@ -156,10 +156,15 @@ class Reference:
         if written[: len(read)] == read:
             written = written[len(read) :]
         return Answer(
-            inputs["pixel_values"].numpy(), ids[count:], inputs["qformer_input_ids"][0].tolist(),
-            out.vision_outputs.last_hidden_state.numpy(), queried.numpy(),
-            self.model.language_projection(queried).numpy(), out.logits[0, -1, : self._vocabulary].numpy(), written,
-        )  # fmt: skip
+            inputs["pixel_values"].numpy(),
+            ids[count:],
+            inputs["qformer_input_ids"][0].tolist(),
+            out.vision_outputs.last_hidden_state.numpy(),
+            queried.numpy(),
+            self.model.language_projection(queried).numpy(),
+            out.logits[0, -1, : self._vocabulary].numpy(),
+            written,
+        )
 
     @property
     def _start(self) -> int:
@@ -182,11 +187,21 @@ def in_torch(parts: ModelAndTokenizers, image: Path, prompt: str) -> Answer:
     first = {"decoder_input_ids": torch.tensor([start])} if start else {}
     logits = language(inputs_embeds=embeds, **first).logits[0, -1]
     written = language.generate(
-        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-        max_new_tokens=GREEDY_TOKENS, do_sample=False,
-    )[0, len(start) :].tolist()  # fmt: skip
-    return Answer(pixels, ids, words["input_ids"][0].tolist(), features.numpy(), queried.numpy(), projected.numpy(),
-                  logits.numpy(), written)  # fmt: skip
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+    )[0, len(start) :].tolist()
+    return Answer(
+        pixels,
+        ids,
+        words["input_ids"][0].tolist(),
+        features.numpy(),
+        queried.numpy(),
+        projected.numpy(),
+        logits.numpy(),
+        written,
+    )
 
 
 def in_bundle(generator: ReportGenerator, image: Path, prompt: str) -> Answer:
@@ -212,14 +227,17 @@ def compare(name: str, references: list[Answer], answers: list[Answer]) -> Equal
         return max(_relative(getattr(theirs, kind), getattr(ours, kind)) for theirs, ours in pairs)
 
     return Equality(
-        name, len(pairs),
+        name,
+        len(pairs),
         pixel_values=max(float(np.abs(a.pixel_values - b.pixel_values).max()) for a, b in pairs),
         ids=sum(a.input_ids == b.input_ids and a.qformer_ids == b.qformer_ids for a, b in pairs),
-        features=largest("features"), queried=None if answers[0].queried is None else largest("queried"),
-        image_embeds=largest("image_embeds"), logits=largest("logits"),
+        features=largest("features"),
+        queried=None if answers[0].queried is None else largest("queried"),
+        image_embeds=largest("image_embeds"),
+        logits=largest("logits"),
         first_token=sum(a.tokens[:1] == b.tokens[:1] for a, b in pairs),
         tokens=sum(a.tokens == b.tokens for a, b in pairs),
-    )  # fmt: skip
+    )
 
 
 def _relative(theirs: np.ndarray, ours: np.ndarray) -> float:
@@ -231,8 +249,9 @@ def draw_films(folder: Path) -> list[Path]:
     """Films of the full range 0..255, drawn: grey and in colours, PNG and JPEG, of several shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, (name, rows, columns) in enumerate((("grey.png", 300, 250), ("wide.jpg", 200, 400),
-                                                    ("colour.png", 224, 224), ("colour.jpg", 350, 210))):  # fmt: skip
+    for number, (name, rows, columns) in enumerate(
+        (("grey.png", 300, 250), ("wide.jpg", 200, 400), ("colour.png", 224, 224), ("colour.jpg", 350, 210))
+    ):
         y, x = np.mgrid[0:rows, 0:columns] / np.array([rows, columns])[:, None, None]
         rng = np.random.default_rng(number)
         plane = 0.8 + 0.05 * rng.standard_normal((rows, columns))
@@ -249,21 +268,38 @@ def draw_films(folder: Path) -> list[Path]:
 
 def write_collection(folder: Path, films: list[Path]) -> Path:
     """A collection of drawn films in the layout of ``studies.jsonl``, to take single training steps on."""
-    reports = (("The heart is normal in size. The lungs are clear.", "No acute disease.", ["normal"]),
-               ("The heart is enlarged. There is a small left pleural effusion.", "Cardiomegaly and effusion.",
-                ["Cardiomegaly/mild", "Pleural Effusion/left"]))  # fmt: skip
+    reports = (
+        ("The heart is normal in size. The lungs are clear.", "No acute disease.", ["normal"]),
+        (
+            "The heart is enlarged. There is a small left pleural effusion.",
+            "Cardiomegaly and effusion.",
+            ["Cardiomegaly/mild", "Pleural Effusion/left"],
+        ),
+    )
     (folder / "images").mkdir(parents=True)
     lines = []
     for number, split in enumerate(["train"] * 8 + ["val"] * 4):
         film, (findings, impression, tags) = films[number % len(films)], reports[number % 2]
         file = f"{number}{film.suffix}"
         (folder / "images" / file).write_bytes(film.read_bytes())
-        lines.append(json.dumps({
-            "study_id": f"S{number}", "split": split, "r2gen_id": f"S{number}",
-            "images": [{"file": file, "view": "frontal", "columns": 200, "rows": 240}], "indication": "cough",
-            "comparison": None, "exam": "Chest", "findings": findings, "impression": impression, "mesh_major": tags,
-            "mesh_automatic": [], "problems": [],
-        }))  # fmt: skip
+        lines.append(
+            json.dumps(
+                {
+                    "study_id": f"S{number}",
+                    "split": split,
+                    "r2gen_id": f"S{number}",
+                    "images": [{"file": file, "view": "frontal", "columns": 200, "rows": 240}],
+                    "indication": "cough",
+                    "comparison": None,
+                    "exam": "Chest",
+                    "findings": findings,
+                    "impression": impression,
+                    "mesh_major": tags,
+                    "mesh_automatic": [],
+                    "problems": [],
+                }
+            )
+        )
     (folder / "studies.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -293,8 +329,21 @@ def measure(folder: Path, family: str, films: list[Path], size: int, patch: int)
             again = load_model(str(folder / "merged"), folder)
             yield compare(f"{name}, in torch", references, [in_torch(again, *case) for case in cases])
         out = folder / f"{run.name}-bundle"
-        _command("export", "--checkpoint", base, "--adapters", run, "--out", out, "--variant", "fp32", "--variant",
-                 "int4", "--algorithm", "rtn")  # fmt: skip
+        _command(
+            "export",
+            "--checkpoint",
+            base,
+            "--adapters",
+            run,
+            "--out",
+            out,
+            "--variant",
+            "fp32",
+            "--variant",
+            "int4",
+            "--algorithm",
+            "rtn",
+        )
         for variant in ("fp32", "int4"):
             generator = ReportGenerator.from_pretrained(out, variant, "cpu")
             answers = [in_bundle(generator, *case) for case in cases]
@@ -322,20 +371,28 @@ def _command(module: str, *arguments: object) -> None:
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
     lines = [
-        "# A released InstructBLIP here and in transformers", "",
+        "# A released InstructBLIP here and in transformers",
+        "",
         f"`{record['command']}`, commit {record['commit']}, {record['machine']['date']}; "
-        + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) + ".", "",
+        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        + ".",
+        "",
         "Tiny checkpoints of random weights in the released layouts; the same files (grey and colour, PNG and JPEG, "
         f"four shapes) and the same {len(PROMPTS)} prompts for `InstructBlipProcessor` with "
         "`InstructBlipForConditionalGeneration` and for cbedge. The prompt is the Q-Former's instruction too, as in "
         "transformers. Given are the largest differences over all cases: pixel values absolute, the rest the Euclidean "
-        "norm of the difference as a share of transformers'. int4 differs by what quantization loses.", "",
-    ]  # fmt: skip
+        "norm of the difference as a share of transformers'. int4 differs by what quantization loses.",
+        "",
+    ]
     for family, rows in record["families"].items():
         size, patch = SIZES[family]
-        lines += [f"## {family}: {size} pixels, patches of {patch}", "",
-                  "| cbedge | pixel values | token ids | vision features | Q-Former | image embeddings | first token's "
-                  "logits | first token | 32 greedy tokens |", "| --- |" + " ---: |" * 8]  # fmt: skip
+        lines += [
+            f"## {family}: {size} pixels, patches of {patch}",
+            "",
+            "| cbedge | pixel values | token ids | vision features | Q-Former | image embeddings | first token's "
+            "logits | first token | 32 greedy tokens |",
+            "| --- |" + " ---: |" * 8,
+        ]
         for row in rows:
             queried = "not handed out" if row["queried"] is None else f"{row['queried']:.1e}"
             lines.append(
@@ -366,10 +423,12 @@ def main(
                 typer.echo(f"{name}: {row}", err=True)
                 families[name].append(asdict(row))
     record = {
-        "command": "python -m benchmarks.equality", "commit": _commit(), "machine": machine(),
+        "command": "python -m benchmarks.equality",
+        "commit": _commit(),
+        "machine": machine(),
         "versions": {name: version(name) for name in ("transformers", "torch", "onnxruntime", "pillow", "tokenizers")},
         "families": families,
-    }  # fmt: skip
+    }
     text = to_markdown(record)
     typer.echo(text)
     if output:

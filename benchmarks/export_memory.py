@@ -90,26 +90,54 @@ def main(
     rows: list[dict[str, Any]] = []
     for depth in depths:
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11008 // 4096, num_hidden_layers=depth,
-            num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=width * 11008 // 4096,
+            num_hidden_layers=depth,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=2048,
+        )
         with tempfile.TemporaryDirectory() as scratch:
             folder, out = Path(scratch) / "checkpoint", Path(scratch) / "out"
             write_checkpoint(folder, config)
             weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
-            seconds, peak = watch([
-                sys.executable, "-m", "export.layers", "--checkpoint", str(folder), "--out", str(out), "--variant",
-                variant, "--at-once", str(at_once),
-            ])  # fmt: skip
+            seconds, peak = watch(
+                [
+                    sys.executable,
+                    "-m",
+                    "export.layers",
+                    "--checkpoint",
+                    str(folder),
+                    "--out",
+                    str(out),
+                    "--variant",
+                    variant,
+                    "--at-once",
+                    str(at_once),
+                ]
+            )
             size = sum(file.stat().st_size for file in out.iterdir())
-        rows.append({"layers": depth, "weights": int(weights), "fp32_gb": 4 * weights / 1e9, "peak_gb": round(peak, 2),
-                     "seconds": round(seconds, 1), "written_gb": round(size / 1e9, 3)})  # fmt: skip
+        rows.append(
+            {
+                "layers": depth,
+                "weights": int(weights),
+                "fp32_gb": 4 * weights / 1e9,
+                "peak_gb": round(peak, 2),
+                "seconds": round(seconds, 1),
+                "written_gb": round(size / 1e9, 3),
+            }
+        )
         typer.echo(json.dumps(rows[-1]))
     record = {
-        "width": width, "vocabulary": vocabulary, "variant": variant, "at_once": at_once, "depths": rows,
+        "width": width,
+        "vocabulary": vocabulary,
+        "variant": variant,
+        "at_once": at_once,
+        "depths": rows,
         "machine": machine(),
         "command": f"python -m benchmarks.export_memory --at-once {at_once} --variant {variant} --output …",
-    }  # fmt: skip
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

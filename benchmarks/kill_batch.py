@@ -77,11 +77,16 @@ def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, A
     ids, bad = _ids(out)
     content = out.read_bytes()
     return {
-        "rounds": rounds, "films": films, "seed": seed, "lost": lost + len(kept - set(ids)),
-        "twice": twice + len(ids) - len(set(ids)), "broken": broken + bad, "tracebacks": tracebacks,
+        "rounds": rounds,
+        "films": films,
+        "seed": seed,
+        "lost": lost + len(kept - set(ids)),
+        "twice": twice + len(ids) - len(set(ids)),
+        "broken": broken + bad,
+        "tracebacks": tracebacks,
         "finished": code == 0 and len(set(ids)) == films and content.endswith(b"\n"),
         "lines_after_rounds": after_rounds,
-    }  # fmt: skip
+    }
 
 
 def _start(source: Path, out: Path, log: Any) -> subprocess.Popen:

@@ -72,12 +72,16 @@ def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: f
         pacs.close()
     log = node.log.read_bytes()
     return {
-        "rounds": rounds, "seed": seed, "acknowledged": len(acknowledged),
+        "rounds": rounds,
+        "seed": seed,
+        "acknowledged": len(acknowledged),
         "lost": len(acknowledged - set(pacs.images) - failed),
         "twice": sum(len(found) > 1 for found in pacs.documents.values()) + len(failed & set(pacs.images)),
-        "delivered_again": sum(pacs.images.values()) - len(pacs.images), "failed": len(failed),
-        "tracebacks": log.count(b"Traceback (most recent call last)"), "finished": finished,
-    }  # fmt: skip
+        "delivered_again": sum(pacs.images.values()) - len(pacs.images),
+        "failed": len(failed),
+        "tracebacks": log.count(b"Traceback (most recent call last)"),
+        "finished": finished,
+    }
 
 
 @app.command(help=__doc__)

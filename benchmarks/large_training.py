@@ -37,12 +37,22 @@ def write_studies(folder: Path, count: int = 8) -> None:
     shutil.copyfile(EXAMPLE, folder / "images" / "chest.png")
     lines = []
     for number in range(count):
-        lines.append({
-            "study_id": f"S{number}", "split": "val" if number < 2 else "train", "r2gen_id": f"S{number}",
-            "images": [{"file": "chest.png", "view": "frontal"}], "indication": "cough", "comparison": None,
-            "exam": "Chest", "findings": FINDINGS[number % 2], "impression": None,
-            "mesh_major": [["normal"], ["Pleural Effusion"]][number % 2], "mesh_automatic": [], "problems": [],
-        })  # fmt: skip
+        lines.append(
+            {
+                "study_id": f"S{number}",
+                "split": "val" if number < 2 else "train",
+                "r2gen_id": f"S{number}",
+                "images": [{"file": "chest.png", "view": "frontal"}],
+                "indication": "cough",
+                "comparison": None,
+                "exam": "Chest",
+                "findings": FINDINGS[number % 2],
+                "impression": None,
+                "mesh_major": [["normal"], ["Pleural Effusion"]][number % 2],
+                "mesh_automatic": [],
+                "problems": [],
+            }
+        )
     (folder / "studies.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 
 
@@ -106,10 +116,18 @@ def main(
         for run in runs:
             stages = write_config(folder / f"{run.name}.yaml", checkpoint, data, run)
         commands = [
-            ["training", "run", "--config", folder / f"{run.name}.yaml", "--base-precision", base_precision,
-             "--max-steps", 2]
+            [
+                "training",
+                "run",
+                "--config",
+                folder / f"{run.name}.yaml",
+                "--base-precision",
+                base_precision,
+                "--max-steps",
+                2,
+            ]
             for run in runs
-        ]  # fmt: skip
+        ]
         step("two steps a stage", *commands[0])
         kill_when([sys.executable, "-m", *map(str, commands[1])], runs[1] / stages[0] / "checkpoint.pt")
         step("resumed", *commands[1])
@@ -117,8 +135,20 @@ def main(
         record["losses equal after being killed"] = equal
         for name in stages:
             record[f"losses, {name}"] = losses(runs[0], name)
-        step("merged and exported in int4", "export.layers", "--checkpoint", checkpoint, "--adapters", runs[1], "--out",
-             bundle, "--variant", "int4", "--name", "random")  # fmt: skip
+        step(
+            "merged and exported in int4",
+            "export.layers",
+            "--checkpoint",
+            checkpoint,
+            "--adapters",
+            runs[1],
+            "--out",
+            bundle,
+            "--variant",
+            "int4",
+            "--name",
+            "random",
+        )
         record["bundle_gb"] = round(sum(f.stat().st_size for f in bundle.iterdir()) / 1e9, 2)
         step(
             "drafted",

@@ -140,9 +140,12 @@ def encode(dataset: Dataset) -> bytes:
 
 
 def send(
-    port: int, objects: Iterable[tuple[str, bytes]], timeout_s: float = 120, title: str = "SENDER",
+    port: int,
+    objects: Iterable[tuple[str, bytes]],
+    timeout_s: float = 120,
+    title: str = "SENDER",
     syntax: str = ExplicitVRLittleEndian,
-) -> list[int | None]:  # fmt: skip
+) -> list[int | None]:
     """Send objects over one association, whatever their bytes are.
 
     Args:

@@ -93,11 +93,16 @@ async def _measure(
         spent = time.monotonic() - start
     p50, p95, p99 = np.percentile(outcome.seconds, (50, 95, 99)) if outcome.seconds else (0.0, 0.0, 0.0)
     return {
-        "requests": requests, "clients": clients, "drafts": len(outcome.seconds), "failed": outcome.failed,
-        "wrong_draft": outcome.wrong, "refusals_429": outcome.refusals,
-        "drafts_per_second": len(outcome.seconds) / spent, "seconds": {"p50": p50, "p95": p95, "p99": p99},
+        "requests": requests,
+        "clients": clients,
+        "drafts": len(outcome.seconds),
+        "failed": outcome.failed,
+        "wrong_draft": outcome.wrong,
+        "refusals_429": outcome.refusals,
+        "drafts_per_second": len(outcome.seconds) / spent,
+        "seconds": {"p50": p50, "p95": p95, "p99": p99},
         "memory_mb": {"before": before / 1e6, "after": server.memory_info().rss / 1e6},
-    }  # fmt: skip
+    }
 
 
 async def _ready(client: httpx.AsyncClient) -> bool:

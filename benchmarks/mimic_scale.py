@@ -107,12 +107,20 @@ def main(
         for row in random.Random(0).sample(range(len(studies)), min(10_000, len(studies))):
             _ = studies[row].target
         record = {
-            "images": images, "studies": tally.found["study"], "train_studies": len(studies),
-            "dropped": dict(tally.dropped), "index_mb": index_path(folder, cache).stat().st_size / 1e6,
-            "build_s": built, "open_s": opened, "read_10000_s": perf_counter() - start,
-            "memory_before_mb": before, "memory_after_index_mb": peak, "memory_after_all_mb": _peak(),
-            "date": date.today().isoformat(), "command": "python -m benchmarks.mimic_scale " + " ".join(sys.argv[1:]),
-        }  # fmt: skip
+            "images": images,
+            "studies": tally.found["study"],
+            "train_studies": len(studies),
+            "dropped": dict(tally.dropped),
+            "index_mb": index_path(folder, cache).stat().st_size / 1e6,
+            "build_s": built,
+            "open_s": opened,
+            "read_10000_s": perf_counter() - start,
+            "memory_before_mb": before,
+            "memory_after_index_mb": peak,
+            "memory_after_all_mb": _peak(),
+            "date": date.today().isoformat(),
+            "command": "python -m benchmarks.mimic_scale " + " ".join(sys.argv[1:]),
+        }
     text = json.dumps(record, indent=1)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

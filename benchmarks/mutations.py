@@ -130,26 +130,41 @@ def _array(rng: np.random.Generator, made: Input, grey: np.ndarray) -> None:
     eight, sixteen = np.round(grey * 255).astype(np.uint8), np.round(grey * 65535).astype(np.uint16)
     made.may_refuse = kind == "big"
     arrays: dict[str, np.ndarray] = {
-        "u1": eight, "u2": sixteen, "f4": grey.astype(np.float32), "f8": grey, "f2": grey.astype(np.float16),
-        "rgb": np.repeat(eight[..., None], 3, 2), "rgba": np.dstack([eight] * 3 + [np.full_like(eight, 255)]),
-        "big": sixteen.astype(">u2"), "fortran": np.asfortranarray(eight),
+        "u1": eight,
+        "u2": sixteen,
+        "f4": grey.astype(np.float32),
+        "f8": grey,
+        "f2": grey.astype(np.float16),
+        "rgb": np.repeat(eight[..., None], 3, 2),
+        "rgba": np.dstack([eight] * 3 + [np.full_like(eight, 255)]),
+        "big": sixteen.astype(">u2"),
+        "fortran": np.asfortranarray(eight),
         "strided": np.repeat(eight, 2, 1)[:, ::2],
-    }  # fmt: skip
+    }
     made.array = arrays[kind]
 
 
 _TURN = {  # EXIF orientation → what undoes it in the stored picture
-    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
+}
 
 
 def _raster(rng: np.random.Generator, made: Input, grey: np.ndarray, form: str = "") -> None:
     eight = Image.fromarray(np.round(grey * 255).astype(np.uint8))
     form = form or str(rng.choice(["PNG", "JPEG", "TIFF", "WEBP"], p=[0.35, 0.3, 0.25, 0.1]))
-    modes = {"PNG": ["L", "RGB", "RGBA", "P", "LA", "16", "half"], "JPEG": ["L", "RGB", "CMYK"],
-             "TIFF": ["L", "RGB", "16", "white", "16white"], "WEBP": ["RGB"]}[form]  # fmt: skip
+    modes = {
+        "PNG": ["L", "RGB", "RGBA", "P", "LA", "16", "half"],
+        "JPEG": ["L", "RGB", "CMYK"],
+        "TIFF": ["L", "RGB", "16", "white", "16white"],
+        "WEBP": ["RGB"],
+    }[form]
     mode = str(rng.choice(modes))
     turn = int(rng.integers(1, 9)) if rng.random() < 0.6 else 1
     picture: Image.Image = eight
@@ -200,9 +215,21 @@ def _saved(picture: Image.Image, form: str, **options: Any) -> bytes:
 
 def _base_dataset(made: Input, rng: np.random.Generator) -> pydicom.FileDataset:
     ds = pydicom.dcmread(EXAMPLE, stop_before_pixels=True)
-    for name in ("WindowCenter", "WindowWidth", "VOILUTSequence", "VOILUTFunction", "RescaleSlope", "RescaleIntercept",
-                 "RescaleType", "PixelPaddingValue", "PresentationLUTShape", "SmallestImagePixelValue",
-                 "LargestImagePixelValue", "ModalityLUTSequence", "PatientOrientation"):  # fmt: skip
+    for name in (
+        "WindowCenter",
+        "WindowWidth",
+        "VOILUTSequence",
+        "VOILUTFunction",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "RescaleType",
+        "PixelPaddingValue",
+        "PresentationLUTShape",
+        "SmallestImagePixelValue",
+        "LargestImagePixelValue",
+        "ModalityLUTSequence",
+        "PatientOrientation",
+    ):
         if name in ds:
             delattr(ds, name)
     token = str(rng.integers(2**62))
@@ -243,9 +270,11 @@ def _dicom(rng: np.random.Generator, made: Input, grey: np.ndarray) -> None:
     elif rng.random() < 0.15:
         photometric = "monochrome2"
         notes.append("lower case")
-    extra = str(rng.choice(
-        ["", "", "padding", "mirrored", "window", "windows", "signed", "slope", "width 0", "no function", "hot"]
-    ))  # fmt: skip
+    extra = str(
+        rng.choice(
+            ["", "", "padding", "mirrored", "window", "windows", "signed", "slope", "width 0", "no function", "hot"]
+        )
+    )
     notes.append(extra)
     if extra == "mirrored":
         grey, ds.PatientOrientation = grey[:, ::-1], ["R", "F"]
@@ -334,8 +363,13 @@ def _cut(rng: np.random.Generator, data: bytes) -> bytes:
 def _splice(rng: np.random.Generator, data: bytes) -> bytes:
     a, b = sorted(map(int, rng.integers(0, len(data), 2)))
     part = data[a : min(b, a + 5000)]
-    return [data[:a] + data[b:], data[:b] + part + data[b:], data[:a] + rng.bytes(len(part)) + data[a + len(part) :],
-            data[:a] + bytes(len(part)) + data[a + len(part) :], data + rng.bytes(500)][rng.integers(5)]  # fmt: skip
+    return [
+        data[:a] + data[b:],
+        data[:b] + part + data[b:],
+        data[:a] + rng.bytes(len(part)) + data[a + len(part) :],
+        data[:a] + bytes(len(part)) + data[a + len(part) :],
+        data + rng.bytes(500),
+    ][rng.integers(5)]
 
 
 def _damage(rng: np.random.Generator, data: bytes) -> bytes:
@@ -437,20 +471,71 @@ def _dicom_bytes(rng: np.random.Generator, made: Input) -> None:
 
 
 _PIXEL_TAGS = (
-    "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel", "PixelRepresentation",
-    "PhotometricInterpretation", "NumberOfFrames", "WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept",
-    "VOILUTFunction", "PresentationLUTShape", "PatientOrientation", "ViewPosition", "Modality", "PlanarConfiguration",
-    "BodyPartExamined", "ImageType", "PixelPaddingValue", "PixelPaddingRangeLimit", "VOILUTSequence",
-    "ViewCodeSequence", "SmallestImagePixelValue", "PixelAspectRatio", "PixelData", "RescaleType", "BurnedInAnnotation",
-)  # fmt: skip
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "SamplesPerPixel",
+    "PixelRepresentation",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "WindowCenter",
+    "WindowWidth",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "VOILUTFunction",
+    "PresentationLUTShape",
+    "PatientOrientation",
+    "ViewPosition",
+    "Modality",
+    "PlanarConfiguration",
+    "BodyPartExamined",
+    "ImageType",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "VOILUTSequence",
+    "ViewCodeSequence",
+    "SmallestImagePixelValue",
+    "PixelAspectRatio",
+    "PixelData",
+    "RescaleType",
+    "BurnedInAnnotation",
+)
 _PATIENT_TAGS = (
-    "SpecificCharacterSet", "PatientName", "PatientID", "PatientSex", "PatientBirthDate", "PatientAge", "StudyDate",
-    "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID", "SeriesInstanceUID",
-    "SOPClassUID", "StudyDescription", "SeriesDescription", "ReasonForStudy", "RequestedProcedureDescription",
-    "SeriesNumber", "InstanceNumber", "ContentDate", "AcquisitionDate", "Manufacturer", "InstitutionName",
-    "RequestAttributesSequence", "OtherPatientIDsSequence", "IssuerOfPatientID", "TimezoneOffsetFromUTC",
-    "PatientComments", "AdmittingDiagnosesDescription", "ReasonForTheRequestedProcedure", "Laterality",
-)  # fmt: skip
+    "SpecificCharacterSet",
+    "PatientName",
+    "PatientID",
+    "PatientSex",
+    "PatientBirthDate",
+    "PatientAge",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SOPClassUID",
+    "StudyDescription",
+    "SeriesDescription",
+    "ReasonForStudy",
+    "RequestedProcedureDescription",
+    "SeriesNumber",
+    "InstanceNumber",
+    "ContentDate",
+    "AcquisitionDate",
+    "Manufacturer",
+    "InstitutionName",
+    "RequestAttributesSequence",
+    "OtherPatientIDsSequence",
+    "IssuerOfPatientID",
+    "TimezoneOffsetFromUTC",
+    "PatientComments",
+    "AdmittingDiagnosesDescription",
+    "ReasonForTheRequestedProcedure",
+    "Laterality",
+)
 _BY_VR: dict[str, tuple[Any, ...]] = {
     "DA": ("", "1940", "00000000", "20201341", "2020-01-01", "2020.01.01", "yesterday", "20200101-20200202"),
     "TM": ("", "12:30:11", "25", "246060", "12", "120000.1234567", "noon"),
@@ -584,18 +669,55 @@ def _bomb(ds: pydicom.FileDataset, size: int) -> bytes:
 # Words.
 
 _WORDS = (
-    "", " ", "-", ".", "?", "n/a", "XXXX", "cough", "Husten, Fieber", "咳嗽", "кашель", "سعال", "😀" * 20, "a" * 5000,
-    "\x00", "\x1b[31mred", "\u202eabc", "line\r\nline", "FINDINGS: none", "IMPRESSION:", "{{7*7}}", "%s%n", "../../x",
-    "<script>", "' OR 1=1", "\ufeffcough", "e\u0301" * 400, "\ud7ff\ue000", "1e309", "None", "\t\t", "cough\u2028fever",
-    "pneumothorax?" * 30, '"', "'", "`id`", "\\", "&amp;", MARKER,
-)  # fmt: skip
+    "",
+    " ",
+    "-",
+    ".",
+    "?",
+    "n/a",
+    "XXXX",
+    "cough",
+    "Husten, Fieber",
+    "咳嗽",
+    "кашель",
+    "سعال",
+    "😀" * 20,
+    "a" * 5000,
+    "\x00",
+    "\x1b[31mred",
+    "\u202eabc",
+    "line\r\nline",
+    "FINDINGS: none",
+    "IMPRESSION:",
+    "{{7*7}}",
+    "%s%n",
+    "../../x",
+    "<script>",
+    "' OR 1=1",
+    "\ufeffcough",
+    "e\u0301" * 400,
+    "\ud7ff\ue000",
+    "1e309",
+    "None",
+    "\t\t",
+    "cough\u2028fever",
+    "pneumothorax?" * 30,
+    '"',
+    "'",
+    "`id`",
+    "\\",
+    "&amp;",
+    MARKER,
+)
 _TEMPLATES = (
     "FINDINGS: The lungs are clear. The heart is normal in size. IMPRESSION: No acute disease.",
     "Lungs: Clear.\nHeart: Normal size.\nPleura: No effusion.\nIMPRESSION: 1. No acute disease. 2. Stable.",
     "Herz und Mediastinum regelrecht. Kein Erguss. Beurteilung: Unauffälliger Befund.",
-    "FINDINGS:\n\nIMPRESSION:\n", "The lungs are clear." * 200, "IMPRESSION: Normal. FINDINGS: Normal.",
+    "FINDINGS:\n\nIMPRESSION:\n",
+    "The lungs are clear." * 200,
+    "IMPRESSION: Normal. FINDINGS: Normal.",
     "TECHNIQUE: PA and lateral.\nFINDINGS: No consolidation.\nIMPRESSION: Normal chest.",
-)  # fmt: skip
+)
 
 
 def _word(rng: np.random.Generator) -> str:
@@ -646,9 +768,14 @@ def _http(rng: np.random.Generator, made: Input) -> None:
     """A request as raw bytes, sent on a socket."""
     boundary = "b0undary"
     parts = []
-    fields = [("indication", _word(rng)), ("view", _word(rng)), ("format", str(rng.choice(["json", "x", "text"]))),
-              ("indicaton", "cough"), ("stream", str(rng.choice(["true", "1", "maybe"]))),
-              ("template", _TEMPLATES[rng.integers(len(_TEMPLATES))])]  # fmt: skip
+    fields = [
+        ("indication", _word(rng)),
+        ("view", _word(rng)),
+        ("format", str(rng.choice(["json", "x", "text"]))),
+        ("indicaton", "cough"),
+        ("stream", str(rng.choice(["true", "1", "maybe"]))),
+        ("template", _TEMPLATES[rng.integers(len(_TEMPLATES))]),
+    ]
     for name, value in fields:
         if rng.random() < 0.3:
             parts.append(f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode("utf-8", "replace"))
@@ -660,14 +787,38 @@ def _http(rng: np.random.Generator, made: Input) -> None:
     if rng.random() < 0.2:
         body = _damage(rng, body)
     method = str(rng.choice(["POST", "POST", "POST", "GET", "PUT", "OPTIONS", "HEAD", "post", "X" * 300]))
-    path = str(rng.choice(["/v1/reports", "/v1/reports", "/v1/reports", "/", "/metrics", "/../etc/passwd", "/v1/%00",
-                           "/readyz", "*", "/" + "a" * 9000]))  # fmt: skip
+    path = str(
+        rng.choice(
+            [
+                "/v1/reports",
+                "/v1/reports",
+                "/v1/reports",
+                "/",
+                "/metrics",
+                "/../etc/passwd",
+                "/v1/%00",
+                "/readyz",
+                "*",
+                "/" + "a" * 9000,
+            ]
+        )
+    )
     length = {0: str(len(body)), 1: "0", 2: "-1", 3: "99999999999", 4: "abc", 5: str(max(0, len(body) - 7))}[
         int(rng.choice(6, p=[0.75, 0.05, 0.05, 0.05, 0.05, 0.05]))
     ]
     host = str(rng.choice(["127.0.0.1", "evil.example", "", "localhost", "[::1]"], p=[0.7, 0.1, 0.05, 0.1, 0.05]))
-    kind = str(rng.choice([f"multipart/form-data; boundary={boundary}", "multipart/form-data", "application/json",
-                           "text/plain; charset=\xff", ""], p=[0.8, 0.05, 0.05, 0.05, 0.05]))  # fmt: skip
+    kind = str(
+        rng.choice(
+            [
+                f"multipart/form-data; boundary={boundary}",
+                "multipart/form-data",
+                "application/json",
+                "text/plain; charset=\xff",
+                "",
+            ],
+            p=[0.8, 0.05, 0.05, 0.05, 0.05],
+        )
+    )
     head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
     head += "Connection: close\r\n\r\n"
     made.data = head.encode("latin-1", "replace") + (b"" if method in ("GET", "HEAD", "OPTIONS") else body)
@@ -680,8 +831,7 @@ def _pdu(rng: np.random.Generator, made: Input) -> None:
     """Bytes for the DICOM node's port that are no association, or a broken one."""
     kind = int(rng.integers(4))
     lead = bytes([int(rng.integers(0, 9)), 0]) + struct.pack(">I", _number(rng))
-    made.data = [rng.bytes(int(rng.integers(0, 300))), lead, lead + rng.bytes(80),
-                 b"GET / HTTP/1.1\r\n\r\n"][kind]  # fmt: skip
+    made.data = [rng.bytes(int(rng.integers(0, 300))), lead, lead + rng.bytes(80), b"GET / HTTP/1.1\r\n\r\n"][kind]
     made.name, made.note = "pdu", f"PDU {kind}"
 
 

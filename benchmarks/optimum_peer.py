@@ -29,9 +29,14 @@ def main() -> None:
         ids = torch.tensor([task["ids"]])
         start = perf_counter()
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=task["tokens"],
-            min_new_tokens=task["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=task["tokens"],
+            min_new_tokens=task["tokens"],
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         print(perf_counter() - start, file=answers, flush=True)
 
 

@@ -180,10 +180,14 @@ def transformers_runner(job: Job, kind: str) -> Runner:
         language = perf_counter()
         embeds = embed_inputs(model, ids, projected)
         written = model.language_model.generate(
-            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
-            do_sample=False, max_new_tokens=task.tokens, min_new_tokens=task.tokens,
-            pad_token_id=parts.tokenizer.pad_token_id, eos_token_id=None,
-        )  # fmt: skip
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
+            do_sample=False,
+            max_new_tokens=task.tokens,
+            min_new_tokens=task.tokens,
+            pad_token_id=parts.tokenizer.pad_token_id,
+            eos_token_id=None,
+        )
         text = parts.tokenizer.decode(written[0], skip_special_tokens=True)  # reads the tokens, so all is done
         end = perf_counter()
         return Run(end - start, end - language, text)
@@ -218,9 +222,12 @@ def llama_cpp_runner(job: Job, kind: str) -> Runner:
     from llama_cpp import Llama
 
     model = Llama(
-        str(job.checkpoint / f"language-{kind}.gguf"), n_ctx=CONTEXT, n_threads=job.threads,
-        n_threads_batch=job.threads, verbose=False,
-    )  # fmt: skip
+        str(job.checkpoint / f"language-{kind}.gguf"),
+        n_ctx=CONTEXT,
+        n_threads=job.threads,
+        n_threads_batch=job.threads,
+        verbose=False,
+    )
 
     def run(task: Task) -> Run:
         start = perf_counter()
@@ -241,9 +248,12 @@ def optimum_runner(job: Job) -> Runner:
     told = {"folder": str(job.checkpoint / "optimum"), "threads": job.threads}
     script = Path(__file__).with_name("optimum_peer.py")
     process = subprocess.Popen(
-        [job.optimum_python, str(script), json.dumps(told)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [job.optimum_python, str(script), json.dumps(told)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     asked, answers = process.stdin, process.stdout
     assert asked is not None and answers is not None
     if answers.readline().strip() != "ready":
@@ -365,13 +375,17 @@ def to_markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     where = record["machine"]
     lines = [
-        f"# {_title(record)}, {record['rounds']} rounds in turn", "",
+        f"# {_title(record)}, {record['rounds']} rounds in turn",
+        "",
         f"{where['date']}, {where['gpu'] or where['processor']}, {record['threads']} threads, "
-        + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + f". Command: `{record['command']}`", "",
-        "Seconds are medians; ratios to the first row, round by round: median (least to most).", "",
+        + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+        + f". Command: `{record['command']}`",
+        "",
+        "Seconds are medians; ratios to the first row, round by round: median (least to most).",
+        "",
         "| | whole report, s | ratio | language model, s | ratio | characters like fp32's (equal texts) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for name, row in record["summary"].items():
         cells = []
         for part in ("whole", "language"):
@@ -418,9 +432,13 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def prepare(
-    checkpoint: str | None, adapters: Path | None, bundle: Path, folder: Path, names: list[str],
+    checkpoint: str | None,
+    adapters: Path | None,
+    bundle: Path,
+    folder: Path,
+    names: list[str],
     tell: Callable[[str], None],
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the merged model, its language model alone, and that for GenAI and llama.cpp where they are among the
     ``names``, into ``folder``; returns where the model lies, which is the checkpoint itself where nothing is merged.
 
@@ -457,9 +475,23 @@ def prepare(
             quantize(folder / "language.gguf", folder / f"language-{kind}.gguf", kind)
     _copy_for_optimum(folder / "language", folder / "optimum")
     tell("building onnxruntime-genai's int4")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder / "language"), "-o",
-               str(folder / "genai"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache"), "--extra_options",
-               "int4_accuracy_level=4"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(folder / "language"),
+        "-o",
+        str(folder / "genai"),
+        "-p",
+        "int4",
+        "-e",
+        "cpu",
+        "-c",
+        str(folder / "cache"),
+        "--extra_options",
+        "int4_accuracy_level=4",
+    ]
     subprocess.run(command, check=False, capture_output=True)
     return folder
 
@@ -569,16 +601,26 @@ def main(
         job = Job(model.absolute(), bundle.absolute(), threads, device, optimum_python)
         tasks = plan(job.bundle, studies, tokens, threads)
         found = measure(job, names, tasks, tell)
-    packages = ("torch", "transformers", "bitsandbytes", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
-                "llama-cpp-python")  # fmt: skip
+    packages = (
+        "torch",
+        "transformers",
+        "bitsandbytes",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-genai",
+        "llama-cpp-python",
+    )
     record = {
-        "machine": machine(), "versions": {name: version(name) for name in packages if is_installed(name)},
+        "machine": machine(),
+        "versions": {name: version(name) for name in packages if is_installed(name)},
         "tokens": [pick(task.tokens for task in tasks) for pick in (min, statistics.median, max)],
         "rounds": len(tasks),
-        "threads": threads, "summary": summarize(found["runs"]), "failed": found["failed"],
+        "threads": threads,
+        "summary": summarize(found["runs"]),
+        "failed": found["failed"],
         "command": f"python -m benchmarks.peers --device {device} {'--data IU_XRAY' if data else f'--tokens {tokens}'} "
-                   f"--rounds {rounds} --threads {threads} …",
-    }  # fmt: skip
+        f"--rounds {rounds} --threads {threads} …",
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")

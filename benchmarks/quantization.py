@@ -90,8 +90,13 @@ def main(
     rows: dict[str, dict[str, Any]] = {}
     source = bundle / generator.bundle.manifest.variants["fp32"].graphs[DECODER]
     if written:
-        rows["fp32"] = {"megabytes": _megabytes(source), "token_agreement": 1.0, "kl": 0.0, "drafts_equal": 1.0,
-                        "cider": _cider(generator, written)}  # fmt: skip
+        rows["fp32"] = {
+            "megabytes": _megabytes(source),
+            "token_agreement": 1.0,
+            "kl": 0.0,
+            "drafts_equal": 1.0,
+            "cider": _cider(generator, written),
+        }
         typer.echo(f"fp32: {rows['fp32']}", err=True)
     for name in only or SETTINGS:
         with tempfile.TemporaryDirectory() as scratch:
@@ -109,9 +114,13 @@ def main(
 def _write(output: Path, cases: list[Case], drafts: int, rows: dict[str, dict[str, Any]]) -> None:
     command = "python -m benchmarks.quantization " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
     record = {
-        "studies": len(cases), "drafts": drafts, "tokens": sum(len(c.tokens) for c in cases),
-        "settings": rows, "machine": machine(), "command": command,
-    }  # fmt: skip
+        "studies": len(cases),
+        "drafts": drafts,
+        "tokens": sum(len(c.tokens) for c in cases),
+        "settings": rows,
+        "machine": machine(),
+        "command": command,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
@@ -120,13 +129,18 @@ def _write(output: Path, cases: list[Case], drafts: int, rows: dict[str, dict[st
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a table."""
     lines = [
-        f"# Quantized language model: {record['studies']} validation studies, {record['tokens']} tokens", "",
-        f"{record['machine']['date']}. Command: `{record['command']}`", "",
+        f"# Quantized language model: {record['studies']} validation studies, {record['tokens']} tokens",
+        "",
+        f"{record['machine']['date']}. Command: `{record['command']}`",
+        "",
         f"| weights | MB | fp32's token | KL divergence | equal throughout | CIDEr of {record['drafts']} drafts |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        *[f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} | "
-          + (f"{r['cider']:.3f} |" if "cider" in r else "- |") for name, r in record["settings"].items()],
-    ]  # fmt: skip
+        *[
+            f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} | "
+            + (f"{r['cider']:.3f} |" if "cider" in r else "- |")
+            for name, r in record["settings"].items()
+        ],
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -60,12 +60,22 @@ def write_released(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config.pop("image_token_index", None)
         _write(folder / "config.json", config)
-    _write(folder / "preprocessor_config.json", {
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_processor_type": "BlipImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "processor_class": "InstructBlipProcessor",
-        "resample": 3, "rescale_factor": 0.00392156862745098, "size": {"height": image_size, "width": image_size},
-    })  # fmt: skip
+    _write(
+        folder / "preprocessor_config.json",
+        {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_processor_type": "BlipImageProcessor",
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "processor_class": "InstructBlipProcessor",
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "size": {"height": image_size, "width": image_size},
+        },
+    )
     if with_image:
         processor = {"num_query_tokens": NUM_QUERY_TOKENS, "processor_class": "InstructBlipProcessor"}
         _write(folder / "processor_config.json", processor)
@@ -82,27 +92,58 @@ def _model(
     torch.manual_seed(seed)
     if family == "vicuna":
         text: LlamaConfig | T5Config = LlamaConfig(
-            architectures=["LlamaForCausalLM"], vocab_size=vocabulary, hidden_size=64, intermediate_size=128,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, initializer_range=_SPREAD,
-        )  # fmt: skip
+            architectures=["LlamaForCausalLM"],
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+            initializer_range=_SPREAD,
+        )
     else:
         text = T5Config(
-            architectures=["T5ForConditionalGeneration"], vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128,
-            num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-            decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
-        )  # fmt: skip
+            architectures=["T5ForConditionalGeneration"],
+            vocab_size=vocabulary,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=image_size,
-            patch_size=patch_size, initializer_range=_SPREAD,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=image_size,
+            patch_size=patch_size,
+            initializer_range=_SPREAD,
         ),
         qformer_config=InstructBlipQFormerConfig(
-            vocab_size=words, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-            encoder_hidden_size=32, initializer_range=_SPREAD,
+            vocab_size=words,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            encoder_hidden_size=32,
+            initializer_range=_SPREAD,
         ),
-        text_config=text, num_query_tokens=NUM_QUERY_TOKENS, image_token_index=image_token,
-    )  # fmt: skip
+        text_config=text,
+        num_query_tokens=NUM_QUERY_TOKENS,
+        image_token_index=image_token,
+    )
     model = InstructBlipForConditionalGeneration(config).eval()
     with torch.no_grad():
         model.query_tokens.normal_()
@@ -133,31 +174,72 @@ def _llama_tokenizer(folder: Path, with_image: bool) -> tuple[int, int | None]:
     specials = ["<unk>", "<s>", "</s>", "[PAD]", *(["<image>"] if with_image else [])]
     ids = {token: table.get(token, len(table) + i - 3) for i, token in enumerate(specials)}
     bos = {"SpecialToken": {"id": "</s>", "type_id": 0}}
-    _write(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(ids),
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": table,
-                  "merges": trained["merges"]},
-    })  # fmt: skip
-    _write(folder / "tokenizer_config.json", {
-        "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": _decoder(ids), "bos_token": "</s>",
-        "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True,
-        "model_max_length": 1000000000000000019884624838656, "pad_token": "[PAD]",
-        "processor_class": "InstructBlipProcessor", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer",
-        "truncation_side": "left", "unk_token": "</s>",
-    })  # fmt: skip
-    _write(folder / "special_tokens_map.json",
-           {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "</s>"})  # fmt: skip
+    _write(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": _added(ids),
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                ],
+            },
+            "pre_tokenizer": None,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+            },
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": "<unk>",
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": table,
+                "merges": trained["merges"],
+            },
+        },
+    )
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "added_tokens_decoder": _decoder(ids),
+            "bos_token": "</s>",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "</s>",
+            "legacy": True,
+            "model_max_length": 1000000000000000019884624838656,
+            "pad_token": "[PAD]",
+            "processor_class": "InstructBlipProcessor",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+            "truncation_side": "left",
+            "unk_token": "</s>",
+        },
+    )
+    _write(
+        folder / "special_tokens_map.json",
+        {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "</s>"},
+    )
     return len(table) + len(specials) - 3, ids.get("<image>")
 
 
@@ -178,21 +260,42 @@ def _t5_tokenizer(folder: Path, with_image: bool) -> tuple[int, int | None]:
     eos = {"SpecialToken": {"id": "</s>", "type_id": 0}}
     one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    _write(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(ids), "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [one, eos], "pair": [one, eos, two, eos],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}},
-        "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False},
-    })  # fmt: skip
-    _write(folder / "tokenizer_config.json", {
-        "added_tokens_decoder": _decoder(ids), "additional_special_tokens": sorted(extra), "eos_token": "</s>",
-        "clean_up_tokenization_spaces": True, "extra_ids": 100, "model_max_length": 512, "pad_token": "<pad>",
-        "processor_class": "InstructBlipProcessor", "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer",
-        "truncation_side": "left", "unk_token": "<unk>",
-    })  # fmt: skip
+    _write(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": _added(ids),
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [one, eos],
+                "pair": [one, eos, two, eos],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+            },
+            "decoder": metaspace,
+            "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False},
+        },
+    )
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "added_tokens_decoder": _decoder(ids),
+            "additional_special_tokens": sorted(extra),
+            "eos_token": "</s>",
+            "clean_up_tokenization_spaces": True,
+            "extra_ids": 100,
+            "model_max_length": 512,
+            "pad_token": "<pad>",
+            "processor_class": "InstructBlipProcessor",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "T5Tokenizer",
+            "truncation_side": "left",
+            "unk_token": "<unk>",
+        },
+    )
     _write(folder / "special_tokens_map.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
     return len(pieces) + with_image, ids.get("<image>")
 

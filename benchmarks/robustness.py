@@ -375,9 +375,15 @@ class _Listen(_ServiceRoute):
 
 
 def run_campaign(
-    inputs: int, seed: int, only: str | None = None, first: int = 0, workers: int = 2, limit_s: float = 60,
-    keep: Path | None = None, progress: bool = False,
-) -> Outcome:  # fmt: skip
+    inputs: int,
+    seed: int,
+    only: str | None = None,
+    first: int = 0,
+    workers: int = 2,
+    limit_s: float = 60,
+    keep: Path | None = None,
+    progress: bool = False,
+) -> Outcome:
     """Try inputs ``first`` to ``first + inputs`` of a seed.
 
     Args:
@@ -466,16 +472,25 @@ def to_record(outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
     kinds = Counter({kind: sum(n for (k, _), n in outcome.tried.items() if k == kind) for kind, _ in outcome.tried})
     by_route = Counter({r: sum(n for (_, q), n in outcome.tried.items() if q == r) for _, r in outcome.tried})
     return {
-        "command": command, "commit": commit, "machine": machine(), "seconds": round(seconds, 1),
-        "python": sys.version.split()[0], "versions": {name: version(name) for name in packages},
-        "inputs": outcome.tried.total(), "drafted": outcome.drafted, "refused": outcome.refused,
-        "kinds": dict(kinds.most_common()), "routes": dict(by_route.most_common()),
+        "command": command,
+        "commit": commit,
+        "machine": machine(),
+        "seconds": round(seconds, 1),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in packages},
+        "inputs": outcome.tried.total(),
+        "drafted": outcome.drafted,
+        "refused": outcome.refused,
+        "kinds": dict(kinds.most_common()),
+        "routes": dict(by_route.most_common()),
         "counts": {name: counts[name] for name in COUNTS},
-        "equivalents": outcome.equivalents, "largest_difference": round(outcome.largest_difference, 4),
-        "most_held_mb": round(outcome.most_held / 1e6, 1), "most_held_by": outcome.most_held_by,
+        "equivalents": outcome.equivalents,
+        "largest_difference": round(outcome.largest_difference, 4),
+        "most_held_mb": round(outcome.most_held / 1e6, 1),
+        "most_held_by": outcome.most_held_by,
         "growth_mb": {name: [round(size / 1e6, 1) for size in pair] for name, pair in outcome.growth.items()},
         "failures": [vars(failure) for failure in sorted(outcome.failures, key=lambda f: f.index)],
-    }  # fmt: skip
+    }
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -486,16 +501,25 @@ def to_markdown(record: dict[str, Any]) -> str:
 
     growth = ", ".join(f"{name} {a:.0f} → {b:.0f}" for name, (a, b) in record["growth_mb"].items()) or "not measured"
     lines = [
-        "# Inputs of every kind, mutated", "", f"`{record['command']}`, commit {record['commit'][:12]}", "",
+        "# Inputs of every kind, mutated",
+        "",
+        f"`{record['command']}`, commit {record['commit'][:12]}",
+        "",
         f"{record['inputs']:,} inputs in {record['seconds'] / 60:.1f} minutes: {record['drafted']:,} answered, "
         f"{record['refused']:,} refused. {record['equivalents']:,} equivalents; their scores differ by "
         f"{record['largest_difference']:.3f} at most. The most memory that one input took: "
-        f"{record['most_held_mb']:.0f} MB ({record['most_held_by']}).", "",
-        *table("fault", record["counts"]), *table("kind", record["kinds"]), *table("route", record["routes"]),
-        f"Memory of each process after a tenth of its inputs and at the end, in MB: {growth}.", "",
+        f"{record['most_held_mb']:.0f} MB ({record['most_held_by']}).",
+        "",
+        *table("fault", record["counts"]),
+        *table("kind", record["kinds"]),
+        *table("route", record["routes"]),
+        f"Memory of each process after a tenth of its inputs and at the end, in MB: {growth}.",
+        "",
         f"Machine: {json.dumps(record['machine'])}; Python {record['python']}; "
-        + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".", "",
-    ]  # fmt: skip
+        + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+        + ".",
+        "",
+    ]
     for failure in record["failures"][:50]:
         last = (failure["what"].strip().splitlines() or [""])[-1][:160]
         lines.append(f"- input {failure['index']}, {failure['kind']}, {failure['fault']}: {failure['note']}: {last}")

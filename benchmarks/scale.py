@@ -115,64 +115,106 @@ def measure(latency: dict[str, Any], workers: int, seed: int = 0) -> dict[str, A
     row = latency["variants"][0]
     here = Device(
         f"this machine ({latency['machine']['processor']}, {latency['machine']['cores']} cores)",
-        latency["machine"]["read_bandwidth_gb_s"] * 1e9, arithmetic_rate(),
-    )  # fmt: skip
+        latency["machine"]["read_bandwidth_gb_s"] * 1e9,
+        arithmetic_rate(),
+    )
     steps = row["new_tokens"] / (row["tokens_per_pass"] or 1)
     decode = row["ms"]["decode"]["median"] / 1000
     floor = steps * row["bytes_per_pass"] / here.bandwidth
     papers = [
-        {"model": shape.name, "device": device.name, "bits": bits, "batch": batch,
-         **report_seconds(shape, device, bits, batch)}
-        for shape in SHAPES for device in (here, *PAPER) for bits in (16, 4.5) for batch in BATCHES
-    ]  # fmt: skip
+        {
+            "model": shape.name,
+            "device": device.name,
+            "bits": bits,
+            "batch": batch,
+            **report_seconds(shape, device, bits, batch),
+        }
+        for shape in SHAPES
+        for device in (here, *PAPER)
+        for bits in (16, 4.5)
+        for batch in BATCHES
+    ]
     rng = np.random.default_rng(seed)
     service = draw_service(row["ms"]["total"], STUDIES, rng)
     capacity = workers / service.mean()
     queue = []
     for load in LOADS:
         waits = simulate(service, load * capacity, workers, rng)
-        queue.append({
-            "load": load, "reports_per_hour": 3600 * load * capacity, "wait_p50_s": float(np.median(waits)),
-            "wait_p95_s": float(np.quantile(waits, 0.95)), "wait_p99_s": float(np.quantile(waits, 0.99)),
-            "grows": load >= 1,
-        })  # fmt: skip
+        queue.append(
+            {
+                "load": load,
+                "reports_per_hour": 3600 * load * capacity,
+                "wait_p50_s": float(np.median(waits)),
+                "wait_p95_s": float(np.quantile(waits, 0.95)),
+                "wait_p99_s": float(np.quantile(waits, 0.99)),
+                "grows": load >= 1,
+            }
+        )
     return {
-        "machine": machine(here.bandwidth), "latency_of": latency["machine"], "model": latency["model"],
-        "variant": row["variant"], "workers": workers, "arithmetic_gflops": here.flops / 1e9,
+        "machine": machine(here.bandwidth),
+        "latency_of": latency["machine"],
+        "model": latency["model"],
+        "variant": row["variant"],
+        "workers": workers,
+        "arithmetic_gflops": here.flops / 1e9,
         "roofline": {
-            "bytes_per_pass": row["bytes_per_pass"], "passes": steps, "decode_floor_s": floor, "decode_s": decode,
+            "bytes_per_pass": row["bytes_per_pass"],
+            "passes": steps,
+            "decode_floor_s": floor,
+            "decode_s": decode,
             "share_of_bandwidth": floor / decode,
         },
-        "paper": papers, "reports_per_hour": 3600 * capacity, "burst_of_200_s": float(service[:200].sum() / workers),
+        "paper": papers,
+        "reports_per_hour": 3600 * capacity,
+        "burst_of_200_s": float(service[:200].sum() / workers),
         "queue": queue,
-    }  # fmt: skip
+    }
 
 
 def to_markdown(record: dict[str, Any], command: str) -> str:
     """The record as a page."""
     roof, where = record["roofline"], record["latency_of"]
     lines = [
-        "# Roofline and scale", "", f"Command: `{command}`", "",
+        "# Roofline and scale",
+        "",
+        f"Command: `{command}`",
+        "",
         f"{record['model']}, {record['variant']}; latency measured on {where['processor']}, {where['cores']} cores, "
-        f"{where['read_bandwidth_gb_s']} GB/s; fp32 arithmetic {record['arithmetic_gflops']:.0f} GFLOP/s.", "",
-        "## What is reached", "",
+        f"{where['read_bandwidth_gb_s']} GB/s; fp32 arithmetic {record['arithmetic_gflops']:.0f} GFLOP/s.",
+        "",
+        "## What is reached",
+        "",
         f"A pass of the language model reads {roof['bytes_per_pass'] / 1e6:.1f} MB. The median report takes "
         f"{roof['passes']:.0f} passes: no less than {1000 * roof['decode_floor_s']:.0f} ms by bandwidth; measured are "
-        f"{1000 * roof['decode_s']:.0f} ms, {roof['share_of_bandwidth']:.0%} of the bandwidth.", "",
-        "## On paper", "",
+        f"{1000 * roof['decode_s']:.0f} ms, {roof['share_of_bandwidth']:.0%} of the bandwidth.",
+        "",
+        "## On paper",
+        "",
         f"Least seconds a report of {TOKENS} tokens after a prompt of {PROMPT}, and reports an hour. 4.5 bits: 4-bit "
-        "weights with an fp16 scale for each block of 32.", "",
-        "| model | machine | bits | batch | s until the batch is done | reports/hour |", "| --- |" + " --- |" * 5,
-        *[f"| {p['model']} | {p['device']} | {p['bits']} | {p['batch']} | {p['whole']:.3f} | "
-          f"{3600 / p['report']:,.0f} |" for p in record["paper"]],
-        "", "## The queue", "",
+        "weights with an fp16 scale for each block of 32.",
+        "",
+        "| model | machine | bits | batch | s until the batch is done | reports/hour |",
+        "| --- |" + " --- |" * 5,
+        *[
+            f"| {p['model']} | {p['device']} | {p['bits']} | {p['batch']} | {p['whole']:.3f} | "
+            f"{3600 / p['report']:,.0f} |"
+            for p in record["paper"]
+        ],
+        "",
+        "## The queue",
+        "",
         f"Simulated: {STUDIES:,} studies, {record['workers']} worker(s), service times as measured. Capacity "
         f"{record['reports_per_hour']:,.0f} reports an hour; 200 studies at once are done after "
-        f"{record['burst_of_200_s']:.0f} s.", "",
-        "| load | studies/hour | wait p50, s | p95 | p99 |", "| --- | --- | --- | --- | --- |",
-        *[f"| {q['load']:.0%} | {q['reports_per_hour']:,.0f} | {q['wait_p50_s']:.2f} | {q['wait_p95_s']:.2f} | "
-          f"{q['wait_p99_s']:.2f} |" + (" (grows without end)" if q["grows"] else "") for q in record["queue"]],
-    ]  # fmt: skip
+        f"{record['burst_of_200_s']:.0f} s.",
+        "",
+        "| load | studies/hour | wait p50, s | p95 | p99 |",
+        "| --- | --- | --- | --- | --- |",
+        *[
+            f"| {q['load']:.0%} | {q['reports_per_hour']:,.0f} | {q['wait_p50_s']:.2f} | {q['wait_p95_s']:.2f} | "
+            f"{q['wait_p99_s']:.2f} |" + (" (grows without end)" if q["grows"] else "")
+            for q in record["queue"]
+        ],
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -55,21 +55,41 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 def configuration(shape: str, layers: int | None) -> InstructBlipConfig:
     """The configuration of a shape, with so many layers of the language model (all where ``None``)."""
     large = shape == "vicuna-7b"
-    vision = InstructBlipVisionConfig() if large else InstructBlipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=56
-    )  # fmt: skip
-    qformer = InstructBlipQFormerConfig() if large else InstructBlipQFormerConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )  # fmt: skip
+    vision = (
+        InstructBlipVisionConfig()
+        if large
+        else InstructBlipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=56
+        )
+    )
+    qformer = (
+        InstructBlipQFormerConfig()
+        if large
+        else InstructBlipQFormerConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    )
     vision.initializer_range = 0.02  # the default, 1e-10, makes all images one
     qformer.encoder_hidden_size = vision.hidden_size
-    text = LlamaConfig(
-        vocab_size=32_001, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=layers or 32,
-        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048,
-    ) if large else LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=layers or 2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
+    text = (
+        LlamaConfig(
+            vocab_size=32_001,
+            hidden_size=4096,
+            intermediate_size=11_008,
+            num_hidden_layers=layers or 32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=2048,
+        )
+        if large
+        else LlamaConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers or 2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+        )
+    )
     text.bos_token_id, text.eos_token_id, text.pad_token_id = 1, 2, 2
     return InstructBlipConfig(
         vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=32, image_token_index=3

@@ -129,16 +129,24 @@ def soak(objects: int, peers: int, seed: int, folder: Path, limit_s: float) -> d
         pacs.close()
     at_pacs, good = set(pacs.images), {uid for uid, kind in kinds.items() if kind == "good"}
     return {
-        "objects": objects, "peers": peers, "seed": seed, "answers": dict(answers), "good": len(good),
+        "objects": objects,
+        "peers": peers,
+        "seed": seed,
+        "answers": dict(answers),
+        "good": len(good),
         "garbage": dict(Counter(kind for kind in kinds.values() if kind != "good")),
-        "at_pacs": len(at_pacs), "failed": len(failed), "left_in_spool": left,
+        "at_pacs": len(at_pacs),
+        "failed": len(failed),
+        "left_in_spool": left,
         "lost": len(set(kinds) - at_pacs - failed),
         "twice": len(at_pacs & failed) + sum(len(found) > 1 for found in pacs.documents.values()),
         "good_not_drafted": len(good - at_pacs),
         "garbage_drafted": dict(Counter(kinds[uid] for uid in at_pacs if kinds.get(uid, "good") != "good")),
-        "alive": alive, "tracebacks": node.log.read_bytes().count(b"Traceback (most recent call last)"),
-        "memory_mb": memory, "seconds": round(time.monotonic() - start, 1),
-    }  # fmt: skip
+        "alive": alive,
+        "tracebacks": node.log.read_bytes().count(b"Traceback (most recent call last)"),
+        "memory_mb": memory,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def table(record: dict[str, Any]) -> str:

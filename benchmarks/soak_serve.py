@@ -118,8 +118,14 @@ def soak(drafts: int, clients: int = 4, seed: int = 0) -> dict[str, object]:
 
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(ask, range(drafts)))
-    return {"drafts": drafts, "clients": clients, "answers": dict(answers), "differing": differing,
-            "memory_mb": memory, "seconds": round(monotonic() - start, 1)}  # fmt: skip
+    return {
+        "drafts": drafts,
+        "clients": clients,
+        "answers": dict(answers),
+        "differing": differing,
+        "memory_mb": memory,
+        "seconds": round(monotonic() - start, 1),
+    }
 
 
 @app.command(help=__doc__)

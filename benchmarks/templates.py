@@ -129,11 +129,14 @@ def read_styles(folder: Path = STYLES) -> list[Style]:
     known = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
     return [
         Style(
-            path.stem, path.read_text(encoding="utf-8"), tuple(known[path.stem]["findings"]),
-            tuple(known[path.stem]["impression"]), known[path.stem]["denies"],
+            path.stem,
+            path.read_text(encoding="utf-8"),
+            tuple(known[path.stem]["findings"]),
+            tuple(known[path.stem]["impression"]),
+            known[path.stem]["denies"],
         )
         for path in sorted(folder.glob("*.txt"))
-    ]  # fmt: skip
+    ]
 
 
 def cpu_variants() -> list[str]:
@@ -200,9 +203,13 @@ def stands_in(sentence: str, section: str) -> bool:
 
 
 def draft(
-    generator: ReportGenerator, image: Any, styles: Sequence[Style], context: ClinicalContext, film: str,
+    generator: ReportGenerator,
+    image: Any,
+    styles: Sequence[Style],
+    context: ClinicalContext,
+    film: str,
     rows: dict[tuple[str, str], Row],
-) -> None:  # fmt: skip
+) -> None:
     """Draft one film with every template, and add what became of it to the rows of the generator's variant."""
     for style in styles:
         row = rows.setdefault((style.name, generator.variant), Row(style.name, generator.variant))
@@ -246,30 +253,41 @@ def to_record(rows: Iterable[Row], films: int, command: str, seconds: float) -> 
     wanted, found = sum(row.wanted for row in rows), sum(row.found for row in rows)
     strict = wanted + sum(row.unmatched for row in rows)
     return {
-        "command": command, "commit": commit, "machine": machine(), "seconds": round(seconds, 1),
+        "command": command,
+        "commit": commit,
+        "machine": machine(),
+        "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("numpy", "onnxruntime", "tokenizers")},
-        "films": films, "drafts": sum(row.drafts for row in rows), "broken": sum(row.broken for row in rows),
-        "uncontradicted": wanted, "found": found, "share": found / wanted if wanted else 1.0,
-        "with_whole_impressions": strict, "strict_share": found / strict if strict else 1.0,
+        "films": films,
+        "drafts": sum(row.drafts for row in rows),
+        "broken": sum(row.broken for row in rows),
+        "uncontradicted": wanted,
+        "found": found,
+        "share": found / wanted if wanted else 1.0,
+        "with_whole_impressions": strict,
+        "strict_share": found / strict if strict else 1.0,
         "kept_denials": sum(row.kept_denials.total() for row in rows),
         "rows": [{**vars(row), "share": row.share, "examples": row.examples[:5]} for row in rows],
-    }  # fmt: skip
+    }
 
 
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
     lines = [
-        f"# Templates of {len({row['template'] for row in record['rows']})} styles", "",
-        f"`{record['command']}`, commit {record['commit'][:12]}, {record['machine']['date']}", "",
+        f"# Templates of {len({row['template'] for row in record['rows']})} styles",
+        "",
+        f"`{record['command']}`, commit {record['commit'][:12]}, {record['machine']['date']}",
+        "",
         f"{record['drafts']} drafts of {record['films']} films: {record['broken']} broken; "
         f"{record['found']:,} of {record['uncontradicted']:,} uncontradicted sentences of the templates stand in them "
         f"word for word ({record['share']:.1%}); with those of impressions that were left out whole although no "
         f"finding contradicts them, of {record['with_whole_impressions']:,} ({record['strict_share']:.1%}). "
-        f"{record['kept_denials']} sentences stand in a draft and plainly deny a finding that was seen.", "",
+        f"{record['kept_denials']} sentences stand in a draft and plainly deny a finding that was seen.",
+        "",
         "| template | variant | drafts | broken | word for word | left out with a reason "
         "| of these uncontradicted, in the impression | kept, but deny a finding | seconds a draft | faults |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]  # fmt: skip
+    ]
     for row in record["rows"]:
         if row["refused"]:
             lines.append(f"| {row['template']} | {row['variant']} | refused | | | | | | | {row['refused']} |")

@@ -30,9 +30,27 @@ Data = Annotated[Path, typer.Option(help="Folder of IU X-RAY.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")]
 Output = Annotated[Path, typer.Option(help="JSON to write.")]
 _SKIMAGE = (
-    "astronaut", "brick", "camera", "cat", "cell", "checkerboard", "clock", "coffee", "coins", "colorwheel", "grass",
-    "gravel", "horse", "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
-)  # fmt: skip
+    "astronaut",
+    "brick",
+    "camera",
+    "cat",
+    "cell",
+    "checkerboard",
+    "clock",
+    "coffee",
+    "coins",
+    "colorwheel",
+    "grass",
+    "gravel",
+    "horse",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "retina",
+    "rocket",
+    "text",
+)
 _WINDOW = 5  # patches a side, of 16
 
 
@@ -47,19 +65,23 @@ def gate_command(data: Data, output: Output, model: Model = None) -> None:
     others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
     told = {name: _refused(generator.film_check.gate, generator, image) for name, image in others.items()}
     record = {
-        "limit": generator.film_check.gate.limit, "radiographs": len(scores),
+        "limit": generator.film_check.gate.limit,
+        "radiographs": len(scores),
         "false_alarms": float(np.mean(np.array(scores) > generator.film_check.gate.limit)),
-        "others": len(told), "caught": float(np.mean(list(told.values()))),
+        "others": len(told),
+        "caught": float(np.mean(list(told.values()))),
         "let_pass": sorted(name for name, refused in told.items() if not refused),
-    }  # fmt: skip
+    }
     _write(output, record)
 
 
 @app.command("occlusion")
 def occlusion_command(
-    data: Data, output: Output, model: Model = None,
+    data: Data,
+    output: Output,
+    model: Model = None,
     limit: Annotated[int, typer.Option(min=2, help="Validation studies.")] = 100,
-) -> None:  # fmt: skip
+) -> None:
     """Grey the most looked-at window, or one at random, and compare the drafts with the untouched one's."""
     generator = ReportGenerator.from_pretrained(model, device="cpu")
     rng = np.random.default_rng(0)
@@ -77,11 +99,12 @@ def occlusion_command(
     difference = np.array(changes["top"]) - np.array(changes["random"])
     samples = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(2000)]
     record = {
-        "studies": len(difference), "window_patches": _WINDOW,
+        "studies": len(difference),
+        "window_patches": _WINDOW,
         "draft_changed": {kind: float(np.mean(values)) for kind, values in changes.items()},
         "difference": [float(difference.mean()), *map(float, np.percentile(samples, (2.5, 97.5)))],
         "finding_scores_changed": {kind: float(np.mean(values)) for kind, values in scores.items()},
-    }  # fmt: skip
+    }
     _write(output, record)
 
 

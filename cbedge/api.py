@@ -113,9 +113,13 @@ class ReportGenerator:
 
     @classmethod
     def from_pretrained(
-        cls, model: Path | str | None = None, variant: str | None = None, device: str = "auto",
-        threads: int | None = None, recent_studies: int = 1,
-    ) -> ReportGenerator:  # fmt: skip
+        cls,
+        model: Path | str | None = None,
+        variant: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        recent_studies: int = 1,
+    ) -> ReportGenerator:
         """Open a bundle, verify the hash of every file it needs, and load it.
 
         Args:
@@ -217,9 +221,14 @@ class ReportGenerator:
 
     def _engine(self) -> Engine:
         return Engine(
-            self.bundle.manifest, self.variant, self.backend, self.resources, self.film_check, self.recent,
+            self.bundle.manifest,
+            self.variant,
+            self.backend,
+            self.resources,
+            self.film_check,
+            self.recent,
             self._guess_length,
-        )  # fmt: skip
+        )
 
     def _study(self, request: DraftRequest) -> Study:
         """Check a request and load its radiographs."""
@@ -239,9 +248,11 @@ class ReportGenerator:
             ),
             indication_source="given" if context.indication else "DICOM header" if of_header else None,
             notes=tuple(f"The {name} has no content and was ignored." for name in empty),
-            template=template, max_new_tokens=limit, decoding=self._decoding_of(request.decoding),
+            template=template,
+            max_new_tokens=limit,
+            decoding=self._decoding_of(request.decoding),
             accept_any_image=request.accept_any_image,
-        )  # fmt: skip
+        )
 
     def _checked_template(self, template: str) -> str:
         return check_template(self.bundle.manifest, template, self.resources.codec)

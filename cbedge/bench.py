@@ -50,10 +50,19 @@ print(json.dumps([seconds, _peak_memory(children=True), done.returncode, done.st
 
 
 def bench(
-    images: Sequence[Radiograph], *, model: Path | None = None, variants: Sequence[str] = (), device: str = "auto",
-    threads: int | None = None, indication: str | None = None, tokens: int | None = None, warm_up: int = 2,
-    repeat: int = 5, speculative: bool = True, progress: Progress = lambda text: None,
-) -> dict[str, Any]:  # fmt: skip
+    images: Sequence[Radiograph],
+    *,
+    model: Path | None = None,
+    variants: Sequence[str] = (),
+    device: str = "auto",
+    threads: int | None = None,
+    indication: str | None = None,
+    tokens: int | None = None,
+    warm_up: int = 2,
+    repeat: int = 5,
+    speculative: bool = True,
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
     """Draft every radiograph several times with each variant, in this process.
 
     Args:
@@ -107,10 +116,15 @@ def bench(
         generator.recent = Recent(0)
         del generator
     return {
-        "machine": machine(bandwidth), "model": f"{bundle.manifest.name} {bundle.manifest.version}", "variants": rows,
-        "images": len(images), "repeat": repeat, "warm_up": warm_up, "max_new_tokens": tokens,
+        "machine": machine(bandwidth),
+        "model": f"{bundle.manifest.name} {bundle.manifest.version}",
+        "variants": rows,
+        "images": len(images),
+        "repeat": repeat,
+        "warm_up": warm_up,
+        "max_new_tokens": tokens,
         "speculative": speculative,
-    }  # fmt: skip
+    }
 
 
 def drawn_chest() -> Radiograph:
@@ -152,21 +166,29 @@ def cold_start(image: Path | None, model: Path | None, variant: str, repeat: int
         first.append(took - json.loads(out)["timings_ms"]["decode"] / 1000)
     scratch.cleanup()
     return {
-        "variant": variant, "runs": repeat, "command_s": statistics.median(seconds), "slowest_s": max(seconds),
-        "first_token_s": statistics.median(first), "peak_memory_mb": max(peaks),
-    }  # fmt: skip
+        "variant": variant,
+        "runs": repeat,
+        "command_s": statistics.median(seconds),
+        "slowest_s": max(seconds),
+        "first_token_s": statistics.median(first),
+        "peak_memory_mb": max(peaks),
+    }
 
 
 def machine(bandwidth: float | None = None) -> dict[str, Any]:
     """The conditions of a measurement: processor, usable cores, memory, versions, date."""
     cores = usable_cores()
     return {
-        "processor": _processor(), "cores": cores, "memory_gb": _memory_gb(), "gpu": _gpu(),
+        "processor": _processor(),
+        "cores": cores,
+        "memory_gb": _memory_gb(),
+        "gpu": _gpu(),
         "read_bandwidth_gb_s": None if bandwidth is None else round(bandwidth / 1e9, 1),
-        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
         "versions": {n: v for n in ("cbedge", "onnxruntime", "onnxruntime-gpu", "numpy") if (v := _version(n))},
         "date": date.today().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def read_bandwidth(threads: int | None = None) -> float:
@@ -269,8 +291,11 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
     used = statistics.median(read * n / s for n, s in zip(passes, decode_s, strict=True))
     guessed = sum(d.guessed_tokens for d in drafts)
     return {
-        "variant": generator.variant, "device": generator.backend.device, "threads": generator.backend.threads,
-        "drafts": len(drafts), "load_s": round(load, 3),
+        "variant": generator.variant,
+        "device": generator.backend.device,
+        "threads": generator.backend.threads,
+        "drafts": len(drafts),
+        "load_s": round(load, 3),
         "ms": {name: _percentiles(values) for name, values in {**spans, "first token": first}.items()},
         "prompt_tokens": statistics.median(d.prompt_tokens for d in drafts),
         "new_tokens": statistics.median(d.new_tokens for d in drafts),
@@ -282,7 +307,7 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
         "bandwidth_share": round(used / bandwidth, 3) if generator.backend.device == "cpu" else None,
         "peak_memory_mb": _peak_memory(),
         "gpu_memory_mb": _gpu_memory() if generator.backend.device == "cuda" else None,
-    }  # fmt: skip
+    }
 
 
 def _table(record: dict[str, Any], before: dict[str, Any] | None) -> list[list[str]]:

@@ -166,8 +166,12 @@ def _tried(name: str, attempt: Callable[[], str], failure: State) -> Check:
     except CbedgeError as error:
         return Check(name, failure, *_split(error))
     except Exception as error:  # the runtime may raise anything; the user must see it
-        return Check(name, failure, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                     "update the driver and: pip install --upgrade --force-reinstall cbedge")  # fmt: skip
+        return Check(
+            name,
+            failure,
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            "update the driver and: pip install --upgrade --force-reinstall cbedge",
+        )
 
 
 def _split(error: CbedgeError) -> tuple[str, str]:

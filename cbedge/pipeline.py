@@ -166,9 +166,18 @@ def write_tokens(
         return iter(found)
     guesses = engine.resources.phrasebook if settings.is_greedy and settings.speculative else None
     return decode(
-        decoder, logits, stop_ids, limit, sampler=sampler_of(settings), processors=plan.processors,
-        constraint=plan.constraint, guesser=guesses, guess_length=engine.guess_length, stats=stats, opening=opening,
-    )  # fmt: skip
+        decoder,
+        logits,
+        stop_ids,
+        limit,
+        sampler=sampler_of(settings),
+        processors=plan.processors,
+        constraint=plan.constraint,
+        guesser=guesses,
+        guess_length=engine.guess_length,
+        stats=stats,
+        opening=opening,
+    )
 
 
 class _Draft:
@@ -220,9 +229,17 @@ class _Draft:
 
 
 def compose_report(
-    engine: Engine, study: Study, reading: ImageReading, plan: DraftPlan, draft: _Draft, warnings: tuple[str, ...],
-    stats: SpeculationStats, marks: list[float], image_reused: bool, reused_tokens: int,
-) -> Report:  # fmt: skip
+    engine: Engine,
+    study: Study,
+    reading: ImageReading,
+    plan: DraftPlan,
+    draft: _Draft,
+    warnings: tuple[str, ...],
+    stats: SpeculationStats,
+    marks: list[float],
+    image_reused: bool,
+    reused_tokens: int,
+) -> Report:
     """Assemble the finished report.
 
     Raises:
@@ -240,18 +257,35 @@ def compose_report(
     found = engine.manifest.image_findings
     timings = Timings(read, vision, qformer, prefilled, decoded, total=1000 * (marks[-1] - marks[0]))
     return Report(
-        findings=findings, impression=impression, text=text, complete=draft.is_complete,
-        model=engine.manifest.name, model_version=engine.manifest.version, variant=engine.variant,
-        device=engine.backend.device, view=study.context.view or "frontal", indication_source=study.indication_source,
-        image_findings=reading.findings, finding_scores=reading.scores,
-        image_sha256=study.films[0].sha256, lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
-        template=plan.template, template_source=plan.template_source, warnings=tuple(dict.fromkeys(all_warnings)),
+        findings=findings,
+        impression=impression,
+        text=text,
+        complete=draft.is_complete,
+        model=engine.manifest.name,
+        model_version=engine.manifest.version,
+        variant=engine.variant,
+        device=engine.backend.device,
+        view=study.context.view or "frontal",
+        indication_source=study.indication_source,
+        image_findings=reading.findings,
+        finding_scores=reading.scores,
+        image_sha256=study.films[0].sha256,
+        lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
+        template=plan.template,
+        template_source=plan.template_source,
+        warnings=tuple(dict.fromkeys(all_warnings)),
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
         sentences=split_sentences(draft.tokens, plan.fixed),
-        prompt_tokens=reading.image_embeds.shape[1] + len(plan.prompt_ids), new_tokens=len(draft.tokens),
-        opening_tokens=len(plan.opening), guessed_tokens=stats.guessed, accepted_tokens=stats.accepted,
-        passes=stats.passes, image_reused=image_reused, reused_tokens=reused_tokens, timings=timings,
-    )  # fmt: skip
+        prompt_tokens=reading.image_embeds.shape[1] + len(plan.prompt_ids),
+        new_tokens=len(draft.tokens),
+        opening_tokens=len(plan.opening),
+        guessed_tokens=stats.guessed,
+        accepted_tokens=stats.accepted,
+        passes=stats.passes,
+        image_reused=image_reused,
+        reused_tokens=reused_tokens,
+        timings=timings,
+    )
 
 
 def _without_pixels(film: Radiograph) -> Radiograph:

@@ -13,10 +13,29 @@ from cbedge.errors import ContextError
 PROMPT_VERSION = 2
 MAX_CONTEXT_CHARACTERS = 1000
 
-_NO_TEXT = frozenset((
-    "n/a", "na", "n.a", "none", "null", "nil", "nan", "unknown", "not known", "not available", "not given",
-    "not provided", "not specified", "unspecified", "no data", "k.a", "k. a", "keine angabe", "keine",
-))  # fmt: skip
+_NO_TEXT = frozenset(
+    (
+        "n/a",
+        "na",
+        "n.a",
+        "none",
+        "null",
+        "nil",
+        "nan",
+        "unknown",
+        "not known",
+        "not available",
+        "not given",
+        "not provided",
+        "not specified",
+        "unspecified",
+        "no data",
+        "k.a",
+        "k. a",
+        "keine angabe",
+        "keine",
+    )
+)
 _TASK = "Describe the chest radiograph."
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
 SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")

@@ -48,9 +48,13 @@ class ReportDraftOperator(MonaiOperator):
     """
 
     def __init__(
-        self, fragment: Fragment, *args: Any, output_folder: Path, generator: ReportGenerator | None = None,
+        self,
+        fragment: Fragment,
+        *args: Any,
+        output_folder: Path,
+        generator: ReportGenerator | None = None,
         **kwargs: Any,
-    ):  # fmt: skip
+    ):
         self.output_folder = output_folder
         self.generator = generator or ReportGenerator.from_pretrained()
         super().__init__(fragment, *args, **kwargs)

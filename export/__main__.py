@@ -140,10 +140,22 @@ def export(
                 console.print(f"{one} written")
         about = Origin.read(origin) if origin else Origin.of(checkpoint, list(adapters or []))
         parity = pack(
-            parts, graphs, extra, wanted, out, name=name, version=version, licence=licence, origin=about,
-            quality=measured, decoding={"no_repeat": no_repeat, "stop_bias": stop_bias},
-            data=data, merge_error=merge_error, force=force, console=console,
-        )  # fmt: skip
+            parts,
+            graphs,
+            extra,
+            wanted,
+            out,
+            name=name,
+            version=version,
+            licence=licence,
+            origin=about,
+            quality=measured,
+            decoding={"no_repeat": no_repeat, "stop_bias": stop_bias},
+            data=data,
+            merge_error=merge_error,
+            force=force,
+            console=console,
+        )
     typer.echo(parity.to_markdown())
     if record:
         write_parity(parity, record)

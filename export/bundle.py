@@ -104,12 +104,23 @@ class Origin:
 
 
 def pack(
-    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
-    wanted: tuple[str, ...], out: Path, *, name: str,
-    version: str, licence: str, origin: Origin, quality: dict[str, Any], decoding: dict[str, float],
-    data: Path | None, merge_error: float,
-    force: bool, console: Console,
-) -> Parity:  # fmt: skip
+    parts: ModelAndTokenizers,
+    graphs: dict[str, dict[str, Path]],
+    extra: dict[str, list[Path]],
+    wanted: tuple[str, ...],
+    out: Path,
+    *,
+    name: str,
+    version: str,
+    licence: str,
+    origin: Origin,
+    quality: dict[str, Any],
+    decoding: dict[str, float],
+    data: Path | None,
+    merge_error: float,
+    force: bool,
+    console: Console,
+) -> Parity:
     """Compare the graphs with torch and write the bundle; returns the comparison.
 
     Args:
@@ -125,9 +136,18 @@ def pack(
         force: replace a bundle at ``out``.
     """
     manifest = describe(
-        parts, graphs, extra, wanted, name=name, version=version, licence=licence, origin=origin, quality=quality,
-        decoding=decoding, data=data,
-    )  # fmt: skip
+        parts,
+        graphs,
+        extra,
+        wanted,
+        name=name,
+        version=version,
+        licence=licence,
+        origin=origin,
+        quality=quality,
+        decoding=decoding,
+        data=data,
+    )
     cases, source = parity_cases(manifest.preprocessing, data, PARITY_CASES)
     files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
     backends = {v: partial(_backend, manifest, v, paths) for v, paths in files.items()}
@@ -135,18 +155,33 @@ def pack(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing with torch", total=len(cases))
         parity = compare(
-            parts, backends, sizes, cases, source, merge_error,
+            parts,
+            backends,
+            sizes,
+            cases,
+            source,
+            merge_error,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
     write_packed(parts, manifest, {v: files[v] for v in wanted}, out, parity, data, force)
     return parity
 
 
 def describe(
-    parts: ModelAndTokenizers, graphs: dict[str, dict[str, Path]], extra: dict[str, list[Path]],
-    wanted: tuple[str, ...], *, name: str, version: str, licence: str, origin: Origin, quality: dict[str, Any],
-    decoding: dict[str, float], data: Path | None, layers: int | None = None,
-) -> Manifest:  # fmt: skip
+    parts: ModelAndTokenizers,
+    graphs: dict[str, dict[str, Path]],
+    extra: dict[str, list[Path]],
+    wanted: tuple[str, ...],
+    *,
+    name: str,
+    version: str,
+    licence: str,
+    origin: Origin,
+    quality: dict[str, Any],
+    decoding: dict[str, float],
+    data: Path | None,
+    layers: int | None = None,
+) -> Manifest:
     """The manifest of a bundle, its files not yet listed.
 
     Args:
@@ -157,23 +192,37 @@ def describe(
     """
     shapes = _shapes(parts)
     return Manifest(
-        name=name, version=version, license=licence,
+        name=name,
+        version=version,
+        license=licence,
         shapes=shapes if layers is None else replace(shapes, num_layers=layers),
-        preprocessing=parts.preprocessing, stop_ids=stop_ids(parts),
-        prefix_ids=prefix_ids(parts), suffix_ids=suffix_ids(parts),
-        start_ids=start_ids(parts), default_variant=wanted[0], files={},
+        preprocessing=parts.preprocessing,
+        stop_ids=stop_ids(parts),
+        prefix_ids=prefix_ids(parts),
+        suffix_ids=suffix_ids(parts),
+        start_ids=start_ids(parts),
+        default_variant=wanted[0],
+        files={},
         variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
-        training_data=tuple(origin.training_data), base_weights=tuple(origin.base_weights), quality=quality,
+        training_data=tuple(origin.training_data),
+        base_weights=tuple(origin.base_weights),
+        quality=quality,
         decoding={"max_new_tokens": 160, **decoding},
         image_findings=with_denials(parts.finding_head.findings) if parts.finding_head else None,
-        reads_lateral=parts.reads_lateral, never_ids=unseen_fragments(parts, data),
-    )  # fmt: skip
+        reads_lateral=parts.reads_lateral,
+        never_ids=unseen_fragments(parts, data),
+    )
 
 
 def write_packed(
-    parts: ModelAndTokenizers, manifest: Manifest, files: dict[str, list[Path]], out: Path, parity: Parity | None,
-    data: Path | None, force: bool,
-) -> None:  # fmt: skip
+    parts: ModelAndTokenizers,
+    manifest: Manifest,
+    files: dict[str, list[Path]],
+    out: Path,
+    parity: Parity | None,
+    data: Path | None,
+    force: bool,
+) -> None:
     """Write a bundle: graphs, tokenizers, and what is made of training data: phrasebook, templates and gates.
 
     Args:

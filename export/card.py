@@ -44,8 +44,10 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
     side = manifest.preprocessing.image_size
     opened = findings is not None and any(findings.openings)
     lines = [
-        f"# {manifest.name} {manifest.version}", "",
-        f"**{DRAFT_STATEMENT}**", "",
+        f"# {manifest.name} {manifest.version}",
+        "",
+        f"**{DRAFT_STATEMENT}**",
+        "",
         "## What it is",
         "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
         "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
@@ -55,15 +57,19 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         *([_OPENED] if opened else []),
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([_TEMPLATES] if templates else []),
-        "", "## Licence",
+        "",
+        "## Licence",
         f"{manifest.license}; research use. The licences of the base weights and of the training data (below) also "
-        "apply. The weights contain no image or report as a file. The software is licensed under Apache-2.0.", "",
+        "apply. The weights contain no image or report as a file. The software is licensed under Apache-2.0.",
+        "",
         "## Base weights",
-        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights], "",
+        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights],
+        "",
         "## Training data",
-        *([_training_data(data) for data in manifest.training_data] or ["- Not recorded."]), "",
+        *([_training_data(data) for data in manifest.training_data] or ["- Not recorded."]),
+        "",
         "## Measured quality",
-    ]  # fmt: skip
+    ]
     if quality.get("scores"):
         lines += [
             quality["protocol"],
@@ -76,7 +82,11 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
     else:
         lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
     lines += [
-        "", "## Parity with torch", "", parity.to_markdown() if parity else _NOT_COMPARED, "",
+        "",
+        "## Parity with torch",
+        "",
+        parity.to_markdown() if parity else _NOT_COMPARED,
+        "",
         "## Limits",
         "- Not a medical device; not validated for clinical use. Never act on an unchecked draft.",
         "- It misses findings and invents others. Fluent, plausible sentences do not show that a finding was seen.",
@@ -84,8 +94,9 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         f"- Images are scaled to {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
         f"- It does not see {'' if lateral else 'lateral views or '}prior studies; statements about a comparison come "
         "from the given text.",
-        *_populations(manifest), "",
-    ]  # fmt: skip
+        *_populations(manifest),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -93,10 +104,14 @@ def _training_data(record: dict[str, str]) -> str:
     """One entry of the manifest's ``training_data`` as a line of the card."""
     splits, digest = record.get("splits"), record.get("study_list_sha256")
     parts = [
-        record.get("detail"), f"{splits} studies" if splits else None,
-        f"tags {record['tags']}" if record.get("tags") else None, f"licence {record.get('licence') or NO_LICENCE}",
-        record.get("source"), record.get("citation"), f"SHA-256 of the study list {digest}" if digest else None,
-    ]  # fmt: skip
+        record.get("detail"),
+        f"{splits} studies" if splits else None,
+        f"tags {record['tags']}" if record.get("tags") else None,
+        f"licence {record.get('licence') or NO_LICENCE}",
+        record.get("source"),
+        record.get("citation"),
+        f"SHA-256 of the study list {digest}" if digest else None,
+    ]
     return f"- {record['name']}: {'; '.join(part.rstrip('.') for part in parts if part)}."
 
 
@@ -111,19 +126,28 @@ def _clinical(measured: dict[str, Any] | None) -> list[str]:
     """Scores of abnormality and of each finding, from the record of an evaluation."""
     if not measured:
         return []
-    names = {"balanced_accuracy": "abnormal or normal, balanced accuracy", "finding_f1": "F1 of 13 findings, micro",
-             "finding_macro_f1": "macro"}  # fmt: skip
+    names = {
+        "balanced_accuracy": "abnormal or normal, balanced accuracy",
+        "finding_f1": "F1 of 13 findings, micro",
+        "finding_macro_f1": "macro",
+    }
     rows = {row: {text: values[name][0] for name, text in names.items()} for row, values in measured["scores"].items()}
     main, by_finding = next(iter(measured["by_finding"].items()))
     return [
         f"Abnormal by manual tags: {measured['abnormal_studies']} of {measured['studies']}. Findings of drafts and "
-        "references are labelled by `training/findings.py`.", "",
-        *_table(rows), "",
-        f"By finding, {main} (not by age, sex or device, which the data set does not record):", "",
-        "| | precision | recall | F1 | positives |", "| --- |" + " --- |" * 4,
-        *[f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
-          for label, s in by_finding.items()],
-    ]  # fmt: skip
+        "references are labelled by `training/findings.py`.",
+        "",
+        *_table(rows),
+        "",
+        f"By finding, {main} (not by age, sex or device, which the data set does not record):",
+        "",
+        "| | precision | recall | F1 | positives |",
+        "| --- |" + " --- |" * 4,
+        *[
+            f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
+            for label, s in by_finding.items()
+        ],
+    ]
 
 
 def _table(scores: dict[str, dict[str, float]]) -> list[str]:

@@ -57,9 +57,11 @@ class DecoderGraph(nn.Module):
         others = torch.arange(read + new, device=hidden.device)[None]
         first = self.decoder.block[0].layer[0].SelfAttention
         bucket = first._relative_position_bucket(
-            others - at, bidirectional=False, num_buckets=first.relative_attention_num_buckets,
+            others - at,
+            bidirectional=False,
+            num_buckets=first.relative_attention_num_buckets,
             max_distance=first.relative_attention_max_distance,
-        )  # fmt: skip
+        )
         bias = first.relative_attention_bias(bucket).permute(2, 0, 1)[None]
         bias = bias.masked_fill(others > at, torch.finfo(torch.float32).min)
         for i, block in enumerate(self.decoder.block):
@@ -103,13 +105,28 @@ def export_encoder_decoder(model: T5ForConditionalGeneration, folder: Path) -> d
     crossed, batch = [f"cross.{name}" for name in names], Dim("batch", min=1, max=64)
     length, read, new = Dim("length", min=2, max=4096), Dim("read", min=0, max=4096), Dim("tokens", min=1, max=4096)
     embeds = torch.zeros(2, 5, config.d_model)
-    trace(EncoderGraph(model), (embeds,), paths[ENCODER], ["inputs_embeds"], crossed,
-          {"inputs_embeds": {0: batch, 1: length}}, within=False)  # fmt: skip
+    trace(
+        EncoderGraph(model),
+        (embeds,),
+        paths[ENCODER],
+        ["inputs_embeds"],
+        crossed,
+        {"inputs_embeds": {0: batch, 1: length}},
+        within=False,
+    )
     past = [torch.zeros(2, config.num_heads, 3, config.d_kv) for _ in names]
     cross = [torch.zeros(2, config.num_heads, 5, config.d_kv) for _ in names]
-    trace(DecoderGraph(model), (torch.zeros(2, 4, config.d_model), past, cross), paths[DECODER],
-          ["inputs_embeds", *(f"past_key_values.{name}" for name in names), *crossed],
-          ["logits", *(f"present.{name}" for name in names)],
-          {"inputs_embeds": {0: batch, 1: new}, "past": [{0: batch, 2: read} for _ in names],
-           "cross": [{0: batch, 2: length} for _ in names]}, within=False)  # fmt: skip
+    trace(
+        DecoderGraph(model),
+        (torch.zeros(2, 4, config.d_model), past, cross),
+        paths[DECODER],
+        ["inputs_embeds", *(f"past_key_values.{name}" for name in names), *crossed],
+        ["logits", *(f"present.{name}" for name in names)],
+        {
+            "inputs_embeds": {0: batch, 1: new},
+            "past": [{0: batch, 2: read} for _ in names],
+            "cross": [{0: batch, 2: length} for _ in names],
+        },
+        within=False,
+    )
     return paths

@@ -69,8 +69,10 @@ def fit_film_view(backend: Backend, settings: Preprocessing, collections: Sequen
         upright += [_features(backend, settings, chosen)] * times
         flipped += [_features(backend, settings, chosen, mirror=True)] * times
         lateral += [_features(backend, settings, _some(films.lateral), mirror=m) for m in (False, True)]
-    groups = [np.concatenate([rows for rows in group if len(rows)] or [np.empty((0, 0), np.float32)])
-              for group in (upright, flipped, lateral)]  # fmt: skip
+    groups = [
+        np.concatenate([rows for rows in group if len(rows)] or [np.empty((0, 0), np.float32)])
+        for group in (upright, flipped, lateral)
+    ]
     if min(map(len, groups)) < FEWEST:
         return None
     frontal = np.concatenate(groups[:2])

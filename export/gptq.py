@@ -100,9 +100,12 @@ def can_be_rounded(model: Any) -> bool:
 
 @torch.inference_mode()
 def round_language_model(
-    model: Any, inputs: Sequence[Reading], block: int, chosen: Callable[[str], bool],
+    model: Any,
+    inputs: Sequence[Reading],
+    block: int,
+    chosen: Callable[[str], bool],
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Rounded]:  # fmt: skip
+) -> dict[str, Rounded]:
     """Round the linear weights of a LLaMA-like language model to 4 bits; the model itself is left as it was.
 
     Args:

@@ -113,10 +113,22 @@ def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Pa
     length = torch.export.Dim("length", min=2, max=512)
     outputs = ["image_embeds", "attention", *(["finding_logits"] if parts.finding_head else [])]
     trace(VisionGraph(parts), (pixels,), paths[VISION], ["pixel_values"], ["image_features"], None)
-    trace(QFormerGraph(parts), (features, instruction), paths[QFORMER], ["image_features", "qformer_input_ids"],
-           outputs, {"image_features": None, "qformer_input_ids": {1: length}})  # fmt: skip
-    trace(EmbedGraph(parts), (instruction,), paths[EMBED], ["input_ids"], ["inputs_embeds"],
-           {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}})  # fmt: skip
+    trace(
+        QFormerGraph(parts),
+        (features, instruction),
+        paths[QFORMER],
+        ["image_features", "qformer_input_ids"],
+        outputs,
+        {"image_features": None, "qformer_input_ids": {1: length}},
+    )
+    trace(
+        EmbedGraph(parts),
+        (instruction,),
+        paths[EMBED],
+        ["input_ids"],
+        ["inputs_embeds"],
+        {"input_ids": {1: torch.export.Dim("tokens", min=1, max=8192)}},
+    )
     return paths
 
 
@@ -142,9 +154,24 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
         del model.config.quantization_config  # how the base weights came (GGUF), not how they are now
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built),
-               "-p", "fp32", "-e", "cpu", "-c", str(scratch / "cache"), "--extra_options",
-               "exclude_embeds=true", "prune_lm_head=true"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(checkpoint),
+        "-o",
+        str(built),
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "-c",
+        str(scratch / "cache"),
+        "--extra_options",
+        "exclude_embeds=true",
+        "prune_lm_head=true",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode or not (built / "model.onnx").is_file():
         reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]

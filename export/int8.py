@@ -203,31 +203,52 @@ def _round() -> FunctionProto:
     A row of zeros becomes NaN and some integers, which its largest, 0, makes zeros again.
     """
     node = helper.make_node
-    return _function("Round", ["x"], ["rounded", "largest"], [
-        _constant("last", np.array([-1], np.int64)), _constant("step", np.array(1 / 127, np.float32)),
-        _constant("middle", np.array(128, np.uint8)),
-        node("Abs", ["x"], ["sizes"]), node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
-        node("Div", ["x", "largest"], ["share"]), node("QuantizeLinear", ["share", "step", "middle"], ["rounded"]),
-    ])  # fmt: skip
+    return _function(
+        "Round",
+        ["x"],
+        ["rounded", "largest"],
+        [
+            _constant("last", np.array([-1], np.int64)),
+            _constant("step", np.array(1 / 127, np.float32)),
+            _constant("middle", np.array(128, np.uint8)),
+            node("Abs", ["x"], ["sizes"]),
+            node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
+            node("Div", ["x", "largest"], ["share"]),
+            node("QuantizeLinear", ["share", "step", "middle"], ["rounded"]),
+        ],
+    )
 
 
 def _multiply() -> FunctionProto:
     """uint8 [..., K], float32 [..., 1], int8 [K, N], float32 [N] → float32 [..., N]."""
     node = helper.make_node
-    return _function("Multiply", ["x", "largest", "weights", "scales"], ["y"], [
-        _constant("step", np.array(1 / 127, np.float32)), _constant("middle", np.array(128, np.uint8)),
-        node("MatMulIntegerToFloat", ["x", "weights", "step", "scales", "middle"], ["sum"], domain="com.microsoft"),
-        node("Mul", ["sum", "largest"], ["y"]),
-    ])  # fmt: skip
+    return _function(
+        "Multiply",
+        ["x", "largest", "weights", "scales"],
+        ["y"],
+        [
+            _constant("step", np.array(1 / 127, np.float32)),
+            _constant("middle", np.array(128, np.uint8)),
+            node("MatMulIntegerToFloat", ["x", "weights", "step", "scales", "middle"], ["sum"], domain="com.microsoft"),
+            node("Mul", ["sum", "largest"], ["y"]),
+        ],
+    )
 
 
 def _divide() -> FunctionProto:
     """float32 [K] divided by two to the power of int8 [K]; computed when a session loads."""
     node = helper.make_node
-    return _function("Divide", ["x", "exponents"], ["y"], [
-        _constant("two", np.array(2, np.float32)), node("Cast", ["exponents"], ["wide"], to=TensorProto.FLOAT),
-        node("Pow", ["two", "wide"], ["powers"]), node("Div", ["x", "powers"], ["y"]),
-    ])  # fmt: skip
+    return _function(
+        "Divide",
+        ["x", "exponents"],
+        ["y"],
+        [
+            _constant("two", np.array(2, np.float32)),
+            node("Cast", ["exponents"], ["wide"], to=TensorProto.FLOAT),
+            node("Pow", ["two", "wide"], ["powers"]),
+            node("Div", ["x", "powers"], ["y"]),
+        ],
+    )
 
 
 def write_probe(path: Path) -> None:

@@ -210,9 +210,13 @@ class Stitcher:
         norm = nodes[first]
         epsilon = next(a.f for a in norm.attribute if a.name == "epsilon")
         nodes[first] = helper.make_node(
-            "SkipSimplifiedLayerNormalization", [*self._open, norm.input[1]], [norm.output[0], "", "", self._input],
-            name=norm.name, domain="com.microsoft", epsilon=epsilon,
-        )  # fmt: skip
+            "SkipSimplifiedLayerNormalization",
+            [*self._open, norm.input[1]],
+            [norm.output[0], "", "", self._input],
+            name=norm.name,
+            domain="com.microsoft",
+            epsilon=epsilon,
+        )
         return nodes
 
     def _store(self, tensor: TensorProto) -> None:
@@ -245,10 +249,16 @@ def number_layers(graph: ModelProto, by: int) -> None:
 
 
 def export_by_layers(
-    checkpoint: Path, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, path: Path, variant: str,
-    at_once: int, progress: Callable[[str], None] = lambda text: None, narrow: bool = True,
+    checkpoint: Path,
+    adapters: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    variant: str,
+    at_once: int,
+    progress: Callable[[str], None] = lambda text: None,
+    narrow: bool = True,
     settings: Int4Settings = WIDE,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write one variant of a checkpoint's decoder, ``at_once`` layers at a time.
 
     Args:
@@ -302,10 +312,20 @@ def language_adapters(folders: list[Path]) -> list[Path]:
 
 
 def bundle_by_layers(
-    checkpoint: Path, adapters: list[Path], out: Path, variant: str, at_once: int, *, name: str, version: str,
-    licence: str, data: Path | None, decoding: dict[str, float],
-    progress: Callable[[str], None] = lambda text: None, settings: Int4Settings = WIDE,
-) -> None:  # fmt: skip
+    checkpoint: Path,
+    adapters: list[Path],
+    out: Path,
+    variant: str,
+    at_once: int,
+    *,
+    name: str,
+    version: str,
+    licence: str,
+    data: Path | None,
+    decoding: dict[str, float],
+    progress: Callable[[str], None] = lambda text: None,
+    settings: Int4Settings = WIDE,
+) -> None:
     """Write a bundle of one variant.
 
     Args:
@@ -356,10 +376,19 @@ def bundle_by_layers(
             graphs = {k: to_half(p, halves / f"{k}{SUFFIX[variant]}.onnx") for k, p in graphs.items()}
         progress("packing")
         manifest = describe(
-            parts, {variant: graphs}, {}, (variant,), name=name, version=version, licence=licence,
-            origin=Origin.of(str(checkpoint), adapters), quality={}, decoding=decoding, data=data,
+            parts,
+            {variant: graphs},
+            {},
+            (variant,),
+            name=name,
+            version=version,
+            licence=licence,
+            origin=Origin.of(str(checkpoint), adapters),
+            quality={},
+            decoding=decoding,
+            data=data,
             layers=layers,
-        )  # fmt: skip
+        )
         files = [file for graph in graphs.values() for file in (graph, graph.with_suffix(".onnx_data"))]
         write_packed(parts, manifest, {variant: [f for f in files if f.is_file()]}, out, None, data, force=False)
 
@@ -397,9 +426,19 @@ def main_command(
     whole = hasattr(AutoConfig.from_pretrained(checkpoint), "qformer_config")
     if whole:
         bundle_by_layers(
-            checkpoint, adapters or [], out, variant, at_once, name=name, version=version, licence=licence, data=data,
-            decoding={}, progress=tell, settings=settings,
-        )  # fmt: skip
+            checkpoint,
+            adapters or [],
+            out,
+            variant,
+            at_once,
+            name=name,
+            version=version,
+            licence=licence,
+            data=data,
+            decoding={},
+            progress=tell,
+            settings=settings,
+        )
     elif variant == "q4f16":
         raise ExportError("q4f16 is for a whole model, and this is a language model alone: give fp32, int8 or int4")
     else:

@@ -74,20 +74,27 @@ class Parity:
     def to_markdown(self) -> str:
         """The parity table for the model card and the terminal."""
         kinds = list(next(iter(self.variants.values())).graph_errors)
-        lines = ["| variant | MB | torch's token | equal drafts | " + " | ".join(kinds) + " |",
-                 "| --- |" + " ---: |" * (3 + len(kinds))]  # fmt: skip
+        lines = [
+            "| variant | MB | torch's token | equal drafts | " + " | ".join(kinds) + " |",
+            "| --- |" + " ---: |" * (3 + len(kinds)),
+        ]
         for name, v in self.variants.items():
             errors = " | ".join(f"{v.graph_errors[k]:.1e} ({v.relative_errors[k]:.1%})" for k in kinds)
             lines.append(f"| {name} | {v.megabytes:.1f} | {v.token_agreement:.1%} | {v.drafts_equal:.0%} | {errors} |")
-        return "\n".join([
-            *lines, "",
-            f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *torch's token*: share of "
-            "positions at which the variant, having read the same before, chooses torch's token in fp32. "
-            "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
-            f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as a share of the "
-            "largest.",
-            f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *torch's token*: share of "
+                "positions at which the variant, having read the same before, chooses torch's token in fp32. "
+                "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
+                f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as "
+                "a share of the "
+                "largest.",
+                f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens "
+                "equal torch's.",
+            ]
+        )
 
 
 def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tuple[list[Case], str]:
@@ -106,10 +113,15 @@ def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tupl
 
 @torch.inference_mode()
 def compare(
-    parts: ModelAndTokenizers, backends: Mapping[str, Callable[[], Backend]], megabytes: dict[str, float],
-    cases: list[Case], source: str, merge_error: float, fp32_cases: int = 8,
+    parts: ModelAndTokenizers,
+    backends: Mapping[str, Callable[[], Backend]],
+    megabytes: dict[str, float],
+    cases: list[Case],
+    source: str,
+    merge_error: float,
+    fp32_cases: int = 8,
     progress: Callable[[int, int], None] | None = None,
-) -> Parity:  # fmt: skip
+) -> Parity:
     """Measure parity of every variant, ``fp32`` among them, against the merged torch model.
 
     Args:

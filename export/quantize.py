@@ -105,9 +105,13 @@ class Int4Settings:
 
 
 def write_variant(
-    name: str, paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None,
-    rounded: dict[str, Rounded] | None = None, language: Bundle | None = None,
-) -> dict[str, Path]:  # fmt: skip
+    name: str,
+    paths: dict[str, Path],
+    folder: Path,
+    settings: Int4Settings | None = None,
+    rounded: dict[str, Rounded] | None = None,
+    language: Bundle | None = None,
+) -> dict[str, Path]:
     """Write one variant of the fp32 graphs into ``folder``; returns the path of each graph.
 
     Args:
@@ -162,9 +166,11 @@ def _language_of(bundle: Bundle, name: str, folder: Path) -> dict[str, Path]:
 
 
 def round_for(
-    parts: ModelAndTokenizers, data: Path, settings: Int4Settings,
+    parts: ModelAndTokenizers,
+    data: Path,
+    settings: Int4Settings,
     tell: Callable[[int, int, float], None] = lambda done, total, divergence: None,
-) -> dict[str, Rounded]:  # fmt: skip
+) -> dict[str, Rounded]:
     """Round a merged model's language model by GPTQ, on training studies at ``data``, where the settings ask 4 bits.
 
     ``tell`` is told each step in which scales are tuned, how many there are, and the divergence from fp32.
@@ -185,8 +191,9 @@ def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings
     if name == "q4f16":
         return replace(settings, eight_bits_block_size=32, qformer_block_size=32, vision_block_size=32)
     if name == "int8":
-        return replace(settings, algorithm="rtn", eight_bits=".", eight_bits_block_size=64, vision_bits=8,
-                       qformer_four_bits="$^")  # fmt: skip
+        return replace(
+            settings, algorithm="rtn", eight_bits=".", eight_bits_block_size=64, vision_bits=8, qformer_four_bits="$^"
+        )
     return settings
 
 
@@ -268,9 +275,13 @@ def align_head(graph: ModelProto) -> None:
 
 
 def quantize_graphs(
-    paths: dict[str, Path], folder: Path, settings: Int4Settings | None = None, suffix: str = SUFFIX["int4"],
-    rounded: dict[str, Rounded] | None = None, narrow: bool = True,
-) -> dict[str, Path]:  # fmt: skip
+    paths: dict[str, Path],
+    folder: Path,
+    settings: Int4Settings | None = None,
+    suffix: str = SUFFIX["int4"],
+    rounded: dict[str, Rounded] | None = None,
+    narrow: bool = True,
+) -> dict[str, Path]:
     """Write the quantized graphs of four fp32 graphs into ``folder``; returns the path of each.
 
     ``narrow`` keeps scales in 16 bits on disk; the rest is as of :func:`write_variant`.
@@ -352,8 +363,9 @@ def narrow_scales(graph: ModelProto) -> None:
         if not np.allclose(short, wide, rtol=1e-3, atol=0):
             continue
         name = f"{scales.name}_f16"
-        graph.graph.node.insert(at, helper.make_node("Cast", [name], [scales.name], name=f"{name}/Cast",
-                                                     to=TensorProto.FLOAT))  # fmt: skip
+        graph.graph.node.insert(
+            at, helper.make_node("Cast", [name], [scales.name], name=f"{name}/Cast", to=TensorProto.FLOAT)
+        )
         scales.CopyFrom(numpy_helper.from_array(short, name))
 
 
@@ -389,9 +401,12 @@ def _quantize_otherwise(graph: ModelProto, settings: Int4Settings) -> ModelProto
     if settings.algorithm not in configs:
         raise ValueError(f"unknown algorithm {settings.algorithm!r}; give one of: {', '.join(ALGORITHMS)}")
     quantizer = MatMulNBitsQuantizer(
-        graph, block_size=settings.block_size, is_symmetric=False, accuracy_level=settings.accuracy_level,
+        graph,
+        block_size=settings.block_size,
+        is_symmetric=False,
+        accuracy_level=settings.accuracy_level,
         algo_config=configs[settings.algorithm],
-    )  # fmt: skip
+    )
     quantizer.process()
     model = quantizer.model.model
     for node in model.graph.node:
@@ -406,9 +421,13 @@ def _quantize(
     model = onnx.load(str(source)) if isinstance(source, Path) else source
     for kind, wide in (("MatMul", bits), ("Gather", 4)):  # tables of words are known to the quantizer in 4 bits alone
         config = DefaultWeightOnlyQuantConfig(
-            bits=wide, block_size=block_size, is_symmetric=settings.symmetric, accuracy_level=settings.accuracy_level,
-            op_types_to_quantize=(kind,), quant_axes=(("MatMul", 0), ("Gather", 1)),
-        )  # fmt: skip
+            bits=wide,
+            block_size=block_size,
+            is_symmetric=settings.symmetric,
+            accuracy_level=settings.accuracy_level,
+            op_types_to_quantize=(kind,),
+            quant_axes=(("MatMul", 0), ("Gather", 1)),
+        )
         quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=apart)
         quantizer.process()
         model = quantizer.model.model
@@ -445,15 +464,20 @@ def _share_head(embed: Path, decoder: ModelProto, decoder_path: Path, settings: 
     weights = _external_alias(stored[node.input[1]], "embed_tokens", [words, width * bits // 8])
     scale = _external_alias(stored[node.input[2]], "embed_tokens_scales", [words, blocks])
     gather = helper.make_node(
-        "GatherBlockQuantized", ["embed_tokens", "input_ids", "embed_tokens_scales"], ["inputs_embeds"],
-        domain="com.microsoft", bits=bits, block_size=sizes["block_size"], gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        ["embed_tokens", "input_ids", "embed_tokens_scales"],
+        ["inputs_embeds"],
+        domain="com.microsoft",
+        bits=bits,
+        block_size=sizes["block_size"],
+        gather_axis=0,
+        quantize_axis=1,
+    )
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])
     embeds = helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, [1, "tokens", width])
     graph = helper.make_graph([gather], "embed_tokens", [ids], [embeds], [weights, scale])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets,
-                             ir_version=decoder.ir_version)  # fmt: skip
+    return helper.make_model(graph, opset_imports=opsets, ir_version=decoder.ir_version)
 
 
 def _external_alias(source: TensorProto, name: str, shape: list[int]) -> TensorProto:

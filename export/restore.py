@@ -118,8 +118,11 @@ def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
     _fill(model, state)
     words = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(bundle.folder / QFORMER_TOKENIZER)),
-        unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-    )  # fmt: skip
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
     head = _finding_head(graphs[QFORMER], bundle)
     settings = bundle.manifest.preprocessing
     return ModelAndTokenizers(model.eval(), tokenizer, words, config.image_token_id, head, settings)
@@ -190,8 +193,9 @@ class Graph:
         if tensor.data_type == TensorProto.UINT8:  # packed, and counted from the middle
             values = _unpacked(values, bits) - 2 ** (bits - 1)
         elif len(node.input) > 3:
-            values = values.astype(np.int32) - np.repeat(self.array(node.input[3]).astype(np.int32),
-                                                         values.shape[1] // scales.shape[1], 1)  # fmt: skip
+            values = values.astype(np.int32) - np.repeat(
+                self.array(node.input[3]).astype(np.int32), values.shape[1] // scales.shape[1], 1
+            )
         rows = values.astype(np.float32).reshape(len(values), scales.shape[1], -1)
         return (rows * scales[:, :, None]).reshape(values.shape)
 
@@ -299,25 +303,32 @@ def _config(
     crossed = _indices(state, r"qformer\.encoder\.layer\.(\d+)\.crossattention")
     return InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
-            hidden_size=patch.shape[0], patch_size=patch.shape[2], image_size=shapes.image_size,
+            hidden_size=patch.shape[0],
+            patch_size=patch.shape[2],
+            image_size=shapes.image_size,
             intermediate_size=len(state["vision_model.encoder.layers.0.mlp.fc1.bias"]),
             num_hidden_layers=len(_indices(state, r"vision_model\.encoder\.layers\.(\d+)\.")),
-            num_attention_heads=_heads(graphs[VISION]), hidden_act=_activation(graphs[VISION]),
+            num_attention_heads=_heads(graphs[VISION]),
+            hidden_act=_activation(graphs[VISION]),
             layer_norm_eps=_epsilon(graphs[VISION], "LayerNormalization"),
         ),
         qformer_config=InstructBlipQFormerConfig(
-            vocab_size=len(words), hidden_size=words.shape[1],
+            vocab_size=len(words),
+            hidden_size=words.shape[1],
             max_position_embeddings=len(state["qformer.embeddings.position_embeddings.weight"]),
-            num_hidden_layers=len(layers), num_attention_heads=_heads(graphs[QFORMER]),
+            num_hidden_layers=len(layers),
+            num_attention_heads=_heads(graphs[QFORMER]),
             hidden_act=_activation(graphs[QFORMER]),
             intermediate_size=len(state["qformer.encoder.layer.0.intermediate_query.dense.bias"]),
             cross_attention_frequency=crossed[1] - crossed[0] if len(crossed) > 1 else len(layers),
-            encoder_hidden_size=patch.shape[0], layer_norm_eps=_epsilon(graphs[QFORMER], "LayerNormalization"),
+            encoder_hidden_size=patch.shape[0],
+            layer_norm_eps=_epsilon(graphs[QFORMER], "LayerNormalization"),
         ),
         text_config=_text_config(bundle, graphs, tokenizer),
-        num_query_tokens=shapes.num_query_tokens, image_token_index=tokenizer.convert_tokens_to_ids(image_token),
+        num_query_tokens=shapes.num_query_tokens,
+        image_token_index=tokenizer.convert_tokens_to_ids(image_token),
         reads_lateral=bundle.manifest.reads_lateral,
-    )  # fmt: skip
+    )
 
 
 def _text_config(bundle: Bundle, graphs: dict[str, Graph], tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -335,15 +346,21 @@ def _text_config(bundle: Bundle, graphs: dict[str, Graph], tokenizer: PreTrained
     angle = np.arcsin(np.float64(decoder.array("sin_cache")[1, -1]))
     theta = float(f"{angle ** (-1 / (1 - 2 / shapes.head_size)):.5g}")
     return LlamaConfig(
-        vocab_size=len(table), hidden_size=shapes.hidden_size, intermediate_size=len(weight),
-        num_hidden_layers=shapes.num_layers, num_attention_heads=attributes(attention)["num_heads"],
-        num_key_value_heads=shapes.num_key_value_heads, head_dim=shapes.head_size,
+        vocab_size=len(table),
+        hidden_size=shapes.hidden_size,
+        intermediate_size=len(weight),
+        num_hidden_layers=shapes.num_layers,
+        num_attention_heads=attributes(attention)["num_heads"],
+        num_key_value_heads=shapes.num_key_value_heads,
+        head_dim=shapes.head_size,
         max_position_embeddings=len(decoder.array("cos_cache")),
         rms_norm_eps=_epsilon(decoder, "SimplifiedLayerNormalization"),
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=table.shape == words.shape and np.array_equal(table, words),
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _indices(state: dict[str, np.ndarray], pattern: str) -> list[int]:

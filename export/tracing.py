@@ -41,9 +41,16 @@ def trace(
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         traced = Path(scratch) / path.name
         torch.onnx.export(
-            module.eval(), inputs, str(traced), input_names=names, output_names=outputs, dynamic_shapes=dynamic,
-            dynamo=True, external_data=size > LARGEST_GRAPH, verbose=False,
-        )  # fmt: skip
+            module.eval(),
+            inputs,
+            str(traced),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            external_data=size > LARGEST_GRAPH,
+            verbose=False,
+        )
         graph = onnx.load(str(traced))
         skip_unread(graph)
         save_graph(graph, path, within)

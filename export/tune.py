@@ -43,9 +43,13 @@ class _Product(torch.autograd.Function):
 
 
 def tune_scales(
-    model: Any, rounded: dict[str, Rounded], readings: Sequence[Reading], steps: int, seed: int = 0,
+    model: Any,
+    rounded: dict[str, Rounded],
+    readings: Sequence[Reading],
+    steps: int,
+    seed: int = 0,
     tell: Callable[[int, int, float], None] = lambda step, steps, divergence: None,
-) -> dict[str, Rounded]:  # fmt: skip
+) -> dict[str, Rounded]:
     """The same rounded weights under better scales.
 
     Args:

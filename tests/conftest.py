@@ -66,9 +66,14 @@ def snapshot(snapshot: SnapshotAssertion) -> SnapshotAssertion:
 def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     """``python -m ARGUMENTS`` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=600,
-        env={**os.environ, **env}, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=600,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -130,14 +135,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number % 3:
             images.append({"file": f"{number}-lateral.jpg", "view": "lateral", "columns": 200, "rows": 240})
             Image.fromarray(draw_lateral(number)).save(folder / "images" / f"{number}-lateral.jpg")
-        lines.append({
-            "study_id": f"S{number}", "split": split, "r2gen_id": f"S{number}",
-            "images": images,
-            "indication": "XXXX-year-old with cough." if number % 2 else None,
-            "comparison": "None." if number % 3 else None,
-            "exam": "Chest", "findings": findings, "impression": impression,
-            "mesh_major": TAGS[number % 4], "mesh_automatic": [], "problems": [],
-        })  # fmt: skip
+        lines.append(
+            {
+                "study_id": f"S{number}",
+                "split": split,
+                "r2gen_id": f"S{number}",
+                "images": images,
+                "indication": "XXXX-year-old with cough." if number % 2 else None,
+                "comparison": "None." if number % 3 else None,
+                "exam": "Chest",
+                "findings": findings,
+                "impression": impression,
+                "mesh_major": TAGS[number % 4],
+                "mesh_automatic": [],
+                "problems": [],
+            }
+        )
     (folder / "studies.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
     return folder
 
@@ -187,26 +200,53 @@ def save_tiny(folder: Path, flan_t5: bool = False) -> Path:
     torch.manual_seed(0)
     size = language.get_vocab_size()
     llama = LlamaConfig(
-        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=size, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, eos_token_id=2,
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=2,
-    )  # fmt: skip
+        tie_word_embeddings=False,
+    )
+    t5 = T5Config(
+        vocab_size=size,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=224,
             patch_size=56,
         ),
         qformer_config=InstructBlipQFormerConfig(
-            vocab_size=words.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, cross_attention_frequency=2, encoder_hidden_size=32,
+            vocab_size=words.get_vocab_size(),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            cross_attention_frequency=2,
+            encoder_hidden_size=32,
         ),
-        text_config=t5 if flan_t5 else llama, num_query_tokens=20, image_token_index=3,
-    )  # fmt: skip
+        text_config=t5 if flan_t5 else llama,
+        num_query_tokens=20,
+        image_token_index=3,
+    )
     model = InstructBlipForConditionalGeneration(config)
     ModelAndTokenizers(model, tokenizer, qformer_tokenizer, 3).save(folder)
     return folder
@@ -285,9 +325,23 @@ def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPa
     from training.trained import checkpoint_of
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
-                   "--name", "tiny", "--variant", "all",
-                   "--data", tiny_data, "--record", out.parent / "parity")  # fmt: skip
+    done = call_cli(
+        "export",
+        "--checkpoint",
+        checkpoint_of(tiny_run),
+        "--adapters",
+        tiny_run,
+        "--out",
+        out,
+        "--name",
+        "tiny",
+        "--variant",
+        "all",
+        "--data",
+        tiny_data,
+        "--record",
+        out.parent / "parity",
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -320,8 +374,19 @@ def served(bundle: Path, stderr: int, *options: str) -> Iterator[tuple[str, subp
     import httpx
 
     port = free_port()
-    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--model", str(bundle),
-               "--device", "cpu", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "cbedge.cli",
+        "serve",
+        "--port",
+        str(port),
+        "--model",
+        str(bundle),
+        "--device",
+        "cpu",
+        *options,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True)
     address = f"http://127.0.0.1:{port}"
 
@@ -350,10 +415,16 @@ def orthanc(folder: Path, aet: str, port: int, modalities: dict[str, list]) -> I
     folder.mkdir()
     web = free_port()
     settings = {
-        "StorageDirectory": str(folder), "IndexDirectory": str(folder), "Plugins": [], "DicomAet": aet,
-        "DicomPort": port, "HttpPort": web, "AuthenticationEnabled": False, "DicomAlwaysAllowGet": True,
+        "StorageDirectory": str(folder),
+        "IndexDirectory": str(folder),
+        "Plugins": [],
+        "DicomAet": aet,
+        "DicomPort": port,
+        "HttpPort": web,
+        "AuthenticationEnabled": False,
+        "DicomAlwaysAllowGet": True,
         "DicomModalities": modalities,
-    }  # fmt: skip
+    }
     (folder / "orthanc.json").write_text(json.dumps(settings))
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(["Orthanc", folder / "orthanc.json"], stderr=log, stdout=log)

@@ -61,9 +61,28 @@ def listen(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[in
 
     def start(pacs: int, spool: Path = tmp_path / "spool", wait: float = 0) -> tuple[int, subprocess.Popen]:
         port = free_port()
-        command = [sys.executable, "-m", "cbedge.cli", "listen", "--known", "MODALITY", "--spool", spool, "--peer",
-                   f"PACS@127.0.0.1:{pacs}", "--port", port, "--model", tiny_bundle, "--device", "cpu", "--retry",
-                   "0.3", "--pair-wait", wait]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "cbedge.cli",
+            "listen",
+            "--known",
+            "MODALITY",
+            "--spool",
+            spool,
+            "--peer",
+            f"PACS@127.0.0.1:{pacs}",
+            "--port",
+            port,
+            "--model",
+            tiny_bundle,
+            "--device",
+            "cpu",
+            "--retry",
+            "0.3",
+            "--pair-wait",
+            wait,
+        ]
         log = open(tmp_path / "log", "a")  # noqa: SIM115
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=log)
         running.append(process)

@@ -20,18 +20,23 @@ def test_imports_follow_the_contracts():
     linter = pytest.importorskip("importlinter", reason="import-linter is not installed")
     assert linter
     done = subprocess.run(
-        [sys.executable, "-c", RUN, "--no-cache"],
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", RUN, "--no-cache"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_a_generator_has_few_public_members():
     names = [name for name, _ in inspect.getmembers(ReportGenerator) if not name.startswith("_")]
     assert names == [
-        "decoding", "from_pretrained", "generate", "generate_async", "generate_many", "keep_to", "reads_lateral",
+        "decoding",
+        "from_pretrained",
+        "generate",
+        "generate_async",
+        "generate_many",
+        "keep_to",
+        "reads_lateral",
         "stream",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

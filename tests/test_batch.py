@@ -36,8 +36,20 @@ def films(tmp_path: Path) -> Path:
 
 
 def run_batch(bundle: Path, studies: object, out: Path, *options: object):
-    return run_cli("cbedge.cli", "batch", studies, "--out", out, "--model", bundle, "--device", "cpu",
-                   "--max-new-tokens", 6, *options)  # fmt: skip
+    return run_cli(
+        "cbedge.cli",
+        "batch",
+        studies,
+        "--out",
+        out,
+        "--model",
+        bundle,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        6,
+        *options,
+    )
 
 
 def test_one_bad_file_stops_nothing_and_is_listed_at_the_end(tiny_bundle: Path, films: Path, tmp_path: Path):
@@ -70,10 +82,15 @@ def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Pat
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("file,id\nx,1\n", "no column image"), ("image,id\n,a\n", "has no image path"),
-     ("image,id\n\n,\n", "no radiograph"), ("image,id\na,1\nb,1\n", "twice"),
-     ("image\n", "no radiograph"), ("image\n\x00\n", "NUL character")],
-)  # fmt: skip
+    [
+        ("file,id\nx,1\n", "no column image"),
+        ("image,id\n,a\n", "has no image path"),
+        ("image,id\n\n,\n", "no radiograph"),
+        ("image,id\na,1\nb,1\n", "twice"),
+        ("image\n", "no radiograph"),
+        ("image\n\x00\n", "NUL character"),
+    ],
+)
 def test_a_table_that_cannot_be_used_is_refused(content: str, reason: str, tmp_path: Path):
     table = tmp_path / "t.csv"
     table.write_text(content, encoding="utf-8")
@@ -130,8 +147,21 @@ def test_killed_at_any_moment_it_loses_and_repeats_nothing(tiny_bundle: Path, tm
     for number in range(60):
         Image.fromarray(draw_chest(number, 64, 64)).save(films / f"{number:02}.png")
     out = tmp_path / "reports.jsonl"
-    command = [sys.executable, "-m", "cbedge.cli", "batch", films, "--out", out, "--model", tiny_bundle, "--device",
-               "cpu", "--max-new-tokens", "12"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "cbedge.cli",
+        "batch",
+        films,
+        "--out",
+        out,
+        "--model",
+        tiny_bundle,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "12",
+    ]
     for attempt in range(4):
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 8 * (attempt + 1)):
@@ -181,7 +211,7 @@ def write_table(path: Path, text: str, encoding: str = "utf-8") -> str:
         ("image,indication,view\r1.png,cough,PA\r", "utf-8"),
         ('"image", "indication", "view"\n"1.png", "cough", "PA"\n', "utf-8"),
     ],
-)  # fmt: skip
+)
 def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_path: Path):
     (item,) = batch.find_items(write_table(tmp_path / "t.csv", text, encoding))
     assert (item.image.name, item.indication, item.view) == ("1.png", "cough", "PA")
@@ -193,9 +223,10 @@ def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_p
         ("image,history\n1.png,cough\n", "unknown columns ('history'); its columns may be: image, id"),
         ("image,view,View\n1.png,PA,PA\n", "column view twice"),
         ("image,indication\n1.png,a,b\n", "line 2, has 3 cells"),
-        ("image,indication\n1.png\n", "line 2, has 1 cells"), ("file\n1.png\n", "no column image"),
+        ("image,indication\n1.png\n", "line 2, has 1 cells"),
+        ("file\n1.png\n", "no column image"),
     ],
-)  # fmt: skip
+)
 def test_a_table_that_would_be_misread_is_refused_by_name(text: str, told: str, tmp_path: Path):
     with pytest.raises(RadiographError, match=re.escape(told)):
         batch.find_items(write_table(tmp_path / "t.csv", text))
@@ -232,8 +263,21 @@ def test_file_names_that_are_no_text_are_drafted_and_resumed(tiny_bundle: Path, 
         file.write(source.read_bytes())
     (folder / "zwei_\u00e4.png").write_bytes(source.read_bytes())
     for env, told in (({"LC_ALL": "C"}, "wrote 2 drafts to"), ({}, "wrote 0 drafts to")):
-        done = run_cli("cbedge.cli", "batch", folder, "--out", tmp_path / "o.jsonl", "--model", tiny_bundle, "--device",
-                       "cpu", "--accept-any-image", "--max-new-tokens", "8", **env)  # fmt: skip
+        done = run_cli(
+            "cbedge.cli",
+            "batch",
+            folder,
+            "--out",
+            tmp_path / "o.jsonl",
+            "--model",
+            tiny_bundle,
+            "--device",
+            "cpu",
+            "--accept-any-image",
+            "--max-new-tokens",
+            "8",
+            **env,
+        )
         assert done.returncode == 0 and told in done.stderr, done.stderr
 
 

@@ -83,10 +83,12 @@ def test_the_command_writes_a_record_a_plot_and_cold_starts(tiny_bundle: Path, c
 def test_what_cannot_be_measured_is_refused_in_one_line(tiny_bundle: Path, tmp_path: Path):
     (tmp_path / "note.txt").write_text("hello")
     for arguments, reason in (
-        (("--image", tmp_path), "note.txt is not a supported image"), (("--format", "xml"), "unknown format 'xml'"),
-        (("--variants", "int3"), "unknown variant 'int3'"), (("--compare", tmp_path / "note.txt"), "not written"),
+        (("--image", tmp_path), "note.txt is not a supported image"),
+        (("--format", "xml"), "unknown format 'xml'"),
+        (("--variants", "int3"), "unknown variant 'int3'"),
+        (("--compare", tmp_path / "note.txt"), "not written"),
         (("--image", tmp_path / "none"), "no such file"),
-    ):  # fmt: skip
+    ):
         done = run_bench(tiny_bundle, *arguments)
         assert done.returncode != 0 and reason in done.stderr and "Traceback" not in done.stderr, arguments
         assert len(done.stderr.strip().splitlines()) == 1

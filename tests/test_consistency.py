@@ -45,8 +45,13 @@ def test_what_contradicts_a_finding_told_is_left_out(names: tuple[str, ...], kep
 def test_what_affirms_a_finding_stays():
     for name, sentence in OPENINGS.items():
         assert not re.search(DENIALS[name], sentence, re.IGNORECASE), name
-    for sentence in ("The heart is mildly enlarged.", "Small left pleural effusion.", "Left lower lobe opacity.",
-                     "Right lung volumes are low.", "Bibasilar atelectasis."):  # fmt: skip
+    for sentence in (
+        "The heart is mildly enlarged.",
+        "Small left pleural effusion.",
+        "Left lower lobe opacity.",
+        "Right lung volumes are low.",
+        "Bibasilar atelectasis.",
+    ):
         pattern = told(*OPENINGS)
         assert pattern and not pattern.search(sentence), sentence
 
@@ -54,29 +59,85 @@ def test_what_affirms_a_finding_stays():
 @pytest.mark.parametrize(
     ("finding", "denials", "others"),
     [
-        (OTHER, ["Normal chest.", "Unremarkable examination of the chest.", "No abnormality.", "Normal.", "normal",
-                 "1. Unremarkable.", "Entirely normal.", "Chest: Normal.", "Normal CXR.", "Within normal limits."],
-         ["Heart: Normal.", "Bones: Unremarkable.", "Normal heart.", "No acute bony abnormality.",
-          "The heart is normal in size.", "No acute cardiopulmonary process."]),
-        ("cardiomegaly", ["Heart size and pulmonary vascularity are within normal limits.", "Cardiac size: Normal.",
-                          "The heart is not enlarged.", "Normal cardiomediastinal silhouette."],
-         ["No acute cardiopulmonary process.", "The mediastinum is midline."]),
-        ("effusion", ["The pleural spaces are clear.", "No pleural fluid.", "Costophrenic angles are sharp.",
-                      "PLEURA: Unremarkable.", "No acute cardiopulmonary abnormality.", "Negative chest."],
-         ["No acute bony abnormality.", "No pneumothorax.", "The heart is normal."]),
-        ("atelectasis", ["Lungs: Clear.", "Clear lungs.", "No atelectasis.", "Atelectasis: None.",
-                         "Atelectasis is not seen."], ["Lung volumes are normal."]),
-        ("opacity", ["The lungs are free of focal airspace disease.", "Negative for acute cardiopulmonary disease.",
-                     "No focal consolidation.", "The lungs are unremarkable."],
-         ["No acute osseous findings.", "No pneumothorax.", "The lungs are well expanded."]),
+        (
+            OTHER,
+            [
+                "Normal chest.",
+                "Unremarkable examination of the chest.",
+                "No abnormality.",
+                "Normal.",
+                "normal",
+                "1. Unremarkable.",
+                "Entirely normal.",
+                "Chest: Normal.",
+                "Normal CXR.",
+                "Within normal limits.",
+            ],
+            [
+                "Heart: Normal.",
+                "Bones: Unremarkable.",
+                "Normal heart.",
+                "No acute bony abnormality.",
+                "The heart is normal in size.",
+                "No acute cardiopulmonary process.",
+            ],
+        ),
+        (
+            "cardiomegaly",
+            [
+                "Heart size and pulmonary vascularity are within normal limits.",
+                "Cardiac size: Normal.",
+                "The heart is not enlarged.",
+                "Normal cardiomediastinal silhouette.",
+            ],
+            ["No acute cardiopulmonary process.", "The mediastinum is midline."],
+        ),
+        (
+            "effusion",
+            [
+                "The pleural spaces are clear.",
+                "No pleural fluid.",
+                "Costophrenic angles are sharp.",
+                "PLEURA: Unremarkable.",
+                "No acute cardiopulmonary abnormality.",
+                "Negative chest.",
+            ],
+            ["No acute bony abnormality.", "No pneumothorax.", "The heart is normal."],
+        ),
+        (
+            "atelectasis",
+            ["Lungs: Clear.", "Clear lungs.", "No atelectasis.", "Atelectasis: None.", "Atelectasis is not seen."],
+            ["Lung volumes are normal."],
+        ),
+        (
+            "opacity",
+            [
+                "The lungs are free of focal airspace disease.",
+                "Negative for acute cardiopulmonary disease.",
+                "No focal consolidation.",
+                "The lungs are unremarkable.",
+            ],
+            ["No acute osseous findings.", "No pneumothorax.", "The lungs are well expanded."],
+        ),
         ("congestion", ["Pulmonary vessels are normal.", "No edema.", "Lungs are clear."], ["No acute rib fracture."]),
-        ("fracture", ["The osseous structures are intact.", "Bones: Unremarkable.", "No acute rib fracture.",
-                      "Negative for acute bone abnormality.", "Normal chest x-ray."],
-         ["No acute cardiopulmonary process.", "The lungs are clear."]),
-        ("device", ["No lines or tubes.", "Lines and tubes: None.", "No support apparatus."],
-         ["No acute disease.", "There is no pleural line to suggest pneumothorax.", "Normal chest."]),
+        (
+            "fracture",
+            [
+                "The osseous structures are intact.",
+                "Bones: Unremarkable.",
+                "No acute rib fracture.",
+                "Negative for acute bone abnormality.",
+                "Normal chest x-ray.",
+            ],
+            ["No acute cardiopulmonary process.", "The lungs are clear."],
+        ),
+        (
+            "device",
+            ["No lines or tubes.", "Lines and tubes: None.", "No support apparatus."],
+            ["No acute disease.", "There is no pleural line to suggest pneumothorax.", "Normal chest."],
+        ),
     ],
-)  # fmt: skip
+)
 def test_denials_of_a_finding_in_radiologists_words(finding: str, denials: list[str], others: list[str]):
     pattern = told(finding)
     assert pattern is not None

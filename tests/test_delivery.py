@@ -22,11 +22,28 @@ from cbedge.services.dicom_node import Listener, ListenSettings, Peer
 from cbedge.services.spool import Spool
 
 REPORT = Report(
-    findings="Clear.", impression="Normal.", complete=True, text="FINDINGS: Clear. IMPRESSION: Normal.", model="m",
-    model_version="1", variant="int4", device="cpu", view="frontal", indication_source=None, image_findings=(),
-    finding_scores={}, image_sha256="a" * 64, prompt_tokens=1, sentences=(), new_tokens=1, opening_tokens=0,
-    guessed_tokens=0, accepted_tokens=0, passes=0, timings=Timings(1, 1, 1, 1, 1, 1),
-)  # fmt: skip
+    findings="Clear.",
+    impression="Normal.",
+    complete=True,
+    text="FINDINGS: Clear. IMPRESSION: Normal.",
+    model="m",
+    model_version="1",
+    variant="int4",
+    device="cpu",
+    view="frontal",
+    indication_source=None,
+    image_findings=(),
+    finding_scores={},
+    image_sha256="a" * 64,
+    prompt_tokens=1,
+    sentences=(),
+    new_tokens=1,
+    opening_tokens=0,
+    guessed_tokens=0,
+    accepted_tokens=0,
+    passes=0,
+    timings=Timings(1, 1, 1, 1, 1, 1),
+)
 
 
 class Refusing:
@@ -72,11 +89,14 @@ def run_until(sender: Delivery, condition: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
-        (0xA900, "rejected it with status 0xa900 (data set does not match sop class)"), (0xC123, "cannot understand"),
-        (0x0122, "sop class not supported"), (0x0110, "processing failure"), (0x1234, "0x1234 (unknown)"),
+        (0xA900, "rejected it with status 0xa900 (data set does not match sop class)"),
+        (0xC123, "cannot understand"),
+        (0x0122, "sop class not supported"),
+        (0x0110, "processing failure"),
+        (0x1234, "0x1234 (unknown)"),
         (None, f"PACS does not accept Enhanced SR documents (SOP class {EnhancedSRStorage})"),
     ],
-)  # fmt: skip
+)
 def test_a_draft_that_the_pacs_keeps_refusing_is_put_aside_and_can_be_sent_again(
     drafts: Spool, status: int | None, reason: str
 ):

@@ -167,19 +167,23 @@ def test_lateral_is_read_from_the_header():
 @pytest.mark.parametrize(
     ("elements", "view", "warned"),
     [
-        ({"ViewPosition": "LLD"}, "frontal", "decubitus"), ({"ViewPosition": "LATL"}, "lateral", ""),
-        ({"ViewPosition": "RAO"}, None, "oblique"), ({"ViewPosition": " pa "}, "frontal", ""),
+        ({"ViewPosition": "LLD"}, "frontal", "decubitus"),
+        ({"ViewPosition": "LATL"}, "lateral", ""),
+        ({"ViewPosition": "RAO"}, None, "oblique"),
+        ({"ViewPosition": " pa "}, "frontal", ""),
         ({"view": ("399173006", "SCT", "left lateral")}, "lateral", ""),
         ({"view": ("R-10206", "SRT", "antero-posterior")}, "frontal", ""),
         ({"view": ("X1", "99LOCAL", "Lateral erect")}, "lateral", ""),
         ({"view": ("X1", "99LOCAL", "special")}, None, "ViewCodeSequence"),
         ({"ViewPosition": "PA", "view": ("399067008", "SCT", "lateral")}, "frontal", "contradicts"),
-        ({"PatientOrientation": ["A", "F"]}, "lateral", ""), ({"PatientOrientation": ["L", "F"]}, "frontal", ""),
+        ({"PatientOrientation": ["A", "F"]}, "lateral", ""),
+        ({"PatientOrientation": ["L", "F"]}, "frontal", ""),
         ({"PatientOrientation": ["A", "F"], "ViewPosition": "PA"}, "frontal", "PatientOrientation"),
-        ({"PatientOrientation": ["L", "L"]}, None, "PatientOrientation"), ({"BodyPartExamined": "HAND"}, None, "Body"),
+        ({"PatientOrientation": ["L", "L"]}, None, "PatientOrientation"),
+        ({"BodyPartExamined": "HAND"}, None, "Body"),
         ({"BodyPartExamined": "THORAX"}, None, ""),
     ],
-)  # fmt: skip
+)
 def test_the_view_is_read_from_three_attributes_and_doubts_are_said(elements: dict, view: str | None, warned: str):
     elements = dict(elements)
     if "view" in elements:
@@ -195,11 +199,16 @@ def test_the_view_is_read_from_three_attributes_and_doubts_are_said(elements: di
 @pytest.mark.parametrize(
     ("orientation", "turn"),
     [
-        (["L", "F"], lambda a: a), (["R", "F"], lambda a: a[:, ::-1]), (["L", "H"], lambda a: a[::-1]),
-        (["R", "H"], lambda a: a[::-1, ::-1]), (["F", "L"], lambda a: a.T), (["F", "R"], lambda a: a[:, ::-1].T),
-        (["H", "L"], lambda a: a[::-1].T), (["H", "R"], lambda a: a[::-1, ::-1].T),
+        (["L", "F"], lambda a: a),
+        (["R", "F"], lambda a: a[:, ::-1]),
+        (["L", "H"], lambda a: a[::-1]),
+        (["R", "H"], lambda a: a[::-1, ::-1]),
+        (["F", "L"], lambda a: a.T),
+        (["F", "R"], lambda a: a[:, ::-1].T),
+        (["H", "L"], lambda a: a[::-1].T),
+        (["H", "R"], lambda a: a[::-1, ::-1].T),
     ],
-)  # fmt: skip
+)
 def test_patient_orientation_is_obeyed(orientation: list[str], turn: Callable[[np.ndarray], np.ndarray]):
     turned = load_radiograph(make_dicom(np.ascontiguousarray(turn(CHEST)), PatientOrientation=orientation))
     assert np.array_equal(turned.pixels, load_radiograph(make_dicom()).pixels)
@@ -208,24 +217,33 @@ def test_patient_orientation_is_obeyed(orientation: list[str], turn: Callable[[n
 @pytest.mark.parametrize(
     ("elements", "named"),
     [
-        ({"WindowCenter": "100", "WindowWidth": "0"}, "WindowWidth"), ({"RescaleSlope": None}, "RescaleSlope"),
+        ({"WindowCenter": "100", "WindowWidth": "0"}, "WindowWidth"),
+        ({"RescaleSlope": None}, "RescaleSlope"),
         ({"WindowCenter": "2048", "WindowWidth": "4096", "VOILUTFunction": "ODD"}, "VOILUTFunction"),
-        ({"PhotometricInterpretation": "ODD"}, "PhotometricInterpretation"), ({"HighBit": 3}, "HighBit"),
-        ({"BitsStored": 0}, "BitsStored"), ({"WindowCenter": "90000", "WindowWidth": "10"}, "WindowCenter"),
-        ({"PixelRepresentation": None}, "PixelRepresentation"), ({"Modality": ""}, "Modality"),
+        ({"PhotometricInterpretation": "ODD"}, "PhotometricInterpretation"),
+        ({"HighBit": 3}, "HighBit"),
+        ({"BitsStored": 0}, "BitsStored"),
+        ({"WindowCenter": "90000", "WindowWidth": "10"}, "WindowCenter"),
+        ({"PixelRepresentation": None}, "PixelRepresentation"),
+        ({"Modality": ""}, "Modality"),
         ({"BitsStored": 10, "HighBit": 9}, "BitsStored"),
     ],
-)  # fmt: skip
+)
 def test_an_unusable_attribute_is_named_and_does_without(elements: dict, named: str):
     film = load_radiograph(make_dicom(**elements))
     assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 0.01
     assert len(film.warnings) == 1 and f"attribute {named} " in film.warnings[0]
 
 
-@pytest.mark.parametrize("elements", [
-    {"PhotometricInterpretation": "monochrome2"}, {"Modality": "dx "}, {"PresentationLUTShape": "IDENTITY"},
-    {"WindowCenter": ["1", "2048"], "WindowWidth": ["0", "4096"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"PhotometricInterpretation": "monochrome2"},
+        {"Modality": "dx "},
+        {"PresentationLUTShape": "IDENTITY"},
+        {"WindowCenter": ["1", "2048"], "WindowWidth": ["0", "4096"]},
+    ],
+)
 def test_spelling_and_further_windows_need_no_warning(elements: dict):
     film = load_radiograph(make_dicom(**elements))
     assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 0.01 and film.warnings == ()
@@ -289,8 +307,9 @@ def test_a_deflated_bomb_is_refused_with_little_memory():
     start = 144 + int.from_bytes(content[140:144], "little")
     packer = zlib.compressobj(1, wbits=-15)
     explicit, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"
-    head = content[:start].replace(len(explicit).to_bytes(2, "little") + explicit,
-                                   len(deflated).to_bytes(2, "little") + deflated)  # fmt: skip
+    head = content[:start].replace(
+        len(explicit).to_bytes(2, "little") + explicit, len(deflated).to_bytes(2, "little") + deflated
+    )
     head = head[:140] + (len(head) - 144).to_bytes(4, "little") + head[144:]
     with pytest.raises(RadiographError, match="deflated and has more than"):
         load_radiograph(head + packer.compress(content[start:]) + packer.flush())
@@ -381,10 +400,18 @@ def test_colour_is_read_by_its_luminance(photometric: str, planar: int):
     grey = draw_chest(3)
     colour = np.stack([grey, np.roll(grey, 9, 0), grey // 2], 2)
     stored = colour if photometric == "RGB" else np.asarray(Image.fromarray(colour).convert("YCbCr"))
-    film = load_radiograph(make_dicom(
-        grey, SamplesPerPixel=3, PhotometricInterpretation=photometric, PlanarConfiguration=planar, BitsAllocated=8,
-        BitsStored=8, HighBit=7, PixelData=(stored.transpose(2, 0, 1) if planar else stored).tobytes(),
-    ))  # fmt: skip
+    film = load_radiograph(
+        make_dicom(
+            grey,
+            SamplesPerPixel=3,
+            PhotometricInterpretation=photometric,
+            PlanarConfiguration=planar,
+            BitsAllocated=8,
+            BitsStored=8,
+            HighBit=7,
+            PixelData=(stored.transpose(2, 0, 1) if planar else stored).tobytes(),
+        )
+    )
     assert np.abs(film.pixels - load_radiograph(colour).pixels).max() < 0.01
     assert film.chroma == pytest.approx(np.ptp(colour, axis=2).mean() / colour.max(), abs=0.01)
 

@@ -26,12 +26,24 @@ from pydicom.uid import (
 from cbedge import Report, ReportGenerator
 
 TOLERANCE = 0.03
-_STORED_AS = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-              7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+_STORED_AS = {
+    1: None,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 _TURNS: dict[tuple[str, str], Callable[[np.ndarray], np.ndarray]] = {
-    ("L", "F"): lambda a: a, ("R", "F"): lambda a: a[:, ::-1], ("L", "H"): lambda a: a[::-1],
-    ("R", "H"): lambda a: a[::-1, ::-1], ("F", "L"): lambda a: a.T, ("H", "R"): lambda a: a[::-1, ::-1].T,
-}  # fmt: skip
+    ("L", "F"): lambda a: a,
+    ("R", "F"): lambda a: a[:, ::-1],
+    ("L", "H"): lambda a: a[::-1],
+    ("R", "H"): lambda a: a[::-1, ::-1],
+    ("F", "L"): lambda a: a.T,
+    ("H", "R"): lambda a: a[::-1, ::-1].T,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +66,12 @@ def wanted(generator: ReportGenerator, film: np.ndarray) -> Report:
 def picture_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
     """A PNG, JPEG, WebP or TIFF, in bytes, a file object or a PIL image."""
     kind = draw(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF"]))
-    modes = {"PNG": ["L", "RGB", "RGBA", "P", "LA", "16"], "JPEG": ["L", "RGB"], "WEBP": ["RGB", "RGBA"],
-             "TIFF": ["L", "RGB", "16"]}  # fmt: skip
+    modes = {
+        "PNG": ["L", "RGB", "RGBA", "P", "LA", "16"],
+        "JPEG": ["L", "RGB"],
+        "WEBP": ["RGB", "RGBA"],
+        "TIFF": ["L", "RGB", "16"],
+    }
     mode = draw(st.sampled_from(modes[kind]))
     lossy = kind in ("JPEG", "WEBP")  # half of the range and lossy is not the same film any more
     low, share = (0, 1.0) if lossy else draw(st.sampled_from([(0, 1.0), (0, 0.5), (60, 0.6)]))
@@ -86,8 +102,18 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
     signed = draw(st.booleans()) and bits > 8
     photometric = draw(st.sampled_from(["MONOCHROME1", "MONOCHROME2"]))
     inverse = draw(st.booleans())
-    syntax = draw(st.sampled_from([ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian,
-                                   DeflatedExplicitVRLittleEndian, RLELossless, JPEG2000Lossless]))  # fmt: skip
+    syntax = draw(
+        st.sampled_from(
+            [
+                ExplicitVRLittleEndian,
+                ImplicitVRLittleEndian,
+                ExplicitVRBigEndian,
+                DeflatedExplicitVRLittleEndian,
+                RLELossless,
+                JPEG2000Lossless,
+            ]
+        )
+    )
     if syntax == JPEG2000Lossless:
         bits, signed = 8, False
     slope, intercept = draw(st.sampled_from([(None, None), (1, 0), (2.5, -100), (-1, 4000)]))
@@ -116,8 +142,17 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
     low = (slope or 1) * -(2 ** (bits - 1) if signed else 0) + (intercept or 0)
     ends = sorted((low, low + (slope or 1) * used))
     _show(dataset, shown, ends, bits, signed, slope)
-    told = {"orientation": orientation, "bits": bits, "signed": signed, "photometric": photometric, "inverse": inverse,
-            "syntax": syntax.name, "slope": slope, "shown": shown, "padding": padding}  # fmt: skip
+    told = {
+        "orientation": orientation,
+        "bits": bits,
+        "signed": signed,
+        "photometric": photometric,
+        "inverse": inverse,
+        "syntax": syntax.name,
+        "slope": slope,
+        "shown": shown,
+        "padding": padding,
+    }
     if syntax == RLELossless:
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.compress(RLELossless)
@@ -150,9 +185,13 @@ def _dataset(values: np.ndarray, bits: int, signed: bool, photometric: str, synt
     meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     meta.TransferSyntaxUID = syntax
     dataset = FileDataset(
-        None, {}, file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=syntax == ImplicitVRLittleEndian,
+        None,
+        {},
+        file_meta=meta,
+        preamble=b"\0" * 128,
+        is_implicit_VR=syntax == ImplicitVRLittleEndian,
         is_little_endian=syntax != ExplicitVRBigEndian,
-    )  # fmt: skip
+    )
     dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     dataset.Modality, dataset.PhotometricInterpretation, dataset.ViewPosition = "DX", photometric, "PA"
     dataset.Rows, dataset.Columns = values.shape

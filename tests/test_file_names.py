@@ -15,14 +15,50 @@ from cbedge.services import batch
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        *((name, "device") for name in ("CON", "nul", "Prn.txt", "AUX.tar.gz", "COM1", "com0.json", "LPT9.", "COM¹.x",
-                                        "NUL .jsonl", "conin$", "CONOUT$.txt", "con  ")),
-        *((f"a{c}b", "holds the character") for c in '<>:"/\\|?*\0\n\t\x1f'), ("draft.", "ends with"),
-        ("draft ", "ends with"), ("...", "ends with"), ("", "empty"), ("x" * 256, "255"), ("\U0001fac1" * 128, "255"),
-        *((name, None) for name in ("draft.json", "CONSOLE", "COM10", "LPT", ".CON", "nul-1.txt", "1.2.840.dcm",
-                                    "übung", "a b.txt", "x" * 255, "\U0001fac1" * 127, "COM", " CON")),
+        *(
+            (name, "device")
+            for name in (
+                "CON",
+                "nul",
+                "Prn.txt",
+                "AUX.tar.gz",
+                "COM1",
+                "com0.json",
+                "LPT9.",
+                "COM¹.x",
+                "NUL .jsonl",
+                "conin$",
+                "CONOUT$.txt",
+                "con  ",
+            )
+        ),
+        *((f"a{c}b", "holds the character") for c in '<>:"/\\|?*\0\n\t\x1f'),
+        ("draft.", "ends with"),
+        ("draft ", "ends with"),
+        ("...", "ends with"),
+        ("", "empty"),
+        ("x" * 256, "255"),
+        ("\U0001fac1" * 128, "255"),
+        *(
+            (name, None)
+            for name in (
+                "draft.json",
+                "CONSOLE",
+                "COM10",
+                "LPT",
+                ".CON",
+                "nul-1.txt",
+                "1.2.840.dcm",
+                "übung",
+                "a b.txt",
+                "x" * 255,
+                "\U0001fac1" * 127,
+                "COM",
+                " CON",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_windows_cannot_hold_is_told(name: str, why: str | None):
     found = windows_fault(name)
     assert found is None if why is None else found is not None and why in found
@@ -48,11 +84,17 @@ def test_a_safe_name_can_be_held_everywhere_and_tells_texts_apart(first: str, se
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("1.2.840.10008.1", "1.2.840.10008.1"), ("study 7 (PA)", "study 7 (PA)"), ("A/B\\C:D", "A%2FB%5CC%3AD"),
-        ("nul.txt", "%6Eul.txt"), ("..", "%2E%2E"), ("Müller", "M%C3%BCller"), ("", "%"), ("100%", "100%25"),
+        ("1.2.840.10008.1", "1.2.840.10008.1"),
+        ("study 7 (PA)", "study 7 (PA)"),
+        ("A/B\\C:D", "A%2FB%5CC%3AD"),
+        ("nul.txt", "%6Eul.txt"),
+        ("..", "%2E%2E"),
+        ("Müller", "M%C3%BCller"),
+        ("", "%"),
+        ("100%", "100%25"),
         ("end. ", "end.%20"),
     ],
-)  # fmt: skip
+)
 def test_a_safe_name_resembles_the_text(text: str, name: str):
     assert safe_name(text) == name
 
@@ -63,8 +105,11 @@ def test_an_output_that_windows_would_write_elsewhere_is_refused_there(
 ):
     check_output(tmp_path / name, False)  # on other systems it is a name like any
     monkeypatch.setattr(files, "ON_WINDOWS", True)
-    for check in (lambda path: check_output(path, True), lambda path: write_output(path, b"x", True),
-                  lambda path: batch.run_batch([], path, "m", lambda item: {})):  # fmt: skip
+    for check in (
+        lambda path: check_output(path, True),
+        lambda path: write_output(path, b"x", True),
+        lambda path: batch.run_batch([], path, "m", lambda item: {}),
+    ):
         with pytest.raises(OutputError, match="Windows"):
             check(tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -51,8 +51,10 @@ def test_a_structured_report_is_a_draft_in_the_images_study(sr_file: Path):
         assert document[name].value == image[name].value
     assert document.SeriesInstanceUID != image.SeriesInstanceUID
     assert (document.CompletionFlag, document.VerificationFlag, document.PreliminaryFlag) == (
-        "PARTIAL", "UNVERIFIED", "PRELIMINARY",
-    )  # fmt: skip
+        "PARTIAL",
+        "UNVERIFIED",
+        "PRELIMINARY",
+    )
     evidence = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
     assert evidence.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image.SOPInstanceUID
     said = " ".join(e.value for e in document.iterall() if e.keyword == "TextValue")
@@ -109,8 +111,21 @@ def test_fhir_without_a_dicom_file_names_no_patient(report: Report, chest_png: P
 @pytest.mark.parametrize(("form", "start"), [("sr", b"\0" * 128 + b"DICM"), ("fhir", b"{"), ("json", b"{")])
 def test_the_command_writes_each_format(tiny_bundle: Path, tmp_path: Path, form: str, start: bytes):
     target = tmp_path / "out"
-    done = run_cli("cbedge.cli", "generate", DICOM, "--model", tiny_bundle, "--device", "cpu", "--max-new-tokens", 8,
-                   "--format", form, "-o", target)  # fmt: skip
+    done = run_cli(
+        "cbedge.cli",
+        "generate",
+        DICOM,
+        "--model",
+        tiny_bundle,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        8,
+        "--format",
+        form,
+        "-o",
+        target,
+    )
     assert done.returncode == 0, done.stderr
     assert target.read_bytes().startswith(start)
 
@@ -140,8 +155,17 @@ def test_what_the_image_scores_point_to_stands_beside_the_text(report: Report):
 
 
 def test_sentences_have_a_section_and_a_confidence():
-    spoken = [("FIND", 0.9), ("INGS:", 1.0), (" Heart", 0.5), (" normal", 0.5), (".", 0.5), (" Lungs clear.", 0.1),
-              (" IMPRESSION:", 1.0), (" Normal", 1.0), (".", 1.0)]  # fmt: skip
+    spoken = [
+        ("FIND", 0.9),
+        ("INGS:", 1.0),
+        (" Heart", 0.5),
+        (" normal", 0.5),
+        (".", 0.5),
+        (" Lungs clear.", 0.1),
+        (" IMPRESSION:", 1.0),
+        (" Normal", 1.0),
+        (".", 1.0),
+    ]
     spoken = [
         DraftToken("FINDINGS: There is", 0.4, "scar"),
         DraftToken(" scarring.", 0.4, "scar"),
@@ -151,17 +175,23 @@ def test_sentences_have_a_section_and_a_confidence():
     assert (zeroth.text, zeroth.finding, zeroth.low) == ("There is scarring.", "scar", True)
     assert zeroth.confidence == pytest.approx(0.4) and first.finding is None
     assert (first.text, first.section, second.text, third.section) == (
-        "Heart normal.", "findings", "Lungs clear.", "impression",
-    )  # fmt: skip
+        "Heart normal.",
+        "findings",
+        "Lungs clear.",
+        "impression",
+    )
     assert second.low and second.confidence == pytest.approx(0.1) and not third.low and third.confidence == 1
     assert split_sentences([]) == ()
 
 
 def test_a_sentence_in_both_sections_has_one_confidence_and_one_finding():
-    spoken = [DraftToken("FINDINGS:", 1.0, "scar"),
-              DraftToken(" There is scarring.", 0.3, "scar"),
-              DraftToken(" IMPRESSION:", 1.0), DraftToken(" There is scarring.", 0.9),
-              DraftToken(" Normal.", 0.8)]  # fmt: skip
+    spoken = [
+        DraftToken("FINDINGS:", 1.0, "scar"),
+        DraftToken(" There is scarring.", 0.3, "scar"),
+        DraftToken(" IMPRESSION:", 1.0),
+        DraftToken(" There is scarring.", 0.9),
+        DraftToken(" Normal.", 0.8),
+    ]
     first, again, other = split_sentences(spoken)
     assert (again.confidence, again.low, again.finding) == (first.confidence, first.low, first.finding)
     assert (again.section, again.finding, other.finding, other.low) == ("impression", "scar", None, False)

@@ -89,8 +89,20 @@ def test_stages_add_up_to_the_whole(generator: ReportGenerator, chest_png: Path)
 
 def test_json_holds_what_an_integrator_needs(generator: ReportGenerator, chest_png: Path):
     told = json.loads(generator.generate(chest_png, max_new_tokens=4).to_json())
-    assert {"findings", "impression", "model", "model_version", "variant", "device", "image_sha256", "prompt_tokens",
-            "new_tokens", "timings_ms", "statement", "complete"} <= set(told)  # fmt: skip
+    assert {
+        "findings",
+        "impression",
+        "model",
+        "model_version",
+        "variant",
+        "device",
+        "image_sha256",
+        "prompt_tokens",
+        "new_tokens",
+        "timings_ms",
+        "statement",
+        "complete",
+    } <= set(told)
     assert set(told["timings_ms"]) == {"read", "vision", "qformer", "prefill", "decode", "total"}
 
 
@@ -115,8 +127,9 @@ def test_a_context_that_says_nothing_is_left_out_and_noted(generator: ReportGene
     plain = generator.generate(chest_png, max_new_tokens=8)
     assert told.text == plain.text and told.indication_source is None and plain.warnings == ()
     assert told.warnings == (
-        "The indication has no content and was ignored.", "The comparison has no content and was ignored."
-    )  # fmt: skip
+        "The indication has no content and was ignored.",
+        "The comparison has no content and was ignored.",
+    )
 
 
 needs_real_data = pytest.mark.skipif(
@@ -189,8 +202,10 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     patterns = {"cardiomegaly": "heart.*normal", "effusion": "ribs.*intact|normal chest"}
     denials = tuple(patterns.get(name, "") for name in findings_of(generator).names)
     told = copy(generator)
-    told.bundle = replace(generator.bundle, manifest=replace(
-        generator.bundle.manifest, image_findings=replace(findings_of(generator), denials=denials)))  # fmt: skip
+    told.bundle = replace(
+        generator.bundle,
+        manifest=replace(generator.bundle.manifest, image_findings=replace(findings_of(generator), denials=denials)),
+    )
 
     def planned(present: tuple[str, ...], usual: bool = False) -> tuple[str, tuple[str, ...]]:
         resources = copy(generator.resources)
@@ -455,12 +470,14 @@ def test_guessing_ahead_changes_no_draft_of_200_real_studies(variant: str | None
     for study in real_studies(200):
         plain, ahead = (
             generator.generate(
-                study.image, indication=study.context.indication, comparison=study.context.comparison,
+                study.image,
+                indication=study.context.indication,
+                comparison=study.context.comparison,
                 accept_any_image=True,
                 decoding=replace(generator.decoding, speculative=speculative, keep_to_template=keep),
             )
             for speculative in (False, True)
-        )  # fmt: skip
+        )
         differing += [study.study_id] if plain.text != ahead.text else []
         accepted += ahead.accepted_tokens
     assert not differing

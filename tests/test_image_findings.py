@@ -48,8 +48,15 @@ def test_names_without_thresholds_are_refused():
 
 
 def test_told_findings_open_the_draft_in_order_with_the_sentence_that_they_have():
-    findings = ImageFindings(*zip(("abnormal", 0.5, ""), ("effusion", 0.3, "An effusion."), ("device", 0.4, ""),
-                                  ("scar", 0.4, "Scarring."), strict=True))  # fmt: skip
+    findings = ImageFindings(
+        *zip(
+            ("abnormal", 0.5, ""),
+            ("effusion", 0.3, "An effusion."),
+            ("device", 0.4, ""),
+            ("scar", 0.4, "Scarring."),
+            strict=True,
+        )
+    )
     assert findings.open(("scar", "device", "effusion")) == {"effusion": "An effusion.", "scar": "Scarring."}
     assert findings.open(()) == findings.open((OTHER,)) == FINDINGS.open(("effusion",)) == {}
     assert build_opening(["A.", "B."]) == ["FINDINGS: A.", " B."]
@@ -91,8 +98,11 @@ def test_a_report_says_what_the_model_saw(tiny_bundle: Path, chest_png: Path):
 
 def test_a_draft_begins_with_what_was_seen_whatever_writes_the_rest(tiny_bundle: Path, chest_png: Path):
     generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
-    told = ImageFindings(("abnormal", "cardiomegaly", "effusion", "opacity"), (0.0, 0.0, 1.0, 0.0),
-                         ("", "The heart is enlarged.", "An effusion.", "There is opacity."))  # fmt: skip
+    told = ImageFindings(
+        ("abnormal", "cardiomegaly", "effusion", "opacity"),
+        (0.0, 0.0, 1.0, 0.0),
+        ("", "The heart is enlarged.", "An effusion.", "There is opacity."),
+    )
     object.__setattr__(generator.bundle.manifest, "image_findings", told)
     start = "FINDINGS: The heart is enlarged. There is opacity."
     for settings in (Decoding(), Decoding(beams=2), Decoding(temperature=1.0)):

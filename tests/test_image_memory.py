@@ -204,15 +204,22 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(extra: bytes = b"", size: tuple[int, int] = (200, 240), depth: int = 8, colour: int = 0, interlaced: int = 0,
-        pixels: bytes | None = None) -> bytes:  # fmt: skip
+def png(
+    extra: bytes = b"",
+    size: tuple[int, int] = (200, 240),
+    depth: int = 8,
+    colour: int = 0,
+    interlaced: int = 0,
+    pixels: bytes | None = None,
+) -> bytes:
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in SMALL)) if pixels is None else pixels
     head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def tiff(*tags: tuple[int, int, int, int], size: tuple[int, int] = (200, 240), tail: bytes = b"",
-         following: int = 0) -> bytes:  # fmt: skip
+def tiff(
+    *tags: tuple[int, int, int, int], size: tuple[int, int] = (200, 240), tail: bytes = b"", following: int = 0
+) -> bytes:
     usual = [(256, 4, 1, size[0]), (257, 4, 1, size[1]), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1),
              (278, 4, 1, size[1]), (273, 4, 1, 8), (279, 4, 1, 48_000)]  # fmt: skip
     replaced = {tag[0] for tag in tags}
@@ -247,16 +254,29 @@ def chain_of_pages() -> bytes:
     return tiff(following=start, tail=b"".join(struct.pack("<HL", 0, start + 6 * n + 6) for n in range(2_000_000)))
 
 
-DEFLATED = ("usual", "without preamble", "mark at the start", "without group length", "wrong group length",
-            "group length of another type", "long meta", "implicit meta")  # fmt: skip
+DEFLATED = (
+    "usual",
+    "without preamble",
+    "mark at the start",
+    "without group length",
+    "wrong group length",
+    "group length of another type",
+    "long meta",
+    "implicit meta",
+)
 JPEGS = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLSLossless)
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     **{f"deflated {kind}": (functools.partial(deflated_as, kind), "deflated and has more than") for kind in DEFLATED},
     **{f"junk in {kind.keyword}": (functools.partial(jpeg_with_junk, kind), "damaged or truncated") for kind in JPEGS},
     "run lengths": (lambda: run_lengths(b"\x81\0" * 8_000_000), "damaged or truncated"),
     "four components": (
-        lambda: compressed(encoded(Image.new("RGBA", (5000, 5000)), "JPEG2000", irreversible=False, no_jp2=True),
-                           JPEG2000Lossless, 5000, 5000), "4 components, but SamplesPerPixel is 1",
+        lambda: compressed(
+            encoded(Image.new("RGBA", (5000, 5000)), "JPEG2000", irreversible=False, no_jp2=True),
+            JPEG2000Lossless,
+            5000,
+            5000,
+        ),
+        "4 components, but SamplesPerPixel is 1",
     ),
     "tiny code blocks": (lambda: jpeg2000(tiny_blocks), "MB of memory"),
     "tiny tiles": (lambda: jpeg2000(tile_size=(20, 20)), "MB of memory"),
@@ -264,8 +284,15 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "codestream behind another": (hidden_in_jp2, "9,000 x 9,000 compressed pixels, but Columns and Rows are 200 x 240"),
     "two frame headers": (lambda: compressed(two_frames(), JPEGBaseline8Bit), "damaged or truncated"),
     "colour of 48 megapixels": (
-        lambda: dicom(np.empty((7000, 6850, 0)), SamplesPerPixel=3, PhotometricInterpretation="RGB",
-                      PlanarConfiguration=0, PixelData=bytes(3 * 7000 * 6850 + 850_000), **EIGHT), "blank|memory",
+        lambda: dicom(
+            np.empty((7000, 6850, 0)),
+            SamplesPerPixel=3,
+            PhotometricInterpretation="RGB",
+            PlanarConfiguration=0,
+            PixelData=bytes(3 * 7000 * 6850 + 850_000),
+            **EIGHT,
+        ),
+        "blank|memory",
     ),
     "frames behind the film": (lambda: dicom(SMALL, PixelData=bytes(100_000_000), **EIGHT), "pixels for 2,083 frames"),
     "fewer pixels than rows": (lambda: dicom(SMALL, Rows=8000, Columns=8000, **EIGHT), "damaged or truncated"),
@@ -277,12 +304,14 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "too many parts|cannot be read as a DICOM file",
     ),
     "elements": (
-        lambda: inserted(struct.pack("<HH2sH", 0x79, 0x1001, b"CS", 0) * 2_000_000), "too many parts",
+        lambda: inserted(struct.pack("<HH2sH", 0x79, 0x1001, b"CS", 0) * 2_000_000),
+        "too many parts",
     ),
     "numbers": (lambda: inserted(element(0x00281053, b"UT", b"1\\" * 10_000_000)), "bytes in the attribute RescaleS"),
     "character sets": (lambda: inserted(element(0x00080005, b"UT", b"\\ " * 9_000_000)), "SpecificCharacterSet"),
     "interlaced": (
-        lambda: png(size=(8000, 8000), depth=16, colour=6, interlaced=1, pixels=zeros(520_000_000)), "MB of memory",
+        lambda: png(size=(8000, 8000), depth=16, colour=6, interlaced=1, pixels=zeros(520_000_000)),
+        "MB of memory",
     ),
     "text chunks": (lambda: png(b"".join(chunk(b"zTXt", b"k\0\0" + zeros(10_000_000)) for _ in range(9))), "header"),
     "profile": (lambda: png(chunk(b"iCCP", b"k\0\0" + zeros(300_000_000))), "damaged header"),
@@ -294,14 +323,17 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "progressive": (lambda: encoded(Image.new("CMYK", (7500, 7500)), "JPEG", progressive=True), "MB of memory"),
     "numbers in tags": (lambda: tiff((282, 5, 5_000_000, 200), tail=bytes(40_000_000)), "40,000,0.. bytes of numbers"),
     "numbers in further tags": (
-        lambda: tiff((34665, 4, 1, 200), tail=bytes(66) + exif(5_000_000, 40_000_000)[8:]), "40,000,0.. bytes of num",
+        lambda: tiff((34665, 4, 1, 200), tail=bytes(66) + exif(5_000_000, 40_000_000)[8:]),
+        "40,000,0.. bytes of num",
     ),
-    "tile": (lambda: tiff((259, 3, 1, 8), (322, 4, 1, 65536), (323, 4, 1, 65536), (324, 4, 1, 8), (325, 4, 1, 99)),
-             "MB of memory"),
+    "tile": (
+        lambda: tiff((259, 3, 1, 8), (322, 4, 1, 65536), (323, 4, 1, 65536), (324, 4, 1, 8), (325, 4, 1, 99)),
+        "MB of memory",
+    ),
     "pages": (chain_of_pages, "very many frames"),
     "animation": (webp_frames, "5 frames"),
     "canvas": (lambda: encoded(Image.new("RGB", (8000, 8000)), "WEBP", method=0), "MB of memory"),
-}  # fmt: skip
+}
 
 
 def large(rows: int, columns: int, most: int, dtype: type = np.uint16) -> np.ndarray:
@@ -329,21 +361,34 @@ FILMS: dict[str, Callable[[], bytes]] = {
     "padded and turned": lambda: native(PixelPaddingValue=0, PatientOrientation=["L", "F"]),
     "12 of 16 bits": lambda: dicom(thirty() >> 4, BitsStored=12, HighBit=11),
     "64 megapixels": lambda: dicom(large(8000, 8000, 65535)),
-    "32 bits": lambda: dicom(large(6000, 5000, 4e9, np.uint32), BitsAllocated=32, BitsStored=32, HighBit=31,
-                             RescaleSlope=2),
-    "colour": lambda: dicom(thirty_in_eight_bits(), SamplesPerPixel=3, PhotometricInterpretation="RGB",
-                            PlanarConfiguration=0, PixelData=thirty_in_eight_bits().repeat(3).tobytes(), **EIGHT),
+    "32 bits": lambda: dicom(
+        large(6000, 5000, 4e9, np.uint32), BitsAllocated=32, BitsStored=32, HighBit=31, RescaleSlope=2
+    ),
+    "colour": lambda: dicom(
+        thirty_in_eight_bits(),
+        SamplesPerPixel=3,
+        PhotometricInterpretation="RGB",
+        PlanarConfiguration=0,
+        PixelData=thirty_in_eight_bits().repeat(3).tobytes(),
+        **EIGHT,
+    ),
     "JPEG": lambda: compressed(encoded(Image.fromarray(thirty_in_eight_bits()), "JPEG"), JPEGBaseline8Bit, 6000, 5000),
     "JPEG 2000": lambda: compressed(
-        encoded(Image.fromarray(thirty()), "JPEG2000", irreversible=False, no_jp2=True), JPEG2000Lossless, 6000, 5000,
-        BitsAllocated=16, BitsStored=16, HighBit=15),
+        encoded(Image.fromarray(thirty()), "JPEG2000", irreversible=False, no_jp2=True),
+        JPEG2000Lossless,
+        6000,
+        5000,
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+    ),
     "PNG": lambda: encoded(Image.fromarray(thirty()), "PNG", compress_level=1),
     "PNG in colour": lambda: encoded(Image.fromarray(thirty_in_eight_bits()).convert("RGBA"), "PNG", compress_level=1),
     "progressive JPEG": lambda: encoded(Image.fromarray(thirty_in_eight_bits()), "JPEG", progressive=True),
     "TIFF": lambda: encoded(Image.fromarray(thirty()), "TIFF"),
     "turned TIFF": lambda: encoded(Image.fromarray(thirty().astype(np.float32)), "TIFF", compression="tiff_lzw"),
     "WebP": lambda: encoded(Image.fromarray(thirty_in_eight_bits()), "WEBP", quality=95, method=0),
-}  # fmt: skip
+}
 
 
 def read_all(folder: Path, files: dict[str, Callable[[], bytes]]) -> dict[str, list]:
@@ -407,8 +452,11 @@ def test_decoders_print_nothing_of_a_damaged_file(kind: str, capfd: pytest.Captu
         content[20_000:30_000] = bytes(10_000)
     else:
         frame = encoded(Image.fromarray(noise), "JPEG2000", irreversible=False, no_jp2=True)
-        content = bytearray(compressed(frame[:300] + bytes(400) + frame[700:], JPEG2000Lossless, BitsAllocated=16,
-                                       BitsStored=16, HighBit=15))  # fmt: skip
+        content = bytearray(
+            compressed(
+                frame[:300] + bytes(400) + frame[700:], JPEG2000Lossless, BitsAllocated=16, BitsStored=16, HighBit=15
+            )
+        )
     with contextlib.suppress(RadiographError):
         load_radiograph(bytes(content))
     captured = capfd.readouterr()

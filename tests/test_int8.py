@@ -38,8 +38,10 @@ def test_weights_come_out_as_they_were_stored(bits: int, tmp_path: Path):
     rows, columns, block = 48, 80, 32  # the last block of a row is filled up
     weights = np.random.default_rng(bits).standard_normal((columns, rows)).astype(np.float32)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="up_proj")
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in
-              (("x", columns), ("y", rows))]  # fmt: skip
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size])
+        for name, size in (("x", columns), ("y", rows))
+    ]
     graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(weights, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     eight = "." if bits == 8 else "$^"
@@ -78,9 +80,10 @@ def test_graphs_compute_what_int4_computes(bundle: Path):
     asked = [backend.query_image(features, np.array([[5, 6, 7]])) for backend in (exact, quick)]
     embeds = rng.standard_normal((1, 12, opened.manifest.shapes.hidden_size)).astype(np.float32)
     pairs = [
-        (features, quick.encode_image(pixels)), (asked[0].embeds, asked[1].embeds),
+        (features, quick.encode_image(pixels)),
+        (asked[0].embeds, asked[1].embeds),
         (exact.new_decoder(16).prefill(embeds), quick.new_decoder(16).prefill(embeds)),
-    ]  # fmt: skip
+    ]
     for wanted, found in pairs:
         assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
     assert not np.array_equal(*pairs[-1])

@@ -89,9 +89,12 @@ def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(l
     wait_for(lambda: len({d.SOPInstanceUID for d in pacs.taken}) == len(sent))
     time.sleep(0.5)
     drafted = [
-        d.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
-        .ReferencedSOPInstanceUID for d in pacs.taken
-    ]  # fmt: skip
+        d.CurrentRequestedProcedureEvidenceSequence[0]
+        .ReferencedSeriesSequence[0]
+        .ReferencedSOPSequence[0]
+        .ReferencedSOPInstanceUID
+        for d in pacs.taken
+    ]
     assert sorted(drafted) == sorted(sent)
     pacs.server.shutdown()
 
@@ -242,8 +245,20 @@ def test_on_a_full_disk_radiographs_are_refused_and_a_read_only_one_is_told(
     assert send(port, another(film)) == 0xA700  # out of resources: the sender keeps it and comes again
     assert process.poll() is None and "no space left" in (tmp_path / "log").read_text()
     spool = mounted("ro") / "spool"
-    done = run_cli("cbedge.cli", "listen", "--known", "X", "--spool", spool, "--model", tiny_bundle, "--device", "cpu",
-                   "--port", free_port())  # fmt: skip
+    done = run_cli(
+        "cbedge.cli",
+        "listen",
+        "--known",
+        "X",
+        "--spool",
+        spool,
+        "--model",
+        tiny_bundle,
+        "--device",
+        "cpu",
+        "--port",
+        free_port(),
+    )
     assert done.returncode == 7 and "Read-only" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -286,8 +301,20 @@ def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
     listen: Callable, tiny_bundle: Path, tmp_path: Path
 ):
     listen(free_port())
-    arguments = ("cbedge.cli", "listen", "--known", "X", "--spool", tmp_path / "spool", "--model", tiny_bundle,
-                 "--device", "cpu", "--port", free_port())  # fmt: skip
+    arguments = (
+        "cbedge.cli",
+        "listen",
+        "--known",
+        "X",
+        "--spool",
+        tmp_path / "spool",
+        "--model",
+        tiny_bundle,
+        "--device",
+        "cpu",
+        "--port",
+        free_port(),
+    )
     second = run_cli(*arguments)
     assert second.returncode == 7 and "another cbedge listen" in second.stderr and "Traceback" not in second.stderr
     wrong = run_cli(*arguments, "--peer", "nonsense")

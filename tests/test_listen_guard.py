@@ -168,13 +168,25 @@ def test_what_is_no_message_ends_its_connection_alone_and_is_one_line_in_the_log
 ):
     port, _ = listen(free_port())
     unknown = struct.pack("<HHLL", 0, 0, 4, 10) + struct.pack("<HHLH", 0, 0x100, 2, 0x7777)
-    for message in (pdu(4, struct.pack(">L", 1) + b"\1"), pdv(3, b"junk"), pdv(3, unknown), pdu(9, b"x"), pdv(2, b"x"),
-                    pdu(4, struct.pack(">L", 5000) + b"\1\3abc"), request(), b"GET / HTTP/1.1\r\n\r\n"):  # fmt: skip
+    for message in (
+        pdu(4, struct.pack(">L", 1) + b"\1"),
+        pdv(3, b"junk"),
+        pdv(3, unknown),
+        pdu(9, b"x"),
+        pdv(2, b"x"),
+        pdu(4, struct.pack(">L", 5000) + b"\1\3abc"),
+        request(),
+        b"GET / HTTP/1.1\r\n\r\n",
+    ):
         with associate(port) as connection:
             connection.sendall(message)
             assert answer(connection)[:1] in (b"\7", b"")
-    for asked in (request(called="OTHER"), request(calling="STRANGER"), request()[:200].ljust(300, b"\xff"),
-                  request(contexts=0)):  # fmt: skip
+    for asked in (
+        request(called="OTHER"),
+        request(calling="STRANGER"),
+        request()[:200].ljust(300, b"\xff"),
+        request(contexts=0),
+    ):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(asked)
             assert answer(connection)[:1] in (b"\3", b"\7", b"", b"\2")

@@ -47,10 +47,13 @@ sys.exit(process.wait(60) if not port else process.wait(60) and 0)
 """
 
 needs_namespaces = pytest.mark.skipif(
-    shutil.which("strace") is None or shutil.which("ip") is None or not hasattr(os, "geteuid") or os.geteuid() != 0
+    shutil.which("strace") is None
+    or shutil.which("ip") is None
+    or not hasattr(os, "geteuid")
+    or os.geteuid() != 0
     or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode != 0,
     reason="needs root, unshare, iproute2 and strace",
-)  # fmt: skip
+)
 ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
 
 
@@ -59,22 +62,45 @@ ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
     ("port", "arguments"),
     [
         (0, ["generate", "examples/chest_pa.png", "-o", "OUT/draft.json", "--format", "json"]),
-        (0, ["batch", "examples", "--out", "OUT/reports.jsonl"]), (0, ["doctor"]),
-        (0, ["bench", "--repeat", "1", "--warm-up", "0", "-o", "OUT/bench.txt"]), (8642, ["serve"]),
+        (0, ["batch", "examples", "--out", "OUT/reports.jsonl"]),
+        (0, ["doctor"]),
+        (0, ["bench", "--repeat", "1", "--warm-up", "0", "-o", "OUT/bench.txt"]),
+        (8642, ["serve"]),
         (11112, ["listen", "--known", "X", "--spool", "OUT/spool"]),
     ],
     ids=["generate", "batch", "doctor", "bench", "serve", "listen"],
-)  # fmt: skip
+)
 def test_a_command_opens_no_socket_but_loopback_and_no_file_elsewhere(port: int, arguments: list[str], tmp_path: Path):
     trace, out, home, scratch = (tmp_path / name for name in ("trace", "out", "home", "scratch"))
     for folder in (out, home, scratch):
         folder.mkdir()
     words = [word.replace("OUT", str(out)) for word in arguments]
-    command = ["unshare", "-n", sys.executable, "-c", INSIDE, str(port), "strace", "-f", "-qq", "-o", str(trace), "-e",
-               "trace=socket,connect,bind,sendto,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2",
-               sys.executable, "-m", "cbedge.cli", *words]  # fmt: skip
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(scratch), "PYTHONPATH": str(ROOT),
-           "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    command = [
+        "unshare",
+        "-n",
+        sys.executable,
+        "-c",
+        INSIDE,
+        str(port),
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        str(trace),
+        "-e",
+        "trace=socket,connect,bind,sendto,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2",
+        sys.executable,
+        "-m",
+        "cbedge.cli",
+        *words,
+    ]
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "TMPDIR": str(scratch),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     lines = trace.read_text(errors="replace").splitlines()
     assert done.returncode in (0, 3), done.stderr  # a batch of the examples meets files that are no radiographs

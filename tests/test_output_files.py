@@ -84,13 +84,20 @@ def film() -> Path:
         ("{cbedge} batch {film} --out full.jsonl 2> /dev/full", 0, ""),
         ("{cbedge} generate {film} 2>&- | head -c 9", 0, ""),
         ("{cbedge} generate {film} -o {film} --force", 7, "is an input file"),
-        ("{cbedge} generate {long}", 3, "cannot read"), ("{cbedge} batch {long} --out x.jsonl", 3, "cannot read"),
+        ("{cbedge} generate {long}", 3, "cannot read"),
+        ("{cbedge} batch {long} --out x.jsonl", 3, "cannot read"),
     ],
-)  # fmt: skip
+)
 def test_odd_streams_and_names_end_with_one_line(shell: str, code: int, told: str, film: Path, tmp_path: Path):
     command = shell.format(cbedge=f"{sys.executable} -m cbedge.cli", film=film, long="x" * 5000)
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode in (code, 141) and told in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 1
 
@@ -98,9 +105,19 @@ def test_odd_streams_and_names_end_with_one_line(shell: str, code: int, told: st
 @pytest.mark.parametrize("letters", ["cp1252", "latin-1", "cp437:strict"])
 def test_a_console_that_lacks_letters_gets_escapes(letters: str, tmp_path: Path):
     (tmp_path / "Modell-\u0416\u2713").mkdir()
-    done = cbedge("doctor", "--model", "Modell-\u0416\u2713", cwd=tmp_path,
-                  env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": letters, "PYTHONUTF8": "0",
-                       "LC_ALL": "C.UTF-8"})  # fmt: skip
+    done = cbedge(
+        "doctor",
+        "--model",
+        "Modell-\u0416\u2713",
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": letters,
+            "PYTHONUTF8": "0",
+            "LC_ALL": "C.UTF-8",
+        },
+    )
     assert "no model bundle at Modell-\\u0416\\u2713 (manifest.json is missing)\n" in done.stdout
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
@@ -140,10 +157,15 @@ main()
 
 def test_commands_need_no_posix_module(tmp_path: Path):
     film = EXAMPLES / "chest_pa.png"
-    for arguments in (["generate", film, "-o", tmp_path / "x.txt"], ["batch", film, "--out", tmp_path / "x.jsonl"],
-                      ["doctor"], ["bench", "--repeat", "1", "--warm-up", "0"]):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", HIDDEN, *map(str, arguments)], capture_output=True, text=True,
-                              cwd=ROOT, timeout=300)  # fmt: skip
+    for arguments in (
+        ["generate", film, "-o", tmp_path / "x.txt"],
+        ["batch", film, "--out", tmp_path / "x.jsonl"],
+        ["doctor"],
+        ["bench", "--repeat", "1", "--warm-up", "0"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", HIDDEN, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300
+        )
         assert done.returncode == 0, (arguments, done.stderr)
     assert "FINDINGS" in (tmp_path / "x.txt").read_text()
     assert json.loads((tmp_path / "x.jsonl").read_text())["status"] == "ok"

@@ -12,10 +12,23 @@ from training.trained import checkpoint_of
 def test_peers_write_the_same_in_fp32_and_are_set_side_by_side(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
     names = ("cbedge int4", "cbedge fp32, one token a pass", "transformers fp32")
     done = run_cli(
-        "benchmarks.peers", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--bundle", tiny_bundle,
-        "--output", tmp_path / "peers", "--tokens", 6, "--rounds", 2, "--threads", 1,
+        "benchmarks.peers",
+        "--checkpoint",
+        checkpoint_of(tiny_run),
+        "--adapters",
+        tiny_run,
+        "--bundle",
+        tiny_bundle,
+        "--output",
+        tmp_path / "peers",
+        "--tokens",
+        6,
+        "--rounds",
+        2,
+        "--threads",
+        1,
         *[word for name in names for word in ("--only", name)],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "peers.json").read_text())
     assert not record["failed"] and list(record["summary"]) == list(names)
@@ -31,10 +44,26 @@ def test_studies_reports_are_as_long_as_fp32_writes_them(
 ):
     def peers(output: str, bundle: Path, data: Path):
         return run_cli(
-            "benchmarks.peers", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--bundle", bundle,
-            "--data", data, "--output", tmp_path / output, "--rounds", 3, "--threads", 1,
-            "--only", "cbedge fp32, one token a pass", "--only", "cbedge int4",
-        )  # fmt: skip
+            "benchmarks.peers",
+            "--checkpoint",
+            checkpoint_of(tiny_run),
+            "--adapters",
+            tiny_run,
+            "--bundle",
+            bundle,
+            "--data",
+            data,
+            "--output",
+            tmp_path / output,
+            "--rounds",
+            3,
+            "--threads",
+            1,
+            "--only",
+            "cbedge fp32, one token a pass",
+            "--only",
+            "cbedge int4",
+        )
 
     done = peers("peers", tiny_bundle, tiny_data)
     assert done.returncode == 0, done.stderr

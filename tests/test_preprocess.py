@@ -110,7 +110,12 @@ def test_every_setting_changes_the_values():
     pixels = np.random.default_rng(0).random((64, 48)).astype(np.float32)
     plain = Preprocessing(image_size=32)
     before = preprocess(pixels, plain)
-    changes = ({"mean": (0.1, 0.2, 0.3)}, {"std": (1.0, 1.0, 1.0)}, {"rescale_factor": 1 / 127.5},
-               {"resample": "nearest"}, {"resize_dtype": "uint8"})  # fmt: skip
+    changes = (
+        {"mean": (0.1, 0.2, 0.3)},
+        {"std": (1.0, 1.0, 1.0)},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": "nearest"},
+        {"resize_dtype": "uint8"},
+    )
     for change in changes:
         assert not np.array_equal(preprocess(pixels, replace(plain, **change)), before), change

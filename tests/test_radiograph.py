@@ -66,7 +66,7 @@ def test_path_bytes_image_and_array_agree(chest_png):
         (encoded(Image.fromarray(np.full((64, 64), 7, np.uint8)), "PNG"), "blank"),
         (encoded(Image.fromarray(CHEST[:8, :8]), "PNG"), "the minimum is 32 x 32"),
     ],
-)  # fmt: skip
+)
 def test_unusable_files_are_named(data: bytes, told: str):
     with pytest.raises(RadiographError, match=told):
         load_radiograph(data)
@@ -139,8 +139,15 @@ def test_one_saturated_pixel_changes_nothing_else():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_an_orientation_tag_is_obeyed_as_in_every_viewer(orientation: int, kind: str):
-    stored_as = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-                 7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+    stored_as = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     image = Image.fromarray(CHEST)
     if orientation > 1:
         image = image.transpose(getattr(Image.Transpose, stored_as[orientation]))
@@ -163,10 +170,13 @@ def test_a_tiff_with_white_as_zero_is_inverted_once(dtype: type, tmp_path: Path)
 @pytest.mark.parametrize(
     "values",
     [
-        (CHEST.astype(np.int16) - 128).astype(np.int8), CHEST.astype(np.int16) * 100 - 12000,
-        CHEST.astype(np.uint32) * 16843009, CHEST.astype(np.int32) * 5000 - 600000, CHEST.astype(np.float32),
+        (CHEST.astype(np.int16) - 128).astype(np.int8),
+        CHEST.astype(np.int16) * 100 - 12000,
+        CHEST.astype(np.uint32) * 16843009,
+        CHEST.astype(np.int32) * 5000 - 600000,
+        CHEST.astype(np.float32),
     ],
-)  # fmt: skip
+)
 def test_a_tiff_of_any_sample_format_gives_the_same_picture(values: np.ndarray):
     tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
@@ -191,11 +201,19 @@ def test_the_preview_of_a_camera_file_is_passed_over():
 @pytest.mark.parametrize(
     "array",
     [
-        CHEST.astype(">u2") * 100, CHEST.astype(np.int16) - 128, CHEST.astype(np.int32) * 5000, CHEST.astype(np.int64),
-        CHEST.astype(np.uint32), CHEST / 255, (CHEST / 255).astype(np.float16), CHEST[..., None],
-        np.repeat(CHEST[..., None], 3, 2), np.asfortranarray(CHEST), (CHEST.astype(np.int16) - 128).astype(np.int8),
+        CHEST.astype(">u2") * 100,
+        CHEST.astype(np.int16) - 128,
+        CHEST.astype(np.int32) * 5000,
+        CHEST.astype(np.int64),
+        CHEST.astype(np.uint32),
+        CHEST / 255,
+        (CHEST / 255).astype(np.float16),
+        CHEST[..., None],
+        np.repeat(CHEST[..., None], 3, 2),
+        np.asfortranarray(CHEST),
+        (CHEST.astype(np.int16) - 128).astype(np.int8),
     ],
-)  # fmt: skip
+)
 def test_arrays_of_every_type_give_the_same_picture(array: np.ndarray):
     array.setflags(write=False)
     assert np.abs(load_radiograph(array).pixels - STRETCHED).max() < 0.01

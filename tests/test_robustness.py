@@ -67,9 +67,11 @@ def test_a_short_campaign_finds_nothing(tmp_path: Path):
     outcome = run_campaign(150, seed=11, workers=1, keep=tmp_path / "failed")
     record = to_record(outcome, "python -m benchmarks.robustness --inputs 150 --seed 11", 1.0)
     assert record["counts"] == dict.fromkeys(COUNTS, 0), to_markdown(record)
-    assert record["inputs"] == 150 and record["equivalents"] > 20 and set(record["routes"]) == {
-        "api", "generate", "batch", "serve", "listen"
-    }  # fmt: skip
+    assert (
+        record["inputs"] == 150
+        and record["equivalents"] > 20
+        and set(record["routes"]) == {"api", "generate", "batch", "serve", "listen"}
+    )
 
 
 def test_killed_batches_lose_and_repeat_nothing(tmp_path: Path):

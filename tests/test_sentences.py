@@ -17,9 +17,11 @@ from cbedge.sentences import ends_sentence, normalize, split_text
         ["Read by J. A. Hall.", "Compare p. 3, fig. 2.", "Clear."],
         ["Kein Erguss, z. B. im Randwinkel, d. h. frei.", "Herz o. B.", "Lunge o. B. im Liegen."],
         ["肺野清晰。", "心影不大。"],
-        ["The lungs are clear", ],
+        [
+            "The lungs are clear",
+        ],
     ],
-)  # fmt: skip
+)
 def test_text_is_split_into_its_sentences(sentences: list[str]):
     assert split_text(" ".join(sentences)) == sentences
     assert split_text(f"  {'  '.join(sentences)} ") == sentences

@@ -120,12 +120,15 @@ def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, v
     ("files", "data", "told"),
     [
         ([], {"indicaton": "cough"}, "unknown form field 'indicaton'; the fields are: image"),
-        ([("image", ("y", b"more"))], {}, "image occurs twice"), ([], {"stream": "perhaps"}, "give true or false"),
-        ([], {"format": "pdf"}, "unknown format 'pdf'"), ([], {"lateral": "as text"}, "lateral was sent as text"),
-        ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"), ([], {"max_new_tokens": "5"}, "unknown"),
+        ([("image", ("y", b"more"))], {}, "image occurs twice"),
+        ([], {"stream": "perhaps"}, "give true or false"),
+        ([], {"format": "pdf"}, "unknown format 'pdf'"),
+        ([], {"lateral": "as text"}, "lateral was sent as text"),
+        ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"),
+        ([], {"max_new_tokens": "5"}, "unknown"),
         ([("indication", ("t", b"x" * 9000))], {}, "more than 4,000 bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_form_that_is_not_understood_is_refused_by_name(
     client: TestClient, chest_png: Path, files: list, data: dict, told: str
 ):
@@ -137,11 +140,13 @@ def test_a_form_that_is_not_understood_is_refused_by_name(
 @pytest.mark.parametrize(
     ("content", "kind", "code"),
     [
-        (b"{}", "application/json", 422), (b"", "multipart/form-data; boundary=b", 422),
-        (b"--b\r\nnothing", "multipart/form-data; boundary=b", 422), (b"x", "multipart/form-data", 400),
+        (b"{}", "application/json", 422),
+        (b"", "multipart/form-data; boundary=b", 422),
+        (b"--b\r\nnothing", "multipart/form-data; boundary=b", 422),
+        (b"x", "multipart/form-data", 400),
         (b"image=text", "application/x-www-form-urlencoded", 422),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_is_no_form_is_one_sentence(client: TestClient, content: bytes, kind: str, code: int):
     answer = client.post("/v1/reports", content=content, headers={"content-type": kind})
     assert answer.status_code == code and isinstance(answer.json()["detail"], str)
@@ -149,8 +154,11 @@ def test_a_body_that_is_no_form_is_one_sentence(client: TestClient, content: byt
 
 def test_text_fields_may_be_files(client: TestClient, chest_png: Path):
     own = "\ufeffThe spleen is tiny. IMPRESSION: Normal."
-    files = {"image": ("x", chest_png.read_bytes()), "template": ("t.txt", own.encode()),
-             "indication": ("i.txt", b"cough")}  # fmt: skip
+    files = {
+        "image": ("x", chest_png.read_bytes()),
+        "template": ("t.txt", own.encode()),
+        "indication": ("i.txt", b"cough"),
+    }
     answer = client.post("/v1/reports", files=files)
     assert answer.status_code == 200, answer.text
     wanted = post(client, chest_png.read_bytes(), template=own.lstrip("\ufeff"), indication="cough").json()
@@ -172,8 +180,10 @@ def test_another_host_or_a_page_of_another_site_is_refused(generator: ReportGene
 def test_a_token_of_any_letters_works(generator: ReportGenerator):
     token = "schl\u00fcssel-\u03b1\u03b2\u03b3-\u5bc6\u94a5-long"
     with TestClient(create_app(generator, ServeSettings(token=token))) as client:
-        right, wrong = (client.get("/metrics", headers={"Authorization": f"Bearer {t}".encode()}).status_code
-                        for t in (token, token + "x"))  # fmt: skip
+        right, wrong = (
+            client.get("/metrics", headers={"Authorization": f"Bearer {t}".encode()}).status_code
+            for t in (token, token + "x")
+        )
     assert (right, wrong) == (200, 401)
 
 
@@ -218,8 +228,14 @@ def test_a_token_is_asked_for_where_one_is_set(generator: ReportGenerator, chest
 def test_other_machines_need_a_token():
     check_exposure("127.0.0.1", None)
     check_exposure("0.0.0.0", TOKEN)
-    for host, token in (("0.0.0.0", None), ("workstation", None), ("127.0.0.1", "short"), ("127.0.0.1", " " * 20),
-                        ("0.0.0.0", ""), ("127.0.0.1", "a-token-with-a-line\n")):  # fmt: skip
+    for host, token in (
+        ("0.0.0.0", None),
+        ("workstation", None),
+        ("127.0.0.1", "short"),
+        ("127.0.0.1", " " * 20),
+        ("0.0.0.0", ""),
+        ("127.0.0.1", "a-token-with-a-line\n"),
+    ):
         with pytest.raises(ContextError, match="token"):
             check_exposure(host, token)
 
@@ -329,8 +345,12 @@ def test_a_real_server_drafts_survives_rude_clients_and_ends_gracefully(server: 
             connection.sendall(rude)
     slow = socket.create_connection((host, int(port)))  # one byte, and no more
     slow.sendall(b"P")
-    answer = httpx.post(f"{address}/v1/reports", files={"image": ("secret-name.dcm", image)},
-                        data={"indication": "secret words"}, timeout=60)  # fmt: skip
+    answer = httpx.post(
+        f"{address}/v1/reports",
+        files={"image": ("secret-name.dcm", image)},
+        data={"indication": "secret words"},
+        timeout=60,
+    )
     assert answer.status_code == 200
     slow.close()
     process.send_signal(signal.SIGTERM)

@@ -90,30 +90,54 @@ BODY = form()
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (get(version=b"1.0"), 200), (b"GET /healthz HTTP/1.0\r\n\r\n", 200), (b"GET /healthz\r\n\r\n", 400),
-        (post(chunked(BODY), TE, b"Connection: close\r\n"), 200), (post(chunked(BODY, 7), TE), 200),
-        (post(b"zz\r\nabc\r\n0\r\n\r\n", TE), 400), (post(b"-5\r\nabc\r\n", TE), 400),
-        (post(b"f" * 17 + b"\r\nabc", TE), 400), (post(b"5\r\nabcdeXX0\r\n\r\n", TE), 400),
-        (post(b"5\r\nab", TE), 400), (post(b"5;" + b"x" * 100_000 + b"\r\nabcde\r\n0\r\n\r\n", TE), 400),
-        (post(b"0\r\n" + b"A: b\r\n" * 200_000, TE), 400), (post(b"1\r\na\r\n" * 20_000, TE), 400),
-        (post(chunked(BODY), TE + b"Content-Length: 5\r\n"), 400), (post(BODY, b"Transfer-Encoding: gzip\r\n"), 400),
-        (post(BODY, more=b"Content-Length: 3\r\n"), 400), (post(BODY, more=b"Content-Length: %d\r\n" % len(BODY)), 200),
+        (get(version=b"1.0"), 200),
+        (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+        (b"GET /healthz\r\n\r\n", 400),
+        (post(chunked(BODY), TE, b"Connection: close\r\n"), 200),
+        (post(chunked(BODY, 7), TE), 200),
+        (post(b"zz\r\nabc\r\n0\r\n\r\n", TE), 400),
+        (post(b"-5\r\nabc\r\n", TE), 400),
+        (post(b"f" * 17 + b"\r\nabc", TE), 400),
+        (post(b"5\r\nabcdeXX0\r\n\r\n", TE), 400),
+        (post(b"5\r\nab", TE), 400),
+        (post(b"5;" + b"x" * 100_000 + b"\r\nabcde\r\n0\r\n\r\n", TE), 400),
+        (post(b"0\r\n" + b"A: b\r\n" * 200_000, TE), 400),
+        (post(b"1\r\na\r\n" * 20_000, TE), 400),
+        (post(chunked(BODY), TE + b"Content-Length: 5\r\n"), 400),
+        (post(BODY, b"Transfer-Encoding: gzip\r\n"), 400),
+        (post(BODY, more=b"Content-Length: 3\r\n"), 400),
+        (post(BODY, more=b"Content-Length: %d\r\n" % len(BODY)), 200),
         *((post(b"12345", b"Content-Length: %s\r\n" % length), 400) for length in (b"+5", b"-5", b"\xb2", b"9" * 50)),
         (post(length=b"Content-Length: 900000000\r\n", more=b"Expect: 100-continue\r\n"), 413),
-        (post(BODY, more=b"Expect: 100-continue\r\n"), 100), (post(BODY, more=b"Expect: tea\r\n"), 200),
-        (get(b"http://localhost/healthz"), 200), (get(b"http://localhost"), 200), (get(b"http://evil.example/"), 421),
-        (post(BODY, path=b"http://LOCALHOST:80/v1/reports"), 200), (get(b"http://[evil"), 421),
-        (b"GET /healthz HTTP/1.1\r\n\r\n", 400), (get(more=b"Host: evil.example\r\n"), 400),
-        (b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421), (get(more=b"X: " + b"y" * 1_000_000), 400),
+        (post(BODY, more=b"Expect: 100-continue\r\n"), 100),
+        (post(BODY, more=b"Expect: tea\r\n"), 200),
+        (get(b"http://localhost/healthz"), 200),
+        (get(b"http://localhost"), 200),
+        (get(b"http://evil.example/"), 421),
+        (post(BODY, path=b"http://LOCALHOST:80/v1/reports"), 200),
+        (get(b"http://[evil"), 421),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+        (get(more=b"Host: evil.example\r\n"), 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
+        (get(more=b"X: " + b"y" * 1_000_000), 400),
         (get(more=b"".join(b"X-%d: y\r\n" % number for number in range(100_000))), 400),
-        (get(b"/" + b"y" * 1_000_000), 400), (get(b"/" + b"y" * 60_000), 404), (get(b"/%ff%fe?%zz=%00"), 404),
-        (get(b"/%00/../..//etc/passwd"), 404), (get(b"*", method=b"OPTIONS"), 404), (get(more=b"X Y: z\r\n"), 400),
-        (get(b"localhost:80", method=b"CONNECT"), 404), (get(more=b"Upgrade: h2c\r\n"), 200),
-        (get(b"/v1/reports", b"Upgrade: websocket\r\n"), 405), (b"\x16\x03\x01\0\xa5\x01\0\0\xa1\x03\x03" * 9, 400),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404), (b"\r\n" * 100 + get(), 400), (bytes(300), 400),
-        (post(BODY, more=b"Origin: http://[evil\r\n"), 403), (post(BODY, more=b"Origin: null\r\n"), 403),
+        (get(b"/" + b"y" * 1_000_000), 400),
+        (get(b"/" + b"y" * 60_000), 404),
+        (get(b"/%ff%fe?%zz=%00"), 404),
+        (get(b"/%00/../..//etc/passwd"), 404),
+        (get(b"*", method=b"OPTIONS"), 404),
+        (get(more=b"X Y: z\r\n"), 400),
+        (get(b"localhost:80", method=b"CONNECT"), 404),
+        (get(more=b"Upgrade: h2c\r\n"), 200),
+        (get(b"/v1/reports", b"Upgrade: websocket\r\n"), 405),
+        (b"\x16\x03\x01\0\xa5\x01\0\0\xa1\x03\x03" * 9, 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404),
+        (b"\r\n" * 100 + get(), 400),
+        (bytes(300), 400),
+        (post(BODY, more=b"Origin: http://[evil\r\n"), 403),
+        (post(BODY, more=b"Origin: null\r\n"), 403),
     ],
-)  # fmt: skip
+)
 def test_an_odd_request_has_a_readable_answer(server: tuple[int, subprocess.Popen], request_: bytes, status: int):
     answer = ask(server[0], request_, first=True)
     assert statuses(answer)[0] == status and not [code for code in statuses(answer) if code >= 500]
@@ -124,8 +148,10 @@ PATHS = ("/", "/healthz", "/readyz", "/metrics", "/v1/model", "/openapi.json", "
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_method_on_every_path(server: tuple[int, subprocess.Popen], path: str):
-    found = {method: ask(server[0], get(path.encode(), method=method.encode()))
-             for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "FOO")}  # fmt: skip
+    found = {
+        method: ask(server[0], get(path.encode(), method=method.encode()))
+        for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "FOO")
+    }
     expected = {"/nothing": 404, "/v1/reports": 405}.get(path, 200)
     assert statuses(found["GET"]) == statuses(found["HEAD"]) == [expected]
     assert found["HEAD"].endswith(b"\r\n\r\n") and found["HEAD"].count(b"\r\n\r\n") == 1
@@ -149,19 +175,22 @@ def test_requests_behind_each_other_are_answered_in_order(server: tuple[int, sub
         ([(b"indication", b"\xef\xbb\xbfcough")], 200, "cough"),
         ([(b"indication", b"M\xfcller")], 422, "form field indication is not valid UTF-8"),
         ([(b"template", "Die Lunge ist frei.".encode("utf-16"))], 422, "form field template is not valid UTF-8"),
-        ([(b"\xff\xfe", b"x")], 422, "unknown form field"), ([("s\u00fc\u00df".encode(), b"x")], 422, "s\u00fc\u00df"),
-        ([(b"_charset_", b"latin-1")], 422, "unknown form field"), ([(b"x" * 50_000, b"y")], 400, "form is malformed"),
+        ([(b"\xff\xfe", b"x")], 422, "unknown form field"),
+        ([("s\u00fc\u00df".encode(), b"x")], 422, "s\u00fc\u00df"),
+        ([(b"_charset_", b"latin-1")], 422, "unknown form field"),
+        ([(b"x" * 50_000, b"y")], 400, "form is malformed"),
         ([(b"f%d" % number, b"y") for number in range(5000)], 400, "Maximum number of fields is 16"),
         ([(b"indication", b"y" * 1_500_000)], 400, "maximum size"),
     ],
-)  # fmt: skip
+)
 def test_text_of_a_form_is_utf_8_or_refused_by_name(
     server: tuple[int, subprocess.Popen], fields: list, status: int, told: str
 ):
     content = form(*fields)
     for kind in ("multipart/form-data; boundary=b", "multipart/form-data; charset=utf-16; boundary=b"):
-        answer = httpx.post(f"http://127.0.0.1:{server[0]}/v1/reports", content=content,
-                            headers={"content-type": kind}, timeout=60)  # fmt: skip
+        answer = httpx.post(
+            f"http://127.0.0.1:{server[0]}/v1/reports", content=content, headers={"content-type": kind}, timeout=60
+        )
         assert answer.status_code == status
         if status != 200:
             assert told in answer.json()["detail"]
@@ -301,10 +330,17 @@ def protocol(header_s: float, body_s: float) -> Iterator[int]:
         await send({"type": "http.response.body", "body": bytes(1_000_000)})
 
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(
-        app, port=port, log_level="critical", lifespan="off", http=patient_protocol(header_s, body_s), ws="none",
-        timeout_keep_alive=60,
-    ))  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            port=port,
+            log_level="critical",
+            lifespan="off",
+            http=patient_protocol(header_s, body_s),
+            ws="none",
+            timeout_keep_alive=60,
+        )
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_for(lambda: server.started)
@@ -334,8 +370,11 @@ def drip(connection: socket.socket, seconds: float) -> float:
 
 def test_a_connection_that_does_not_get_on_ends(monkeypatch: pytest.MonkeyPatch):
     with protocol(header_s=0.5, body_s=2) as port:
-        for begun, least in ((b"GET / HT", 0.3), (get().replace(b"Connection: close\r\n", b""), 0.3),
-                             (post(length=b"Content-Length: 99999\r\n"), 1.5)):  # fmt: skip
+        for begun, least in (
+            (b"GET / HT", 0.3),
+            (get().replace(b"Connection: close\r\n", b""), 0.3),
+            (post(length=b"Content-Length: 99999\r\n"), 1.5),
+        ):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(begun)
                 assert least < drip(connection, 10) < 5

@@ -28,18 +28,32 @@ from cbedge.report import Sentence, Timings
 
 DICOM = EXAMPLES / "chest_pa.dcm"
 REPORT = Report(
-    findings="The lungs are clear.", impression="No acute disease.", complete=True,
+    findings="The lungs are clear.",
+    impression="No acute disease.",
+    complete=True,
     text="FINDINGS: There is effusion. The lungs are clear. IMPRESSION: No acute disease.",
-    model="m", model_version="1", variant="int4", device="cpu", view="frontal", indication_source=None,
-    image_findings=("effusion", "opacity"), finding_scores={"effusion": 0.81, "opacity": 0.62, "scar": 0.1},
-    image_sha256="a" * 64, prompt_tokens=1,
+    model="m",
+    model_version="1",
+    variant="int4",
+    device="cpu",
+    view="frontal",
+    indication_source=None,
+    image_findings=("effusion", "opacity"),
+    finding_scores={"effusion": 0.81, "opacity": 0.62, "scar": 0.1},
+    image_sha256="a" * 64,
+    prompt_tokens=1,
     sentences=(
         Sentence("There is effusion.", "findings", 0.81, False, "effusion"),
         Sentence("The lungs are clear.", "findings", 0.3, True),
     ),
-    new_tokens=1, opening_tokens=0, guessed_tokens=0, accepted_tokens=0, passes=0, timings=Timings(1, 1, 1, 1, 1, 1),
+    new_tokens=1,
+    opening_tokens=0,
+    guessed_tokens=0,
+    accepted_tokens=0,
+    passes=0,
+    timings=Timings(1, 1, 1, 1, 1, 1),
     warnings=("The radiograph looks mirrored.",),
-)  # fmt: skip
+)
 
 LEFT_OUT: dict[str, list[Any]] = {  # values that are not valid, a str as it stands in the file
     "PatientSex": ["U", "MF", "man", "M\\F", "X", "Ü", b"\xff", "M F", "F\n", "ｆ", "1", "unknown"],
@@ -104,8 +118,19 @@ WRONG_TYPE: list[tuple[str, str, Any]] = [
     ("ProcedureCodeSequence", "LO", "chest"),
     ("ProcedureCodeSequence", "SQ", [pydicom.Dataset()]),
 ]
-TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-          "AccessionNumber", "ReferringPhysicianName", "SeriesNumber", "Modality")  # fmt: skip
+TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "SeriesNumber",
+    "Modality",
+)
 
 _GREEK, _CYRILLIC, _THAI, _ARABIC, _HEBREW = "Διονυσιος", "Люкceмбypг", "สมชาย", "قباني", "שרון"
 SINGLE = [
@@ -136,18 +161,26 @@ NAMES = [
         (f"\\ISO 2022 IR {number}", b"Doe^\x1b" + escape + text.encode(codec), f"Doe^{text}")
         for number, codec, escape, text in SINGLE
     ),
-    ("\\ISO 2022 IR 87", b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B=\x1b$B$d$^$@\x1b(B^\x1b$B$?$m$&\x1b(B",
-     "Yamada^Tarou=山田^太郎=やまだ^たろう"),
-    ("ISO 2022 IR 13\\ISO 2022 IR 87", b"\xd4\xcf\xc0\xde^\xc0\xdb\xb3=\x1b$B;3ED\x1b(J^\x1b$BB@O:\x1b(J",
-     "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎"),
+    (
+        "\\ISO 2022 IR 87",
+        b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B=\x1b$B$d$^$@\x1b(B^\x1b$B$?$m$&\x1b(B",
+        "Yamada^Tarou=山田^太郎=やまだ^たろう",
+    ),
+    (
+        "ISO 2022 IR 13\\ISO 2022 IR 87",
+        b"\xd4\xcf\xc0\xde^\xc0\xdb\xb3=\x1b$B;3ED\x1b(J^\x1b$BB@O:\x1b(J",
+        "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎",
+    ),
     ("\\ISO 2022 IR 159", "丂^丄".encode("iso2022_jp_2"), "丂^丄"),
     ("\\ISO 2022 IR 87\\ISO 2022 IR 159", "山丂".encode("iso2022_jp_2"), "山丂"),
-    ("\\ISO 2022 IR 149", b"Hong^Gildong=\x1b$)C\xfb\xf3^\x1b$)C\xd1\xce\xd4\xd7="
-     b"\x1b$)C\xc8\xab^\x1b$)C\xb1\xe6\xb5\xbf",
-     "Hong^Gildong=洪^吉洞=홍^길동"),
+    (
+        "\\ISO 2022 IR 149",
+        b"Hong^Gildong=\x1b$)C\xfb\xf3^\x1b$)C\xd1\xce\xd4\xd7=\x1b$)C\xc8\xab^\x1b$)C\xb1\xe6\xb5\xbf",
+        "Hong^Gildong=洪^吉洞=홍^길동",
+    ),
     ("\\ISO 2022 IR 58", b"Zhang^XiaoDong=\x1b$)A\xd5\xc5^\x1b$)A\xd0\xa1\xb6\xab", "Zhang^XiaoDong=张^小东"),
     ("ISO 2022 IR 100\\ISO 2022 IR 126", b"M\xfcller^\x1b-F" + _GREEK.encode("iso8859-7"), f"Müller^{_GREEK}"),
-]  # fmt: skip
+]
 
 
 def header_bytes(changes: dict[str, Any], syntax: str = ImplicitVRLittleEndian) -> bytes:
@@ -335,11 +368,22 @@ def test_fhir_holds_a_patient_id_in_its_character_set():
 def test_the_same_draft_is_the_same_document_and_any_other_is_another():
     header, other_patient = read_header(header_bytes({})), read_header(header_bytes({"PatientID": "other"}))
     others = [
-        {"image_sha256": "b" * 64}, {"lateral_sha256": "c" * 64}, {"text": "FINDINGS: Other."}, {"findings": "Other."},
-        {"impression": "Other."}, {"template": "normal"}, {"view": "lateral"}, {"model": "n"}, {"model_version": "2"},
-        {"variant": "q4a8"}, {"warnings": ()}, {"sentences": ()}, {"image_findings": ()}, {"complete": False},
+        {"image_sha256": "b" * 64},
+        {"lateral_sha256": "c" * 64},
+        {"text": "FINDINGS: Other."},
+        {"findings": "Other."},
+        {"impression": "Other."},
+        {"template": "normal"},
+        {"view": "lateral"},
+        {"model": "n"},
+        {"model_version": "2"},
+        {"variant": "q4a8"},
+        {"warnings": ()},
+        {"sentences": ()},
+        {"image_findings": ()},
+        {"complete": False},
         {"finding_scores": {"effusion": 0.9, "opacity": 0.62}},
-    ]  # fmt: skip
+    ]
 
     def uid(report: Report, of: pydicom.Dataset | None = header) -> str:
         return pydicom.dcmread(io.BytesIO(to_sr(report, of, same_again=True))).SOPInstanceUID

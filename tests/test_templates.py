@@ -86,10 +86,16 @@ def test_a_form_keeps_its_labels_and_numbers_and_its_own_headings_are_mapped():
 @pytest.mark.parametrize(
     ("heading", "impression"),
     [
-        ("CONCLUSION", True), ("Comment", True), ("Beurteilung", True), ("IMPRESSION", True), ("Result", True),
-        ("印象", True), ("Lungs", False), ("TECHNIQUE", False),
+        ("CONCLUSION", True),
+        ("Comment", True),
+        ("Beurteilung", True),
+        ("IMPRESSION", True),
+        ("Result", True),
+        ("印象", True),
+        ("Lungs", False),
+        ("TECHNIQUE", False),
     ],
-)  # fmt: skip
+)
 def test_headings_that_stand_for_impression_are_known(heading: str, impression: bool):
     for text in (f"Heart normal.\n{heading}: All well.", f"Heart normal. {heading}: All well."):
         template = parse_template(text)
@@ -120,7 +126,7 @@ def test_marks_of_markdown_are_dropped_and_its_headings_known():
 @pytest.mark.parametrize(
     "text",
     ["FINDINGS: The lungs are clear IMPRESSION: Normal.", r"{\rtf1 FINDINGS: Lungs are clear.\par IMPRESSION: None.}"],
-)  # fmt: skip
+)
 def test_a_heading_inside_a_sentence_is_refused(text: str):
     with pytest.raises(ContextError, match="inside a sentence: put the heading on its own line"):
         parse_template(text)

@@ -55,9 +55,16 @@ def cell_config(config: RunConfig, cell: Cell, output: Path) -> RunConfig:
 
 
 def ablate(
-    config: RunConfig, output: Path, cache: Path, *, split: str = "test", limit: int | None = None,
-    cells: tuple[Cell, ...] = CELLS, max_steps: int | None = None, console: Console | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    config: RunConfig,
+    output: Path,
+    cache: Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    cells: tuple[Cell, ...] = CELLS,
+    max_steps: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Train and score every cell; a cell that was scored before is not run again.
 
     Args:
@@ -87,10 +94,14 @@ def ablate(
             partial.rename(told)
         rows[cell.name] = json.loads(told.read_text(encoding="utf-8"))
     return {
-        "split": split, "studies": next(iter(rows.values()))["studies"], "limited": limit is not None,
-        "stages": [stage.name for stage in config.stages], "shortened": max_steps, "cells": rows,
+        "split": split,
+        "studies": next(iter(rows.values()))["studies"],
+        "limited": limit is not None,
+        "stages": [stage.name for stage in config.stages],
+        "shortened": max_steps,
+        "cells": rows,
         "date": date.today().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -98,10 +109,13 @@ def to_markdown(record: dict[str, Any]) -> str:
     limited = " (limited: a trial, not the whole split)" if record["limited"] or record["shortened"] else ""
     names = [*METRICS[3:], "CIDEr lost on swap", "balanced accuracy", "F1 of findings"]
     lines = [
-        f"# Ablation, {record['split']} split: {record['studies']} studies{limited}", "",
-        f"{record['date']}. fp32, torch, greedy. Command: `{record.get('command', 'unknown')}`", "",
-        "| LoRA on | priors | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names),
-    ]  # fmt: skip
+        f"# Ablation, {record['split']} split: {record['studies']} studies{limited}",
+        "",
+        f"{record['date']}. fp32, torch, greedy. Command: `{record.get('command', 'unknown')}`",
+        "",
+        "| LoRA on | priors | " + " | ".join(names) + " |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
     for cell in (c for c in CELLS if c.name in record["cells"]):
         row = record["cells"][cell.name]
         values = [f"{row['scores'][m]:.3f}" for m in METRICS[3:]]

@@ -214,9 +214,12 @@ def _precision_options(precision: str) -> dict[str, Any]:
 
     apart = ["vision_model", "qformer", "language_projection", "lm_head", "shared", "embed_tokens"]
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=apart,
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=apart,
+    )
     return {"dtype": torch.bfloat16, "quantization_config": settings}
 
 
@@ -248,21 +251,34 @@ def assemble_mini(
     tokenizer = AutoTokenizer.from_pretrained(language.parent, gguf_file=language.name)
     qformer_tokenizer = AutoTokenizer.from_pretrained(files["qformer"].parent)
     vision_config = InstructBlipVisionConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=vision_layers, num_attention_heads=6,
-        image_size=image_size, patch_size=MINI_PATCH_SIZE, hidden_act="gelu", layer_norm_eps=1e-6,
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=6,
+        image_size=image_size,
+        patch_size=MINI_PATCH_SIZE,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
         initializer_range=0.02,
-    )  # fmt: skip
+    )
     qformer_config = InstructBlipQFormerConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
-        cross_attention_frequency=2, encoder_hidden_size=384,
-    )  # fmt: skip
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        cross_attention_frequency=2,
+        encoder_hidden_size=384,
+    )
     # A token that the tokenizer already has and no report contains stands for an image embedding: no new row is needed.
     image_token_id = tokenizer.convert_tokens_to_ids("<file_sep>")
     del text_model.config.quantization_config  # the weights came as GGUF and are plain fp32 from here on
     config = InstructBlipConfig(
-        vision_config=vision_config, qformer_config=qformer_config, text_config=text_model.config,
-        num_query_tokens=num_query_tokens, image_token_index=image_token_id,
-    )  # fmt: skip
+        vision_config=vision_config,
+        qformer_config=qformer_config,
+        text_config=text_model.config,
+        num_query_tokens=num_query_tokens,
+        image_token_index=image_token_id,
+    )
     model = InstructBlipForConditionalGeneration(config)
     model.language_model = text_model
     _load_vit(model.vision_model, files["vision"])

@@ -65,9 +65,12 @@ def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Gen
 
 
 def told_findings(
-    tags: Sequence[int], names: Sequence[str], share: float = 1.0, rng: np.random.Generator | None = None,
+    tags: Sequence[int],
+    names: Sequence[str],
+    share: float = 1.0,
+    rng: np.random.Generator | None = None,
     noise: tuple[float, float] = NOISE["tags"],
-) -> tuple[str, ...] | None:  # fmt: skip
+) -> tuple[str, ...] | None:
     """What the prompt tells of a training study's image: its tags, in the form of
     :meth:`cbedge.findings.image_findings.ImageFindings.read`.
 
@@ -168,9 +171,14 @@ def encode_prompt(
 
 
 def collate(
-    parts: ModelAndTokenizers, studies: Sequence[Study], contexts: list[ClinicalContext], images: Tensor,
-    seen: Sequence[Sequence[str] | None] | None = None, laterals: Sequence[int] = (), begun: Sequence[str] = (),
-) -> Batch:  # fmt: skip
+    parts: ModelAndTokenizers,
+    studies: Sequence[Study],
+    contexts: list[ClinicalContext],
+    images: Tensor,
+    seen: Sequence[Sequence[str] | None] | None = None,
+    laterals: Sequence[int] = (),
+    begun: Sequence[str] = (),
+) -> Batch:
     """Encode studies into a batch.
 
     Args:
@@ -202,14 +210,22 @@ def collate(
         mask[i, : len(row)] = 1
         labels[i, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
     instruction = encode_instructions(parts, [*contexts, *(of_lateral(contexts[i]) for i in laterals)])
-    report = parts.qformer_tokenizer([s.target for s in studies], padding=True, truncation=True, max_length=128,
-                                     return_tensors="pt")  # fmt: skip
+    report = parts.qformer_tokenizer(
+        [s.target for s in studies], padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
     return Batch(
-        images, torch.tensor(laterals, dtype=torch.long), instruction["input_ids"], instruction["attention_mask"],
-        input_ids, mask, labels,
-        report["input_ids"], report["attention_mask"],
-        torch.tensor([s.tags for s in studies], dtype=torch.float32), targets,
-    )  # fmt: skip
+        images,
+        torch.tensor(laterals, dtype=torch.long),
+        instruction["input_ids"],
+        instruction["attention_mask"],
+        input_ids,
+        mask,
+        labels,
+        report["input_ids"],
+        report["attention_mask"],
+        torch.tensor([s.tags for s in studies], dtype=torch.float32),
+        targets,
+    )
 
 
 def retarget(studies: Sequence[Study], reports: Sequence[tuple[str, str]]) -> tuple[list[str], list[Study]]:

@@ -108,9 +108,12 @@ def validate(studies: Sequence[Study], reports: Sequence[str]) -> dict[str, dict
 
 
 def paired_difference(
-    first: Callable[[np.ndarray], float], second: Callable[[np.ndarray], float], count: int, resamples: int = 1000,
+    first: Callable[[np.ndarray], float],
+    second: Callable[[np.ndarray], float],
+    count: int,
+    resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Two models on the same studies: the difference, its 95% interval, and the two-sided bootstrap p-value.
 
     Args:

@@ -48,10 +48,13 @@ def to_markdown(record: dict[str, Any]) -> str:
     """The comparison as a table."""
     first, second = record["first"], record["second"]
     lines = [
-        f"# {first} against {second}", "",
-        f"{record['studies']} studies. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
-        f"| | {first} | {second} | difference (95% interval) | p |", "| --- |" + " --- |" * 4,
-    ]  # fmt: skip
+        f"# {first} against {second}",
+        "",
+        f"{record['studies']} studies. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        "",
+        f"| | {first} | {second} | difference (95% interval) | p |",
+        "| --- |" + " --- |" * 4,
+    ]
     for name, m in record["measures"].items():
         span = f"{m['difference']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})"
         lines.append(f"| {name} | {m['first']:.3f} | {m['second']:.3f} | {span} | {m['p']:.3f} |")

@@ -195,8 +195,7 @@ def _stage(values: dict, path: Path) -> Stage:
     stage = _build(Stage, values, where)
     for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
         raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
-    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES),
-                       ("learn", REPORTS)):  # fmt: skip
+    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES), ("learn", REPORTS)):
         if getattr(stage, key) not in known:
             names = ", ".join(filter(None, known))
             raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")

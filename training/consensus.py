@@ -181,8 +181,13 @@ class Agreement:
         recall = shared / np.maximum(right @ rarity, 1e-6)[None]
         words = precision * recall / np.maximum(RECALL_WEIGHT * precision + (1 - RECALL_WEIGHT) * recall, 1e-6)
         letters: dict[str, str] = {}
-        a, b = (["".join(letters.setdefault(w, chr(0x4E00 + len(letters))) for w in re.findall(r"[^\s.,;:]+|\.", t))
-                 for t in group] for group in (texts, others))  # fmt: skip
+        a, b = (
+            [
+                "".join(letters.setdefault(w, chr(0x4E00 + len(letters))) for w in re.findall(r"[^\s.,;:]+|\.", t))
+                for t in group
+            ]
+            for group in (texts, others)
+        )
         common = cdist(a, b, scorer=LCSseq.similarity, dtype=np.float32, workers=-1)
         lengths = np.array([len(t) for t in a])[:, None] + np.array([len(t) for t in b])[None]
         self.matrix = (2 * common / np.maximum(lengths, 1) + WORD_WEIGHT * words).astype(np.float32)

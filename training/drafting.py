@@ -80,10 +80,15 @@ class RuntimeDrafter:
             c = request.context
             try:
                 report = self.generator.generate(
-                    request.image, indication=c.indication, comparison=c.comparison, view=c.view,
+                    request.image,
+                    indication=c.indication,
+                    comparison=c.comparison,
+                    view=c.view,
                     lateral=request.lateral if self.generator.reads_lateral else None,
-                    max_new_tokens=MAX_NEW_TOKENS, accept_any_image=True, decoding=self.decoding,
-                )  # fmt: skip
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    accept_any_image=True,
+                    decoding=self.decoding,
+                )
                 texts.append(report.text)
             except DraftError:  # users get none: it scores as an empty one
                 texts.append("")
@@ -236,9 +241,14 @@ class TorchDrafter:
     def _generate(self, embeds: torch.Tensor, mask: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """int64 [rows, tokens], greedy; an encoder-decoder's hold what its decoder began with."""
         return self.parts.model.language_model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-            eos_token_id=[*stop_ids(self.parts)], pad_token_id=self.parts.tokenizer.pad_token_id, **more,
-        )  # fmt: skip
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=[*stop_ids(self.parts)],
+            pad_token_id=self.parts.tokenizer.pad_token_id,
+            **more,
+        )
 
     def _opening(self, told: tuple[str, ...] | None) -> list[int]:
         if not told or self.parts.finding_head is None:

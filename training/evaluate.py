@@ -24,17 +24,29 @@ from training.probes import KINDS, probe, represent
 from training.scoring import METRICS, PROTOCOL, score
 
 CLINICAL = {
-    "balanced_accuracy": "abnormal or normal, balanced accuracy", "sensitivity": "abnormal studies called so",
-    "specificity": "normal studies called so", "finding_f1": "F1 of 13 findings, micro",
-    "finding_macro_f1": "macro", "micro_f1": "F1 of 14 labels, micro", "macro_f1": "macro (14)",
-}  # fmt: skip
+    "balanced_accuracy": "abnormal or normal, balanced accuracy",
+    "sensitivity": "abnormal studies called so",
+    "specificity": "normal studies called so",
+    "finding_f1": "F1 of 13 findings, micro",
+    "finding_macro_f1": "macro",
+    "micro_f1": "F1 of 14 labels, micro",
+    "macro_f1": "macro (14)",
+}
 
 
 def evaluate(
-    data: Path, drafters: list[Drafter], encoder: Encoder | None, split: str = "test", limit: int | None = None,
-    seed: int = 0, image_blind: TorchDrafter | None = None, drafts_file: Path | None = None,
-    console: Console | None = None, chexbert: Chexbert | None = None, radgraph: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    data: Path,
+    drafters: list[Drafter],
+    encoder: Encoder | None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    image_blind: TorchDrafter | None = None,
+    drafts_file: Path | None = None,
+    console: Console | None = None,
+    chexbert: Chexbert | None = None,
+    radgraph: Path | None = None,
+) -> dict[str, Any]:
     """Draft, score, and compare with controls.
 
     Args:
@@ -96,7 +108,11 @@ def evaluate(
             "finding_f1_lost_on_swap": _lost(*(clinical["scores"][row]["finding_f1"][0] for row in pair)),
         }
     return {
-        "split": split, "studies": len(studies), "limited": limit is not None, "protocol": PROTOCOL, "seed": seed,
+        "split": split,
+        "studies": len(studies),
+        "limited": limit is not None,
+        "protocol": PROTOCOL,
+        "seed": seed,
         "scores": {row: s.corpus for row, s in scores.items()},
         "intervals": {row: s.intervals() for row, s in scores.items()},
         "looks": looks,
@@ -106,7 +122,7 @@ def evaluate(
         "date": date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {p: version(p) for p in ("torch", "transformers", "onnxruntime", "pycocoevalcap")},
-    }  # fmt: skip
+    }
 
 
 def write_record(record: dict[str, Any], markdown: str, stem: Path) -> None:
@@ -120,26 +136,40 @@ def to_markdown(record: dict[str, Any]) -> str:
     """The record as tables."""
     limited = " (limited: a trial, not the whole split)" if record["limited"] else ""
     lines = [
-        f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}", "",
-        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
-        "| | " + " | ".join(METRICS) + " |", "| --- |" + " --- |" * len(METRICS),
-        *[f"| {row} | " + " | ".join(_with_interval(s[m], record["intervals"][row].get(m)) for m in METRICS) + " |"
-          for row, s in record["scores"].items()],
-        "", *_looks(record["looks"]),
-        "## Findings that drafts name", "",
+        f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}",
+        "",
+        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        "",
+        "| | " + " | ".join(METRICS) + " |",
+        "| --- |" + " --- |" * len(METRICS),
+        *[
+            f"| {row} | " + " | ".join(_with_interval(s[m], record["intervals"][row].get(m)) for m in METRICS) + " |"
+            for row, s in record["scores"].items()
+        ],
+        "",
+        *_looks(record["looks"]),
+        "## Findings that drafts name",
+        "",
         "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
         f"{record['clinical']['abnormal_studies']} of {record['clinical']['studies']}). 95% bootstrap intervals.",
         "",
-        "| | " + " | ".join(CLINICAL.values()) + " |", "| --- |" + " --- |" * len(CLINICAL),
-    ]  # fmt: skip
+        "| | " + " | ".join(CLINICAL.values()) + " |",
+        "| --- |" + " --- |" * len(CLINICAL),
+    ]
     for row, scores in record["clinical"]["scores"].items():
         lines.append(f"| {row} | " + " | ".join(_interval(scores[name]) for name in CLINICAL) + " |")
     main = next(iter(record["clinical"]["by_finding"]))
     reader = record["clinical"]["reader"]
     lines += [
-        "", f"By finding, {main}:", "", "| | precision | recall | F1 | positives |", "| --- |" + " --- |" * 4,
-        *[f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
-          for label, s in record["clinical"]["by_finding"][main].items()],
+        "",
+        f"By finding, {main}:",
+        "",
+        "| | precision | recall | F1 | positives |",
+        "| --- |" + " --- |" * 4,
+        *[
+            f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
+            for label, s in record["clinical"]["by_finding"][main].items()
+        ],
         "",
         f"The reader of findings, on these studies' own reports against curated tags: abnormal precision "
         f"{reader['abnormal']['precision']:.2f}, recall {reader['abnormal']['recall']:.2f}; over {len(TAGS) - 1} tags "
@@ -147,11 +177,16 @@ def to_markdown(record: dict[str, Any]) -> str:
         "findings sections alone name an abnormality in "
         f"{record['clinical']['reference']['sensitivity']:.1%} of abnormal studies and in "
         f"{1 - record['clinical']['reference']['specificity']:.1%} of normal ones.",
-    ]  # fmt: skip
+    ]
     if record["outside"]:
         names = list(next(iter(record["outside"].values())))
-        lines += ["", "## By the field's labelers", "", "| | " + " | ".join(names) + " |",
-                  "| --- |" + " --- |" * len(names)]  # fmt: skip
+        lines += [
+            "",
+            "## By the field's labelers",
+            "",
+            "| | " + " | ".join(names) + " |",
+            "| --- |" + " --- |" * len(names),
+        ]
         for row, values in record["outside"].items():
             lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
     if record["probe"]:
@@ -213,10 +248,12 @@ def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str,
         "abnormal_studies": int(abnormal.sum()),
         "scores": {row: with_intervals(drafts, references, abnormal) for row, drafts in labels.items()},
         "by_finding": {row: finding_f1(drafts, references) for row, drafts in labels.items()},
-        "reference": {"sensitivity": float(references.abnormal[abnormal].mean()) if abnormal.any() else 0.0,
-                      "specificity": float(1 - references.abnormal[~abnormal].mean()) if (~abnormal).any() else 0.0},
+        "reference": {
+            "sensitivity": float(references.abnormal[abnormal].mean()) if abnormal.any() else 0.0,
+            "specificity": float(1 - references.abnormal[~abnormal].mean()) if (~abnormal).any() else 0.0,
+        },
         "reader": validate(studies, [f"{s.findings} {s.impression}" for s in studies]),
-    }  # fmt: skip
+    }
 
 
 def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]]) -> None:
@@ -224,9 +261,11 @@ def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]])
     with open(path, "w", encoding="utf-8") as file:
         for i, study in enumerate(studies):
             row = {
-                "study_id": study.study_id, "indication": study.context.indication, "findings": study.findings,
+                "study_id": study.study_id,
+                "indication": study.context.indication,
+                "findings": study.findings,
                 "impression": study.impression,
                 "tags": [tag for tag, flag in zip(TAGS, study.tags, strict=True) if flag == 1],
                 "drafts": {name: drafts[i] for name, drafts in texts.items()},
-            }  # fmt: skip
+            }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

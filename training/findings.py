@@ -23,23 +23,92 @@ if TYPE_CHECKING:
     from spacy.language import Language
 
 CHEXPERT_FINDINGS = (
-    "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-    "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
-)  # fmt: skip
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
 NO_FINDING = "No Finding"
 LABELS = (NO_FINDING, *CHEXPERT_FINDINGS)
 _PHRASES = Path(__file__).with_name("finding_phrases.yaml")
 _FILLERS = [
-    "the", "a", "an", "of", "in", "is", "are", "at", "within", "to", "left", "right", "bilateral", "mild", "mildly",
-    "moderate", "moderately", "minimal", "minimally", "slight", "slightly", "severe", "severely", "marked", "markedly",
-    "small", "large", "also", "again", "remains", "appears", "be", "stable", "somewhat", "silhouette", "size", "and/or",
-    "borderline", "lateral", "posterior", "thoracic", "lung", "thickened", "sized", "shadow", "contour", "chronically",
-]  # fmt: skip
+    "the",
+    "a",
+    "an",
+    "of",
+    "in",
+    "is",
+    "are",
+    "at",
+    "within",
+    "to",
+    "left",
+    "right",
+    "bilateral",
+    "mild",
+    "mildly",
+    "moderate",
+    "moderately",
+    "minimal",
+    "minimally",
+    "slight",
+    "slightly",
+    "severe",
+    "severely",
+    "marked",
+    "markedly",
+    "small",
+    "large",
+    "also",
+    "again",
+    "remains",
+    "appears",
+    "be",
+    "stable",
+    "somewhat",
+    "silhouette",
+    "size",
+    "and/or",
+    "borderline",
+    "lateral",
+    "posterior",
+    "thoracic",
+    "lung",
+    "thickened",
+    "sized",
+    "shadow",
+    "contour",
+    "chronically",
+]
 # Beside NegEx's own clinical terms: how radiologists deny.
 _DENYING = [
-    "clear of", "free of", "without", "negative for", "no evidence of", "no definite", "no focal", "no acute", "no",
-    "absence of", "rather than", "nor", "resolution of", "resolved", "not", "unremarkable for", "normal without",
-]  # fmt: skip
+    "clear of",
+    "free of",
+    "without",
+    "negative for",
+    "no evidence of",
+    "no definite",
+    "no focal",
+    "no acute",
+    "no",
+    "absence of",
+    "rather than",
+    "nor",
+    "resolution of",
+    "resolved",
+    "not",
+    "unremarkable for",
+    "normal without",
+]
 
 
 @dataclass(frozen=True)
@@ -92,11 +161,13 @@ def _pipeline() -> Language:
     nlp.add_pipe("sentencizer", config={"punct_chars": [".", "?", "!", ";"]})
     ruler = nlp.add_pipe("entity_ruler", config={"overwrite_ents": True})
     phrases = yaml.safe_load(_PHRASES.read_text(encoding="utf-8"))
-    ruler.add_patterns([  # type: ignore[attr-defined]
-        {"label": finding, "pattern": _pattern(nlp, phrase)}
-        for finding, sources in phrases.items()
-        for phrase in (p for source in sources.values() for p in source)
-    ])  # fmt: skip
+    ruler.add_patterns(
+        [  # type: ignore[attr-defined]
+            {"label": finding, "pattern": _pattern(nlp, phrase)}
+            for finding, sources in phrases.items()
+            for phrase in (p for source in sources.values() for p in source)
+        ]
+    )
     terms = termset("en_clinical")
     terms.add_patterns({"preceding_negations": _DENYING, "following_negations": ["has resolved", "have resolved"]})
     nlp.add_pipe("negex", config={"neg_termset": terms.get_patterns()})

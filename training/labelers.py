@@ -21,9 +21,21 @@ from training.findings import LABELS, NO_FINDING
 
 # The order of CheXbert's classifiers.
 _HEADS = (
-    "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-    "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", NO_FINDING,
-)  # fmt: skip
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+    NO_FINDING,
+)
 _POSITIVE, _UNCERTAIN = 1, 3
 _MAX_TOKENS = 512
 _RADGRAPH_FILES = ("config.json", "weights.th", "vocabulary")
@@ -62,12 +74,18 @@ class Chexbert:
             tokenizer = fetch_base(part, cache).parent
         self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
         if len(self.tokenizer) != words:
-            raise ValueError(f"{tokenizer} has {len(self.tokenizer):,} words, CheXbert {words:,}: "
-                             "give the tokenizer of bert-base-uncased")  # fmt: skip
+            raise ValueError(
+                f"{tokenizer} has {len(self.tokenizer):,} words, CheXbert {words:,}: "
+                "give the tokenizer of bert-base-uncased"
+            )
         config = BertConfig(
-            vocab_size=words, hidden_size=width, num_hidden_layers=len(layers), num_attention_heads=max(1, width // 64),
-            intermediate_size=inner, max_position_embeddings=positions,
-        )  # fmt: skip
+            vocab_size=words,
+            hidden_size=width,
+            num_hidden_layers=len(layers),
+            num_attention_heads=max(1, width // 64),
+            intermediate_size=inner,
+            max_position_embeddings=positions,
+        )
         self.bert = BertModel(config)
         self.heads = nn.ModuleList(nn.Linear(width, 2 if name == NO_FINDING else 4) for name in _HEADS)
         known = {n: v for n, v in state.items() if not n.endswith("position_ids")}
@@ -86,9 +104,13 @@ class Chexbert:
         for start in range(0, len(reports), self.batch_size):
             texts = [" ".join(report.split()) for report in reports[start : start + self.batch_size]]
             encoded = self.tokenizer(
-                texts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_token_type_ids=False,
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=_MAX_TOKENS,
+                return_token_type_ids=False,
                 return_tensors="pt",
-            )  # fmt: skip
+            )
             pooled = self.bert(**encoded).last_hidden_state[:, 0]
             classes = torch.stack([head(pooled).argmax(-1) for head in self.heads], dim=1).numpy()
             rows.append(np.isin(classes, (_POSITIVE, _UNCERTAIN)))

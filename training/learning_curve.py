@@ -26,9 +26,13 @@ _SHOWN = ("abnormal", "cardiomegaly", "effusion", "mean")
 
 
 def learning_curve(
-    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], kinds: Sequence[str] = ("vision",),
-    repeats: int = 5, seed: int = 0, advance: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    seen: Mapping[str, Representation],
+    studies: Mapping[str, Sequence[Study]],
+    kinds: Sequence[str] = ("vision",),
+    repeats: int = 5,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
     """AUC of :func:`training.probes.probe` by how many train studies it learns from.
 
     Args:
@@ -72,9 +76,13 @@ def learning_curve(
 
 
 def measure(
-    encoder: Encoder, data: Path, split: str = "test", repeats: int = 5, limit: int | None = None,
+    encoder: Encoder,
+    data: Path,
+    split: str = "test",
+    repeats: int = 5,
+    limit: int | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The learning curve of an image side on IU X-RAY, pixels beside it: a JSON-ready record.
 
     Args:
@@ -99,9 +107,14 @@ def measure(
         task = progress.add_task("probing", total=repeats * (len(FRACTIONS) - 1) + 1)
         points = learning_curve(seen, groups, kinds, repeats, advance=partial(progress.advance, task))
     return {
-        "split": split, "studies": len(groups["studied"]), "limited": limit is not None, "repeats": repeats,
-        "kinds": [*kinds], "points": points, "date": date.today().isoformat(),
-    }  # fmt: skip
+        "split": split,
+        "studies": len(groups["studied"]),
+        "limited": limit is not None,
+        "repeats": repeats,
+        "kinds": [*kinds],
+        "points": points,
+        "date": date.today().isoformat(),
+    }
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -109,15 +122,21 @@ def to_markdown(record: dict[str, Any]) -> str:
     points = record["points"]
     limited = " (limited: a trial, not the whole splits)" if record["limited"] else ""
     lines = [
-        f"# Would more studies help?{limited}", "",
+        f"# Would more studies help?{limited}",
+        "",
         f"{record['date']}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, learnt on parts "
         f"of the train split ({record['repeats']} draws of each), AUC on {record['studies']} {record['split']} studies "
-        f"± standard deviation of the draws. Command: `{record.get('command', 'unknown')}`", "",
-    ]  # fmt: skip
+        f"± standard deviation of the draws. Command: `{record.get('command', 'unknown')}`",
+        "",
+    ]
     for kind in record["kinds"]:
         tags = list(points[-1][kind])
-        lines += [f"## {KINDS[kind]}", "", "| train studies | " + " | ".join(tags) + " |",
-                  "| --- |" + " --- |" * len(tags)]  # fmt: skip
+        lines += [
+            f"## {KINDS[kind]}",
+            "",
+            "| train studies | " + " | ".join(tags) + " |",
+            "| --- |" + " --- |" * len(tags),
+        ]
         for point in points:
             values = (f"{mean:.3f}" + (f" ± {spread:.3f}" if spread else "") for mean, spread in point[kind].values())
             lines.append(f"| {point['studies']} | " + " | ".join(values) + " |")

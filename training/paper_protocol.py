@@ -34,14 +34,52 @@ PROTOCOL = (
 )
 # WordNet's 45 lexicographer files (lexnames(5WN)), in order: a file that Debian's wordnet-base leaves out.
 _LEXNAMES = (
-    "adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact", "noun.attribute",
-    "noun.body", "noun.cognition", "noun.communication", "noun.event", "noun.feeling", "noun.food", "noun.group",
-    "noun.location", "noun.motive", "noun.object", "noun.person", "noun.phenomenon", "noun.plant",
-    "noun.possession", "noun.process", "noun.quantity", "noun.relation", "noun.shape", "noun.state",
-    "noun.substance", "noun.time", "verb.body", "verb.change", "verb.cognition", "verb.communication",
-    "verb.competition", "verb.consumption", "verb.contact", "verb.creation", "verb.emotion", "verb.motion",
-    "verb.perception", "verb.possession", "verb.social", "verb.stative", "verb.weather", "adj.ppl",
-)  # fmt: skip
+    "adj.all",
+    "adj.pert",
+    "adv.all",
+    "noun.Tops",
+    "noun.act",
+    "noun.animal",
+    "noun.artifact",
+    "noun.attribute",
+    "noun.body",
+    "noun.cognition",
+    "noun.communication",
+    "noun.event",
+    "noun.feeling",
+    "noun.food",
+    "noun.group",
+    "noun.location",
+    "noun.motive",
+    "noun.object",
+    "noun.person",
+    "noun.phenomenon",
+    "noun.plant",
+    "noun.possession",
+    "noun.process",
+    "noun.quantity",
+    "noun.relation",
+    "noun.shape",
+    "noun.state",
+    "noun.substance",
+    "noun.time",
+    "verb.body",
+    "verb.change",
+    "verb.cognition",
+    "verb.communication",
+    "verb.competition",
+    "verb.consumption",
+    "verb.contact",
+    "verb.creation",
+    "verb.emotion",
+    "verb.motion",
+    "verb.perception",
+    "verb.possession",
+    "verb.social",
+    "verb.stative",
+    "verb.weather",
+    "adj.ppl",
+)
 _PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 
 
@@ -103,10 +141,13 @@ def score_like_paper(drafts: list[str], references: list[str], wordnet: WordNetC
     rows = []
     for draft, reference in zip(drafts, references, strict=True):
         f1 = rouge.score(reference, draft)
-        rows.append((
-            meteor_score([reference.split()], draft.split(), wordnet=wordnet), f1["rouge1"].fmeasure,
-            f1["rougeL"].fmeasure,
-        ))  # fmt: skip
+        rows.append(
+            (
+                meteor_score([reference.split()], draft.split(), wordnet=wordnet),
+                f1["rouge1"].fmeasure,
+                f1["rougeL"].fmeasure,
+            )
+        )
     studies = dict(zip(("METEOR", "ROUGE-1", "ROUGE-L"), np.array(rows).T, strict=True))
     return Scores({name: float(values.mean()) for name, values in studies.items()}, studies)
 
@@ -147,10 +188,13 @@ def to_markdown(record: dict[str, Any]) -> str:
     """The record as a table, the paper's figures in its last row."""
     names = ("METEOR", "ROUGE-1", "ROUGE-L")
     lines = [
-        f"# Near the paper's protocol: {record['studies']} studies", "",
-        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`", "",
-        "| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names),
-    ]  # fmt: skip
+        f"# Near the paper's protocol: {record['studies']} studies",
+        "",
+        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "| --- |" + " --- |" * len(names),
+    ]
     for row, scores in record["scores"].items():
         ends = record["intervals"][row]
         cells = (f"{scores[name]:.3f} ({ends[name][0]:.3f}–{ends[name][1]:.3f})" for name in names)

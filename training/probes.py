@@ -22,9 +22,11 @@ Representation = dict[str, np.ndarray]
 
 
 def represent(
-    encoder: Encoder, studies: Sequence[Study], advance: Callable[[int], None] = lambda count: None,
+    encoder: Encoder,
+    studies: Sequence[Study],
+    advance: Callable[[int], None] = lambda count: None,
     kinds: Sequence[str] = tuple(KINDS),
-) -> Representation:  # fmt: skip
+) -> Representation:
     """Views of every study's image, each float32 [studies, D]: those of ``kinds``.
 
     ``pixels``: the radiograph scaled down; ``vision``: class token and mean of patches; ``qformer``: the output of all
@@ -49,9 +51,11 @@ def represent(
 
 
 def probe(
-    seen: Mapping[str, Representation], studies: Mapping[str, Sequence[Study]], least_positives: int = 5,
+    seen: Mapping[str, Representation],
+    studies: Mapping[str, Sequence[Study]],
+    least_positives: int = 5,
     kinds: Sequence[str] = tuple(KINDS),
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """AUC of each tag: logistic regression on the 256 main directions, learnt on train, strength chosen on validation.
 
     Args:

@@ -27,9 +27,11 @@ def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> 
         model.config.reads_lateral = True
     if stage.lora:
         settings = LoraConfig(
-            r=stage.lora.r, lora_alpha=stage.lora.alpha, lora_dropout=stage.lora.dropout,
+            r=stage.lora.r,
+            lora_alpha=stage.lora.alpha,
+            lora_dropout=stage.lora.dropout,
             target_modules=list(stage.lora.targets),
-        )  # fmt: skip
+        )
         attribute = _ADAPTED[stage.lora.part]
         part = getattr(model, attribute)
         if isinstance(part, PeftModel):  # an earlier stage's adapters, to be trained on

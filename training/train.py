@@ -162,9 +162,17 @@ class StageRun:
     """One stage's training loop and its state on disk."""
 
     def __init__(
-        self, config: RunConfig, stage: Stage, number: int, parts: ModelAndTokenizers, processes: Processes,
-        autocast: torch.autocast, folder: Path, previous: Path | None, console: Console,
-    ):  # fmt: skip
+        self,
+        config: RunConfig,
+        stage: Stage,
+        number: int,
+        parts: ModelAndTokenizers,
+        processes: Processes,
+        autocast: torch.autocast,
+        folder: Path,
+        previous: Path | None,
+        console: Console,
+    ):
         self.config, self.stage, self.number, self.parts = config, stage, number, parts
         self.processes, self.device, self.autocast = processes, processes.device, autocast
         self.folder, self.console = folder, console
@@ -208,8 +216,14 @@ class StageRun:
         """Train to the end of the stage, resuming from its checkpoint where there is one."""
         self._resume()
         total = min(self.total_steps, max_steps or self.total_steps)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console) as progress:
             if self.stage.cached_views:
                 self._cache(progress)
@@ -438,8 +452,10 @@ class StageRun:
         if self.stage.select_by:
             self._select(row)
         append_row(self.folder / "validation.csv", {"step": self.step, **row})
-        self.console.print(f"{self.stage.name} step {self.step} validation "
-                           + " ".join(f"{k} {v:.3f}" for k, v in row.items()), highlight=False)  # fmt: skip
+        self.console.print(
+            f"{self.stage.name} step {self.step} validation " + " ".join(f"{k} {v:.3f}" for k, v in row.items()),
+            highlight=False,
+        )
         plot_losses(self.folder)
 
     def _log(self, losses: dict[str, float]) -> None:
@@ -447,10 +463,13 @@ class StageRun:
 
     def _save_checkpoint(self) -> None:
         state: dict[str, Any] = {
-            "step": self.step, "trained": self._trained(), "heads": self.heads.state_dict(),
+            "step": self.step,
+            "trained": self._trained(),
+            "heads": self.heads.state_dict(),
             "best": (self.best, self.best_step, self.worse),
-            "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
-        }  # fmt: skip
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
         write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))

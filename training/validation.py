@@ -34,9 +34,15 @@ class Validation:
     """
 
     def __init__(
-        self, parts: ModelAndTokenizers, stage: Stage, studies: Sequence[Study], device: torch.device,
-        autocast: torch.autocast, batch_size: int = 16, consensus: ConsensusReports | None = None,
-    ):  # fmt: skip
+        self,
+        parts: ModelAndTokenizers,
+        stage: Stage,
+        studies: Sequence[Study],
+        device: torch.device,
+        autocast: torch.autocast,
+        batch_size: int = 16,
+        consensus: ConsensusReports | None = None,
+    ):
         self.parts, self.stage, self.studies = parts, stage, studies
         self.device, self.autocast, self.batch_size = device, autocast, batch_size
         self.told_tags = ToldTags(stage.tell_from)

@@ -103,10 +103,11 @@ class TorchNf4Backend:
             ids = torch.from_numpy(instruction_ids).to(self.device)
             count = model.query_tokens.shape[1]
             output = model.qformer(
-                input_ids=ids, attention_mask=torch.ones(1, count + ids.shape[1], dtype=torch.long, device=self.device),
+                input_ids=ids,
+                attention_mask=torch.ones(1, count + ids.shape[1], dtype=torch.long, device=self.device),
                 query_embeds=model.query_tokens,
                 encoder_hidden_states=torch.from_numpy(features).to(self.device, model.query_tokens.dtype),
-            ).last_hidden_state[:, :count]  # fmt: skip
+            ).last_hidden_state[:, :count]
             embeds = model.language_projection(output).float().cpu().numpy()
             attention = torch.stack(self._attention).float().mean((0, 2))[0]
             if self._head is None:

@@ -62,8 +62,10 @@ def batch(
 
     found = batch.find_studies(studies)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
-    for kind, names in (("files skipped because they are not radiographs", found.skipped),
-                        ("folders could not be read", found.unreadable)):  # fmt: skip
+    for kind, names in (
+        ("files skipped because they are not radiographs", found.skipped),
+        ("folders could not be read", found.unreadable),
+    ):
         if names:
             more = ", ..." if len(names) > 5 else ""
             print_error(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")

@@ -56,10 +56,18 @@ def bench(
     radiographs = [load_radiograph(path) for path in paths] or [bench.drawn_chest()]
     with status_line() as show_status:
         record = bench.bench(
-            radiographs, model=model, variants=[v for v in (variants or "").split(",") if v], device=device,
-            threads=threads, indication=indication, tokens=tokens, warm_up=warm_up, repeat=repeat,
-            speculative=not no_speculative, progress=show_status,
-        )  # fmt: skip
+            radiographs,
+            model=model,
+            variants=[v for v in (variants or "").split(",") if v],
+            device=device,
+            threads=threads,
+            indication=indication,
+            tokens=tokens,
+            warm_up=warm_up,
+            repeat=repeat,
+            speculative=not no_speculative,
+            progress=show_status,
+        )
         if cold:
             show_status("cold start")
             measured = record["variants"][0]["variant"]

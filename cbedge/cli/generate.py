@@ -83,8 +83,13 @@ def generate(
     if template and no_template:
         raise ContextError("--template and --no-template cannot be combined: give one of them")
     wording = read_template(read_text_file(template)) if template else None
-    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams,
-                              "keep_to_template": not no_template}  # fmt: skip
+    chosen: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "beams": beams,
+        "keep_to_template": not no_template,
+    }
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # checks the values
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
@@ -92,10 +97,16 @@ def generate(
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
     stream = generator.stream(
-        radiograph, indication=indication, comparison=comparison, view=view, template=wording, lateral=second,
-        max_new_tokens=max_new_tokens, decoding=replace(generator.decoding, **chosen),
+        radiograph,
+        indication=indication,
+        comparison=comparison,
+        view=view,
+        template=wording,
+        lateral=second,
+        max_new_tokens=max_new_tokens,
+        decoding=replace(generator.decoding, **chosen),
         accept_any_image=accept_any_image,
-    )  # fmt: skip
+    )
     live = sys.stdout.isatty() and form == "text" and output is None
     for piece in stream:
         if live:

@@ -75,9 +75,10 @@ class Phrasebook:
                     followers.setdefault(tuple(row[end - size : end]), Counter())[row[end]] += 1
         best = {run: counts.most_common(1)[0] for run, counts in followers.items() if counts.total() > 1}
         kept = [
-            (count, run, token) for run, (token, count) in best.items()
+            (count, run, token)
+            for run, (token, count) in best.items()
             if count > 1 and (len(run) == 1 or best[run[1:]][0] != token)
-        ]  # fmt: skip
+        ]
         kept.sort(key=lambda entry: (-entry[0], entry[1]))
         entries: dict[int, int] = {}
         for _, run, token in kept[: (max_bytes - 256) // _ENTRY.itemsize]:

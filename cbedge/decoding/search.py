@@ -15,11 +15,19 @@ GREEDY = Greedy()
 
 
 def decode(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, *, sampler: Sampler = GREEDY,
-    processors: Sequence[LogitsProcessor] = (), constraint: Constraint | None = None,
-    guesser: GuessSource | None = None, guess_length: GuessLength | None = None,
-    stats: SpeculationStats | None = None, opening: Sequence[int] = (),
-) -> Iterator[Token]:  # fmt: skip
+    decoder: Decoder,
+    logits: np.ndarray,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    sampler: Sampler = GREEDY,
+    processors: Sequence[LogitsProcessor] = (),
+    constraint: Constraint | None = None,
+    guesser: GuessSource | None = None,
+    guess_length: GuessLength | None = None,
+    stats: SpeculationStats | None = None,
+    opening: Sequence[int] = (),
+) -> Iterator[Token]:
     """Generate tokens. Forced and guessed tokens are read in the same pass as the token before them.
 
     Guesses do not change a greedy draft: all are verified in one pass, and the longest prefix that the model itself
@@ -77,9 +85,15 @@ def decode(
 
 
 def beam_search(
-    decoder: Decoder, logits: np.ndarray, stop_ids: Sequence[int], max_new_tokens: int, width: int,
-    processors: Sequence[LogitsProcessor] = (), constraint: Constraint | None = None, opening: Sequence[int] = (),
-) -> list[Token]:  # fmt: skip
+    decoder: Decoder,
+    logits: np.ndarray,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    width: int,
+    processors: Sequence[LogitsProcessor] = (),
+    constraint: Constraint | None = None,
+    opening: Sequence[int] = (),
+) -> list[Token]:
     """Beam search with ``width`` beams: the hypothesis with the highest mean log-probability, stop token included. The
     other arguments are those of :func:`decode`."""
     alive: list[tuple[float, list[Token]]] = [(0.0, [])]
@@ -116,9 +130,12 @@ def beam_search(
 
 
 def _choose(
-    logits: np.ndarray, written: Sequence[int], sampler: Sampler, processors: Sequence[LogitsProcessor],
+    logits: np.ndarray,
+    written: Sequence[int],
+    sampler: Sampler,
+    processors: Sequence[LogitsProcessor],
     constraint: Constraint | None,
-) -> Token:  # fmt: skip
+) -> Token:
     if constraint is not None and (forced := constraint.forced(written)):
         return Token(forced[0], _probability(logits, forced[0]))
     if constraint is None or sampler.is_greedy:

@@ -66,9 +66,13 @@ class TokenTexts:
     """
 
     def __init__(
-        self, text_of: Callable[[int], str], size: int, special: frozenset[int], lexicon: Lexicon | None,
+        self,
+        text_of: Callable[[int], str],
+        size: int,
+        special: frozenset[int],
+        lexicon: Lexicon | None,
         base: TokenTexts | None = None,
-    ):  # fmt: skip
+    ):
         self._base = base
         self.text_of, self.size, self.special, self.lexicon = text_of, size, special, lexicon
         self._masks: dict[str, np.ndarray] = {}
@@ -128,10 +132,12 @@ class TokenTexts:
                 mask = np.ones(self.size, bool)
             elif run[-1:].isalpha():  # after a complete word, anything but a letter starts a gap
                 gap = self.continuing("") if self.lexicon.complete(run) else np.zeros(self.size, bool)
-                mask = np.array([
-                    self.continues(run, text) if text[:1].isalpha() else bool(known)
-                    for text, known in zip(texts, gap, strict=True)
-                ])  # fmt: skip
+                mask = np.array(
+                    [
+                        self.continues(run, text) if text[:1].isalpha() else bool(known)
+                        for text, known in zip(texts, gap, strict=True)
+                    ]
+                )
             else:
                 mask = np.array([self.continues(run, text) for text in texts])
             self._masks[run] = mask
@@ -160,9 +166,13 @@ class DraftConstraint:
     """
 
     def __init__(
-        self, sections: tuple[SectionPlan, SectionPlan], opening: Sequence[int], stop_ids: Sequence[int],
-        tokens: TokenTexts, full_stop: int,
-    ):  # fmt: skip
+        self,
+        sections: tuple[SectionPlan, SectionPlan],
+        opening: Sequence[int],
+        stop_ids: Sequence[int],
+        tokens: TokenTexts,
+        full_stop: int,
+    ):
         self.sections, self._stop, self.tokens, self._full_stop = sections, tuple(stop_ids), tokens, full_stop
         self._text, self._special = tokens.text_of, tokens.special | {*stop_ids}
         first = sections[0]

@@ -104,9 +104,14 @@ class DraftPlan:
 
 
 def plan_draft(
-    reading: ImageReading, context: ClinicalContext, settings: Decoding, manifest: Manifest,
-    resources: DraftingResources, template: str | None = None, max_new_tokens: int | None = None,
-) -> DraftPlan:  # fmt: skip
+    reading: ImageReading,
+    context: ClinicalContext,
+    settings: Decoding,
+    manifest: Manifest,
+    resources: DraftingResources,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
+) -> DraftPlan:
     """Plan one draft.
 
     A draft opens with a fixed sentence for each image finding that has one. Then it follows the user's template,
@@ -134,9 +139,11 @@ def plan_draft(
     content, warnings = _sections(parsed, bool(wording), not chosen, [*openings.values()], present, manifest)
     affirming = bool(content.findings and present and not openings)
     first = SectionPlan(
-        codec.headings[0], codec.encode_sentences(content.findings),
-        MAX_FREE if not content.findings else MAX_FREE_IN_TEMPLATE if affirming else 0, tuple(openings.values()),
-    )  # fmt: skip
+        codec.headings[0],
+        codec.encode_sentences(content.findings),
+        MAX_FREE if not content.findings else MAX_FREE_IN_TEMPLATE if affirming else 0,
+        tuple(openings.values()),
+    )
     second = SectionPlan(
         codec.headings[1], codec.encode_sentences(content.impression), 0 if content.impression else MAX_FREE
     )
@@ -150,13 +157,17 @@ def plan_draft(
     constraint = DraftConstraint((first, second), opening_ids, manifest.stop_ids, words, codec.full_stop)
     return DraftPlan(
         prompt_ids=tuple(codec.encode_prompt(build_prompt(context, reading.findings, reading.has_lateral))),
-        opening=opening, constraint=constraint,
+        opening=opening,
+        constraint=constraint,
         processors=processors_of(settings, manifest.stop_ids, manifest.never_ids, constraint.begins_word),
         denied=findings.contradicting(present) if findings and present else None,
-        fixed=(*openings.values(), *content.findings, *content.impression), affirming=affirming, max_new_tokens=limit,
-        template=chosen, template_source="given" if kept else "model" if chosen else None,
+        fixed=(*openings.values(), *content.findings, *content.impression),
+        affirming=affirming,
+        max_new_tokens=limit,
+        template=chosen,
+        template_source="given" if kept else "model" if chosen else None,
         warnings=tuple(warnings if kept else ()),
-    )  # fmt: skip
+    )
 
 
 def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCodec) -> tuple[DraftToken, ...]:
@@ -169,9 +180,13 @@ def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCode
 
 
 def _sections(
-    template: Template, exists: bool, impression_only: bool, opening: Sequence[str], present: Sequence[str],
+    template: Template,
+    exists: bool,
+    impression_only: bool,
+    opening: Sequence[str],
+    present: Sequence[str],
     manifest: Manifest,
-) -> tuple[Template, list[str]]:  # fmt: skip
+) -> tuple[Template, list[str]]:
     """The sentences of a template that a draft uses, and warnings about those left out.
 
     The impression repeats the opening sentences. Contradictions can be found in English only: if there is an image

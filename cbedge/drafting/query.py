@@ -31,8 +31,11 @@ def query_films(
 
 
 def read_images(
-    backend: Backend, codec: TextCodec, findings: ImageFindings | None, features: Sequence[np.ndarray],
+    backend: Backend,
+    codec: TextCodec,
+    findings: ImageFindings | None,
+    features: Sequence[np.ndarray],
     context: ClinicalContext,
-) -> ImageReading:  # fmt: skip
+) -> ImageReading:
     """Run :func:`query_films` and :func:`interpret`."""
     return interpret(query_films(backend, codec, features, context), findings)

@@ -32,9 +32,12 @@ class SentenceFilter:
     """
 
     def __init__(
-        self, denied: re.Pattern[str] | None = None, lexicon: Lexicon | None = None, fixed: Sequence[str] = (),
+        self,
+        denied: re.Pattern[str] | None = None,
+        lexicon: Lexicon | None = None,
+        fixed: Sequence[str] = (),
         affirming: bool = False,
-    ):  # fmt: skip
+    ):
         self._denied, self._lexicon, self._affirming = denied, lexicon, affirming
         self._fixed = {normalize(sentence) for sentence in fixed}
         self._indivisible = {"FINDINGS:", "IMPRESSION:", *fixed}  # not split at full stops inside, as in "Dr. X."

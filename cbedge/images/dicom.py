@@ -91,9 +91,13 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int) -> D
         pixels = orient(pixels, view)
     _check_body_part(dataset, found)
     return DicomFilm(
-        pixels, view.name, header_indication(dataset), str(dataset.get("StudyInstanceUID") or "") or None, chroma,
+        pixels,
+        view.name,
+        header_indication(dataset),
+        str(dataset.get("StudyInstanceUID") or "") or None,
+        chroma,
         tuple(found),
-    )  # fmt: skip
+    )
 
 
 def _film(dataset: Dataset, name: str, found: Warnings) -> tuple[np.ndarray, float]:

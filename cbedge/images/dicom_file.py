@@ -26,20 +26,50 @@ if TYPE_CHECKING:
     from pydicom.tag import BaseTag
 
 INDICATIONS = (
-    "ReasonForStudy", "ReasonForTheRequestedProcedure", "RequestedProcedureDescription",
+    "ReasonForStudy",
+    "ReasonForTheRequestedProcedure",
+    "RequestedProcedureDescription",
     "AdmittingDiagnosesDescription",
-)  # fmt: skip
+)
 _SEQUENCES = (
-    "ModalityLUTSequence", "VOILUTSequence", "ViewCodeSequence", "ProcedureCodeSequence",
+    "ModalityLUTSequence",
+    "VOILUTSequence",
+    "ViewCodeSequence",
+    "ProcedureCodeSequence",
     "AdmittingDiagnosesCodeSequence",
-)  # fmt: skip
+)
 _USED = (
-    *COPIED, *INDICATIONS, *_SEQUENCES, "SpecificCharacterSet", "TransferSyntaxUID", "MediaStorageSOPClassUID",
-    "SeriesNumber", "Modality", "BodyPartExamined", "ViewPosition", "PatientOrientation", "NumberOfFrames", "Rows",
-    "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel",
-    "PhotometricInterpretation", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope",
-    "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape", "PixelData",
-)  # fmt: skip
+    *COPIED,
+    *INDICATIONS,
+    *_SEQUENCES,
+    "SpecificCharacterSet",
+    "TransferSyntaxUID",
+    "MediaStorageSOPClassUID",
+    "SeriesNumber",
+    "Modality",
+    "BodyPartExamined",
+    "ViewPosition",
+    "PatientOrientation",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "PresentationLUTShape",
+    "PixelData",
+)
 _OVERLAY_BIT_POSITIONS = tuple(0x60000102 + 0x20000 * i for i in range(16))
 _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_VALUE, _MAX_SEQUENCE = 2**16, 2**22  # bytes of one attribute

@@ -24,30 +24,62 @@ UNREADABLE = "\ufffd"  # replaces a header value whose bytes cannot be decoded
 
 _IDENTIFIERS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 _EMPTY_IF_MISSING = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
-    "StudyID", "AccessionNumber",
-)  # fmt: skip
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "StudyID",
+    "AccessionNumber",
+)
 # The Patient, General Study and Patient Study modules, without attributes that require others; then the equipment that
 # acquired the image.
 _SCALARS = (
-    *_EMPTY_IF_MISSING, "IssuerOfPatientID", "TypeOfPatientID", "PatientBirthTime", "OtherPatientNames", "EthnicGroup",
-    "PatientComments", "StudyDescription", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
+    *_EMPTY_IF_MISSING,
+    "IssuerOfPatientID",
+    "TypeOfPatientID",
+    "PatientBirthTime",
+    "OtherPatientNames",
+    "EthnicGroup",
+    "PatientComments",
+    "StudyDescription",
+    "PhysiciansOfRecord",
+    "NameOfPhysiciansReadingStudy",
     "ConsultingPhysicianName",
-    "PatientAge", "PatientSize", "PatientWeight", "AdmittingDiagnosesDescription", "MedicalAlerts", "Allergies",
-    "SmokingStatus", "PregnancyStatus", "PatientState", "Occupation", "AdditionalPatientHistory", "AdmissionID",
-)  # fmt: skip
+    "PatientAge",
+    "PatientSize",
+    "PatientWeight",
+    "AdmittingDiagnosesDescription",
+    "MedicalAlerts",
+    "Allergies",
+    "SmokingStatus",
+    "PregnancyStatus",
+    "PatientState",
+    "Occupation",
+    "AdditionalPatientHistory",
+    "AdmissionID",
+)
 _EQUIPMENT = (
-    "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber", "SoftwareVersions", "InstitutionName",
-    "InstitutionalDepartmentName", "InstitutionAddress", "StationName",
-)  # fmt: skip
+    "Manufacturer",
+    "ManufacturerModelName",
+    "DeviceSerialNumber",
+    "SoftwareVersions",
+    "InstitutionName",
+    "InstitutionalDepartmentName",
+    "InstitutionAddress",
+    "StationName",
+)
 _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
 COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # all attributes that are read here
 _CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
 _ALLOWED = {
-    "PatientSex": ("M", "F", "O"), "SmokingStatus": ("YES", "NO", "UNKNOWN"),
+    "PatientSex": ("M", "F", "O"),
+    "SmokingStatus": ("YES", "NO", "UNKNOWN"),
     "TypeOfPatientID": ("TEXT", "RFID", "BARCODE"),
-}  # fmt: skip
+}
 _WORDS = {"PatientSex": {"MALE": "M", "FEMALE": "F", "OTHER": "O"}}
 _LONGEST = {"SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
 _CLASSES = {"CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1"}
@@ -198,12 +230,16 @@ def _is_date(text: str) -> bool:
 
 
 _CHECKS: dict[str, Callable[[str], Any]] = {
-    "PN": _is_name, "DA": _is_date, "TM": _TIME.fullmatch, "AS": _AGE.fullmatch, "CS": _CODE_STRING.fullmatch,
+    "PN": _is_name,
+    "DA": _is_date,
+    "TM": _TIME.fullmatch,
+    "AS": _AGE.fullmatch,
+    "CS": _CODE_STRING.fullmatch,
     "UI": is_uid,
     "DS": lambda text: len(text) <= 16 and _DECIMAL.fullmatch(text) and math.isfinite(float(text)),
     "IS": lambda text: len(text) <= 12 and re.fullmatch(r"[+-]?\d+", text, re.ASCII),
     "US": lambda text: text in ("1", "2", "3", "4"),  # only PregnancyStatus has this VR
-}  # fmt: skip
+}
 
 
 def _class_of(header: Dataset) -> str:

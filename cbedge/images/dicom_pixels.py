@@ -209,9 +209,12 @@ def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None
     """
     rows, columns = values.shape
     return stretch(
-        values, film, transform=_transform(dataset, values, warnings), inverted=_is_inverted(dataset),
+        values,
+        film,
+        transform=_transform(dataset, values, warnings),
+        inverted=_is_inverted(dataset),
         factor=reduction(rows, columns, 4),
-    )  # fmt: skip
+    )
 
 
 def _is_inverted(dataset: Dataset) -> bool:

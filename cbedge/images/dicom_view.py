@@ -26,16 +26,58 @@ _CODES = {
     "R-10238": "lateral",
 }  # fmt: skip
 _POSITIONS = {
-    **dict.fromkeys(("FRONTAL", "PA", "AP", "APPA", "PAAP", "POSTEROANTERIOR", "ANTEROPOSTERIOR", "PAUPRIGHT",
-                     "APUPRIGHT", "APSUPINE", "APSITTING", "PAERECT", "APERECT", "PORTABLE", "SUPINE", "APPORTABLE",
-                     "PACHEST", "APCHEST", "CHESTPA", "CHESTAP"), "frontal"),
+    **dict.fromkeys(
+        (
+            "FRONTAL",
+            "PA",
+            "AP",
+            "APPA",
+            "PAAP",
+            "POSTEROANTERIOR",
+            "ANTEROPOSTERIOR",
+            "PAUPRIGHT",
+            "APUPRIGHT",
+            "APSUPINE",
+            "APSITTING",
+            "PAERECT",
+            "APERECT",
+            "PORTABLE",
+            "SUPINE",
+            "APPORTABLE",
+            "PACHEST",
+            "APCHEST",
+            "CHESTPA",
+            "CHESTAP",
+        ),
+        "frontal",
+    ),
     # A lateral decubitus view is a frontal view of a patient who lies on the side.
     **dict.fromkeys(("LLD", "RLD", "LEFTLATERALDECUBITUS", "RIGHTLATERALDECUBITUS", "DECUBITUS", "LATDEC"), "frontal"),
-    **dict.fromkeys(("LATERAL", "LAT", "LL", "RL", "LLAT", "RLAT", "LATL", "LATR", "LLATERAL", "RLATERAL",
-                     "LEFTLATERAL", "RIGHTLATERAL", "LATERALLEFT", "LATERALRIGHT", "LMLO", "LM", "ML", "LATLAT"),
-                    "lateral"),
+    **dict.fromkeys(
+        (
+            "LATERAL",
+            "LAT",
+            "LL",
+            "RL",
+            "LLAT",
+            "RLAT",
+            "LATL",
+            "LATR",
+            "LLATERAL",
+            "RLATERAL",
+            "LEFTLATERAL",
+            "RIGHTLATERAL",
+            "LATERALLEFT",
+            "LATERALRIGHT",
+            "LMLO",
+            "LM",
+            "ML",
+            "LATLAT",
+        ),
+        "lateral",
+    ),
     **dict.fromkeys(("RLO", "LLO", "RAO", "LAO", "RPO", "LPO", "OBL", "OBLIQUE", "OBLIQUES"), "oblique"),
-}  # fmt: skip
+}
 _DECUBITUS = ("LLD", "RLD", "LEFTLATERALDECUBITUS", "RIGHTLATERALDECUBITUS", "DECUBITUS", "LATDEC")
 _AXES = {"L": 0, "R": 0, "A": 1, "P": 1, "H": 2, "F": 2}
 
@@ -71,16 +113,21 @@ def view_of(dataset: Dataset, warnings: Warnings) -> View:
     if position and code and position != code:
         warnings.add("ViewPosition", "contradicts ViewCodeSequence: check the view")
     if stated == "oblique":
-        warnings.add("ViewPosition" if position else "ViewCodeSequence",
-                     "states an oblique view: the draft treats it as a frontal view")  # fmt: skip
+        warnings.add(
+            "ViewPosition" if position else "ViewCodeSequence",
+            "states an oblique view: the draft treats it as a frontal view",
+        )
         stated = None
     elif stated and orientation.name and stated != orientation.name:
         warnings.add("PatientOrientation", f"does not match a {stated} view: check the view")
         return View(stated)
     return View(
-        stated or orientation.name, orientation.transpose, orientation.flip_rows, orientation.flip_columns,
+        stated or orientation.name,
+        orientation.transpose,
+        orientation.flip_rows,
+        orientation.flip_columns,
         orientation.oriented,
-    )  # fmt: skip
+    )
 
 
 def orient(pixels: np.ndarray, view: View) -> np.ndarray:
@@ -118,8 +165,13 @@ def _by_code(dataset: Dataset, warnings: Warnings) -> str | None:
         return None
     if code in _CODES:
         return _CODES[code]
-    for word, view in (("obliq", "oblique"), ("lateral", "lateral"), ("frontal", "frontal"),
-                       ("antero", "frontal"), ("postero", "frontal")):  # fmt: skip
+    for word, view in (
+        ("obliq", "oblique"),
+        ("lateral", "lateral"),
+        ("frontal", "frontal"),
+        ("antero", "frontal"),
+        ("postero", "frontal"),
+    ):
         if word in meaning and "decubitus" not in meaning:
             return view
     warnings.add("ViewCodeSequence", "has an unknown value: check the view")

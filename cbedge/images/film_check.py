@@ -49,9 +49,12 @@ class FilmCheck:
         )
 
     def assess(
-        self, films: Sequence[Radiograph], features: Sequence[np.ndarray], view: str | None,
+        self,
+        films: Sequence[Radiograph],
+        features: Sequence[np.ndarray],
+        view: str | None,
         accept_any_image: bool = False,
-    ) -> tuple[str, ...]:  # fmt: skip
+    ) -> tuple[str, ...]:
         """Refuse images that do not look like chest radiographs of their view, and warn about doubtful ones.
 
         Args:

@@ -18,9 +18,13 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 def stretch(
-    values: np.ndarray, counted: np.ndarray | None = None, *, transform: Transform | None = None,
-    inverted: bool = False, factor: int = 1,
-) -> np.ndarray:  # fmt: skip
+    values: np.ndarray,
+    counted: np.ndarray | None = None,
+    *,
+    transform: Transform | None = None,
+    inverted: bool = False,
+    factor: int = 1,
+) -> np.ndarray:
     """Stretch values to 0..1 by their own robust range; values outside are clipped.
 
     Args:

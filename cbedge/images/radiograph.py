@@ -186,9 +186,14 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
 def _from_dicom(film: "DicomFilm", digest: str, name: str) -> Radiograph:
     check_size(film.pixels.shape[::-1], name, MAX_PIXELS, MIN_SIDE)
     return Radiograph(
-        _checked(film.pixels, name), film.view, digest, film.indication, film.chroma, study_uid=film.study_uid,
+        _checked(film.pixels, name),
+        film.view,
+        digest,
+        film.indication,
+        film.chroma,
+        study_uid=film.study_uid,
         warnings=film.warnings,
-    )  # fmt: skip
+    )
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
@@ -200,8 +205,9 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     check_size((array.shape[1], array.shape[0]), name, max_pixels, MIN_SIDE)
     rows, columns = array.shape[:2]
     coloured = array.ndim == 3 and array.shape[2] >= 3
-    with working_memory((4 * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7), name,
-                        (columns, rows)):  # fmt: skip
+    with working_memory(
+        (4 * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7), name, (columns, rows)
+    ):
         values = array.astype(array.dtype.newbyteorder("="), copy=False)
         for part in blocks(values):
             block = values[part]

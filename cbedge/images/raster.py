@@ -245,9 +245,12 @@ def _picture(image: Image.Image, name: str) -> _Picture:
         colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
         grey = _grey(image, name)
         return _Picture(
-            grey if stored is None else grey.view(stored), colour, _chroma(image),
-            orientation if orientation in range(1, 9) else 1, white_is_zero,
-        )  # fmt: skip
+            grey if stored is None else grey.view(stored),
+            colour,
+            _chroma(image),
+            orientation if orientation in range(1, 9) else 1,
+            white_is_zero,
+        )
     except RadiographError:
         raise
     except Exception as error:  # Pillow's decoders raise various exceptions for damaged data

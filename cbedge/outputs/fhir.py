@@ -34,21 +34,28 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
     from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 
     device = {
-        "resourceType": "Device", "id": "software", "status": "active",
+        "resourceType": "Device",
+        "id": "software",
+        "status": "active",
         "deviceName": [{"name": report.model, "type": "model-name"}],
         "version": [{"value": f"{report.model_version} {report.variant}"}],
         "note": [{"text": DRAFT_STATEMENT}],
-    }  # fmt: skip
+    }
     sections = [
         {
-            "resourceType": "Observation", "id": name, "status": "preliminary", "code": _coding(*code),
-            "valueString": text, "device": {"reference": "#software"},
+            "resourceType": "Observation",
+            "id": name,
+            "status": "preliminary",
+            "code": _coding(*code),
+            "valueString": text,
+            "device": {"reference": "#software"},
         }
         for name, code, text in (
-            ("findings", FINDINGS, report.findings), ("impression", IMPRESSION, report.impression),
+            ("findings", FINDINGS, report.findings),
+            ("impression", IMPRESSION, report.impression),
         )
         if text
-    ]  # fmt: skip
+    ]
     values: dict[str, Any] = {
         "status": "preliminary",
         "category": [{"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0074", "code": "RAD"}]}],
@@ -56,11 +63,14 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
         "issued": datetime.now(UTC).isoformat(timespec="seconds"),
         "contained": [device, *sections],
         "result": [{"reference": f"#{section['id']}"} for section in sections],
-        "presentedForm": [{
-            "contentType": "text/plain; charset=utf-8", "title": "Unreviewed draft",
-            "data": base64.b64encode(report.to_text().encode()).decode(),
-        }],
-    }  # fmt: skip
+        "presentedForm": [
+            {
+                "contentType": "text/plain; charset=utf-8",
+                "title": "Unreviewed draft",
+                "data": base64.b64encode(report.to_text().encode()).decode(),
+            }
+        ],
+    }
     if report.impression:
         values["conclusion"] = report.impression
     of_study, unusable = _study(header) if header is not None else ({}, [])
@@ -74,7 +84,9 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
 def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
     """The image scores and the notes."""
     observation: dict[str, Any] = {
-        "resourceType": "Observation", "id": "image-scores", "status": "preliminary",
+        "resourceType": "Observation",
+        "id": "image-scores",
+        "status": "preliminary",
         "code": {"text": "Image scores of a research model, 0 to 1; they rank findings and are not probabilities"},
         "device": {"reference": "#software"},
         "component": [
@@ -82,7 +94,7 @@ def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
             for name, score in report.finding_scores.items()
         ],
         "note": [{"text": note} for note in notes],
-    }  # fmt: skip
+    }
     empty = [key for key in ("component", "note") if not observation[key]]
     for key in empty:
         del observation[key]
@@ -102,10 +114,12 @@ def _study(header: Dataset) -> tuple[dict[str, Any], list[str]]:
         uid = {"system": "urn:dicom:uid", "value": f"urn:oid:{study}"}
         found["imagingStudy"] = [{"type": "ImagingStudy", "identifier": uid}]
     if accession:
-        found["identifier"] = [{
-            "type": {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}]},
-            "value": accession,
-        }]  # fmt: skip
+        found["identifier"] = [
+            {
+                "type": {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}]},
+                "value": accession,
+            }
+        ]
     return found, [name for name in names if holds(header, name) and not usable(header, name)]
 
 

@@ -63,11 +63,18 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
                     self.add(dataset[name])
 
     document = Document(
-        evidence=[study.values], content=content,
-        series_instance_uid=uids[0], series_number=_series_number(header), sop_instance_uid=uids[1],
-        instance_number=1, manufacturer=_MANUFACTURER, is_complete=False, is_final=False, is_verified=False,
+        evidence=[study.values],
+        content=content,
+        series_instance_uid=uids[0],
+        series_number=_series_number(header),
+        sop_instance_uid=uids[1],
+        instance_number=1,
+        manufacturer=_MANUFACTURER,
+        is_complete=False,
+        is_final=False,
+        is_verified=False,
         specific_character_set="ISO_IR 192",  # whatever the header's was: a draft may hold any character
-    )  # fmt: skip
+    )
     document.ManufacturerModelName = _long_string(report.model)
     document.SoftwareVersions = _long_string(report.model_version)
     document.SeriesDescription = "Draft report, unreviewed"
@@ -79,10 +86,18 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
 def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:
     """A hash of a document's content: copied attributes, images, model and text."""
     parts = [
-        {str(element.tag): str(element.value) for element in study.values}, content.to_json(), report.text,
-        report.complete, report.image_sha256, report.lateral_sha256, report.view, report.template, report.model,
-        report.model_version, report.variant,
-    ]  # fmt: skip
+        {str(element.tag): str(element.value) for element in study.values},
+        content.to_json(),
+        report.text,
+        report.complete,
+        report.image_sha256,
+        report.lateral_sha256,
+        report.view,
+        report.template,
+        report.model,
+        report.model_version,
+        report.variant,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -120,9 +135,11 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
 
     def image() -> ImageContentItem:
         return ImageContentItem(
-            CodedConcept("111040", "DCM", "Original Source"), study.values.SOPClassUID, study.values.SOPInstanceUID,
+            CodedConcept("111040", "DCM", "Original Source"),
+            study.values.SOPClassUID,
+            study.values.SOPInstanceUID,
             relationship_type=inferred,
-        )  # fmt: skip
+        )
 
     def section(title: tuple[str, str], name: CodedConcept, text: str) -> ContainerContentItem:
         container = ContainerContentItem(CodedConcept(title[0], "LN", title[1]), False, relationship_type=contains)
@@ -136,7 +153,8 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
     items = [
         CodeContentItem(
             CodedConcept("121049", "DCM", "Language of Content Item and Descendants"),
-            CodedConcept("en", "RFC5646", "English"), modifier,
+            CodedConcept("en", "RFC5646", "English"),
+            modifier,
         ),
         CodeContentItem(CodedConcept("121005", "DCM", "Observer Type"), dcm.Device, context),
         UIDRefContentItem(CodedConcept("121012", "DCM", "Device Observer UID"), observer, context),
@@ -144,7 +162,7 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
         TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
         TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
-    ]  # fmt: skip
+    ]
     comments = [DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)]
     items += [TextContentItem(comment, text, contains) for text in comments]
     if report.findings:
@@ -154,9 +172,11 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
     for name, score in _scores(report):
         item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
         number = NumContentItem(
-            CodedConcept("score", "99CBEDGE", _SCORE_MEANING), score, CodedConcept("1", "UCUM", "no units"),
+            CodedConcept("score", "99CBEDGE", _SCORE_MEANING),
+            score,
+            CodedConcept("1", "UCUM", "no units"),
             relationship_type=RelationshipTypeValues.HAS_PROPERTIES,
-        )  # fmt: skip
+        )
         item.ContentSequence = ContentSequence([number, image()])
         items.append(item)
     root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")

@@ -233,9 +233,13 @@ class Documents:
 
 
 def draft_item(
-    item: Item, generator: ReportGenerator, max_new_tokens: int | None, accept_any_image: bool,
-    decoding: Decoding | None = None, documents: Documents | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    item: Item,
+    generator: ReportGenerator,
+    max_new_tokens: int | None,
+    accept_any_image: bool,
+    decoding: Decoding | None = None,
+    documents: Documents | None = None,
+) -> dict[str, Any]:
     """Draft one radiograph: the values of its line, with ``status`` ``ok``, or ``failed`` and ``error``.
 
     Raises:
@@ -243,9 +247,15 @@ def draft_item(
     """
     try:
         report = generator.generate(
-            item.image, indication=item.indication, comparison=item.comparison, view=item.view, lateral=item.lateral,
-            max_new_tokens=max_new_tokens, accept_any_image=accept_any_image, decoding=decoding,
-        )  # fmt: skip
+            item.image,
+            indication=item.indication,
+            comparison=item.comparison,
+            view=item.view,
+            lateral=item.lateral,
+            max_new_tokens=max_new_tokens,
+            accept_any_image=accept_any_image,
+            decoding=decoding,
+        )
         if documents is not None:
             documents.write(item, report)
     except OutputError:
@@ -259,9 +269,13 @@ def draft_item(
 
 
 def run_batch(
-    items: Sequence[Item], out: Path, model: str, draft: Draft, retry_failed: bool = False,
+    items: Sequence[Item],
+    out: Path,
+    model: str,
+    draft: Draft,
+    retry_failed: bool = False,
     progress: Callable[[Tally], None] = lambda tally: None,
-) -> Tally:  # fmt: skip
+) -> Tally:
     """Draft every item that is not in ``out`` yet, and append a line for each.
 
     Args:
@@ -384,10 +398,11 @@ def _open_lines(
             f"{out.name} was begun with {other}, but this run uses {model}: use the same model, or another --out"
         )
     kept = {
-        line["id"]: line for line in lines
+        line["id"]: line
+        for line in lines
         if (line["status"] == "ok" or not retry_failed)
         and _is_current(line, items.get(line["id"]), prints.get(line["id"]))
-    }  # fmt: skip
+    }
     if sum(map(_size_of, kept.values())) != out.stat().st_size:
         with open_atomically(out) as file:
             for line in kept.values():
@@ -514,7 +529,12 @@ def _read_table(path: Path) -> list[Item]:
             raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
         texts = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
         items.append(
-            Item(cells.get("id") or image, path.parent / _path(image), **texts,
-                 lateral=path.parent / _path(lateral) if lateral else None, paths=(image, lateral or ""))
-        )  # fmt: skip
+            Item(
+                cells.get("id") or image,
+                path.parent / _path(image),
+                **texts,
+                lateral=path.parent / _path(lateral) if lateral else None,
+                paths=(image, lateral or ""),
+            )
+        )
     return items

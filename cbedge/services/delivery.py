@@ -75,9 +75,14 @@ class Delivery:
     """
 
     def __init__(
-        self, spool: Spool, aet: str, peer: Peer, first_retry_s: float, last_retry_s: float,
+        self,
+        spool: Spool,
+        aet: str,
+        peer: Peer,
+        first_retry_s: float,
+        last_retry_s: float,
         is_stopped: Callable[[], bool] = lambda: False,
-    ):  # fmt: skip
+    ):
         self.spool, self.aet, self.peer, self.is_stopped = spool, aet, peer, is_stopped
         self.first_retry_s, self.last_retry_s = first_retry_s, last_retry_s
         self._drafts: dict[str, _Draft] = {}

@@ -39,8 +39,13 @@ from cbedge.report import Report
 from cbedge.services.http_form import DraftForm, form_schema, open_form, read_form
 from cbedge.services.http_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
 
-_STATUS: dict[type[CbedgeError], int] = {RadiographError: 422, ContextError: 422, BundleError: 500, DeviceError: 500,
-                                         DraftError: 422}  # fmt: skip
+_STATUS: dict[type[CbedgeError], int] = {
+    RadiographError: 422,
+    ContextError: 422,
+    BundleError: 500,
+    DeviceError: 500,
+    DraftError: 422,
+}
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self'"
@@ -107,9 +112,12 @@ class Drafter:
         self._tickets: dict[str, float] = {}  # ticket → expiry time
 
     async def draft(
-        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
-        send: Callable[[str], Awaitable[None]] | None = None, ticket: str | None = None,
-    ) -> ReportStream:  # fmt: skip
+        self,
+        make: Callable[[], ReportStream],
+        alive: Callable[[], Awaitable[bool]],
+        send: Callable[[str], Awaitable[None]] | None = None,
+        ticket: str | None = None,
+    ) -> ReportStream:
         """Draft in a thread. ``send`` is called with every piece; ``alive`` is checked between pieces.
 
         ``ticket`` is the ticket of an earlier :class:`Overloaded`.
@@ -155,9 +163,12 @@ class Drafter:
         raise Overloaded(retry_after, issued)
 
     async def _write(
-        self, make: Callable[[], ReportStream], alive: Callable[[], Awaitable[bool]],
-        send: Callable[[str], Awaitable[None]] | None, deadline: float,
-    ) -> ReportStream:  # fmt: skip
+        self,
+        make: Callable[[], ReportStream],
+        alive: Callable[[], Awaitable[bool]],
+        send: Callable[[str], Awaitable[None]] | None,
+        deadline: float,
+    ) -> ReportStream:
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop, stop = asyncio.get_running_loop(), threading.Event()
 
@@ -243,14 +254,22 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
         drafter.draining = True
 
     app = FastAPI(
-        title="cbedge", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="cbedge",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         description="Drafts chest radiograph reports. Research software, not a medical device.",
-    )  # fmt: skip
+    )
     app.state.drafter = drafter
     app.add_middleware(
-        RequestGuard, max_bytes=settings.max_bytes, idle_s=settings.idle_s, body_s=settings.deadline_s,
-        max_together=settings.max_together, hosts=settings.hosts,
-    )  # fmt: skip
+        RequestGuard,
+        max_bytes=settings.max_bytes,
+        idle_s=settings.idle_s,
+        body_s=settings.deadline_s,
+        max_together=settings.max_together,
+        hosts=settings.hosts,
+    )
     app.add_exception_handler(CbedgeError, _invalid_input)
     app.add_exception_handler(Overloaded, _queue_full)
     app.add_exception_handler(GivenUp, _deadline_passed)
@@ -300,23 +319,31 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
     router = APIRouter(dependencies=[allowed])
 
     @router.post(
-        "/v1/reports", summary="Draft the report of one study",
+        "/v1/reports",
+        summary="Draft the report of one study",
         responses={
-            200: {"content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
-                  "description": "The draft; with `stream`, events `piece` with text, and finally `report`."},
+            200: {
+                "content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
+                "description": "The draft; with `stream`, events `piece` with text, and finally `report`.",
+            },
             400: {"description": "The body is not a valid multipart form."},
-            401: {"description": "The token is missing or wrong."}, 413: {"description": "The request is too large."},
+            401: {"description": "The token is missing or wrong."},
+            413: {"description": "The request is too large."},
             403: {"description": "The request comes from a page of another website."},
             408: {"description": "The request was too slow."},
             421: {"description": "The Host header is not allowed."},
             422: {"description": "The radiograph or its context is invalid."},
-            429: {"description": "The queue is full: retry after Retry-After, with the response's Queue-Ticket as a "
-                                 "header to get priority."},
-            503: {"description": "The deadline passed, the service is shutting down, or it has no space for the "
-                                 "request: retry after Retry-After."},
+            429: {
+                "description": "The queue is full: retry after Retry-After, with the response's Queue-Ticket as a "
+                "header to get priority."
+            },
+            503: {
+                "description": "The deadline passed, the service is shutting down, or it has no space for the "
+                "request: retry after Retry-After."
+            },
         },
         openapi_extra={"requestBody": form_schema()},
-    )  # fmt: skip
+    )
     async def reports(
         request: Request,
         queue_ticket: Annotated[str | None, Header(description="Queue-Ticket of an earlier response 429.")] = None,
@@ -366,8 +393,11 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             return Response(document, media_type=FORMATS[form.format].media_type, headers={"X-Request-Id": number})
         events = _events(run, held, form.heatmap)
         first = await anext(events)  # errors of the input set the status, before the stream starts
-        return StreamingResponse(_chain(first, events), media_type="text/event-stream",
-                                 headers={"X-Request-Id": number, "Cache-Control": "no-store"})  # fmt: skip
+        return StreamingResponse(
+            _chain(first, events),
+            media_type="text/event-stream",
+            headers={"X-Request-Id": number, "Cache-Control": "no-store"},
+        )
 
     return router
 
@@ -397,11 +427,15 @@ def _info_routes(
         manifest = generator.bundle.manifest
         card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
         return {
-            "name": manifest.name, "version": manifest.version, "variant": generator.variant,
-            "device": generator.backend.device, "license": manifest.license,
-            "reads_lateral": manifest.reads_lateral, "takes_template": manifest.image_findings is not None,
+            "name": manifest.name,
+            "version": manifest.version,
+            "variant": generator.variant,
+            "device": generator.backend.device,
+            "license": manifest.license,
+            "reads_lateral": manifest.reads_lateral,
+            "takes_template": manifest.image_findings is not None,
             "card": card,
-        }  # fmt: skip
+        }
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
@@ -490,11 +524,20 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
     if not settings.hosts and settings.token is None:  # with a token, other websites have no access anyway
         settings = replace(settings, hosts=(*LOOPBACK, host))
     app = create_app(generator, settings)
-    server = uvicorn.Server(uvicorn.Config(
-        app, host=host, port=port, log_level="critical", access_log=False, timeout_keep_alive=20,
-        http=patient_protocol(settings.idle_s, settings.deadline_s), ws="none",
-        timeout_graceful_shutdown=int(settings.deadline_s), h11_max_incomplete_event_size=64 * 1024,
-    ))  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="critical",
+            access_log=False,
+            timeout_keep_alive=20,
+            http=patient_protocol(settings.idle_s, settings.deadline_s),
+            ws="none",
+            timeout_graceful_shutdown=int(settings.deadline_s),
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+    )
     _log.info(json.dumps(f"serving on http://{host}:{port}"))
     server.run()
     if not server.started:

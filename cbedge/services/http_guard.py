@@ -43,9 +43,8 @@ class RequestGuard:
     """
 
     def __init__(
-        self, app: ASGIApp, max_bytes: int, idle_s: float, body_s: float, max_together: int,
-        hosts: tuple[str, ...] = (),
-    ):  # fmt: skip
+        self, app: ASGIApp, max_bytes: int, idle_s: float, body_s: float, max_together: int, hosts: tuple[str, ...] = ()
+    ):
         self.app, self.max_bytes, self.idle_s, self.body_s = app, max_bytes, idle_s, body_s
         self.max_together, self.hosts = max_together, frozenset(host.lower() for host in hosts)
         self._open = self._together = 0

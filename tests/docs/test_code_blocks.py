@@ -69,9 +69,7 @@ class Shell:
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
         shutil.copytree(ROOT / "examples", folder / "examples")
         paths = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-        self.environment = {
-            **os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT), "COLUMNS": "100",
-        }  # fmt: skip
+        self.environment = {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
 
     def run(self, block: Block) -> str:
         """What a block prints."""

@@ -45,8 +45,23 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     config.write_text(RUN.format(base=save_tiny(base, flan_t5=True)), encoding="utf-8")
     done = run_cli("training", "run", "--config", config, "--data", tiny_data, "--output", run, "--max-steps", 2)
     assert done.returncode == 0, done.stderr
-    done = call_cli("export", "--checkpoint", checkpoint_of(run), "--adapters", run, "--out", out, "--name", "tiny-t5",
-                   "--variant", "fp32", "--variant", "all", "--data", tiny_data)  # fmt: skip
+    done = call_cli(
+        "export",
+        "--checkpoint",
+        checkpoint_of(run),
+        "--adapters",
+        run,
+        "--out",
+        out,
+        "--name",
+        "tiny-t5",
+        "--variant",
+        "fp32",
+        "--variant",
+        "all",
+        "--data",
+        tiny_data,
+    )
     assert done.returncode == 0, done.stderr
     return out
 

@@ -81,10 +81,13 @@ def test_a_phrasebook_of_the_models_own_drafts_saves_passes_and_changes_no_word(
     open_bundle(tmp_path / "b").verify()
     studies = open_studies(tiny_data, ("train",), 5)
     before, after = (
-        [generator.generate(study.image, indication=study.context.indication, accept_any_image=True)
-         for generator in [ReportGenerator.from_pretrained(bundle, device="cpu")] for study in studies]
+        [
+            generator.generate(study.image, indication=study.context.indication, accept_any_image=True)
+            for generator in [ReportGenerator.from_pretrained(bundle, device="cpu")]
+            for study in studies
+        ]
         for bundle in (tiny_bundle, tmp_path / "b")
-    )  # fmt: skip
+    )
     assert [report.text for report in before] == [report.text for report in after]
     assert sum(report.passes for report in after) <= sum(report.passes for report in before)
     refused = call_cli("export.revise", tiny_bundle, "--out", tmp_path / "c", "--phrases", tmp_path)
@@ -149,10 +152,13 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
         "embed_tokens", helper.make_node("Gather", ["w", "input_ids"], ["inputs_embeds"]), [ids], [rows], table
     )
     head = helper.make_node("MatMul", ["x", "w"], ["y"], name="/lm_head/MatMul")
-    paths = {"embed_tokens": embed, **{
-        kind: save(kind, head, [x], [y], np.ascontiguousarray(table.T))
-        for kind in ("vision_encoder", "qformer", "decoder_model_merged")
-    }}  # fmt: skip
+    paths = {
+        "embed_tokens": embed,
+        **{
+            kind: save(kind, head, [x], [y], np.ascontiguousarray(table.T))
+            for kind in ("vision_encoder", "qformer", "decoder_model_merged")
+        },
+    }
     (tmp_path / "q").mkdir()
     written = quantize_graphs(paths, tmp_path / "q")
     import onnxruntime
@@ -300,8 +306,23 @@ def test_graphs_too_large_for_one_file_keep_their_weights_beside_them(
 
     monkeypatch.setattr(tracing, "LARGEST_GRAPH", 20_000)
     out = tmp_path / "large"
-    done = call_cli("export", "--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--out", out,
-                    "--data", tiny_data, "--variant", "fp32", "--variant", "fp16", "--variant", "int8")  # fmt: skip
+    done = call_cli(
+        "export",
+        "--checkpoint",
+        checkpoint_of(tiny_run),
+        "--adapters",
+        tiny_run,
+        "--out",
+        out,
+        "--data",
+        tiny_data,
+        "--variant",
+        "fp32",
+        "--variant",
+        "fp16",
+        "--variant",
+        "int8",
+    )
     assert done.returncode == 0, done.stderr
     kinds = ("vision_encoder", "qformer", "embed_tokens", "decoder_model_merged")
     assert all((out / f"{kind}.onnx_data").is_file() for kind in kinds)

@@ -78,9 +78,7 @@ def test_tuned_scales_bring_the_rounded_model_nearer_to_the_one_in_fp32(tiny_bun
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_calibration_reads_the_models_own_drafts(
-    tiny_bundle: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-):  # fmt: skip
+def test_calibration_reads_the_models_own_drafts(tiny_bundle: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch):
     parts = restore(open_bundle(tiny_bundle), "fp32")
     table = parts.model.get_input_embeddings().weight
     drafts = [f"FINDINGS: Draft {i}." for i in range(3)]  # a random model's own are no text

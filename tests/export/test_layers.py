@@ -24,8 +24,11 @@ def answer(path: Path) -> np.ndarray:
         if node.name.startswith("past"):
             feed[node.name] = np.zeros((1, node.shape[1], 0, HEAD_SIZE), np.float32)
     hidden = next(node.shape[2] for node in session.get_inputs() if node.name == "inputs_embeds")
-    feed |= {"inputs_embeds": rng.standard_normal((1, 6, hidden)).astype(np.float32),
-             "attention_mask": np.ones((1, 6), np.int64), "logits_start": np.array([-6], np.int64)}  # fmt: skip
+    feed |= {
+        "inputs_embeds": rng.standard_normal((1, 6, hidden)).astype(np.float32),
+        "attention_mask": np.ones((1, 6), np.int64),
+        "logits_start": np.array([-6], np.int64),
+    }
     return session.run(["logits"], feed)[0]
 
 
@@ -34,10 +37,23 @@ def test_a_bundle_written_layer_by_layer_says_what_the_whole_one_says(
 ):
     checkpoint, out = checkpoint_of(tiny_run), tmp_path / "out"
     for variant in ("fp32", "q4f16"):  # the latter through int4
-        done = CliRunner().invoke(app, [
-            "--checkpoint", checkpoint, "--adapters", str(tiny_run), "--out", str(out / variant), "--data",
-            str(tiny_data), "--variant", variant, "--at-once", "1",
-        ])  # fmt: skip
+        done = CliRunner().invoke(
+            app,
+            [
+                "--checkpoint",
+                checkpoint,
+                "--adapters",
+                str(tiny_run),
+                "--out",
+                str(out / variant),
+                "--data",
+                str(tiny_data),
+                "--variant",
+                variant,
+                "--at-once",
+                "1",
+            ],
+        )
         assert done.exit_code == 0, done.output
         told = json.loads(done.stdout)
         assert "layers 1 to 1 of 2" in done.stderr and told["bundle"] == str(out / variant) and told["megabytes"] > 0
@@ -59,8 +75,19 @@ def test_the_decoder_of_a_language_model_alone_says_what_the_whole_one_says(
     parts = restore(open_bundle(tiny_bundle), "fp32")
     parts.model.language_model.save_pretrained(tmp_path / "language")
     parts.tokenizer.save_pretrained(tmp_path / "language")
-    done = CliRunner().invoke(app, ["--checkpoint", str(tmp_path / "language"), "--out", str(tmp_path / "out"),
-                                    "--variant", "fp32", "--at-once", "1"])  # fmt: skip
+    done = CliRunner().invoke(
+        app,
+        [
+            "--checkpoint",
+            str(tmp_path / "language"),
+            "--out",
+            str(tmp_path / "out"),
+            "--variant",
+            "fp32",
+            "--at-once",
+            "1",
+        ],
+    )
     assert done.exit_code == 0 and json.loads(done.stdout)["decoder"] == str(tmp_path / "out"), done.output
     path = tmp_path / "out" / "decoder_model_merged.onnx"
     whole, by_layers = answer(tiny_bundle / path.name), answer(path)

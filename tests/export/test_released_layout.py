@@ -69,9 +69,12 @@ def test_the_prompts_of_drafts_are_what_transformers_makes_of_their_text(
     assert (ids[count], ids[-1]) == ((2, ids[-1]) if family == "vicuna" else (ids[count], 1))
     assert torch.equal(encode_instructions(parts, [CONTEXT])["input_ids"], instruction)
     written = reference.model.generate(
-        pixel_values=theirs["pixel_values"], qformer_input_ids=instruction, input_ids=theirs["input_ids"],
-        max_new_tokens=32, do_sample=False,
-    )[0].tolist()  # fmt: skip
+        pixel_values=theirs["pixel_values"],
+        qformer_input_ids=instruction,
+        input_ids=theirs["input_ids"],
+        max_new_tokens=32,
+        do_sample=False,
+    )[0].tolist()
     backend, manifest = generator.backend, generator.bundle.manifest
     pixels = preprocess_radiograph(load_radiograph(films[0]), manifest.preprocessing)
     codec, findings = generator.resources.codec, generator.bundle.manifest.image_findings

@@ -25,9 +25,26 @@ def test_cells_differ_in_stages_and_priors_and_in_nothing_else(tiny_config: Path
 
 @needs_java
 def test_the_ablation_trains_scores_and_goes_on(tiny_config: Path, tiny_data: Path, tmp_path: Path):
-    arguments = ("training", "ablate", "--config", tiny_config, "--data", tiny_data, "--runs", tmp_path / "runs",
-                 "--output", tmp_path / "table", "--max-steps", 1, "--limit", 3, "--cell", "none-priors",
-                 "--device", "cpu")  # fmt: skip
+    arguments = (
+        "training",
+        "ablate",
+        "--config",
+        tiny_config,
+        "--data",
+        tiny_data,
+        "--runs",
+        tmp_path / "runs",
+        "--output",
+        tmp_path / "table",
+        "--max-steps",
+        1,
+        "--limit",
+        3,
+        "--cell",
+        "none-priors",
+        "--device",
+        "cpu",
+    )
     done = call_cli(*arguments)
     assert done.returncode == 0, done.stderr
     align = tmp_path / "runs" / "none-priors" / "align"
@@ -43,6 +60,16 @@ def test_the_ablation_trains_scores_and_goes_on(tiny_config: Path, tiny_data: Pa
 
 
 def test_an_unknown_cell_is_named(tiny_config: Path, tmp_path: Path):
-    done = call_cli("training", "ablate", "--config", tiny_config, "--runs", tmp_path / "r", "--output", tmp_path / "o",
-                   "--cell", "all")  # fmt: skip
+    done = call_cli(
+        "training",
+        "ablate",
+        "--config",
+        tiny_config,
+        "--runs",
+        tmp_path / "r",
+        "--output",
+        tmp_path / "o",
+        "--cell",
+        "all",
+    )
     assert done.returncode == 1 and "unknown cell 'all'" in done.stderr and not (tmp_path / "r").exists()

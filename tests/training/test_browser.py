@@ -11,12 +11,25 @@ from training.browser import write_browser
 def drafts(tmp_path: Path) -> Path:
     path = tmp_path / "drafts.jsonl"
     rows = [
-        {"study_id": "S1", "indication": "<b>cough</b>", "findings": REPORTS[1][0], "impression": REPORTS[1][1],
-         "tags": ["abnormal", "cardiomegaly"],
-         "drafts": {"own": "FINDINGS: The heart is enlarged. There is an opacity. No pneumothorax. IMPRESSION: Bad."}},
-        {"study_id": "S0", "indication": None, "findings": REPORTS[0][0], "impression": REPORTS[0][1], "tags": [],
-         "drafts": {"own": "FINDINGS: The lungs are clear."}},
-    ]  # fmt: skip
+        {
+            "study_id": "S1",
+            "indication": "<b>cough</b>",
+            "findings": REPORTS[1][0],
+            "impression": REPORTS[1][1],
+            "tags": ["abnormal", "cardiomegaly"],
+            "drafts": {
+                "own": "FINDINGS: The heart is enlarged. There is an opacity. No pneumothorax. IMPRESSION: Bad."
+            },
+        },
+        {
+            "study_id": "S0",
+            "indication": None,
+            "findings": REPORTS[0][0],
+            "impression": REPORTS[0][1],
+            "tags": [],
+            "drafts": {"own": "FINDINGS: The lungs are clear."},
+        },
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 

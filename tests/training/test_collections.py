@@ -19,10 +19,13 @@ def test_a_new_collection_is_one_file_and_one_entry(tmp_path: Path, monkeypatch:
         ]
 
     mine = Collection(
-        files="my.csv", provenance=Provenance("My hospital", "none", "here", "nobody"),
-        is_in=lambda folder: (folder / "my.csv").is_file(), is_recognised=lambda folder: True, studies=studies,
+        files="my.csv",
+        provenance=Provenance("My hospital", "none", "here", "nobody"),
+        is_in=lambda folder: (folder / "my.csv").is_file(),
+        is_recognised=lambda folder: True,
+        studies=studies,
         records=lambda folder, tally, cache: iter(()),
-    )  # fmt: skip
+    )
     with pytest.raises(FileNotFoundError, match=r"IU X-RAY .* or|or IU X-RAY"):
         open_studies(tmp_path, ("train",))
     monkeypatch.setattr("training.datasets.COLLECTIONS", [mine, *COLLECTIONS])

@@ -88,9 +88,12 @@ def test_a_text_agrees_most_with_itself():
 
 @pytest.mark.parametrize(
     "stage",
-    ["losses: {language: 1.0}", "losses: {language: 1.0, tags: 1.0}, tell_findings: [aorta]",
-     "losses: {language: 1.0}, tell_findings: [aorta], open_share: 0.5"],
-)  # fmt: skip
+    [
+        "losses: {language: 1.0}",
+        "losses: {language: 1.0, tags: 1.0}, tell_findings: [aorta]",
+        "losses: {language: 1.0}, tell_findings: [aorta], open_share: 0.5",
+    ],
+)
 def test_only_a_language_stage_that_tells_findings_can_learn_consensus(tmp_path: Path, stage: str):
     path = tmp_path / "run.yaml"
     path.write_text(f"base: mini\ndata: d\noutput: o\nstages: [{{name: language, learn: consensus, {stage}}}]")

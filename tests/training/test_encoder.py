@@ -120,8 +120,13 @@ def test_nih_labels_know_nothing_of_findings_that_they_do_not_cover():
     labels = dict(zip(FINDINGS, nih_labels(["Edema", "Mass"]).tolist(), strict=True))
     assert {name for name in FINDINGS if labels[name] == 1} == {"abnormal", "opacity", "nodule", "congestion", "edema"}
     assert {name for name in FINDINGS if labels[name] == -1} == {
-        "calcification", "low volume", "spine", "aorta", "device", "fracture",
-    }  # fmt: skip
+        "calcification",
+        "low volume",
+        "spine",
+        "aorta",
+        "device",
+        "fracture",
+    }
     assert set(nih_labels([]).tolist()) == {0, -1}
 
 
@@ -261,9 +266,12 @@ def test_the_gpu_script_leaves_the_best_weights_in_pieces(films: Films, start: d
         pytest.skip("no python3 beside the interpreter")
     done = subprocess.run(
         [script, tmp_path / "pack", tmp_path / "out", "1", config, "--device", "cpu", "--max-steps", "2"],
-        cwd=ROOT, env={**os.environ, "PATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     best = tmp_path / "best.safetensors"
     best.write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "out").glob("best.safetensors.??"))))

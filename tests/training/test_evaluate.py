@@ -65,25 +65,61 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path
 ):
     stem = tmp_path / "result"
-    arguments = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--variant", "int4",
-                 "--variant", "fp32", "--run", tiny_run,
-                 "--image-blind", tiny_run / "wording", "--output", stem,
-                 "--drafts", tmp_path / "drafts.jsonl", "--device", "cpu")  # fmt: skip
+    arguments = (
+        "training",
+        "evaluate",
+        "--data",
+        tiny_data,
+        "--model",
+        tiny_bundle,
+        "--variant",
+        "int4",
+        "--variant",
+        "fp32",
+        "--run",
+        tiny_run,
+        "--image-blind",
+        tiny_run / "wording",
+        "--output",
+        stem,
+        "--drafts",
+        tmp_path / "drafts.jsonl",
+        "--device",
+        "cpu",
+    )
     done = call_cli(*arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads(stem.with_suffix(".json").read_text())
     assert list(record["scores"]) == [
-        "int4 (cbedge)", "fp32 (cbedge)", "fp32 (torch)", "image-blind model (torch)", "images swapped", "blank image",
-        "indication withheld", "without template", "template alone", "constant",
+        "int4 (cbedge)",
+        "fp32 (cbedge)",
+        "fp32 (torch)",
+        "image-blind model (torch)",
+        "images swapped",
+        "blank image",
+        "indication withheld",
+        "without template",
+        "template alone",
+        "constant",
         "nearest image",
         "consensus of 25",
-    ]  # fmt: skip
+    ]
     assert str(tmp_path) not in stem.with_suffix(".json").read_text()
     assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
     again = call_cli(*arguments)
     assert again.returncode == 1 and "--force" in again.stderr
-    blind = call_cli("training", "evaluate", "--data", tiny_data, "--image-blind", tiny_run / "wording", "--output",
-                    tmp_path / "blind", "--device", "cpu")  # fmt: skip
+    blind = call_cli(
+        "training",
+        "evaluate",
+        "--data",
+        tiny_data,
+        "--image-blind",
+        tiny_run / "wording",
+        "--output",
+        tmp_path / "blind",
+        "--device",
+        "cpu",
+    )
     assert blind.returncode == 0, blind.stderr
     alone = json.loads((tmp_path / "blind.json").read_text())
     assert list(alone["scores"]) == ["image-blind model (torch)", "constant"] and not alone["looks"]
@@ -91,9 +127,17 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
 
 
 def _write_drafts(path: Path, drafts: list[str]) -> Path:
-    lines = [{"study_id": str(i), "indication": None, "findings": reference, "impression": "", "tags": [],
-              "drafts": {"model": f"FINDINGS: {draft}"}}
-             for i, (reference, draft) in enumerate(zip(REPORTS * 5, drafts, strict=True))]  # fmt: skip
+    lines = [
+        {
+            "study_id": str(i),
+            "indication": None,
+            "findings": reference,
+            "impression": "",
+            "tags": [],
+            "drafts": {"model": f"FINDINGS: {draft}"},
+        }
+        for i, (reference, draft) in enumerate(zip(REPORTS * 5, drafts, strict=True))
+    ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return path
 

@@ -17,10 +17,16 @@ def chexbert(tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(
-        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
-        max_position_embeddings=512,
-    ))  # fmt: skip
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            intermediate_size=96,
+            max_position_embeddings=512,
+        )
+    )
     state = {f"module.bert.{name}": value for name, value in bert.state_dict().items()}
     for i in range(14):
         count = 2 if i == 13 else 4

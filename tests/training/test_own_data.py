@@ -70,9 +70,14 @@ def test_a_run_without_a_record_of_its_data_is_said_to_have_none(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "not JSON"), ("[]", "not a JSON object"), ('{"licence": "x"}', "no name"), ('{"nam": "x"}', "'nam'"),
-     ('{"name": 3}', "name is not a text")],
-)  # fmt: skip
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"licence": "x"}', "no name"),
+        ('{"nam": "x"}', "'nam'"),
+        ('{"name": 3}', "name is not a text"),
+    ],
+)
 def test_a_wrong_dataset_json_is_refused(own: Path, text: str, reason: str):
     (own / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=rf"dataset\.json.*{reason}"):
@@ -156,7 +161,7 @@ def only_normal(number: int, row: dict) -> None:
         (only_normal, "tags loss cannot learn anything"),
         (lambda n, row: only_normal(n, row) if row["split"] == "val" else None, "is known to be abnormal"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_the_data_is_one_line_before_anything_is_written(
     own: Path, tiny_config: Path, tmp_path: Path, change: Callable[[int, dict], object], reason: str
 ):

@@ -37,11 +37,33 @@ def assert_two_find_what_one_finds(config: Path, data: Path, folder: Path, stage
     """Train with one process and with two, and compare; returns what the two said."""
     run(load_config(config, data=data, output=folder / "one", device="cpu"), max_steps=2)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "training", "run", "--config", config, "--data", data,
-         "--output", folder / "two", "--max-steps", "2", "--device", "cpu"],
-        capture_output=True, text=True, cwd=ROOT, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "training",
+            "run",
+            "--config",
+            config,
+            "--data",
+            data,
+            "--output",
+            folder / "two",
+            "--max-steps",
+            "2",
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stderr
     for stage in stages:

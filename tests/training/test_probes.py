@@ -41,8 +41,16 @@ def test_more_studies_tell_a_weak_sign_better(tiny_data: Path, tmp_path: Path):
     assert [point["studies"] for point in points] == [200, 400, 800, 1600]
     first, last = (points[i]["vision"]["abnormal"][0] for i in (0, -1))
     assert last > first + 0.05 and points[-1]["vision"]["mean"] == [last, 0.0]
-    record = {"base": "b", "date": "today", "limited": False, "repeats": 2, "studies": 400, "split": "test",
-              "kinds": ["vision"], "points": points}  # fmt: skip
+    record = {
+        "base": "b",
+        "date": "today",
+        "limited": False,
+        "repeats": 2,
+        "studies": 400,
+        "split": "test",
+        "kinds": ["vision"],
+        "points": points,
+    }
     assert f"| 1600 | {last:.3f} | {last:.3f} |" in to_markdown(record)
     plot(record, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").width > 300
@@ -51,6 +59,7 @@ def test_more_studies_tell_a_weak_sign_better(tiny_data: Path, tmp_path: Path):
 def test_too_few_studies_for_a_curve_are_refused(tiny_run: Path, tiny_data: Path, tmp_path: Path):
     from training.trained import checkpoint_of
 
-    done = call_cli("training", "curve", "--base", checkpoint_of(tiny_run), "--data", tiny_data, "--output",
-                   tmp_path / "curve")  # fmt: skip
+    done = call_cli(
+        "training", "curve", "--base", checkpoint_of(tiny_run), "--data", tiny_data, "--output", tmp_path / "curve"
+    )
     assert done.returncode == 1 and "train studies are too few" in done.stderr and not [*tmp_path.iterdir()]

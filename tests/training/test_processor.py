@@ -19,11 +19,18 @@ from training.processor import PREPROCESSOR_CONFIG, from_image_processor, load_p
 
 # As Salesforce/instructblip-vicuna-7b has it.
 RELEASED = {
-    "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_processor_type": "BlipImageProcessor",
-    "image_std": [0.26862954, 0.26130258, 0.27577711], "processor_class": "InstructBlipProcessor", "resample": 3,
-    "rescale_factor": 0.00392156862745098, "size": {"height": 224, "width": 224},
-}  # fmt: skip
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "BlipImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "processor_class": "InstructBlipProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"height": 224, "width": 224},
+}
 
 
 def film(mode: str, kind: str, rows: int, columns: int) -> bytes:
@@ -40,9 +47,17 @@ def film(mode: str, kind: str, rows: int, columns: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("change", [{}, {"size": {"height": 336, "width": 336}}, {"size": 96, "resample": 2},
-                                    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1},
-                                    {"do_normalize": False}, {"do_rescale": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"size": {"height": 336, "width": 336}},
+        {"size": 96, "resample": 2},
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1},
+        {"do_normalize": False},
+        {"do_rescale": False},
+    ],
+)
 @pytest.mark.parametrize("mode", ["L", "RGB", "grey RGB"])
 @pytest.mark.parametrize(("kind", "rows", "columns"), [("PNG", 240, 200), ("JPEG", 150, 401), ("PNG", 224, 224)])
 def test_pixel_values_are_those_of_transformers(mode: str, kind: str, rows: int, columns: int, change: dict):
@@ -95,8 +110,10 @@ def test_a_damaged_file_is_an_error_and_a_missing_one_gives_the_mini_models_sett
         load_preprocessing(tmp_path, 224)
 
 
-@pytest.mark.parametrize("settings", [Preprocessing(), from_image_processor(RELEASED),
-                                      replace(Preprocessing(), image_size=336, resample="lanczos")])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [Preprocessing(), from_image_processor(RELEASED), replace(Preprocessing(), image_size=336, resample="lanczos")],
+)
 def test_settings_are_saved_with_a_checkpoint_in_transformers_form(tmp_path: Path, settings: Preprocessing):
     save_preprocessing(settings, 32, tmp_path)
     assert load_preprocessing(tmp_path, settings.image_size) == settings

@@ -88,8 +88,10 @@ def four_losses(folder: Path) -> Stage:
 def test_an_image_blind_drafter_has_no_place_for_a_lateral_radiograph(parts: ModelAndTokenizers, tiny_data: Path):
     study = next(s for s in open_studies(tiny_data, ("test",)) if s.lateral is not None)
     blind = TorchDrafter(parts, image_blind=True)
-    both, one = (blind.draft([Request(study.image, study.context, lateral)], lambda count: None)
-                 for lateral in (study.lateral, None))  # fmt: skip
+    both, one = (
+        blind.draft([Request(study.image, study.context, lateral)], lambda count: None)
+        for lateral in (study.lateral, None)
+    )
     assert both == one != TorchDrafter(parts).draft([Request(study.image, study.context)], lambda count: None)
 
 

@@ -20,37 +20,111 @@ PROJECTIONS = "indiana_projections.csv"
 ANNOTATION = "annotation.json"
 STUDIES = "studies.jsonl"
 PROVENANCE = Provenance(
-    "IU X-RAY (Open-i)", "CC BY-NC-ND 4.0", "https://openi.nlm.nih.gov",
+    "IU X-RAY (Open-i)",
+    "CC BY-NC-ND 4.0",
+    "https://openi.nlm.nih.gov",
     "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
     population="Adults of one American health network, English reports from the years before 2013.",
-)  # fmt: skip
+)
 # Study → start of the SHA-256 of its findings (lower case, letters and digits): by these the collection is recognised.
 _FINGERPRINTS = {
-    "CXR65": "91fa22c44345", "CXR98": "754d6f31c013", "CXR168": "8bce3b57c15b", "CXR185": "b81503c2e297",
-    "CXR186": "8250629313ad", "CXR212": "219ae22b4946", "CXR307": "a130ea300108", "CXR328": "35ce6f69f0aa",
-    "CXR392": "5f6601816301", "CXR431": "f25989c88125", "CXR470": "43e79d740307", "CXR496": "7ddbf8166a5f",
-    "CXR513": "28a97746259a", "CXR515": "14fb81421756", "CXR582": "5814fee0fdef", "CXR628": "d371ff341771",
-    "CXR631": "f95c1a0d32b8", "CXR680": "3dc6ee2653fa", "CXR722": "bbdb76c1f18c", "CXR728": "9b040a76c76d",
-    "CXR764": "aa7996786dfc", "CXR780": "375353d69877", "CXR826": "0d4de7ff3b47", "CXR833": "758b35e7a73a",
-    "CXR914": "f1013002307b", "CXR927": "f2e7bcd200e2", "CXR965": "6c5101d3463e", "CXR1019": "3c6bed18258a",
-    "CXR1027": "e6156985ac89", "CXR1048": "772f7f9bb890", "CXR1193": "bb519e9c41f4", "CXR1229": "17809736fb72",
-    "CXR1243": "d78500aedaaf", "CXR1378": "ff65642acc6d", "CXR1410": "215b1cd9be0f", "CXR1456": "5d39c0a30001",
-    "CXR1458": "cd5e77af7810", "CXR1484": "500ed544886c", "CXR1515": "bee429a4fea8", "CXR1524": "1580f15ad2d6",
-    "CXR1553": "327512982128", "CXR1580": "506cca6f8b9a", "CXR1631": "daa8fbda6ea1", "CXR1677": "e2016b5b401f",
-    "CXR1737": "38e723960529", "CXR1867": "fe2241232de0", "CXR2030": "7143c75ac299", "CXR2052": "a116f1ce754a",
-    "CXR2066": "154d53f6e358", "CXR2088": "2f97dff99838", "CXR2211": "de823a3f6cf5", "CXR2223": "7e3e0c036198",
-    "CXR2276": "9813a430178d", "CXR2350": "f80e59873418", "CXR2426": "3acefe9483dd", "CXR2467": "757a7a34030e",
-    "CXR2491": "a130ea300108", "CXR2506": "c9af6174dfc5", "CXR2511": "4c5b2a733497", "CXR2555": "6dc1e88d9ca1",
-    "CXR2558": "d6159720a427", "CXR2644": "13f6ad9cac29", "CXR2721": "c2c1c5193417", "CXR2730": "d8ad8a19e66e",
-    "CXR2787": "c243e3481196", "CXR2871": "07903e150d79", "CXR2893": "c9837523a1ee", "CXR2919": "996ec55e934f",
-    "CXR2954": "a45ae404291f", "CXR2998": "1355d4492677", "CXR3047": "35ce6f69f0aa", "CXR3124": "907f3bbe1c3b",
-    "CXR3126": "b86d6bd6fe5c", "CXR3168": "0909c9316412", "CXR3211": "17cad812e3c6", "CXR3354": "86e86fd25326",
-    "CXR3437": "e2c9d9838487", "CXR3451": "b863d3d914d4", "CXR3470": "9ce46d8abd7e", "CXR3485": "06ac888c8a35",
-    "CXR3551": "aba617331368", "CXR3608": "af1c2f4f6c73", "CXR3625": "1c6522f5c775", "CXR3637": "4ef3c5b96f6a",
-    "CXR3641": "e45efe5827e2", "CXR3693": "90857094cf33", "CXR3699": "b13eecf3c095", "CXR3733": "3e8015b55327",
-    "CXR3753": "a4197928179f", "CXR3840": "f190127089d3", "CXR3849": "bd40e2570396", "CXR3854": "3c81020b48e7",
-    "CXR3941": "4884e0bceb3f", "CXR3970": "c9837523a1ee", "CXR3972": "753d2ddf08bb", "CXR3995": "d21cbab8f271",
-}  # fmt: skip
+    "CXR65": "91fa22c44345",
+    "CXR98": "754d6f31c013",
+    "CXR168": "8bce3b57c15b",
+    "CXR185": "b81503c2e297",
+    "CXR186": "8250629313ad",
+    "CXR212": "219ae22b4946",
+    "CXR307": "a130ea300108",
+    "CXR328": "35ce6f69f0aa",
+    "CXR392": "5f6601816301",
+    "CXR431": "f25989c88125",
+    "CXR470": "43e79d740307",
+    "CXR496": "7ddbf8166a5f",
+    "CXR513": "28a97746259a",
+    "CXR515": "14fb81421756",
+    "CXR582": "5814fee0fdef",
+    "CXR628": "d371ff341771",
+    "CXR631": "f95c1a0d32b8",
+    "CXR680": "3dc6ee2653fa",
+    "CXR722": "bbdb76c1f18c",
+    "CXR728": "9b040a76c76d",
+    "CXR764": "aa7996786dfc",
+    "CXR780": "375353d69877",
+    "CXR826": "0d4de7ff3b47",
+    "CXR833": "758b35e7a73a",
+    "CXR914": "f1013002307b",
+    "CXR927": "f2e7bcd200e2",
+    "CXR965": "6c5101d3463e",
+    "CXR1019": "3c6bed18258a",
+    "CXR1027": "e6156985ac89",
+    "CXR1048": "772f7f9bb890",
+    "CXR1193": "bb519e9c41f4",
+    "CXR1229": "17809736fb72",
+    "CXR1243": "d78500aedaaf",
+    "CXR1378": "ff65642acc6d",
+    "CXR1410": "215b1cd9be0f",
+    "CXR1456": "5d39c0a30001",
+    "CXR1458": "cd5e77af7810",
+    "CXR1484": "500ed544886c",
+    "CXR1515": "bee429a4fea8",
+    "CXR1524": "1580f15ad2d6",
+    "CXR1553": "327512982128",
+    "CXR1580": "506cca6f8b9a",
+    "CXR1631": "daa8fbda6ea1",
+    "CXR1677": "e2016b5b401f",
+    "CXR1737": "38e723960529",
+    "CXR1867": "fe2241232de0",
+    "CXR2030": "7143c75ac299",
+    "CXR2052": "a116f1ce754a",
+    "CXR2066": "154d53f6e358",
+    "CXR2088": "2f97dff99838",
+    "CXR2211": "de823a3f6cf5",
+    "CXR2223": "7e3e0c036198",
+    "CXR2276": "9813a430178d",
+    "CXR2350": "f80e59873418",
+    "CXR2426": "3acefe9483dd",
+    "CXR2467": "757a7a34030e",
+    "CXR2491": "a130ea300108",
+    "CXR2506": "c9af6174dfc5",
+    "CXR2511": "4c5b2a733497",
+    "CXR2555": "6dc1e88d9ca1",
+    "CXR2558": "d6159720a427",
+    "CXR2644": "13f6ad9cac29",
+    "CXR2721": "c2c1c5193417",
+    "CXR2730": "d8ad8a19e66e",
+    "CXR2787": "c243e3481196",
+    "CXR2871": "07903e150d79",
+    "CXR2893": "c9837523a1ee",
+    "CXR2919": "996ec55e934f",
+    "CXR2954": "a45ae404291f",
+    "CXR2998": "1355d4492677",
+    "CXR3047": "35ce6f69f0aa",
+    "CXR3124": "907f3bbe1c3b",
+    "CXR3126": "b86d6bd6fe5c",
+    "CXR3168": "0909c9316412",
+    "CXR3211": "17cad812e3c6",
+    "CXR3354": "86e86fd25326",
+    "CXR3437": "e2c9d9838487",
+    "CXR3451": "b863d3d914d4",
+    "CXR3470": "9ce46d8abd7e",
+    "CXR3485": "06ac888c8a35",
+    "CXR3551": "aba617331368",
+    "CXR3608": "af1c2f4f6c73",
+    "CXR3625": "1c6522f5c775",
+    "CXR3637": "4ef3c5b96f6a",
+    "CXR3641": "e45efe5827e2",
+    "CXR3693": "90857094cf33",
+    "CXR3699": "b13eecf3c095",
+    "CXR3733": "3e8015b55327",
+    "CXR3753": "a4197928179f",
+    "CXR3840": "f190127089d3",
+    "CXR3849": "bd40e2570396",
+    "CXR3854": "3c81020b48e7",
+    "CXR3941": "4884e0bceb3f",
+    "CXR3970": "c9837523a1ee",
+    "CXR3972": "753d2ddf08bb",
+    "CXR3995": "d21cbab8f271",
+}
 _LEAST_RECOGNISED = 3
 _OPTIONAL = ("problems", "mesh_major", "mesh_automatic")
 
@@ -175,13 +249,19 @@ def _jsonl_record(text: str, folder: Path, where: str, tally: Tally) -> Record:
             raise ValueError(f"{where}: unknown view {str(image.view)[:20]!r}; give frontal or lateral, or null")
     patient = row.get("patient_id")
     return Record(
-        str(row["study_id"]), row["split"], _present(images, tally), row.get("indication"), row.get("comparison"),
-        row.get("findings"), row.get("impression"),
+        str(row["study_id"]),
+        row["split"],
+        _present(images, tally),
+        row.get("indication"),
+        row.get("comparison"),
+        row.get("findings"),
+        row.get("impression"),
         study_tags([problem for key in _OPTIONAL for problem in row.get(key) or []]),
-        place=where, patient=None if patient in (None, "") else str(patient),
+        place=where,
+        patient=None if patient in (None, "") else str(patient),
         missing=tuple(image.file for image in images if not image.file.is_file()),
         tags_given=any(row.get(key) for key in _OPTIONAL),
-    )  # fmt: skip
+    )
 
 
 def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
@@ -197,10 +277,16 @@ def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
         problems = [p.strip() for p in (row["Problems"] + ";" + row["MeSH"]).split(";") if p.strip()]
         tally.found["study"] += 1
         yield Record(
-            f"CXR{row['uid']}", split(f"CXR{row['uid']}"), _present(images, tally), row["indication"] or None,
-            row["comparison"] or None, row["findings"] or None, row["impression"] or None, study_tags(problems),
+            f"CXR{row['uid']}",
+            split(f"CXR{row['uid']}"),
+            _present(images, tally),
+            row["indication"] or None,
+            row["comparison"] or None,
+            row["findings"] or None,
+            row["impression"] or None,
+            study_tags(problems),
             tags_given=bool(problems),
-        )  # fmt: skip
+        )
 
 
 def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
@@ -226,10 +312,16 @@ def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
         problems = [node.text or "" for tag in ("major", "automatic") for node in root.iter(tag)]
         tally.found["study"] += 1
         yield Record(
-            name.get("id", ""), split(name.get("id", "")), _present(images, tally), text.get("INDICATION") or None,
-            text.get("COMPARISON") or None, text.get("FINDINGS") or None, text.get("IMPRESSION") or None,
-            study_tags(problems), tags_given=bool(problems),
-        )  # fmt: skip
+            name.get("id", ""),
+            split(name.get("id", "")),
+            _present(images, tally),
+            text.get("INDICATION") or None,
+            text.get("COMPARISON") or None,
+            text.get("FINDINGS") or None,
+            text.get("IMPRESSION") or None,
+            study_tags(problems),
+            tags_given=bool(problems),
+        )
 
 
 def _r2gen(folder: Path, tally: Tally) -> Iterator[Record]:

@@ -27,11 +27,12 @@ from training.ontology import ONTOLOGY, TAGS
 PREFIX = "mimic-cxr-2.0.0-"
 IMAGES = 377_110  # rows of PhysioNet's split table
 PROVENANCE = Provenance(
-    "MIMIC-CXR-JPG 2.0.0", "PhysioNet Credentialed Health Data License 1.5.0",
+    "MIMIC-CXR-JPG 2.0.0",
+    "PhysioNet Credentialed Health Data License 1.5.0",
     "https://physionet.org/content/mimic-cxr-jpg/2.0.0/",
     "Johnson et al., Sci Data 2019;6:317, and arXiv:1901.07042",
     population="Adults of one American hospital, most from its emergency department, English reports of 2011 to 2016.",
-)  # fmt: skip
+)
 TABLES = {
     "split": ("dicom_id", "study_id", "subject_id", "split"),
     "metadata": ("dicom_id", "ViewPosition"),
@@ -43,10 +44,19 @@ _HEADING = re.compile(r"^[ \t]*([A-Z][A-Za-z ,/&()-]{2,60}?)[ \t]*:", re.MULTILI
 _SECTIONS = {
     "findings": ("FINDINGS", "FINDINGS AND IMPRESSION", "FINDINGS/IMPRESSION", "FINDING", "CHEST PA AND LATERAL"),
     "impression": ("IMPRESSION", "CONCLUSION", "CONCLUSIONS"),
-    "indication": ("INDICATION", "INDICATIONS", "REASON FOR EXAM", "REASON FOR EXAMINATION", "REASON FOR STUDY",
-                   "HISTORY", "CLINICAL HISTORY", "CLINICAL INFORMATION", "CLINICAL INDICATION"),
+    "indication": (
+        "INDICATION",
+        "INDICATIONS",
+        "REASON FOR EXAM",
+        "REASON FOR EXAMINATION",
+        "REASON FOR STUDY",
+        "HISTORY",
+        "CLINICAL HISTORY",
+        "CLINICAL INFORMATION",
+        "CLINICAL INDICATION",
+    ),
     "comparison": ("COMPARISON", "COMPARISONS", "COMPARISON STUDY", "COMPARISON FILM"),
-}  # fmt: skip
+}
 _BY_HEADING = {heading: section for section, headings in _SECTIONS.items() for heading in headings}
 _SCHEMA = """
 CREATE TABLE image (dicom_id TEXT PRIMARY KEY, study INTEGER, subject INTEGER, split TEXT, position TEXT) WITHOUT ROWID;
@@ -269,8 +279,16 @@ def _records(base: sqlite3.Connection, folder: Path, tally: Tally) -> Iterator[R
         if group[0][5] is None:
             tally.dropped["label: study is not in the chexpert table (study kept)"] += 1
         tags = tuple(int(t) for t in (group[0][5] or unlabelled).split())
-        yield Record(f"s{study}", split, tuple(views), sections.get("indication"), sections.get("comparison"),
-                     sections.get("findings"), sections.get("impression"), tags)  # fmt: skip
+        yield Record(
+            f"s{study}",
+            split,
+            tuple(views),
+            sections.get("indication"),
+            sections.get("comparison"),
+            sections.get("findings"),
+            sections.get("impression"),
+            tags,
+        )
 
 
 def chexpert_tags(row: dict[str, str]) -> tuple[int, ...]:

@@ -96,9 +96,7 @@ def data_record(provenance: Provenance, studies: Iterable[Study]) -> dict[str, s
     total = counts.total()
     splits = ", ".join(f"{split} {counts[split]:,}" for split in SPLITS if counts[split])
     tags = f"derived from report text in {derived:,} of {total:,} studies" if derived else "given"
-    return {
-        **vars(provenance), "splits": splits, "studies": str(total), "study_list_sha256": digest, "tags": tags,
-    }  # fmt: skip
+    return {**vars(provenance), "splits": splits, "studies": str(total), "study_list_sha256": digest, "tags": tags}
 
 
 def save_training_data(records: list[dict[str, str]], folder: Path) -> None:

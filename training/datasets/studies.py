@@ -128,15 +128,16 @@ def make_study(record: Record, image: Path) -> Study:
         study_id=record.study_id,
         split=record.split,
         image=image,
-        context=ClinicalContext(_context("indication", record.indication), _context("comparison", record.comparison),
-                                "frontal"),
+        context=ClinicalContext(
+            _context("indication", record.indication), _context("comparison", record.comparison), "frontal"
+        ),
         target=build_target(clean_report(record.findings), clean_report(record.impression)),
         findings=record.findings or "",
         impression=record.impression or "",
         tags=record.tags,
         lateral=next((view.file for view in record.images if view.view == "lateral"), None),
         tags_given=record.tags_given,
-    )  # fmt: skip
+    )
 
 
 def derive_tags(studies: Iterable[Study]) -> list[Study]:

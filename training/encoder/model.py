@@ -89,10 +89,16 @@ def load_start(start: str, cache: Path, layers: int | None = None) -> dict[str, 
 def vision_config(layers: int, image_size: int = 224, hidden: int = 384) -> InstructBlipVisionConfig:
     """The configuration of the mini model's encoder: ViT-S/14."""
     return InstructBlipVisionConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, image_size=image_size, patch_size=14, hidden_act="gelu",
-        layer_norm_eps=1e-6, initializer_range=0.02,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        image_size=image_size,
+        patch_size=14,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        initializer_range=0.02,
+    )
 
 
 def build_model(start: dict[str, Tensor], image_size: int = 224) -> EncoderWithHead:

@@ -50,9 +50,15 @@ class EncoderRun:
     """
 
     def __init__(
-        self, config: EncoderConfig, films: Films, start: dict[str, Tensor], folder: Path,
-        device: torch.device | None = None, bf16: bool = False, report: Callable[[str], None] = print,
-    ):  # fmt: skip
+        self,
+        config: EncoderConfig,
+        films: Films,
+        start: dict[str, Tensor],
+        folder: Path,
+        device: torch.device | None = None,
+        bf16: bool = False,
+        report: Callable[[str], None] = print,
+    ):
         self.config, self.films, self.folder, self.report = config, films, folder, report
         self.device = device or torch.device("cpu")
         self.bf16 = bf16
@@ -85,9 +91,12 @@ class EncoderRun:
         return self.step >= self.total
 
     def train(
-        self, deadline: float = math.inf, pause_file: Path | None = None, max_steps: int | None = None,
+        self,
+        deadline: float = math.inf,
+        pause_file: Path | None = None,
+        max_steps: int | None = None,
         fit: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Train until the schedule ends, the deadline, ``SIGTERM`` or ``max_steps`` more steps; the state is saved.
 
         Args:
@@ -270,9 +279,16 @@ class EncoderRun:
         loss = float(self.losses[0]) / self.losses[1] if self.losses[1] else None
         epoch = self.step / self.sampler.steps_per_epoch
         better = result["mean"] > self.best
-        row = {"epoch": round(epoch, 3), "step": self.step, "total_steps": self.total, "loss": loss,
-               "seconds_per_step": round(seconds_per_step, 3), "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-               "best": better, **result}  # fmt: skip
+        row = {
+            "epoch": round(epoch, 3),
+            "step": self.step,
+            "total_steps": self.total,
+            "loss": loss,
+            "seconds_per_step": round(seconds_per_step, 3),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "best": better,
+            **result,
+        }
         if better:
             self.best = result["mean"]
             notes = {"epoch": row["epoch"], "step": self.step, "validation": result, "config": asdict(self.config)}
@@ -305,10 +321,15 @@ class EncoderRun:
 
     def _save(self) -> None:
         state = {
-            "step": self.step, "total": self.total, "epochs": self.config.epochs, "best": self.best,
-            "losses": [float(value) for value in self.losses], "model": self.model.state_dict(),
-            "averaged": self.averaged, "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+            "step": self.step,
+            "total": self.total,
+            "epochs": self.config.epochs,
+            "best": self.best,
+            "losses": [float(value) for value in self.losses],
+            "model": self.model.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
         partial = self.folder / "state.pt.partial"
         with open(partial, "wb") as file:
             torch.save(state, file)

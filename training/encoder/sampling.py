@@ -45,7 +45,9 @@ class Sampler:
         drawn = []
         for number, (rows, count) in enumerate(zip(self.groups, self.counts, strict=True)):
             places = np.arange(step * count, (step + 1) * count)
-            rounds = {r: np.random.default_rng([self.seed, number, int(r)]).permutation(len(rows))
-                      for r in np.unique(places // len(rows))}  # fmt: skip
+            rounds = {
+                r: np.random.default_rng([self.seed, number, int(r)]).permutation(len(rows))
+                for r in np.unique(places // len(rows))
+            }
             drawn.append([rows[rounds[place // len(rows)][place % len(rows)]] for place in places])
         return np.concatenate(drawn).astype(np.int64)
