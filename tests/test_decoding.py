@@ -166,7 +166,7 @@ def test_a_phrase_met_once_is_not_kept_and_the_size_has_a_limit(tmp_path: Path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"not an array"])
 def test_a_damaged_phrasebook_is_refused(content: bytes, tmp_path: Path):
     (tmp_path / "phrasebook.npy").write_bytes(content)
-    with pytest.raises(BundleError, match="no phrasebook"):
+    with pytest.raises(BundleError, match="not a phrasebook"):
         Phrasebook.load(tmp_path / "phrasebook.npy")
 
 

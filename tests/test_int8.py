@@ -166,7 +166,7 @@ def test_files_that_are_not_verified_are_not_read(bundle: Path):
     opened = open_bundle(bundle)
     variant = opened.variant("q4a8")[1]
     fewer = replace(variant, data=tuple(name for name in variant.data if name != "qformer_q4.onnx"))
-    with pytest.raises(BundleError, match=r"qformer_q4a8\.json names files"):
+    with pytest.raises(BundleError, match=r"qformer_q4a8\.json refers to files"):
         open_backend(opened, fewer, "cpu", 1)
 
 

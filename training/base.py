@@ -201,9 +201,14 @@ def load_finding_head(folder: Path) -> FindingHead | None:
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
     tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
-    lines = (tuple(values.get(key, ())) for key in ("openings", "denials", "lateral_shares"))
-    excludes = tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY))
-    findings = ImageFindings(tuple(values["names"]), tuple(values["thresholds"]), *lines, excludes)
+    findings = ImageFindings(
+        names=tuple(values["names"]),
+        thresholds=tuple(values["thresholds"]),
+        openings=tuple(values.get("openings", ())),
+        denials=tuple(values.get("denials", ())),
+        lateral_shares=tuple(values.get("lateral_shares", ())),
+        excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
+    )
     return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -159,10 +159,10 @@ def _pipeline() -> Language:
 
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer", config={"punct_chars": [".", "?", "!", ";"]})
-    ruler = nlp.add_pipe("entity_ruler", config={"overwrite_ents": True})
+    ruler: Any = nlp.add_pipe("entity_ruler", config={"overwrite_ents": True})
     phrases = yaml.safe_load(_PHRASES.read_text(encoding="utf-8"))
     ruler.add_patterns(
-        [  # type: ignore[attr-defined]
+        [
             {"label": finding, "pattern": _pattern(nlp, phrase)}
             for finding, sources in phrases.items()
             for phrase in (p for source in sources.values() for p in source)

@@ -333,14 +333,14 @@ def _read_tally(index: Path, tally: Tally) -> Tally:
     return tally
 
 
-def _studies(folder: Path, splits: tuple[str, ...], limit: int | None, cache: Path) -> Sequence[Study]:
+def _open_studies(folder: Path, splits: tuple[str, ...], limit: int | None, cache: Path) -> Sequence[Study]:
     index = index_path(folder, cache)
     build_index(folder, index)
     studies = IndexedStudies(index, folder, splits)
     return studies if limit is None else studies[:limit]
 
 
-def _records(folder: Path, tally: Tally, cache: Path) -> Iterator[Record]:
+def _open_records(folder: Path, tally: Tally, cache: Path) -> Iterator[Record]:
     index = index_path(folder, cache)
     build_index(folder, index, tally)
     return records(index, folder)
@@ -351,6 +351,6 @@ MIMIC_CXR = Collection(
     provenance=PROVENANCE,
     is_in=is_mimic_cxr,
     is_recognised=is_recognised,
-    studies=_studies,
-    records=_records,
+    studies=_open_studies,
+    records=_open_records,
 )
