@@ -220,7 +220,7 @@ def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_p
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("image,history\n1.png,cough\n", "unknown columns ('history'); its columns may be: image, id"),
+        ("image,history\n1.png,cough\n", "unknown columns ('history'); possible columns are: image, id"),
         ("image,view,View\n1.png,PA,PA\n", "column view twice"),
         ("image,indication\n1.png,a,b\n", "line 2, has 3 cells"),
         ("image,indication\n1.png\n", "line 2, has 1 cells"),

@@ -81,7 +81,7 @@ def test_dicom3tools_finds_no_error_in_the_structured_report(sr_file: Path):
 
 
 def test_a_structured_report_needs_a_dicom_study(report: Report, chest_png: Path, tmp_path: Path):
-    with pytest.raises(RadiographError, match="belongs to a study"):
+    with pytest.raises(RadiographError, match="needs a study"):
         render(report, "sr", chest_png)
     header = pydicom.dcmread(DICOM, stop_before_pixels=True)
     del header.StudyInstanceUID

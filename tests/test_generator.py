@@ -367,7 +367,7 @@ def test_a_decoder_forgets_and_goes_on_with_many_drafts_at_once(exact_generator:
     four = pair.fork([1, 0, 1, 1])
     assert np.allclose(four.step([9, 9, 5, 9])[[0, 3]], first[2], atol=1e-4)
     assert np.allclose(decoder.append([9]), first[2:], atol=1e-4)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="exceed the decoder"):
         decoder.append([1] * 8)
 
 

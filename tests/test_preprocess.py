@@ -65,7 +65,7 @@ def test_a_format_1_bundle_opens_and_drafts_the_same(tiny_bundle: Path, chest_pn
     ("change", "named"),
     [
         ({"image_size": 0}, "image_size"),
-        ({"image_size": 336}, "another size"),
+        ({"image_size": 336}, "image size of preprocessing is not"),
         ({"mean": [0.5]}, "mean"),
         ({"std": [0, 1, 1]}, "std"),
         ({"resample": "wavelet"}, "wavelet"),

@@ -237,7 +237,7 @@ def texts_of(document: pydicom.Dataset) -> list[str]:
 
 
 def left_out_of(document: pydicom.Dataset) -> set[str]:
-    said = [text for text in texts_of(document) if text.startswith("Left out")]
+    said = [text for text in texts_of(document) if text.startswith("Invalid attributes")]
     return {name.strip(" .") for text in said for name in text.split(":")[1].split(",")}
 
 

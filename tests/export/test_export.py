@@ -53,7 +53,7 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     assert after.image_findings.open(("effusion",)) == {"effusion": "There is a pleural effusion."}
     assert {n: f for n, f in after.files.items() if n != CARD} == {n: f for n, f in before.files.items() if n != CARD}
     card = (out / CARD).read_text()
-    assert "as measured" in card and "| ours | 0.500 |" in card and "begins with a fixed sentence" in card
+    assert "as measured" in card and "| ours | 0.500 |" in card and "starts with a fixed sentence" in card
     assert after.quality["parity"] == before.quality["parity"]
     small = tmp_path / "small"
     revise(small, "--keep", "int8")
