@@ -284,7 +284,7 @@ def _row(generator: ReportGenerator, drafts: list[Report], load: float, bandwidt
     written = [max(1, d.new_tokens - d.opening_tokens + d.complete) for d in drafts]
     # Without speculative decoding, each token but the first needs a pass. With it, a pass yields one token and the
     # accepted guesses, some of which the sentence filter may remove.
-    decoded = [d.passes + d.accepted_tokens or n - 1 for n, d in zip(written, drafts, strict=True)]
+    decoded = [max(d.passes + d.accepted_tokens, n - 1) for n, d in zip(written, drafts, strict=True)]
     passes = [d.passes or n for n, d in zip(decoded, drafts, strict=True)]
     decode_s = [max(d.timings.decode, 1e-3) / 1000 for d in drafts]
     read = _bytes_per_pass(generator.bundle, generator.variant, statistics.fmean(d.prompt_tokens for d in drafts))

@@ -77,10 +77,11 @@ def decode(
         *accepted, token = chosen
         decoder.rewind(length + 1 + len(accepted))
         stats.passes += 1
-        if guesser and not forced:
+        if guesser:  # forced tokens count as guesses that hold
             stats.guessed += len(guesses)
             stats.accepted += len(accepted)
-            guess_length.learn(len(guesses), len(accepted), seconds)
+            if not forced:
+                guess_length.learn(len(guesses), len(accepted), seconds)
         yield from accepted
 
 
