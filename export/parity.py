@@ -89,8 +89,7 @@ class Parity:
                 "positions at which the variant, having read the same before, chooses torch's token in fp32. "
                 "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
                 f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as "
-                "a share of the "
-                "largest.",
+                "a share of the largest.",
                 f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens "
                 "equal torch's.",
             ]

@@ -316,9 +316,19 @@ def test_each_draft_is_a_file_of_its_own_too(tiny_bundle: Path, films: Path, tmp
     out, documents = tmp_path / "reports.jsonl", tmp_path / "documents"
     assert run_batch(tiny_bundle, films / "more", out, "--documents", documents).returncode == 0
     lines = [*batch.read_lines(out)]
-    texts = {path.stem: path.read_text() for path in documents.iterdir()}
+    texts = {path.stem: path.read_text() for path in documents.glob("*.txt")}
     assert {safe_name(line["id"]) for line in lines} == {*texts}
     assert all(line["impression"] in texts[safe_name(line["id"])] for line in lines)
+    own = documents / "mine.txt"
+    own.write_text("not of this batch")
+    again = run_batch(tiny_bundle, films / "more", out, "--documents", documents)
+    assert again.returncode == 0 and own.read_text() == "not of this batch"
+    without = run_batch(tiny_bundle, films / "more", out)
+    assert without.returncode == 7, "a finished draft would lack its document, or have one that nobody asked for"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / own.name).write_text("not of this batch")
+    other = run_batch(tiny_bundle, films / "more", out, "--documents", tmp_path / "theirs")
+    assert other.returncode == 7 and "already has files" in other.stderr
     taken = run_batch(tiny_bundle, films / "more", tmp_path / "other.jsonl", "--documents", documents)
     assert taken.returncode == 7 and "already has files" in taken.stderr
     assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 7
@@ -328,7 +338,7 @@ def test_a_format_that_a_radiograph_cannot_have_fails_by_line(tiny_bundle: Path,
     pytest.importorskip("highdicom", reason="highdicom is not installed")
     out, documents = tmp_path / "reports.jsonl", tmp_path / "documents"
     done = run_batch(tiny_bundle, films / "more", out, "--documents", documents, "--format", "sr")
-    assert done.returncode == 3 and not [*documents.iterdir()] and "the others are drafted" not in done.stderr
+    assert done.returncode == 3 and not [*documents.glob("*.dcm")] and "the others are drafted" not in done.stderr
     assert all("give the radiograph as a DICOM file" in line["error"] for line in batch.read_lines(out))
 
 

@@ -92,7 +92,7 @@ def batch(
     decoding = replace(generator.decoding, keep_to_template=not no_template)
     files = None if documents is None else batch.Documents(documents, form)
     if files is not None:
-        files.prepare(out.exists(), force)
+        files.prepare(out, force)
 
     def draft(item: batch.Item) -> dict[str, Any]:
         return batch.draft_item(item, generator, max_new_tokens, accept_any_image, decoding, files)
@@ -101,6 +101,9 @@ def batch(
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
     drafted_by += " no template" if no_template else ""
+    drafted_by += (
+        f" documents {form}" if files is not None else ""
+    )  # a finished draft without its document is no resume
     columns = (
         TextColumn("drafting"),
         BarColumn(),

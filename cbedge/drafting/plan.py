@@ -196,10 +196,11 @@ def _sections(
     findings_of_model = manifest.image_findings
     checked = present if template.english else ()  # the patterns of contradictions are English
 
+    patterns = {name: findings_of_model.contradicting([name]) for name in checked} if findings_of_model else {}
+
     def uncontradicted(sentences: Sequence[str]) -> list[str]:
         kept = []
         for text in sentences:
-            patterns = {name: findings_of_model.contradicting([name]) for name in checked} if findings_of_model else {}
             against = [name for name, pattern in patterns.items() if pattern is not None and pattern.search(text)]
             if against:
                 reason = f"because the image scores point to {', '.join(against)}"

@@ -33,6 +33,7 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm"
 _DELIMITERS = (",", ";", "\t")
 _START = b'{"id": '  # start of every output line
 _MAX_CSV_BYTES = 256 * 2**20
+_OWNER = ".cbedge-batch"  # file in a folder of documents
 
 
 @dataclass(frozen=True)
@@ -204,20 +205,23 @@ class Documents:
     folder: Path
     form: str
 
-    def prepare(self, resumed: bool, force: bool) -> None:
-        """Create the folder.
+    def prepare(self, out: Path, force: bool) -> None:
+        """Create the folder, or open the one that the same batch created: a file in it names the batch's output.
 
         Args:
-            resumed: whether an earlier run of this batch created the folder.
+            out: the batch's JSON Lines file.
             force: allow overwriting existing files.
 
         Raises:
             OutputError: the folder has files of another origin, or cannot be created.
         """
+        marker, owner = self.folder / _OWNER, os.fsencode(os.path.realpath(out))
         try:
             self.folder.mkdir(exist_ok=True)
-            if not (resumed or force) and any(self.folder.iterdir()):
+            is_own = marker.is_file() and marker.read_bytes() == owner
+            if not (is_own or force) and any(self.folder.iterdir()):
                 raise OutputError(f"{self.folder} already has files: give a new folder, or --force")
+            marker.write_bytes(owner)
         except OSError as error:
             raise OutputError(f"cannot create the folder {self.folder}: {error.strerror}; give another one") from None
 
