@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,8 @@ from cbedge.backends import Backend, open_backend
 from cbedge.backends.int8 import Table
 from cbedge.bundles.bundle import (
     CARD,
-    ENCODER,
     FILM_VIEW,
     GATE,
-    GRAPHS,
     LATERAL_GATE,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
@@ -31,8 +30,6 @@ from cbedge.bundles.bundle import (
     write_bundle,
 )
 from cbedge.decoding.phrasebook import Phrasebook
-from cbedge.images.film_view import FilmView
-from cbedge.images.gate import Gate
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate
@@ -103,58 +100,70 @@ class Origin:
             ) from None
 
 
-def pack(
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the graphs do not say about a model.
+
+    Attributes:
+        name, version, licence: of the model.
+        origin: of its base weights and training data.
+        quality: the record of ``python -m training evaluate``, or empty.
+        decoding: the manifest's defaults, except for ``max_new_tokens``.
+        data: folder of IU X-RAY. Its train reports give phrasebook, templates and word list, its images the gates; the
+            bundle has none of them without it.
+    """
+
+    name: str
+    version: str
+    licence: str
+    origin: Origin
+    quality: dict[str, Any] = field(default_factory=dict)
+    decoding: dict[str, float] = field(default_factory=dict)
+    data: Path | None = None
+
+
+@dataclass(frozen=True)
+class VariantFiles:
+    """The files of one variant: the path of each graph, or the files of another backend."""
+
+    graphs: dict[str, Path] = field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files: graphs, their external weights, tables of 8-bit products with the weights that they refer to."""
+        files = list(self.graphs.values())
+        files += [data for path in files if (data := path.with_suffix(".onnx_data")).is_file()]
+        for table in [table for path in self.graphs.values() if (table := Table.path(path)).is_file()]:
+            files += [table, *(table.parent / source for source in Table.read(table).sources)]
+        return list(dict.fromkeys([*files, *self.others]))
+
+    def describe(self, name: str) -> Variant:
+        """The variant's entry in the manifest."""
+        data = tuple(path.name for path in self.paths if path not in self.graphs.values())
+        graphs = {kind: path.name for kind, path in self.graphs.items()}
+        return Variant(DESCRIPTIONS[name], graphs, data, "onnx" if graphs else "torch_nf4")
+
+    def open(self, name: str, manifest: Manifest) -> Backend:
+        """Load the variant from the folder where its files were written."""
+        return open_backend(Bundle(self.paths[0].parent, manifest), self.describe(name), "cpu")
+
+
+def check(
     parts: ModelAndTokenizers,
-    graphs: dict[str, dict[str, Path]],
-    extra: dict[str, list[Path]],
-    wanted: tuple[str, ...],
-    out: Path,
-    *,
-    name: str,
-    version: str,
-    licence: str,
-    origin: Origin,
-    quality: dict[str, Any],
-    decoding: dict[str, float],
+    variants: dict[str, VariantFiles],
+    manifest: Manifest,
     data: Path | None,
     merge_error: float,
-    force: bool,
     console: Console,
 ) -> Parity:
-    """Compare the graphs with torch and write the bundle; returns the comparison.
-
-    Args:
-        parts: the merged model.
-        graphs: for ``fp32`` and each other ONNX variant, the path of each graph.
-        extra: for a variant of another backend, its files.
-        wanted: variants that go into the bundle; the first is its default.
-        out: the bundle's folder.
-        quality: what ``python -m training evaluate`` recorded, or nothing.
-        decoding: the manifest's, but for ``max_new_tokens``.
-        data: IU X-RAY's folder, to compare on its validation studies; its train reports make the phrasebook.
-        merge_error: what :func:`export.merge.merge` returned.
-        force: replace a bundle at ``out``.
-    """
-    manifest = describe(
-        parts,
-        graphs,
-        extra,
-        wanted,
-        name=name,
-        version=version,
-        licence=licence,
-        origin=origin,
-        quality=quality,
-        decoding=decoding,
-        data=data,
-    )
+    """Compare each variant with the merged torch model, on validation studies of ``data`` or on the example film."""
     cases, source = parity_cases(manifest.preprocessing, data, PARITY_CASES)
-    files = {v: extra[v] if v in extra else _files(graphs[v]) for v in dict.fromkeys(("fp32", *wanted))}
-    backends = {v: partial(_backend, manifest, v, paths) for v, paths in files.items()}
-    sizes = {v: sum(path.stat().st_size for path in paths) / 1e6 for v, paths in files.items()}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("comparing with torch", total=len(cases))
-        parity = compare(
+    backends = {name: partial(files.open, name, manifest) for name, files in variants.items()}
+    sizes = {name: sum(path.stat().st_size for path in files.paths) / 1e6 for name, files in variants.items()}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("comparing with torch", total=None)
+        return compare(
             parts,
             backends,
             sizes,
@@ -163,113 +172,102 @@ def pack(
             merge_error,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    write_packed(parts, manifest, {v: files[v] for v in wanted}, out, parity, data, force)
-    return parity
 
 
 def describe(
-    parts: ModelAndTokenizers,
-    graphs: dict[str, dict[str, Path]],
-    extra: dict[str, list[Path]],
-    wanted: tuple[str, ...],
-    *,
-    name: str,
-    version: str,
-    licence: str,
-    origin: Origin,
-    quality: dict[str, Any],
-    decoding: dict[str, float],
-    data: Path | None,
-    layers: int | None = None,
+    parts: ModelAndTokenizers, variants: dict[str, VariantFiles], info: ModelInfo, layers: int | None = None
 ) -> Manifest:
-    """The manifest of a bundle, its files not yet listed.
+    """The manifest of a bundle, without its files.
 
     Args:
         parts: the merged model.
-        data: IU X-RAY's folder, or ``None``: then no token is withheld.
-        layers: of the language model, where ``parts`` hold fewer than the decoder's graph.
-        graphs, extra, wanted, name, version, licence, origin, quality, decoding: as of :func:`pack`.
+        variants: the first is the default.
+        info: without ``data``, no token is withheld.
+        layers: number of the language model's layers, where ``parts`` hold fewer than the decoder's graph.
     """
     shapes = _shapes(parts)
     return Manifest(
-        name=name,
-        version=version,
-        license=licence,
+        name=info.name,
+        version=info.version,
+        license=info.licence,
         shapes=shapes if layers is None else replace(shapes, num_layers=layers),
         preprocessing=parts.preprocessing,
         stop_ids=stop_ids(parts),
         prefix_ids=prefix_ids(parts),
         suffix_ids=suffix_ids(parts),
         start_ids=start_ids(parts),
-        default_variant=wanted[0],
+        default_variant=next(iter(variants)),
         files={},
-        variants={v: _variant(v, graphs.get(v, {}), extra.get(v, [])) for v in wanted},
-        training_data=tuple(origin.training_data),
-        base_weights=tuple(origin.base_weights),
-        quality=quality,
-        decoding={"max_new_tokens": 160, **decoding},
+        variants={name: files.describe(name) for name, files in variants.items()},
+        training_data=tuple(info.origin.training_data),
+        base_weights=tuple(info.origin.base_weights),
+        quality=info.quality,
+        decoding={"max_new_tokens": 160, **info.decoding},
         image_findings=with_denials(parts.finding_head.findings) if parts.finding_head else None,
         reads_lateral=parts.reads_lateral,
-        never_ids=unseen_fragments(parts, data),
+        never_ids=unseen_fragments(parts, info.data),
     )
 
 
 def write_packed(
     parts: ModelAndTokenizers,
     manifest: Manifest,
-    files: dict[str, list[Path]],
+    variants: dict[str, VariantFiles],
     out: Path,
     parity: Parity | None,
     data: Path | None,
     force: bool,
 ) -> None:
-    """Write a bundle: graphs, tokenizers, and what is made of training data: phrasebook, templates and gates.
+    """Write a bundle: graphs, tokenizers, and what the training data give: phrasebook, templates, words and gates.
 
     Args:
         parts: the model, for its tokenizers.
-        manifest: of :func:`describe`.
-        files: of each variant.
+        manifest: from :func:`describe`.
+        variants: the files of each of the manifest's variants.
         out: the bundle's folder.
-        parity: what was compared, or ``None``.
-        data: IU X-RAY's folder, or ``None``: then there is neither phrasebook nor template nor gate.
+        parity: the comparison with torch, or ``None``.
+        data: as in :class:`ModelInfo`.
         force: replace a bundle at ``out``.
     """
-    told = manifest.image_findings  # without scores of what is seen, a template would hide it
-    templates = templates_of(told, data) if told is not None and data is not None else None
-    phrases = _phrases(parts, data)
-    lexicon = lexicon_of(data) if data is not None else None
-    gates: dict[str, Gate | FilmView | None] = {}
-    if data is not None:
-        backend = _backend(manifest, manifest.default_variant, files[manifest.default_variant])
-        fit = partial(fit_gate, backend, manifest.preprocessing, data)
-        gates[GATE] = fit()
-        gates[LATERAL_GATE] = fit(lateral=True) if parts.reads_lateral else None
-        gates[FILM_VIEW] = fit_film_view(backend, manifest.preprocessing, collect_films(data))
-    card = model_card(manifest, parity, templates is not None)
+    made = _made_of(data, parts, manifest, variants) if data is not None else {}
+    made[TOKENIZER] = lambda path: parts.tokenizer.backend_tokenizer.save(str(path))
+    made[QFORMER_TOKENIZER] = lambda path: parts.qformer_tokenizer.backend_tokenizer.save(str(path))
+    card = model_card(manifest, parity, TEMPLATES in made)
+    made[CARD] = lambda path: path.write_text(card, encoding="utf-8")
     if parity is not None:
-        manifest = replace(manifest, quality=manifest.quality | {"parity": asdict(parity)})
+        measured = asdict(parity)
+        manifest = replace(manifest, quality=manifest.quality | {"parity": measured})
+        made[PARITY] = lambda path: path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
     def fill(folder: Path) -> Manifest:
-        for paths in files.values():
-            for path in paths:
-                shutil.copyfile(path, folder / path.name)
-        parts.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        parts.qformer_tokenizer.backend_tokenizer.save(str(folder / QFORMER_TOKENIZER))
-        for gate_name, gate in gates.items():
-            if gate is not None:
-                gate.save(folder / gate_name)
-        if templates is not None:
-            templates.save(folder / TEMPLATES)
-        if lexicon:
-            lexicon.save(folder / WORDS)
-        if phrases:
-            Phrasebook.compile(phrases).save(folder / PHRASEBOOK)
-        if parity is not None:
-            (folder / PARITY).write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card, encoding="utf-8")
+        for path in dict.fromkeys(path for files in variants.values() for path in files.paths):
+            shutil.copyfile(path, folder / path.name)
+        for name, write in made.items():
+            write(folder / name)
         return manifest
 
     write_bundle(out, fill, force)
+
+
+def _made_of(
+    data: Path, parts: ModelAndTokenizers, manifest: Manifest, variants: dict[str, VariantFiles]
+) -> dict[str, Callable[[Path], object]]:
+    """The files that are made of training data, each with what writes it."""
+    made: dict[str, Callable[[Path], object]] = {}
+    if lexicon := lexicon_of(data):
+        made[WORDS] = lexicon.save
+    # Without finding scores, a template would hide what the image shows.
+    if manifest.image_findings is not None and (templates := templates_of(manifest.image_findings, data)) is not None:
+        made[TEMPLATES] = templates.save
+    if phrases := _phrases(parts, data):
+        made[PHRASEBOOK] = Phrasebook.compile(phrases).save
+    backend = variants[manifest.default_variant].open(manifest.default_variant, manifest)
+    gates = {
+        GATE: fit_gate(backend, manifest.preprocessing, data),
+        LATERAL_GATE: fit_gate(backend, manifest.preprocessing, data, lateral=True) if parts.reads_lateral else None,
+        FILM_VIEW: fit_film_view(backend, manifest.preprocessing, collect_films(data)),
+    }
+    return made | {name: gate.save for name, gate in gates.items() if gate is not None}
 
 
 def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:
@@ -304,31 +302,6 @@ def _base_of(folder: Path) -> str | None:
         except (OSError, ValueError, KeyError):
             continue
     return None
-
-
-def _backend(manifest: Manifest, name: str, files: list[Path]) -> Backend:
-    """Open a variant where its files were written."""
-    variants = manifest.variants if name in manifest.variants else {name: _variant(name, _graphs(files), [])}
-    return open_backend(Bundle(files[0].parent, manifest), variants[name], "cpu")
-
-
-def _graphs(files: list[Path]) -> dict[str, Path]:
-    kinds = (*GRAPHS, ENCODER)
-    return {next(kind for kind in kinds if f.name.startswith(kind)): f for f in files if f.suffix == ".onnx"}
-
-
-def _variant(name: str, graphs: dict[str, Path], extra: list[Path]) -> Variant:
-    data = tuple(p.name for p in [*_files(graphs), *extra] if p not in graphs.values())
-    backend = "onnx" if graphs else "torch_nf4"
-    return Variant(DESCRIPTIONS.get(name, ""), {kind: path.name for kind, path in graphs.items()}, data, backend)
-
-
-def _files(graphs: dict[str, Path]) -> list[Path]:
-    files = list(graphs.values())
-    files += [data for path in files if (data := path.with_suffix(".onnx_data")).is_file()]
-    for table in [table for path in graphs.values() if (table := Table.path(path)).is_file()]:
-        files += [table, *(table.parent / source for source in Table.read(table).sources)]
-    return list(dict.fromkeys(files))
 
 
 def _shapes(parts: ModelAndTokenizers) -> Shapes:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -36,10 +35,10 @@ class VisionGraph(nn.Module):
 
 
 class QFormerGraph(nn.Module):
-    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D], where it looked, and what it saw.
+    """Features [1, P, H] and instruction tokens [1, I] → image embeddings [1, Q, D], attention, finding logits [1, T].
 
-    Where it looked is cross-attention, mean over heads and layers: [1, T, P], a row for each finding of the head; or
-    [1, 1, P], the mean over queries, for a model without one. What it saw is the findings' logits [1, T].
+    The attention is cross-attention, the mean over heads and layers: [1, T, P], one row for each finding of the head.
+    A model without a finding head returns the mean over queries, [1, 1, P], and no logits.
     """
 
     def __init__(self, parts: ModelAndTokenizers):
@@ -48,18 +47,13 @@ class QFormerGraph(nn.Module):
         self.projection = parts.model.language_projection
         self.query_tokens = parts.model.query_tokens
         self.finding_head = parts.finding_head
-        self.qformer.config._attn_implementation = "eager"  # the only one that tells its weights
-        self._weights: list[Tensor] = []
-        for layer in self.qformer.encoder.layer:
-            if layer.has_cross_attention:
-                layer.crossattention.attention.register_forward_hook(self._take_weights)
-
-    def _take_weights(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        self._weights.append(output[1])
+        self.qformer.config._attn_implementation = "eager"  # the only one that returns its weights
 
     def forward(self, image_features: Tensor, qformer_input_ids: Tensor) -> tuple[Tensor, ...]:
         """Query the features under the instruction, and project."""
-        self._weights.clear()
+        weights: list[Tensor] = []  # of each layer with cross-attention, [1, heads, Q, P]
+        crossed = [layer.crossattention.attention for layer in self.qformer.encoder.layer if layer.has_cross_attention]
+        hooks = [one.register_forward_hook(lambda module, inputs, out: weights.append(out[1])) for one in crossed]
         count = self.query_tokens.shape[1]
         queries = self.query_tokens.expand(len(image_features), -1, -1)
         mask = torch.ones(
@@ -68,7 +62,9 @@ class QFormerGraph(nn.Module):
         output = self.qformer(
             input_ids=qformer_input_ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image_features
         ).last_hidden_state[:, :count]
-        attention = torch.stack(self._weights).mean((0, 2))
+        for hook in hooks:
+            hook.remove()
+        attention = torch.stack(weights).mean((0, 2))
         if self.finding_head is None:
             return self.projection(output), attention.mean(1, keepdim=True)
         return self.projection(output), attention[:, list(self.finding_head.queries)], self.finding_head.logits(output)

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from export.command import run
-from export.tracing import DECODER, EMBED, QFORMER, VISION
+from export.console import Verbose, run
+from export.tracing import DECODER, EMBED, QFORMER, SCOPES, VISION
 from training.base import FindingHead, ModelAndTokenizers
 from training.datasets.provenance import save_training_data
 
@@ -62,6 +62,7 @@ def main_command(
         str | None, typer.Option(help="Variant with the weights.", show_default="the bundle's default")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing folder.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Restore one checkpoint."""
     _check_target(out, force)
@@ -215,7 +216,7 @@ def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _scope(node: NodeProto) -> str:
     """The module that a traced node came from, or an empty text where that was not kept."""
-    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "[]")
     names = ast.literal_eval(scopes)
     return names[-2] if len(names) > 1 else ""
 

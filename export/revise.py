@@ -35,7 +35,7 @@ from cbedge.bundles.bundle import (
 )
 from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
-from export.command import run
+from export.console import Verbose, run
 from export.film_view import collect_films, fit_film_view
 from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import phrasebook_of
@@ -118,6 +118,7 @@ def revise(
     ] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the revised bundle."""
     check_target(out, force)

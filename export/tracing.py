@@ -11,6 +11,7 @@ from torch import Tensor, nn
 LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
 VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
 HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
+SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the module that it was traced from
 ENCODER = "encoder_model"  # of a language model that has one
 
 
@@ -52,6 +53,10 @@ def trace(
             verbose=False,
         )
         graph = onnx.load(str(traced))
+        for node in graph.graph.node:  # keep the module that each came from, not the file paths of this machine
+            kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
         skip_unread(graph)
         save_graph(graph, path, within)
 

@@ -135,13 +135,15 @@ def test_it_is_taken_on_such_a_processor_alone(bundle: Path, monkeypatch: pytest
 
 
 def test_without_such_a_processor_it_is_not_exported(monkeypatch: pytest.MonkeyPatch):
-    from export.__main__ import _variants
+    from export.console import Steps
+    from export.pipeline import choose_variants
 
-    monkeypatch.setattr("cbedge.backends.int8.multiplies_exactly", lambda: False)
+    monkeypatch.setattr("export.pipeline.multiplies_exactly", lambda: False)
     told: list[str] = []
-    assert "q4a8" not in _variants(["all"], told.append) and "q4a8 is left out" in told[0]
+    monkeypatch.setattr(Steps, "note", lambda self, text: told.append(text))
+    assert "q4a8" not in choose_variants(["all"], Steps()) and "q4a8 is left out" in told[0]
     with pytest.raises(ValueError, match="AVX2"):
-        _variants(["q4a8"], told.append)
+        choose_variants(["q4a8"], Steps())
 
 
 def test_it_is_added_once_and_to_int4_alone(bundle: Path, tiny_bundle: Path, tmp_path: Path):

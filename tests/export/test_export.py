@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import IN_INT8, call_cli
+from conftest import IN_INT8, call_cli, run_cli
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
@@ -167,6 +168,22 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
     session = onnxruntime.InferenceSession(str(written["embed_tokens"]))
     rows = session.run(None, {"input_ids": np.arange(words)[None]})[0][0]
     assert np.abs(rows - table).max() <= np.abs(table).max() / 8 + 1e-6
+
+
+def test_the_terminal_shows_a_line_a_step_and_a_table(tiny_checkpoint: Path, tmp_path: Path):
+    out = tmp_path / "bundle"
+    done = run_cli("export", "--checkpoint", tiny_checkpoint, "--out", out, "--variant", "int4", COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    steps = ["loaded", "merged", "traced", "quantized", "checked", "packed"]
+    lines = done.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == steps, done.stderr
+    assert all(re.search(r"\d\.\d s( +\d+\.\d MB)?$", line) for line in lines)
+    assert f"{out}, " in done.stdout and "int4 *" in done.stdout and "* default" in done.stdout
+
+
+def test_graphs_hold_no_file_names_of_the_machine(tiny_bundle: Path):
+    for path in tiny_bundle.glob("*.onnx"):
+        assert b"stack_trace" not in path.read_bytes(), path.name
 
 
 def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):

@@ -1,0 +1,114 @@
+"""Read some layers of a language model's checkpoint, with their adapters merged."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from export.tracing import ExportError
+from training.trained import stage_folders
+
+
+class LanguageWeights:
+    """The language model's weights in a folder of safetensors, read tensor by tensor.
+
+    Args:
+        folder: an InstructBLIP checkpoint, or that of a language model alone.
+
+    Raises:
+        ExportError: the folder holds no safetensors.
+    """
+
+    def __init__(self, folder: Path):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ExportError(f"{folder} holds no .safetensors: save the checkpoint in that format")
+        self._names: dict[Path, list[str]] = {}
+        for path in files:
+            with safe_open(str(path), "pt") as file:
+                self._names[path] = list(file.keys())
+        # InstructBLIP's names have "language_model." somewhere before those of the language model alone.
+        names = [name for held in self._names.values() for name in held]
+        self._prefix = next((n[: n.index("language_model.") + 15] for n in names if "language_model." in n), "")
+
+    def part(self, first: int, count: int, ends: bool) -> dict[str, Tensor]:
+        """Weights of ``count`` layers in fp32, numbered from 0; embedding, last norm and head where ``ends``."""
+        found = {}
+        for path, names in self._names.items():
+            with safe_open(str(path), "pt") as file:  # opened anew each time: what was read is held no longer
+                for name in names:
+                    if not name.startswith(self._prefix):
+                        continue
+                    own = name[len(self._prefix) :]
+                    layer = re.search(r"layers\.(\d+)\.", own)
+                    if layer is None:
+                        if ends or own.endswith("norm.weight"):
+                            found[own] = file.get_tensor(name).float()
+                    elif first <= int(layer[1]) < first + count:
+                        found[_renumber(own, layer, -first)] = file.get_tensor(name).float()
+        return found
+
+
+def load_part(
+    config: Any, weights: LanguageWeights, adapters: list[Path], first: int, count: int, ends: bool
+) -> PreTrainedModel:
+    """A language model of some layers, its adapters merged, in fp32.
+
+    Args:
+        config: of the whole language model.
+        weights: where they are read.
+        adapters: folders of peft adapters for the whole, in order.
+        first, count: which layers.
+        ends: with its own embedding and head; else a stand-in of eight words, for a part that nothing is read from.
+
+    Raises:
+        ExportError: the checkpoint lacks a weight, or an adapter does not fit.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = count
+    if not ends:
+        config.vocab_size, config.pad_token_id = 8, None
+        config.bos_token_id, config.eos_token_id = 1, 2  # the builder asks for them
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    missing = model.load_state_dict(weights.part(first, count, ends), strict=False).missing_keys
+    lost = [name for name in missing if "layers." in name or (ends and "lm_head" not in name)]
+    if lost or (ends and "lm_head.weight" in missing and not config.tie_word_embeddings):
+        raise ExportError(f"the checkpoint lacks {(lost or missing)[0]} of layers {first} to {first + count - 1}")
+    for folder in adapters:
+        model = _merge(model, folder, first, count)
+    return model
+
+
+def _merge(model: PreTrainedModel, folder: Path, first: int, count: int) -> PreTrainedModel:
+    values = {}
+    for name, value in load_file(folder / "adapter_model.safetensors").items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if layer and first <= int(layer[1]) < first + count:
+            values[_renumber(name, layer, -first)] = value
+    adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
+    unexpected = set_peft_model_state_dict(adapted, values).unexpected_keys
+    if unexpected:
+        raise ExportError(f"{folder} does not fit this checkpoint: it holds {unexpected[0]}")
+    return adapted.merge_and_unload()
+
+
+def _renumber(name: str, layer: re.Match[str], by: int) -> str:
+    return f"{name[: layer.start(1)]}{int(layer[1]) + by}{name[layer.end(1) :]}"
+
+
+def language_adapters(folders: list[Path]) -> list[Path]:
+    """The language model's adapters in the stages of runs, the newest of each run, which holds all that it learnt."""
+    found = []
+    for folder in folders:
+        stages = [stage / "adapters" / "language" for stage in stage_folders(folder)]
+        found += [stage for stage in stages if stage.is_dir()][-1:]
+    return found
