@@ -1,7 +1,5 @@
 """List the benchmarks; each has its own ``--help``."""
 
-import ast
-import re
 import sys
 from pathlib import Path
 
@@ -9,15 +7,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.console import programs
+
 
 def main() -> None:
-    """Print what there is to run, a line each."""
+    """Print the name of each benchmark and what it measures."""
     table = Table("python -m benchmarks.…", "measures", box=None, title="Benchmarks", title_justify="left")
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "typer.Typer(" in text and not path.stem.startswith("_"):
-            about = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-            table.add_row(path.stem, re.sub(r"^``[^`]*``(?::| )", "", about).strip())
+    for name, about in programs(Path(__file__).parent).items():
+        table.add_row(name, about)
     Console().print(table)
     typer.echo("Each has options of its own: python -m benchmarks.NAME --help")
 

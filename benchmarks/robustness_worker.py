@@ -16,12 +16,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from benchmarks.mutations import Input, film, make_input
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _TOKENS = 4  # of a draft; the scores of the image need none
 
 
@@ -203,12 +205,15 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return {"code": 0, "findings": values["image_findings"] or [], "scores": values["finding_scores"] or {}}
 
 
-def main() -> None:
+@app.command(help=__doc__)
+def main(
+    threads: Annotated[int | None, typer.Argument(help="CPU threads.", show_default="one per core")] = None,
+) -> None:
     """Answer until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing but answers goes there
     with tempfile.TemporaryDirectory() as scratch:
-        worker = Worker(Path(scratch), int(sys.argv[1]) if len(sys.argv) > 1 else None)
+        worker = Worker(Path(scratch), threads)
         answers.write("ready\n")
         answers.flush()
         for line in sys.stdin:
@@ -218,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app()

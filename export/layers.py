@@ -7,8 +7,6 @@ parts are joined where one layer passes the sum of its residual to the next, so 
 its decoder. Nothing is compared with torch.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

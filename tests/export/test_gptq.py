@@ -5,8 +5,9 @@ import pytest
 
 from cbedge import open_bundle
 from export.gptq import calibration_inputs, round_language_model, round_weight
+from export.graph_weights import Graph
 from export.quantize import Int4Settings, quantize_language_model, round_for
-from export.restore import Graph, restore
+from export.restore import restore
 from export.tracing import DECODER
 from export.tune import divergence, tune_scales
 from training.drafting import TorchDrafter
