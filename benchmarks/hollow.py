@@ -17,7 +17,8 @@ import onnx
 import typer
 from onnx import TensorProto, helper
 
-from cbedge.bundles.bundle import MANIFEST, file_sha256, open_bundle
+from cbedge.bundles.bundle import file_sha256, open_bundle
+from cbedge.bundles.manifest import MANIFEST
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 _SMALL = 1024  # bytes of a weight that stays in the graph

@@ -28,7 +28,7 @@ import typer
 from cbedge import CbedgeError, ContextError, Report, ReportGenerator
 from cbedge.backends.int8 import multiplies_exactly
 from cbedge.bench import machine
-from cbedge.bundles.bundle import IN_INT8
+from cbedge.bundles.manifest import IN_INT8
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import ClinicalContext
 from cbedge.sentences import normalize, split_text

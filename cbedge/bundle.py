@@ -1,5 +1,5 @@
-"""Deprecated: moved to :mod:`cbedge.bundles.bundle`."""
+"""Deprecated: moved to :mod:`cbedge.bundles.bundle` and :mod:`cbedge.bundles.manifest`."""
 
 from cbedge._moved import forward
 
-__getattr__ = forward(__name__, "cbedge.bundles.bundle")
+__getattr__ = forward(__name__, "cbedge.bundles.manifest", "cbedge.bundles.bundle")

@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from cbedge.backends import Backend
-from cbedge.bundles.bundle import Manifest
+from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import (
     Decoder,
     Decoding,

@@ -24,11 +24,9 @@ from cbedge.bundles.bundle import (
     TOKENIZER,
     WORDS,
     Bundle,
-    Manifest,
-    Shapes,
-    Variant,
     write_bundle,
 )
+from cbedge.bundles.manifest import Manifest, Shapes, Variant
 from cbedge.decoding.phrasebook import Phrasebook
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbedge.bundles.bundle import Manifest
+from cbedge.bundles.manifest import Manifest
 from cbedge.report import DRAFT_STATEMENT
 from export.parity import Parity
 from training.datasets.iu_xray import PROVENANCE

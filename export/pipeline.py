@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cbedge.backends.int8 import multiplies_exactly
-from cbedge.bundles.bundle import IN_INT8, Bundle
+from cbedge.bundles.bundle import Bundle
+from cbedge.bundles.manifest import IN_INT8
 from export.bundle import ModelInfo, VariantFiles, check, describe, write_packed
 from export.console import Steps
 from export.gptq import Rounded, can_be_rounded

@@ -25,7 +25,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from cbedge.backends.ort import LOGITS_START
-from cbedge.bundles.bundle import IN_INT8, Bundle
+from cbedge.bundles.bundle import Bundle
+from cbedge.bundles.manifest import IN_INT8
 from export.gptq import Rounded, calibration_inputs, put_into_graph, round_language_model
 from export.int8 import multiply_in_int8
 from export.tracing import DECODER, EMBED, ENCODER, HEAD, QFORMER, VISION, ExportError, save_graph

@@ -22,17 +22,15 @@ from cbedge.backends import open_backend
 from cbedge.bundles.bundle import (
     CARD,
     FILM_VIEW,
-    IN_INT8,
     PHRASEBOOK,
     TEMPLATES,
     WORDS,
     Bundle,
-    Manifest,
-    Variant,
     check_target,
     open_bundle,
     write_bundle,
 )
+from cbedge.bundles.manifest import IN_INT8, Manifest, Variant
 from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
 from export.console import Verbose, run

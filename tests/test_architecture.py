@@ -73,6 +73,7 @@ def test_a_new_provider_is_one_file_and_one_entry(report: Report, monkeypatch: p
         ("cbedge.radiograph", "load_radiograph", "cbedge.images.radiograph"),
         ("cbedge.formats", "render", "cbedge.outputs"),
         ("cbedge.bundle", "open_bundle", "cbedge.bundles.bundle"),
+        ("cbedge.bundle", "Manifest", "cbedge.bundles.manifest"),
         ("cbedge.preprocess", "Preprocessing", "cbedge.images.preprocess"),
         ("cbedge.heatmap", "overlay", "cbedge.images.heatmap"),
         ("cbedge.batch", "run_batch", "cbedge.services.batch"),

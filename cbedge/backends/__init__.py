@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cbedge.bundles.bundle import ENCODER, IN_INT8, Bundle, Variant
+from cbedge.bundles.bundle import Bundle
+from cbedge.bundles.manifest import ENCODER, IN_INT8, Variant
 from cbedge.decoding import Decoder
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def choose_variant(bundle: Bundle, name: str | None = None, device: str = "auto"
 
     If ``name`` is ``None``: on a GPU, variants for GPUs are preferred to the bundle's default (ONNX Runtime supports an
     in-place KV cache on GPUs for 16 bits only). On a CPU with exact 8-bit multiplication,
-    :data:`~cbedge.bundles.bundle.IN_INT8` is preferred to ``int4``, whose weights it reads. ``auto`` selects the CPU
+    :data:`~cbedge.bundles.manifest.IN_INT8` is preferred to ``int4``, whose weights it reads. ``auto`` selects the CPU
     for a variant that is not for GPUs.
 
     Raises:

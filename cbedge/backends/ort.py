@@ -14,7 +14,8 @@ import numpy as np
 from cbedge.backends.encoder_decoder import OnnxEncoderDecoder
 from cbedge.backends.int8 import EXACT, Table, multiplies_exactly
 from cbedge.backends.registry import PROVIDERS
-from cbedge.bundles.bundle import ENCODER, GRAPHS, Bundle, Shapes, Variant
+from cbedge.bundles.bundle import Bundle
+from cbedge.bundles.manifest import ENCODER, GRAPHS, Shapes, Variant
 from cbedge.cores import usable_cores
 from cbedge.decoding import Decoder
 from cbedge.errors import BundleError, DeviceError

@@ -15,7 +15,7 @@ import numpy as np
 from cbedge.backends.kv_cache import bind_cache, empty_cache, to_ortvalue
 from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.backends.provider import Provider
-from cbedge.bundles.bundle import FOR_GPUS
+from cbedge.bundles.manifest import FOR_GPUS
 
 if TYPE_CHECKING:
     from cbedge.backends.ort import OnnxBackend

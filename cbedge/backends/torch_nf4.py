@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbedge.bundles.bundle import Bundle, Variant
+from cbedge.bundles.bundle import Bundle
+from cbedge.bundles.manifest import Variant
 from cbedge.errors import BundleError, DeviceError
 from cbedge.findings.reading import QFormerOutput
 

@@ -15,7 +15,8 @@ def model(
 ) -> None:
     """Describe the embedded model, and verify all its files."""
     from cbedge.backends import choose_variant
-    from cbedge.bundles.bundle import CARD, MANIFEST, open_bundle
+    from cbedge.bundles.bundle import CARD, open_bundle
+    from cbedge.bundles.manifest import MANIFEST
 
     bundle = open_bundle(model)
     if card or as_json:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cbedge.bundles.bundle import PHRASEBOOK, TEMPLATES, WORDS, Bundle, Manifest
+from cbedge.bundles.bundle import PHRASEBOOK, TEMPLATES, WORDS, Bundle
+from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
