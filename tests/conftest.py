@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from syrupy.assertion import SnapshotAssertion
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
@@ -49,6 +50,9 @@ REPORTS = (
     ("There is an opacity in the right lower lobe.", "Possible pneumonia."),
 )
 TAGS = (["normal"], ["Cardiomegaly/mild", "Pleural Effusion/left"], ["normal"], ["Opacity/lung/lower lobe/right"])
+
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 class TextFile(SingleFileSnapshotExtension):
@@ -116,16 +120,32 @@ def draw_lateral(seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Makes a folder by a function, once for all processes of pytest-xdist; tests do not change what is in it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / f"shared-{name}", root / f"shared-{name}.done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def chest_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chest") / "chest.png"
     Image.fromarray(draw_chest(0)).save(path)
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_data(folder: Path) -> None:
     """Twenty studies in the layout of ``studies.jsonl``, two of three with a lateral radiograph."""
-    folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     lines = []
     for number, split in enumerate(["train"] * 12 + ["val"] * 4 + ["test"] * 4):
@@ -152,7 +172,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         )
     (folder / "studies.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(make_once: MakeOnce) -> Path:
+    """The folder of :func:`save_data`."""
+    return make_once("data", save_data)
 
 
 def save_tiny(folder: Path, flan_t5: bool = False) -> Path:
@@ -253,9 +278,9 @@ def save_tiny(folder: Path, flan_t5: bool = False) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(make_once: MakeOnce) -> Path:
     """A random InstructBLIP saved in the layout of ``Salesforce/instructblip-vicuna-7b``."""
-    return save_tiny(tmp_path_factory.mktemp("checkpoint"))
+    return make_once("checkpoint", save_tiny)
 
 
 TINY_RUN = """
@@ -309,41 +334,29 @@ def tiny_config(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_config: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_config: Path, tiny_data: Path, make_once: MakeOnce) -> Path:
     """Two steps of every stage, through the command line."""
-    output = tmp_path_factory.mktemp("runs") / "tiny"
-    done = run_cli(
-        "training", "run", "--config", tiny_config, "--data", tiny_data, "--output", output, "--max-steps", 2
-    )
-    assert done.returncode == 0, done.stderr
-    return output
+
+    def train(folder: Path) -> None:
+        output = ["--output", folder / "tiny", "--max-steps", 2]
+        done = run_cli("training", "run", "--config", tiny_config, "--data", tiny_data, *output)
+        assert done.returncode == 0, done.stderr
+
+    return make_once("runs", train) / "tiny"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_run: Path, tiny_data: Path, make_once: MakeOnce) -> Path:
     """The tiny run merged and exported in every variant, by the command."""
     from training.trained import checkpoint_of
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = call_cli(
-        "export",
-        "--checkpoint",
-        checkpoint_of(tiny_run),
-        "--adapters",
-        tiny_run,
-        "--out",
-        out,
-        "--name",
-        "tiny",
-        "--variant",
-        "all",
-        "--data",
-        tiny_data,
-        "--record",
-        out.parent / "parity",
-    )
-    assert done.returncode == 0, done.stderr
-    return out
+    def export(folder: Path) -> None:
+        run = ["--checkpoint", checkpoint_of(tiny_run), "--adapters", tiny_run, "--data", tiny_data]
+        out = ["--out", folder / "tiny", "--name", "tiny", "--variant", "all", "--record", folder / "parity"]
+        done = call_cli("export", *run, *out)
+        assert done.returncode == 0, done.stderr
+
+    return make_once("bundles", export) / "tiny"
 
 
 IN_INT8 = {"q4a8"} if multiplies_exactly() else set()  # what "all" leaves out on processors that are not x86

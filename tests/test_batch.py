@@ -21,6 +21,7 @@ from cbedge import CbedgeError, RadiographError
 from cbedge.file_names import safe_name
 from cbedge.files import lock_file, lock_path
 from cbedge.services import batch
+from cbedge.services.studies import find_studies, join_views
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_table_gives_each_radiograph_its_context(tiny_bundle: Path, films: Pat
     table = films / "studies.csv"
     rows = ("id,image,indication,view,lateral", "a,more/0.png,cough,PA,more/2.png", "b,more/1.png,,,")
     table.write_text("\n".join(rows), encoding="utf-8")
-    items = batch.find_items(str(table))
+    items = find_studies(str(table)).items
     assert [(i.id, i.indication, i.view) for i in items] == [("a", "cough", "PA"), ("b", None, None)]
     done = run_batch(tiny_bundle, table, tmp_path / "out.jsonl")
     lines = list(batch.read_lines(tmp_path / "out.jsonl"))
@@ -95,7 +96,7 @@ def test_a_table_that_cannot_be_used_is_refused(content: str, reason: str, tmp_p
     table = tmp_path / "t.csv"
     table.write_text(content, encoding="utf-8")
     try:
-        batch.find_items(str(table))
+        find_studies(str(table))
     except RadiographError as error:
         assert any(r in str(error) for r in reason.split("|"))
         return
@@ -213,7 +214,7 @@ def write_table(path: Path, text: str, encoding: str = "utf-8") -> str:
     ],
 )
 def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_path: Path):
-    (item,) = batch.find_items(write_table(tmp_path / "t.csv", text, encoding))
+    (item,) = find_studies(write_table(tmp_path / "t.csv", text, encoding)).items
     assert (item.image.name, item.indication, item.view) == ("1.png", "cough", "PA")
 
 
@@ -229,7 +230,7 @@ def test_tables_of_spreadsheet_programs_are_read(text: str, encoding: str, tmp_p
 )
 def test_a_table_that_would_be_misread_is_refused_by_name(text: str, told: str, tmp_path: Path):
     with pytest.raises(RadiographError, match=re.escape(told)):
-        batch.find_items(write_table(tmp_path / "t.csv", text))
+        find_studies(write_table(tmp_path / "t.csv", text))
 
 
 def test_a_corrected_row_is_drafted_anew_and_the_others_are_kept(tiny_bundle: Path, films: Path, tmp_path: Path):
@@ -249,7 +250,7 @@ def test_a_folder_is_read_by_content_and_what_is_skipped_is_named(tmp_path: Path
     (tmp_path / "without_preamble").write_bytes(content[132:])
     (tmp_path / "notes.doc").write_text("none")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
-    found = batch.find_studies(str(tmp_path))
+    found = find_studies(str(tmp_path))
     assert [item.id for item in found.items] == ["1.2.840.1", "IM0001", "without_preamble", "x.dcm"]
     assert sorted(found.skipped) == ["DICOMDIR", "loop", "notes.doc"] and not found.unreadable
 
@@ -348,7 +349,7 @@ def test_the_two_views_of_a_study_become_one_item(tmp_path: Path):
     for name, text in views.items():
         dataset.ViewPosition, dataset.StudyInstanceUID = text.split()
         dataset.save_as(tmp_path / f"{name}.dcm")
-    items = {item.id: item for item in batch.pair_views(batch.find_items(str(tmp_path)))}
+    items = {item.id: item for item in join_views(find_studies(str(tmp_path)).items)}
     assert {*items} == {f"{name}.dcm" for name in "acdef"}, "a study with two frontal films is left as it is"
     assert items["a.dcm"].lateral == tmp_path / "b.dcm" and items["c.dcm"].lateral is None
 
@@ -360,7 +361,7 @@ def test_no_table_breaks_it(tmp_path: Path, content: bytes):
     for start in (b"", b"image,id,indication\n"):
         table.write_bytes(start + content)
         try:
-            items = batch.find_items(str(table))
+            items = find_studies(str(table)).items
         except CbedgeError as error:
             assert str(error) and "\n" not in str(error)
         else:
@@ -448,13 +449,13 @@ def test_a_file_has_one_name_under_every_locale(tiny_bundle: Path, tmp_path: Pat
 def test_what_spreadsheet_programs_add_is_passed_over(text: str, tmp_path: Path):
     table = tmp_path / "t.csv"
     table.write_text(text, encoding="utf-8")
-    assert [(i.id, i.indication) for i in batch.find_items(str(table))] == [("a.png", "cough")]
+    assert [(i.id, i.indication) for i in find_studies(str(table)).items] == [("a.png", "cough")]
 
 
 def test_links_to_folders_are_named_and_not_followed(tmp_path: Path):
     Image.fromarray(draw_chest(0)).save(tmp_path / "a.png")
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = batch.find_studies(str(tmp_path))
+    found = find_studies(str(tmp_path))
     assert [item.id for item in found.items] == ["a.png"] and found.skipped == ["loop"]
 
 
@@ -470,7 +471,7 @@ def test_a_folder_without_permission_is_named():
         try:
             if user == 0:  # whom no permission stops
                 os.seteuid(65534)
-            found = batch.find_studies(name)
+            found = find_studies(name)
         finally:
             os.seteuid(user)
             (folder / "secret").chmod(0o700)

@@ -89,6 +89,14 @@ def test_a_structured_report_needs_a_dicom_study(report: Report, chest_png: Path
         to_sr(report, header)
 
 
+def test_a_structured_report_without_a_study_is_refused_before_a_model_is_opened(chest_png: Path, tmp_path: Path):
+    target = tmp_path / "draft.dcm"
+    done = run_cli(
+        "cbedge.cli", "generate", chest_png, "--model", tmp_path / "no-model", "--format", "sr", "-o", target
+    )
+    assert done.returncode == 3 and "needs a study" in done.stderr and not target.exists()
+
+
 def test_fhir_is_a_preliminary_report_that_the_library_reads(report: Report):
     from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 

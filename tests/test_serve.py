@@ -68,6 +68,14 @@ def test_a_dicom_file_comes_back_in_the_hospitals_formats(client: TestClient, fo
     assert b"DICM" in answer.content[:140] if form == "sr" else answer.json()["status"] == "preliminary"
 
 
+def test_a_structured_report_of_a_png_is_refused_and_not_drafted(client: TestClient, chest_png: Path):
+    written = 'cbedge_drafts_total{outcome="written"}'
+    before = client.get("/metrics").text.partition(written)[2].partition("\n")[0]
+    answer = post(client, chest_png.read_bytes(), format="sr")
+    assert answer.status_code == 422 and "needs a study" in answer.json()["detail"]
+    assert client.get("/metrics").text.partition(written)[2].partition("\n")[0] == before
+
+
 def events(text: str) -> list[tuple[str, dict]]:
     found = []
     for block in filter(None, text.split("\n\n")):

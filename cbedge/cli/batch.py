@@ -1,16 +1,25 @@
 """``cbedge batch``: draft many reports."""
 
+from __future__ import annotations
+
+import hashlib
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import Model, NoTemplate, Template
+from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant
 from cbedge.cli.terminal import check_not_input, keep_to_template, print_error, read_text_file
 from cbedge.errors import ContextError, OutputError, RadiographError
 from cbedge.files import check_output
+
+if TYPE_CHECKING:
+    from cbedge.services.batch import Tally
+    from cbedge.services.studies import Found, Item
 
 
 def batch(
@@ -19,11 +28,9 @@ def batch(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; an existing one is resumed.")],
     model: Model = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in a draft.")] = None,
+    variant: Variant = None,
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = None,
     template: Template = None,
     no_template: NoTemplate = False,
     documents: Annotated[
@@ -34,25 +41,19 @@ def batch(
         bool, typer.Option("--pair-views", help="Draft the frontal and lateral DICOM files of a study together.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
-    accept_any_image: Annotated[
-        bool,
-        typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph."),
-    ] = False,
+    accept_any_image: AcceptAnyImage = False,
     parquet: Annotated[
         Path | None, typer.Option(help="Also write a Parquet table to this file; needs pyarrow.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --parquet and --documents.")] = False,
 ) -> None:
     """Draft the reports of many radiographs. Run the same command again to resume after an interruption."""
-    import hashlib
     from dataclasses import replace
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cbedge.images.radiograph import printable
     from cbedge.outputs import check_format
     from cbedge.services import batch
+    from cbedge.services.studies import find_studies, join_views
 
     if template and no_template:
         raise ContextError("--template and --no-template exclude each other: give one of them")
@@ -60,16 +61,10 @@ def batch(
     if form != "text" and documents is None:
         raise OutputError(f"--format {form} is for --documents: give a folder")
 
-    found = batch.find_studies(studies)
+    found = find_studies(studies)
+    _print_skipped(found)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
-    for kind, names in (
-        ("files skipped because they are not radiographs", found.skipped),
-        ("folders could not be read", found.unreadable),
-    ):
-        if names:
-            more = ", ..." if len(names) > 5 else ""
-            print_error(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
-    items = batch.pair_views(items) if pair_views else items
+    items = join_views(items) if pair_views else items
     inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
     inputs += [Path(studies), *([template] if template else [])]
     check_not_input(out, inputs)
@@ -94,34 +89,50 @@ def batch(
     if files is not None:
         files.prepare(out, force)
 
-    def draft(item: batch.Item) -> dict[str, Any]:
+    def draft(item: Item) -> dict[str, Any]:
         return batch.draft_item(item, generator, max_new_tokens, accept_any_image, decoding, files)
 
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
     drafted_by += " no template" if no_template else ""
-    drafted_by += (
-        f" documents {form}" if files is not None else ""
-    )  # a finished draft without its document is no resume
-    columns = (
-        TextColumn("drafting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("remaining"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=len(items))
-        tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=lambda tally: bar.advance(task))
+    drafted_by += f" documents {form}" if documents else ""  # a finished draft without its document is not resumed
+    with _progress_bar(len(items)) as advance:
+        tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=advance)
     if parquet is not None:
         batch.write_parquet(out, parquet, force, inputs)
     skipped = f", {tally.skipped} already there" if tally.skipped else ""
     print_error(f"wrote {tally.written} {'draft' if tally.written == 1 else 'drafts'} to {out}{skipped}")
+    for name, message in tally.failed:
+        print_error(f"failed: {printable(name)}: {message}")
     if tally.failed:
-        for name, message in tally.failed:
-            print_error(f"failed: {printable(name)}: {message}")
         others = "; the others are drafted" if len(tally.failed) < len(items) else ""
         raise RadiographError(f"{len(tally.failed)} of {len(items)} radiographs failed{others}")
     if found.unreadable:
         raise RadiographError(f"{len(found.unreadable)} folders could not be read; change their permissions")
+
+
+def _print_skipped(found: Found) -> None:
+    """Name the first few files and folders that are not drafted."""
+    from cbedge.images.radiograph import printable
+
+    for kind, names in (
+        ("files skipped because they are not radiographs", found.skipped),
+        ("folders could not be read", found.unreadable),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            print_error(f"{len(names)} {kind}: {', '.join(map(printable, names[:5]))}{more}")
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[Tally], None]]:
+    """A progress bar on a terminal, and a function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drafting"), BarColumn(), MofNCompleteColumn(), TextColumn("remaining"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda tally: bar.advance(task)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Model
+from cbedge.cli.options import Device, Model
 from cbedge.cli.terminal import status_line
 from cbedge.errors import OutputError, RadiographError
 from cbedge.files import check_output, write_output
@@ -21,7 +21,7 @@ def bench(
         str | None,
         typer.Option(help="Variants to measure, separated by commas.", show_default="chosen for this machine"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one per core")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Drafts of each radiograph.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Untimed drafts before the measurement.")] = 2,

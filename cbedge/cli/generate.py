@@ -1,16 +1,21 @@
 """``cbedge generate``: draft one report."""
 
+from __future__ import annotations
+
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import Model, NoTemplate, Template
+from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant
 from cbedge.cli.terminal import print_bytes, print_error, read_text_file
 from cbedge.errors import ContextError, OutputError
 from cbedge.files import check_output, write_output
+
+if TYPE_CHECKING:
+    from cbedge.report import Report
 
 
 def generate(
@@ -24,11 +29,9 @@ def generate(
         Path | None, typer.Option(help="Lateral radiograph of the same study, for models that read both views.")
     ] = None,
     model: Model = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens in the draft.")] = None,
+    variant: Variant = None,
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(help="Sample from the most probable tokens with this total probability.")
@@ -44,10 +47,7 @@ def generate(
     ] = None,
     form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir.", show_default="text")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
-    accept_any_image: Annotated[
-        bool,
-        typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph."),
-    ] = False,
+    accept_any_image: AcceptAnyImage = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
     ] = None,
@@ -57,22 +57,15 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --heatmap.")] = False,
 ) -> None:
     """Draft the report of one study."""
-    from cbedge.outputs import check_format, render
-    from cbedge.report import DRAFT_STATEMENT, format_sections
+    from cbedge.outputs import check_format, check_source
+    from cbedge.report import format_sections
 
     form = form or ("json" if as_json else "text")
     check_format(form)
     if as_json and form != "json":
         raise OutputError(f"--json and --format {form} cannot be combined: give one of them")
-    if form == "sr" and output is None and sys.stdout.isatty():
-        raise OutputError("a DICOM SR is binary and cannot be shown in a terminal: give --output FILE, or use a pipe")
     sources = [path for path in (image, lateral, template) if path is not None]
-    for target in filter(None, (output, heatmap)):
-        check_output(target, force, sources)
-    if output is not None and output == heatmap:
-        raise OutputError("--output and --heatmap are the same file: give two different files")
-    if output is None and sys.__stdout__ is None:
-        raise OutputError("standard output is closed: give --output FILE")
+    _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
     from cbedge.drafting.templates import read_template
@@ -93,6 +86,7 @@ def generate(
     chosen |= {k: v for k, v in (("no_repeat", no_repeat), ("stop_bias", stop_bias)) if v is not None}
     Decoding(**chosen)  # checks the values
     radiograph, second = load_radiograph(image), load_radiograph(lateral) if lateral else None
+    check_source(form, image)
     from cbedge.api import ReportGenerator
 
     generator = ReportGenerator.from_pretrained(model, variant, device)
@@ -114,20 +108,16 @@ def generate(
             sys.stdout.flush()
     report = stream.report
     if heatmap is not None:
-        from cbedge.images.heatmap import CAVEAT, overlay, png
+        from cbedge.images.heatmap import overlay, png
 
         write_output(heatmap, png(overlay(radiograph, stream.attention)), force, sources)
     if live:
-        for note in report.notes():
-            typer.echo(f"\n\n[{note}]", nl=False)
-        typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
+        _print_notes(report)
     else:
-        content = render(report, form, image)
-        if output is not None:
-            write_output(output, content, force, sources)
-        else:
-            print_bytes(content)
+        _write_draft(report, form, image, output, force, sources)
     if heatmap is not None:
+        from cbedge.images.heatmap import CAVEAT
+
         print_error(f"heat map: {heatmap}. {CAVEAT}")
     if not report.complete:
         print_error(
@@ -135,3 +125,39 @@ def generate(
         )
     if not format_sections(report.text):
         print_error("note: the model wrote nothing for this radiograph")
+
+
+def _check_outputs(form: str, output: Path | None, heatmap: Path | None, force: bool, sources: list[Path]) -> None:
+    """Check that the draft and the heat map can be written where the user wants them.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    if form == "sr" and output is None and sys.stdout.isatty():
+        raise OutputError("a DICOM SR is binary and cannot be shown in a terminal: give --output FILE, or use a pipe")
+    for target in filter(None, (output, heatmap)):
+        check_output(target, force, sources)
+    if output is not None and output == heatmap:
+        raise OutputError("--output and --heatmap are the same file: give two different files")
+    if output is None and sys.__stdout__ is None:
+        raise OutputError("standard output is closed: give --output FILE")
+
+
+def _print_notes(report: Report) -> None:
+    """Print what belongs under a draft whose text is on the terminal."""
+    from cbedge.report import DRAFT_STATEMENT
+
+    for note in report.notes():
+        typer.echo(f"\n\n[{note}]", nl=False)
+    typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
+
+
+def _write_draft(report: Report, form: str, image: Path, output: Path | None, force: bool, sources: list[Path]) -> None:
+    """Write a draft in its format to the output file, or else to standard output."""
+    from cbedge.outputs import render
+
+    content = render(report, form, image)
+    if output is not None:
+        write_output(output, content, force, sources)
+    else:
+        print_bytes(content)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Model, Template
+from cbedge.cli.options import Device, Model, Template, Variant
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError
 
@@ -21,10 +21,8 @@ def listen(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 11112,
     model: Model = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    variant: Variant = None,
+    device: Device = "auto",
     retry: Annotated[float, typer.Option(min=0.1, help="Seconds until a failed delivery is first retried.")] = 5.0,
     pair_wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for the other view of a study; 0 drafts every view alone.")

@@ -15,3 +15,15 @@ Template = Annotated[
 NoTemplate = Annotated[
     bool, typer.Option("--no-template", help="Follow no template: the language model chooses every word.")
 ]
+
+Variant = Annotated[
+    str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
+]
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens in a draft.")]
+
+AcceptAnyImage = Annotated[
+    bool, typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph.")
+]

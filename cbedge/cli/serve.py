@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Model, Template
+from cbedge.cli.options import Device, Model, Template, Variant
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError
 
@@ -13,10 +13,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; other machines need --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8642,
     model: Model = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    variant: Variant = None,
+    device: Device = "auto",
     token: Annotated[
         str | None,
         typer.Option(envvar="CBEDGE_TOKEN", help="Token that clients must send; prefer the environment variable."),

@@ -6,8 +6,10 @@ A new format is a module with a function that writes it, and an entry here.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cbedge.errors import OutputError
 from cbedge.report import Report
@@ -25,18 +27,20 @@ class Format:
         media_type: for HTTP.
         suffix: of a file.
         package: a module that must be installed, with the extra ``hospital``.
+        check: ``module:function`` that raises an error for a radiograph's file of which the format cannot be written.
     """
 
     writer: str
     media_type: str
     suffix: str
     package: str | None = None
+    check: str | None = None
 
 
 FORMATS = {
     "text": Format("cbedge.outputs.plain:write_text", "text/plain", ".txt"),
     "json": Format("cbedge.outputs.plain:write_json", "application/json", ".json"),
-    "sr": Format("cbedge.outputs.sr:write", "application/dicom", ".dcm", "highdicom"),
+    "sr": Format("cbedge.outputs.sr:write", "application/dicom", ".dcm", "highdicom", "cbedge.outputs.sr:check"),
     "fhir": Format("cbedge.outputs.fhir:write", "application/fhir+json", ".fhir.json", "fhir.resources"),
 }
 
@@ -59,6 +63,21 @@ def check_format(name: str) -> None:
         ) from None
 
 
+def check_source(name: str, source: Source) -> None:
+    """Check that a report on a radiograph can be written in a format, before the report is drafted.
+
+    Args:
+        name: one of :data:`FORMATS`.
+        source: the radiograph's file.
+
+    Raises:
+        RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers.
+    """
+    check = FORMATS[name].check
+    if check is not None:
+        _load(check)(source)
+
+
 def render(report: Report, form: str, source: Source = None) -> bytes:
     """Write a report in one of :data:`FORMATS`.
 
@@ -72,5 +91,9 @@ def render(report: Report, form: str, source: Source = None) -> bytes:
         RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers.
     """
     check_format(form)
-    module, function = FORMATS[form].writer.split(":")
-    return getattr(importlib.import_module(module), function)(report, source)
+    return _load(FORMATS[form].writer)(report, source)
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)

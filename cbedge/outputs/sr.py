@@ -21,6 +21,15 @@ _MANUFACTURER = "cbedge"
 _SCORE_MEANING = "Image finding score, 0 to 1; ranks, not a probability"
 
 
+def check(source: Source) -> None:
+    """Check that a radiograph's file has the identifiers that a document needs.
+
+    Raises:
+        RadiographError: it is not a DICOM file, or its header lacks identifiers.
+    """
+    study_header(_required(read_header(source)))
+
+
 def write(report: Report, source: Source) -> bytes:
     """Write a report as a DICOM file.
 
@@ -44,12 +53,11 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
     Raises:
         RadiographError: there is no header, or its identifiers are missing or invalid.
     """
-    if header is None:
-        raise RadiographError("a DICOM SR needs a study: give the radiograph as a DICOM file, or another --format")
+    header = _required(header)
+    study = study_header(header)
     import highdicom
     from pydicom.uid import generate_uid
 
-    study = study_header(header)
     content = _content(report, study)
     identity = _identity(report, study, content)
     uids = [generate_uid(entropy_srcs=[identity, kind] if same_again else None) for kind in ("series", "document")]
@@ -81,6 +89,12 @@ def to_sr(report: Report, header: Dataset | None, same_again: bool = False) -> b
     file = io.BytesIO()
     document.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def _required(header: Dataset | None) -> Dataset:
+    if header is None:
+        raise RadiographError("a DICOM SR needs a study: give the radiograph as a DICOM file, or another --format")
+    return header
 
 
 def _identity(report: Report, study: StudyHeader, content: Dataset) -> str:

@@ -6,96 +6,27 @@ line is removed. So only the current draft is lost, and none is written twice.
 
 from __future__ import annotations
 
-import csv
-import glob
 import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from cbedge.api import ReportGenerator
 from cbedge.decoding import Decoding
-from cbedge.errors import CbedgeError, OutputError, RadiographError
+from cbedge.errors import CbedgeError, OutputError
 from cbedge.file_names import safe_name
 from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
-from cbedge.images.dicom_file import is_dicom
 from cbedge.images.radiograph import printable
-from cbedge.outputs import FORMATS, render
+from cbedge.outputs import FORMATS, check_source, render
 from cbedge.report import Report
+from cbedge.services.studies import Item
 
-COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
-_DELIMITERS = (",", ";", "\t")
 _START = b'{"id": '  # start of every output line
-_MAX_CSV_BYTES = 256 * 2**20
 _OWNER = ".cbedge-batch"  # file in a folder of documents
-
-
-@dataclass(frozen=True)
-class Item:
-    """One radiograph to draft.
-
-    Attributes:
-        id: its name in the output: the table's ``id``, or its path relative to the given folder.
-        image: its file.
-        indication, comparison, view: as in :meth:`ReportGenerator.generate`.
-        lateral: file of the lateral radiograph of the same study.
-        paths: paths of image and lateral as written in the table, so that a table can be moved with its files.
-    """
-
-    id: str
-    image: Path
-    indication: str | None = None
-    comparison: str | None = None
-    view: str | None = None
-    lateral: Path | None = None
-    paths: tuple[str, ...] = ()
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of the inputs, to detect whether an existing draft is still valid."""
-        row = [self.paths, self.indication, self.comparison, self.view]
-        content = json.dumps(row).encode()
-        files = [_state(path) for path in (self.image, self.lateral) if path is not None]
-        return {"row": hashlib.sha256(content).hexdigest()[:16], "files": files}
-
-
-def _state(path: Path) -> list[int] | None:
-    """Size and modification time of a file; ``None`` if it does not exist."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _name(path: str) -> str:
-    """A path as locale-independent text; bytes that are not UTF-8 become lone surrogates."""
-    return path if os.name == "nt" else os.fsencode(path).decode("utf-8", "surrogateescape")
-
-
-def _path(name: str) -> Path:
-    """The inverse of :func:`_name` in the current locale."""
-    return Path(name if os.name == "nt" else os.fsdecode(name.encode("utf-8", "surrogateescape")))
-
-
-@dataclass(frozen=True)
-class Found:
-    """The content of a folder, pattern or table.
-
-    Attributes:
-        items: the radiographs.
-        skipped: other files of a folder, judged by suffix and, for DICOM, by content.
-        unreadable: folders that could not be read.
-    """
-
-    items: list[Item]
-    skipped: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -106,87 +37,6 @@ class Tally:
     written: int
     skipped: int
     failed: list[tuple[str, str]]
-
-
-def find_items(studies: str) -> list[Item]:
-    """The radiographs of :func:`find_studies`."""
-    return find_studies(studies).items
-
-
-def pair_views(items: Sequence[Item]) -> list[Item]:
-    """Combine the frontal and lateral DICOM file of a study into one item, if the study has exactly one of each."""
-    from cbedge.images.dicom import header_view
-    from cbedge.images.dicom_file import read_header
-
-    views: dict[str, dict[str, list[Item]]] = {}
-    for item in items:
-        header = None if item.lateral is not None else read_header(item.image, needed=False)
-        uid, view = (None, None) if header is None else (str(header.get("StudyInstanceUID") or ""), header_view(header))
-        if uid and view:
-            views.setdefault(uid, {}).setdefault(view, []).append(item)
-    laterals: dict[str, Path] = {}
-    joined: set[str] = set()
-    for found in views.values():
-        frontal, lateral = found.get("frontal", []), found.get("lateral", [])
-        if len(frontal) == len(lateral) == 1:
-            laterals[frontal[0].id] = lateral[0].image
-            joined.add(lateral[0].id)
-    return [replace(i, lateral=laterals.get(i.id, i.lateral)) for i in items if i.id not in joined]
-
-
-def find_studies(studies: str) -> Found:
-    """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
-
-    In a folder, files with an image suffix and all DICOM files are used. A table is a ``.csv`` file (separated by
-    commas, semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and optionally ``id``,
-    ``indication``, ``comparison``, ``view`` and ``lateral`` (also a path).
-
-    Raises:
-        RadiographError: nothing is found, two items have the same id, or a table cannot be read.
-    """
-    path = Path(studies)
-    try:
-        if path.is_dir():
-            found = _read_folder(path)
-        elif path.suffix.lower() in (".csv", ".tsv"):
-            found = Found(_read_table(path))
-        else:
-            names = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(studies, recursive=True))]
-            found = Found([Item(_name(str(name)), name) for name in names if name.is_file()])
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise RadiographError(f"cannot read {printable(path.name)} ({reason}): check the path") from None
-    if not found.items:
-        skipped = f" ({len(found.skipped)} other files)" if found.skipped else ""
-        raise RadiographError(
-            f"no radiograph at {printable(studies)}{skipped}: give a folder, a pattern, a file or a .csv table"
-        )
-    seen: set[str] = set()
-    for item in found.items:
-        if item.id in seen:
-            raise RadiographError(
-                f"{printable(path.name)} has the id {printable(item.id)} twice: give every radiograph a unique id"
-            )
-        seen.add(item.id)
-    return found
-
-
-def _read_folder(folder: Path) -> Found:
-    found = Found([])
-    for place, folders, names in os.walk(folder, onerror=lambda error: found.unreadable.append(str(error.filename))):
-        folders.sort()
-        links = [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]  # may be loops
-        found.skipped.extend(_name(str(link.relative_to(folder))) for link in links)
-        for name in sorted(names):
-            path = Path(place, name)
-            if name.startswith("."):
-                continue
-            if _may_be_image(path):
-                found.items.append(Item(_name(str(path.relative_to(folder))), path))
-            else:
-                found.skipped.append(_name(str(path.relative_to(folder))))
-    found.items.sort(key=lambda item: item.id)
-    return found
 
 
 # Drafts one item and returns the values of its line.
@@ -250,6 +100,8 @@ def draft_item(
         OutputError: a document cannot be written.
     """
     try:
+        if documents is not None:
+            check_source(documents.form, item.image)
         report = generator.generate(
             item.image,
             indication=item.indication,
@@ -283,7 +135,7 @@ def run_batch(
     """Draft every item that is not in ``out`` yet, and append a line for each.
 
     Args:
-        items: see :func:`find_items`.
+        items: see :func:`cbedge.services.studies.find_studies`.
         out: JSON Lines file; the file of an earlier run is resumed.
         model: name, version and variant of the model, and other settings that change drafts; the same in a whole file.
         draft: drafts one item.
@@ -456,89 +308,3 @@ def _append(file: IO[bytes], values: dict[str, Any]) -> None:
     file.write(_encoded(values))
     file.flush()
     os.fsync(file.fileno())
-
-
-def _may_be_image(path: Path) -> bool:
-    if path.name.upper() == "DICOMDIR" or not path.is_file():
-        return False
-    if path.suffix.lower() in _SUFFIXES:
-        return True
-    with suppress(OSError), open(path, "rb") as file:
-        return is_dicom(file.read(132))
-    return False
-
-
-def _decode_table(data: bytes, name: str) -> str:
-    marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError:
-        raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV in UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # Windows; Excel's CSV (Macintosh)
-
-
-def _header(text: str, name: str) -> tuple[str, list[str]]:
-    """The delimiter and the column names, in lower case."""
-    first = text.partition("\n")[0]
-    for delimiter in _DELIMITERS:
-        cells = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
-        columns = [" ".join(cell.split()).casefold() for cell in cells]
-        if "image" in columns:
-            break
-    else:
-        raise RadiographError(f"{name} has no column image; possible columns are: {', '.join(COLUMNS)}")
-    while columns and not columns[-1]:  # some programs end every line with delimiters
-        columns.pop()
-    unknown = [column for column in columns if column not in COLUMNS]
-    if unknown:
-        shown = ", ".join(repr(column[:30]) for column in unknown[:5])
-        raise RadiographError(f"{name} has unknown columns ({shown}); possible columns are: {', '.join(COLUMNS)}")
-    twice = next((column for column in columns if columns.count(column) > 1), None)
-    if twice:
-        raise RadiographError(f"{name} has the column {twice} twice: keep one")
-    return delimiter, columns
-
-
-def _read_table(path: Path) -> list[Item]:
-    name = printable(path.name)
-    try:
-        if path.stat().st_size > _MAX_CSV_BYTES:
-            raise RadiographError(f"{name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
-        text = _decode_table(path.read_bytes(), name).lstrip("\ufeff")
-        hint = text[:4].lower() == "sep="  # a line that gives spreadsheet programs the delimiter
-        text = text.partition("\n")[2] if hint else text
-        delimiter, columns = _header(text, name)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-        next(reader)
-        rows = [(reader.line_num + hint, row) for row in reader if any(cell.strip() for cell in row)]
-    except FileNotFoundError:
-        raise RadiographError(f"no such file: {name}; check the path") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise RadiographError(f"{name} cannot be read as a table ({error}): save it as CSV in UTF-8") from None
-    items = []
-    for number, row in rows:
-        while len(row) > len(columns) and not row[-1].strip():
-            row.pop()
-        if len(row) != len(columns):
-            raise RadiographError(
-                f"{name}, line {number}, has {len(row)} cells for {len(columns)} columns: put text with a "
-                f"{'tab' if delimiter == chr(9) else delimiter} in quotes"
-            )
-        cells = {column: cell.strip() for column, cell in zip(columns, row, strict=True)}
-        image, lateral = cells["image"], cells.get("lateral")
-        if not image:
-            raise RadiographError(f"{name}, line {number}, has no image path: add it, or remove the line")
-        if "\0" in image or "\0" in (lateral or ""):
-            raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
-        texts = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
-        items.append(
-            Item(
-                cells.get("id") or image,
-                path.parent / _path(image),
-                **texts,
-                lateral=path.parent / _path(lateral) if lateral else None,
-                paths=(image, lateral or ""),
-            )
-        )
-    return items

@@ -34,7 +34,7 @@ from cbedge.bundles.bundle import CARD
 from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, DraftError, RadiographError
 from cbedge.images.heatmap import overlay, png
 from cbedge.images.radiograph import load_radiograph
-from cbedge.outputs import FORMATS, SCHEMA, check_format, render
+from cbedge.outputs import FORMATS, SCHEMA, check_format, check_source, render
 from cbedge.report import Report
 from cbedge.services.http_form import DraftForm, form_schema, open_form, read_form
 from cbedge.services.http_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
@@ -362,6 +362,7 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             # Files are read only when it is this request's turn, so waiting requests use no memory.
             held["content"] = form.image.file.read()
             held["radiograph"] = load_radiograph(held["content"])
+            check_source(form.format, held["content"])
             second = form.lateral.file.read() if form.lateral is not None else None
             options: dict[str, Any] = {**form.context, "accept_any_image": form.accept_any_image}
             return generator.stream(held["radiograph"], lateral=second, **options)
