@@ -4,6 +4,7 @@ import pytest
 
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.errors import BundleError
 from cbedge.findings.image_findings import OTHER, ImageFindings
 from cbedge.report import DraftToken
 from training.ontology import DENIALS, OPENINGS
@@ -191,7 +192,7 @@ def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
 
 
 def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():
-    with pytest.raises(ValueError, match="not a regular expression"):
-        ImageFindings(("abnormal",), (0.5,), (), ("(",))
+    with pytest.raises(BundleError, match="not a regular expression"):
+        ImageFindings(("abnormal",), (0.5,), (), ("(",)).contradicting(["abnormal"])
     with pytest.raises(ValueError, match="1 findings with 2 denials"):
         ImageFindings(("abnormal",), (0.5,), (), ("", ""))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.drafting.templates import Template, Templates, parse_template
 from cbedge.errors import ContextError
+from cbedge.findings.image_findings import AnyPattern
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
 from cbedge.report import DraftToken
@@ -86,7 +86,7 @@ class DraftPlan:
     opening: tuple[DraftToken, ...]
     constraint: DraftConstraint
     processors: tuple[LogitsProcessor, ...]
-    denied: re.Pattern[str] | None
+    denied: AnyPattern | None
     fixed: tuple[str, ...]
     affirming: bool
     max_new_tokens: int

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from cbedge.drafting.lexicon import Lexicon
+from cbedge.findings.image_findings import AnyPattern
 from cbedge.report import DraftToken
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
@@ -33,7 +34,7 @@ class SentenceFilter:
 
     def __init__(
         self,
-        denied: re.Pattern[str] | None = None,
+        denied: AnyPattern | None = None,
         lexicon: Lexicon | None = None,
         fixed: Sequence[str] = (),
         affirming: bool = False,

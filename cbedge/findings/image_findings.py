@@ -10,11 +10,15 @@ lexical constraints of Hokamp and Liu, ACL 2017). Later sentences that contradic
 (:mod:`cbedge.drafting.sentence_filter`).
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from cbedge.errors import BundleError
 
 OTHER = "other abnormality"
 CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such pairs
@@ -37,7 +41,7 @@ class ImageFindings:
         excludes: pairs of findings that are never reported together.
 
     Raises:
-        ValueError: lengths differ, there are no names, or a denial or a share is invalid.
+        ValueError: lengths differ, there are no names, or a share is invalid.
     """
 
     names: tuple[str, ...]
@@ -58,7 +62,6 @@ class ImageFindings:
             raise ValueError(f"{len(self.names)} findings with {len(self.lateral_shares)} shares of the lateral view")
         if not all(0 <= share <= 1 for share in self.lateral_shares):
             raise ValueError(f"the lateral view's shares are {self.lateral_shares}; give 0 to 1")
-        self.contradicting(self.names)
 
     def join(self, frontal: np.ndarray, lateral: np.ndarray) -> np.ndarray:
         """Combine the logits of both radiographs, [..., names]."""
@@ -81,28 +84,44 @@ class ImageFindings:
         """The sentences that open the draft: finding → sentence, for present findings that have one."""
         return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in present}
 
-    def contradicting(self, present: Sequence[str]) -> re.Pattern[str] | None:
+    def contradicting(self, present: Sequence[str]) -> AnyPattern | None:
         """A pattern that matches sentences which contradict a present finding, or ``None``. :data:`OTHER` is
         contradicted like the first name, "abnormal".
 
         Raises:
-            ValueError: a denial is not a regular expression.
+            BundleError: a denial is not a regular expression.
         """
         known = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ("",))[0]}
         return any_of([known.get(name, "") for name in present])
 
 
-def any_of(denials: Sequence[str]) -> re.Pattern[str] | None:
-    """One case-insensitive regular expression for all non-empty denials; ``None`` if there are none.
+@dataclass(frozen=True)
+class AnyPattern:
+    """Several regular expressions, of which one has to match."""
+
+    patterns: tuple[re.Pattern[str], ...]
+
+    def search(self, text: str) -> bool:
+        """Whether one of the patterns matches somewhere in the text."""
+        return any(pattern.search(text) for pattern in self.patterns)
+
+
+def any_of(denials: Sequence[str]) -> AnyPattern | None:
+    """All non-empty denials, case-insensitive; ``None`` if there are none.
+
+    Each is compiled by itself and when it is first needed: Python's cache of compiled patterns serves every combination
+    of findings, and a draft without findings does not wait for them.
 
     Raises:
-        ValueError: one is not a regular expression.
+        BundleError: one is not a regular expression.
     """
-    parts = [f"(?:{text})" for text in denials if text]
     try:
-        return re.compile("|".join(parts), re.IGNORECASE) if parts else None
+        patterns = tuple(re.compile(text, re.IGNORECASE) for text in denials if text)
     except re.error as error:
-        raise ValueError(f"a denial is not a regular expression: {error}") from None
+        raise BundleError(
+            f"a denial in the model's manifest is not a regular expression ({error}): correct it"
+        ) from None
+    return AnyPattern(patterns) if patterns else None
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
