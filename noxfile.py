@@ -28,7 +28,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite, or what is named after ``--``."""
+    """Run the test suite without the slow tests, or what is named after ``--``: ``-- -m slow``, ``-- --cov``."""
     session.run("pytest", *session.posargs)
 
 

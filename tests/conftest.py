@@ -417,7 +417,13 @@ def served(bundle: Path, stderr: int, *options: str) -> Iterator[tuple[str, subp
         process.wait()
 
 
-needs_orthanc = pytest.mark.skipif(shutil.which("Orthanc") is None, reason="Orthanc is not installed")
+def needs_program(name: str, package: str) -> Callable[[Callable], Callable]:
+    """Marks a test as one that talks to a real program, which may be missing."""
+    missing = pytest.mark.skipif(shutil.which(name) is None, reason=f"{package} is not installed")
+    return lambda test: pytest.mark.interop(missing(test))
+
+
+needs_orthanc = needs_program("Orthanc", "Orthanc")
 
 
 @contextmanager

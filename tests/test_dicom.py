@@ -1,5 +1,4 @@
 import io
-import shutil
 import struct
 import subprocess
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from conftest import EXAMPLES, draw_chest
+from conftest import EXAMPLES, draw_chest, needs_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -109,7 +108,7 @@ def test_run_lengths_are_read():
     assert np.corrcoef(load_radiograph(file.getvalue()).pixels.ravel(), grey.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.skipif(shutil.which("dcmcjpls") is None, reason="dcmtk, which writes JPEG-LS, is not installed")
+@needs_program("dcmcjpls", "dcmtk, which writes JPEG-LS,")
 @pytest.mark.parametrize("option", ["--encode-lossless", "--encode-nearlossless"])
 def test_jpeg_ls_is_read(option: str, tmp_path: Path):
     grey = draw_chest(3)

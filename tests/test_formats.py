@@ -1,6 +1,5 @@
 import base64
 import json
-import shutil
 import subprocess
 from dataclasses import replace
 from itertools import starmap
@@ -9,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pydicom
 import pytest
-from conftest import EXAMPLES, USUAL_VARIANT, run_cli
+from conftest import EXAMPLES, USUAL_VARIANT, needs_program, run_cli
 
 from cbedge import OutputError, RadiographError, Report, ReportGenerator
 from cbedge.outputs import SCHEMA, check_format, render
@@ -67,14 +66,14 @@ def test_a_structured_report_is_a_draft_in_the_images_study(sr_file: Path):
         assert words in said
 
 
-@pytest.mark.skipif(shutil.which("dsrdump") is None, reason="dcmtk is not installed")
+@needs_program("dsrdump", "dcmtk")
 def test_dcmtk_reads_the_structured_report(sr_file: Path):
     done = subprocess.run(["dsrdump", sr_file], capture_output=True, text=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     assert "No acute disease." in done.stdout and "Finding" in done.stdout and "E: " not in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
+@needs_program("dciodvfy", "dicom3tools")
 def test_dicom3tools_finds_no_error_in_the_structured_report(sr_file: Path):
     done = subprocess.run(["dciodvfy", sr_file], capture_output=True, text=True, errors="replace")
     assert not [line for line in done.stderr.splitlines() if line.startswith("Error")], done.stderr

@@ -37,7 +37,10 @@ from cbedge import RadiographError, load_radiograph
 from cbedge.images.memory import MAX_WORKING_BYTES, working_memory
 
 PROCESS = Path("/proc/self/status")
-pytestmark = pytest.mark.skipif(not PROCESS.exists(), reason="this system does not tell a process's peak memory")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROCESS.exists(), reason="this system does not report the peak memory of a process"),
+]
 MAX_GROWTH_MB = 600
 PEAK = """
 from pathlib import Path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import free_port, needs_orthanc, orthanc, run_cli, wait_for
+from conftest import free_port, needs_orthanc, needs_program, orthanc, run_cli, wait_for
 from dicom_node import another, another_bytes, names, send
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE, evt
@@ -20,7 +20,7 @@ from cbedge import ContextError, ReportGenerator
 from cbedge.images.dicom_header import is_uid
 from cbedge.services.dicom_node import Listener, ListenSettings, Peer
 
-needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="dcmtk is not installed")
+needs_dcmtk = needs_program("storescu", "dcmtk")
 
 
 class Pacs:

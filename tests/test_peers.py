@@ -8,6 +8,8 @@ from conftest import call_cli, run_cli
 from benchmarks.peers import Job, optimum_runner
 from training.trained import checkpoint_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_peers_write_the_same_in_fp32_and_are_set_side_by_side(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
     names = ("cbedge int4", "cbedge fp32, one token a pass", "transformers fp32")

@@ -63,6 +63,7 @@ def test_a_slow_node_is_waited_for_and_one_that_takes_nothing_is_no_hang():
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_short_campaign_finds_nothing(tmp_path: Path):
     outcome = run_campaign(150, seed=11, workers=1, keep=tmp_path / "failed")
     record = to_record(outcome, "python -m benchmarks.robustness --inputs 150 --seed 11", 1.0)
@@ -74,6 +75,7 @@ def test_a_short_campaign_finds_nothing(tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_killed_batches_lose_and_repeat_nothing(tmp_path: Path):
     record = kill_rounds(5, 24, seed=1, folder=tmp_path)
     assert record["finished"] and (record["lost"], record["twice"], record["broken"]) == (0, 0, 0)

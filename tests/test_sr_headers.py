@@ -13,7 +13,7 @@ from typing import Any
 import highdicom
 import pydicom
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, needs_program
 from pydicom.dataelem import DataElement
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -245,7 +245,7 @@ def reference_of(document: pydicom.Dataset) -> pydicom.Dataset:
     return document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
 
 
-@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
+@needs_program("dciodvfy", "dicom3tools")
 def test_dicom3tools_checks_the_documents_of_this_file():
     assert sum(map(len, [*LEFT_OUT.values(), COPIED, WRONG_TYPE, TYPE_2, NAMES])) + len(REFUSED) > 88
 

@@ -11,9 +11,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
+
 from cbedge.bundles.bundle import file_sha256
 
-DEFAULT_CACHE = Path.home() / ".cache" / "cbedge" / "base"
+DEFAULT_CACHE = platformdirs.user_cache_path("cbedge") / "base"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from training.datasets.iu_xray import read_studies
 from training.drafting import MAX_NEW_TOKENS, TorchDrafter
 from training.trained import checkpoint_of, load_adapted
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 base: {base}
 data: data

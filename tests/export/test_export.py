@@ -198,6 +198,7 @@ def test_export_is_atomic_and_never_overwrites_unasked(tiny_run: Path, tiny_bund
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_language_model_that_was_not_trained_on_is_taken_as_it_is(tiny_bundle: Path, tmp_path: Path):
     restored, out = tmp_path / "restored", tmp_path / "out"
     assert call_cli("export.restore", tiny_bundle, "--variant", "int4", "--out", restored).returncode == 0
@@ -311,6 +312,7 @@ def test_the_merged_model_is_plain_again(tiny_run: Path):
     assert isinstance(parts.model.query_tokens, torch.Tensor)
 
 
+@pytest.mark.slow
 def test_graphs_too_large_for_one_file_keep_their_weights_beside_them(
     tiny_run: Path,
     tiny_bundle: Path,

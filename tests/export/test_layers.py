@@ -12,6 +12,8 @@ from export.restore import restore
 from export.tracing import ExportError
 from training.trained import checkpoint_of
 
+pytestmark = pytest.mark.slow
+
 HEAD_SIZE = 16  # of the tiny language model
 
 

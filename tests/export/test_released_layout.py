@@ -21,6 +21,8 @@ from export.restore import restore
 from training.base import load_model
 from training.batches import encode_instructions, encode_prompt
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vicuna": (112, 14), "flan-t5": (96, 16)}
 CONTEXT = ClinicalContext("cough and fever", view="frontal")
 

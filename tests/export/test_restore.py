@@ -18,6 +18,8 @@ from training.config import load_config
 from training.stages import embed_inputs, encode_images, query_image
 from training.train import run
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = ClinicalContext("cough", view="frontal")
 
 

@@ -16,6 +16,8 @@ from training.config import ConfigError, load_config
 from training.train import run
 from training.trained import checkpoint_of, load_adapted
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config_without_dropout(tiny_config: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
