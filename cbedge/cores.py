@@ -1,4 +1,4 @@
-"""How many cores this process may use: its affinity, and the CPU quota of its cgroup (containers have one)."""
+"""The number of cores that this process may use, from its CPU affinity and its cgroup's CPU quota (in containers)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores to plan threads for, at least 1: the least of the machine's, the affinity's and the quota's.
+    """The number of cores to start threads for, at least 1: the smallest of CPU count, affinity and quota.
 
-    ONNX Runtime by itself counts the machine's cores (onnxruntime issue 29510).
+    By default, ONNX Runtime uses all cores of the machine (onnxruntime issue 29510).
 
     Args:
-        root: of the file system, for tests.
+        root: root folder of the file system; tests replace it.
     """
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
@@ -20,7 +20,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """The cores' worth of time that the process's cgroups allow, of version 1 or 2; ``None`` for no limit."""
+    """The CPU time that the process's cgroups (version 1 or 2) allow, in cores; ``None`` if there is no limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -39,7 +39,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """A cgroup's folder and those above it, each of which may have a limit."""
+    """The folder of a cgroup and its parent folders, each of which may set a limit."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
 

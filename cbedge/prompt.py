@@ -1,6 +1,6 @@
-"""The clinical context of a study and the one place where the model's wording lives.
+"""The clinical context of a study, and all text that the model reads and writes.
 
-Training, export and inference all build their text here, so what the model saw is what it gets.
+Training, export and inference use these functions, so the model gets the same text in all of them.
 """
 
 import re
@@ -43,20 +43,20 @@ SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|U
 
 @dataclass(frozen=True)
 class ClinicalContext:
-    """Prior knowledge about a study, put into the prompt (the "priors" of Ji et al. 2024).
+    """Prior knowledge about a study for the prompt (the "priors" of Ji et al. 2024).
 
-    Every field is optional; ``None`` means "not given". Text is cleaned on creation: control characters, special
-    tokens and de-identification marks (``XXXX``, ``___``) are removed and white space is folded.
+    Every field is optional; ``None`` means "not given". Text is cleaned: control characters, special tokens and
+    de-identification marks (``XXXX``, ``___``) are removed, and white space is collapsed.
 
     Attributes:
-        indication: why the study was requested, at most 1,000 characters.
-        comparison: what earlier study it is compared with, at most 1,000 characters.
+        indication: reason for the study, at most 1,000 characters.
+        comparison: prior study to compare with, at most 1,000 characters.
         view: ``"frontal"`` (PA or AP) or ``"lateral"``.
 
-    A field without any words, such as ``-``, ``n/a`` or ``XXXX`` of a worklist or table, is ``None``.
+    A field without content, such as ``-``, ``n/a`` or ``XXXX`` from a worklist or table, becomes ``None``.
 
     Raises:
-        ContextError: a field is too long or not text, or the view is unknown.
+        ContextError: a field is too long or is not text, or the view is unknown.
     """
 
     indication: str | None = None
@@ -73,7 +73,7 @@ def normalize_view(view: str | None) -> str | None:
     """Map a view name (``frontal``, ``PA``, ``AP``, ``lateral``, ``LL``, ``LATERAL``...) to ``frontal`` or ``lateral``.
 
     Raises:
-        ContextError: the name is none that is known.
+        ContextError: the name is unknown.
     """
     if view is None:
         return None
@@ -82,11 +82,12 @@ def normalize_view(view: str | None) -> str | None:
         return "frontal"
     if name in ("lateral", "ll", "rl", "lat"):
         return "lateral"
-    raise ContextError("unknown view; give frontal (or PA, AP) or lateral (or LL, RL)")  # a name may stand there
+    # The value is not quoted, since it may be a patient's name.
+    raise ContextError("unknown view; give frontal (or PA, AP) or lateral (or LL, RL)")
 
 
 def clean_context(text: str) -> str:
-    """Fold white space and drop control characters, special tokens and de-identification marks from free text."""
+    """Collapse white space and remove control characters, special tokens and de-identification marks."""
     text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
     while SPECIAL_TOKEN.search(text):
         text = SPECIAL_TOKEN.sub(" ", text)
@@ -102,15 +103,15 @@ def _checked(field: str, text: str | None) -> str | None:
         raise ContextError(f"the {field} must be text, not {type(text).__name__}")
     if len(text) > MAX_CONTEXT_CHARACTERS:
         raise ContextError(
-            f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are taken: shorten it"
+            f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are allowed: shorten it"
         )
     cleaned = clean_context(text)
-    says_none = field == "comparison" and cleaned.casefold() == "none"  # which is an answer there
+    says_none = field == "comparison" and cleaned.casefold() == "none"  # "none" is an answer here
     return None if is_no_text(cleaned) and not says_none else cleaned
 
 
 def is_no_text(text: str) -> bool:
-    """Whether a field of a worklist, table or header says nothing: no letter or digit, or a word for nothing."""
+    """Whether a field of a worklist, table or header has no content: no letter or digit, or a word such as "none"."""
     words = " ".join(clean_context(text).casefold().split())
     return words in _NO_TEXT or not any(c.isalnum() for c in words)
 
@@ -118,20 +119,20 @@ def is_no_text(text: str) -> bool:
 def build_query_instruction(context: ClinicalContext) -> str:
     """The instruction that the Q-Former reads: the task and the view.
 
-    Indication and comparison are for the language model alone. A Q-Former that reads them learns to foretell the report
-    from them; one that does not can only look, and what it hands on serves every later wording of the indication.
+    Only the language model reads indication and comparison. A Q-Former that reads them learns to predict the report
+    from them instead of from the image. Without them, its output can be reused when the indication is edited.
     """
     return _TASK + (f" View: {context.view}." if context.view else "")
 
 
 def build_instruction(context: ClinicalContext, lateral: bool = False) -> str:
-    """The instruction that the language model reads, in one line, fields in a fixed order.
+    """The instruction that the language model reads: one line, with the fields in a fixed order.
 
-    A field that is not given is left out, which training also does at random, so a missing indication is familiar.
+    A field that is not given is omitted. Training also omits fields at random, so the model is used to it.
 
     Args:
-        context: what is known of the study.
-        lateral: a lateral radiograph follows the frontal one.
+        context: clinical context of the study.
+        lateral: whether a lateral radiograph follows the frontal one.
     """
     parts = [f"{_TASK} View: frontal and lateral." if lateral else build_query_instruction(context)]
     if context.indication:
@@ -142,31 +143,30 @@ def build_instruction(context: ClinicalContext, lateral: bool = False) -> str:
 
 
 def build_prompt(context: ClinicalContext, seen: Sequence[str] | None = None, lateral: bool = False) -> str:
-    """The text that follows the image embeddings (32 a radiograph) in the language model's input; the report comes
-    right after it.
+    """The text between the image embeddings (32 per radiograph) and the report in the language model's input.
 
     Args:
-        context: what is known of the study.
-        seen: findings that the Q-Former's head sees (:mod:`cbedge.findings.image_findings`), empty where it sees none;
-            ``None`` for a model that is not told.
-        lateral: a lateral radiograph's embeddings follow the frontal one's.
+        context: clinical context of the study.
+        seen: the image findings (:mod:`cbedge.findings.image_findings`), possibly empty; ``None`` for a model whose
+            prompt does not list them.
+        lateral: whether the embeddings of a lateral radiograph follow those of the frontal one.
     """
-    told = "" if seen is None else f"Seen: {', '.join(seen) or 'none'}.\n"
-    return f"\n{build_instruction(context, lateral)}\n{told}Report:\n"
+    listed = "" if seen is None else f"Seen: {', '.join(seen) or 'none'}.\n"
+    return f"\n{build_instruction(context, lateral)}\n{listed}Report:\n"
 
 
 def build_target(findings: str | None, impression: str | None) -> str:
-    """The text that the model learns to write: ``FINDINGS: … IMPRESSION: …``; a section that is missing is left out."""
+    """The text that the model learns to write: ``FINDINGS: … IMPRESSION: …``; a missing section is omitted."""
     parts = [f"{name}: {text}" for name, text in (("FINDINGS", findings), ("IMPRESSION", impression)) if text]
     return " ".join(parts)
 
 
 def build_opening(sentences: Sequence[str]) -> list[str]:
-    """The text of each sentence that opens the findings of a draft, the heading with the first; joined, its start."""
+    """The texts of the opening sentences of a draft; the first includes the heading. Joined, they start the draft."""
     return [f"FINDINGS: {text}" if i == 0 else f" {text}" for i, text in enumerate(sentences)]
 
 
 def split_sections(report: str) -> tuple[str, str]:
-    """Split generated text into (findings, impression); text before any heading counts as findings."""
+    """Split generated text into findings and impression; text before any heading counts as findings."""
     head, _, tail = report.partition("IMPRESSION:")
     return head.replace("FINDINGS:", "", 1).strip(), tail.strip()

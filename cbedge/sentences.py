@@ -1,6 +1,6 @@
-"""Split report text into sentences: the one splitter that drafts, templates and training share.
+"""The sentence splitter for drafts, templates and training.
 
-It knows abbreviations (``Dr.``, ``approx.``, ``e.g.``), initials and other single letters (``J. Hall``, ``z. B.``),
+It handles abbreviations (``Dr.``, ``approx.``, ``e.g.``), initials and other single letters (``J. Hall``, ``z. B.``),
 decimal numbers (``1.5 cm``), numbered items (``1. No acute disease.`` is one sentence) and the full stops of Chinese
 and Japanese.
 """
@@ -11,7 +11,7 @@ import re
 
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
-_LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z])$")  # also behind a heading or label
+_LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z])$")  # also after a heading or label
 _HEADING = re.compile(r"\s*(?:FINDINGS|IMPRESSION):")
 _WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(
@@ -46,9 +46,9 @@ _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of every sentence in a text, without the white space around it; a last sentence may lack its end.
+    """Start and end of every sentence in a text, without surrounding white space. The last sentence may be incomplete.
 
-    Line breaks are white space here: :func:`cbedge.drafting.templates.parse_template` reads lines.
+    Line breaks count as white space; :func:`cbedge.drafting.templates.parse_template` handles lines.
     """
     spans: list[tuple[int, int]] = []
     start = _skip(text, 0)
@@ -67,7 +67,7 @@ def split_text(text: str) -> list[str]:
 
 
 def ends_sentence(text: str) -> bool:
-    """Whether a text ends with the end of a sentence, so that another may follow after a space."""
+    """Whether a text ends with a complete sentence."""
     last = max((found.end() for found in _END.finditer(text)), default=-1)
     if last != len(text.rstrip()):
         return False
@@ -75,7 +75,7 @@ def ends_sentence(text: str) -> bool:
 
 
 def normalize(sentence: str) -> str:
-    """A sentence for comparison: words and numbers in lower case, without punctuation."""
+    """Normalize a sentence for comparison: words and numbers in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", sentence.casefold()))
 
 

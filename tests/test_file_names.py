@@ -32,7 +32,7 @@ from cbedge.services import batch
                 "con  ",
             )
         ),
-        *((f"a{c}b", "holds the character") for c in '<>:"/\\|?*\0\n\t\x1f'),
+        *((f"a{c}b", "contains the character") for c in '<>:"/\\|?*\0\n\t\x1f'),
         ("draft.", "ends with"),
         ("draft ", "ends with"),
         ("...", "ends with"),
