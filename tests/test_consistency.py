@@ -181,6 +181,12 @@ def test_a_section_says_nothing_twice():
     assert written(" Lungs clear. Heart normal. LUNGS CLEAR. IMPRESSION: Lungs clear.", None) == (
         " Lungs clear. Heart normal. IMPRESSION: Lungs clear."
     )
+    assert written(" There is no pneumothorax. No evidence of a pneumothorax. No pneumothorax or effusion.", None) == (
+        " There is no pneumothorax. No pneumothorax or effusion."
+    )
+    assert written(" There is a left effusion. There is a right effusion. No effusion.", None) == (
+        " There is a left effusion. There is a right effusion."
+    )
 
 
 def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():

@@ -1,9 +1,9 @@
 """The last check of a draft, sentence by sentence: sentences that fail it are removed before anything is shown.
 
 A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
-that the lungs are clear after it stated an opacity), if its section already has the same sentence, if it has an unknown
-word, or if it is incomplete. Opening sentences and template sentences are fixed and always pass. A section heading is
-held back until a sentence follows.
+that the lungs are clear after it stated an opacity), if an earlier sentence of its section has all its words, so that
+it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete. Opening sentences and
+template sentences are fixed and always pass. A section heading is held back until a sentence follows.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class SentenceFilter:
             return False
         if normalized in self._fixed:
             return True
-        if not ends_sentence(text):
+        if not ends_sentence(text) or self._adds_nothing(normalized):
             return False
         if self._denied is not None and self._denied.search(text):
             return False
@@ -98,10 +98,22 @@ class SentenceFilter:
             return False
         return True
 
+    def _adds_nothing(self, normalized: str) -> bool:
+        """Whether an accepted sentence of the section has all words of a sentence, apart from function words."""
+        words = {*normalized.split()} - _FUNCTION_WORDS
+        return any(words <= {*accepted.split()} for accepted in self.accepted[self._section])
+
     def _text(self) -> str:
         return "".join(token.piece for token in self._pending)
 
 
+_FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and any are as at be been both by evidence for has have identified in is it its no not noted of on or "
+        "present seen that the there these this to visualized was were with without",
+    )
+)
 DENIES = re.compile(
     r"\b(no|not|without|normal|normally|clear|unremarkable|intact|negative|free|within|sharp|midline)\b", re.IGNORECASE
 )
