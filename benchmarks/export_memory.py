@@ -1,17 +1,16 @@
-"""``python -m benchmarks.export_memory``: the memory that exporting a large decoder takes, some layers at a time.
+"""Measure the memory that exporting a large decoder takes when it is exported some layers at a time.
 
-A Llama with random weights, as wide as Vicuna-7B and as deep as is asked for, is written in 16 bits and exported by
-``python -m export.layers``. Given is the largest sum of resident memory of that command and what it starts. It hangs on
-the width and on the layers at once, not on the depth: two depths show it.
+A Llama with random weights, as wide as Vicuna-7B, is written in 16 bits and exported by ``python -m export.layers``.
+The result is the largest sum of resident memory of that command and its child processes. It scales with the width and
+with the number of layers in memory, not with the depth: two depths show it.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +21,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from cbedge.bench import machine
+from benchmarks.common import conditions, start_module, write_record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
-    """A random language model in 16 bits, a file a layer, never whole in memory."""
+    """Write a random language model in 16 bits, one file for each layer, so that it is never whole in memory."""
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     table = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -52,42 +51,58 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     save_file(rest | {"model.norm.weight": torch.ones(width, dtype=torch.bfloat16)}, folder / "rest.safetensors")
 
 
-def watch(command: list[str]) -> tuple[float, float]:
-    """Run a command; return its seconds, and the largest sum of resident memory of its processes in GB.
+def watch(module: str, *words: object) -> dict[str, float]:
+    """Run ``python -m MODULE WORDS``: its seconds, and the largest sum of resident memory of its processes in GB.
 
     Raises:
-        RuntimeError: it fails; the message holds what it said last.
+        RuntimeError: it fails; the message is its last line of output.
     """
     start, most = time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        process = start_module(module, *words, stdout=said, stderr=subprocess.STDOUT)
         root = psutil.Process(process.pid)
         while process.poll() is None:
             total = 0
             for one in (root, *root.children(recursive=True)):
-                try:
+                with suppress(psutil.NoSuchProcess):
                     total += one.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
             most = max(most, total)
             time.sleep(0.1)
         if process.returncode:
             said.seek(0)
             raise RuntimeError(said.read().strip().splitlines()[-1])
-    return time.monotonic() - start, most / 1e9
+    return {"seconds": round(time.monotonic() - start, 1), "peak_gb": round(most / 1e9, 2)}
+
+
+def measure(config: LlamaConfig, variant: str, at_once: int) -> dict[str, Any]:
+    """Write a checkpoint, export it, and return sizes, seconds and memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, out = Path(scratch) / "checkpoint", Path(scratch) / "out"
+        write_checkpoint(folder, config)
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
+        options = ["--checkpoint", folder, "--out", out, "--variant", variant, "--at-once", at_once]
+        measured = watch("export.layers", *options)
+        size = sum(file.stat().st_size for file in out.iterdir())
+    return {
+        "layers": config.num_hidden_layers,
+        "weights": int(weights),
+        "fp32_gb": 4 * weights / 1e9,
+        **measured,
+        "written_gb": round(size / 1e9, 3),
+    }
 
 
 @app.command(help=__doc__)
 def main(
     output: Annotated[Path, typer.Option(help="JSON to write.")],
-    depths: Annotated[list[int], typer.Option(help="Layers of the checkpoint; repeated.")] = [2, 4],  # noqa: B006
+    depths: Annotated[list[int], typer.Option(help="Layers of the checkpoint; repeatable.")] = [2, 4],  # noqa: B006
     at_once: Annotated[int, typer.Option(min=1, help="Number of layers in memory at a time.")] = 1,
     width: Annotated[int, typer.Option(help="Width of the hidden state; 4096 for Vicuna-7B.")] = 4096,
     vocabulary: Annotated[int, typer.Option(help="Vocabulary size; 32,000 for Vicuna-7B.")] = 32_000,
     variant: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "int4",
 ) -> None:
     """Measure, print and record."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for depth in depths:
         config = LlamaConfig(
             vocab_size=vocabulary,
@@ -98,48 +113,10 @@ def main(
             num_key_value_heads=32,
             max_position_embeddings=2048,
         )
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, out = Path(scratch) / "checkpoint", Path(scratch) / "out"
-            write_checkpoint(folder, config)
-            weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
-            seconds, peak = watch(
-                [
-                    sys.executable,
-                    "-m",
-                    "export.layers",
-                    "--checkpoint",
-                    str(folder),
-                    "--out",
-                    str(out),
-                    "--variant",
-                    variant,
-                    "--at-once",
-                    str(at_once),
-                ]
-            )
-            size = sum(file.stat().st_size for file in out.iterdir())
-        rows.append(
-            {
-                "layers": depth,
-                "weights": int(weights),
-                "fp32_gb": 4 * weights / 1e9,
-                "peak_gb": round(peak, 2),
-                "seconds": round(seconds, 1),
-                "written_gb": round(size / 1e9, 3),
-            }
-        )
-        typer.echo(json.dumps(rows[-1]))
-    record = {
-        "width": width,
-        "vocabulary": vocabulary,
-        "variant": variant,
-        "at_once": at_once,
-        "depths": rows,
-        "machine": machine(),
-        "command": f"python -m benchmarks.export_memory --at-once {at_once} --variant {variant} --output …",
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        rows.append(measure(config, variant, at_once))
+    command = f"python -m benchmarks.export_memory --at-once {at_once} --variant {variant} --output …"
+    settings = {"width": width, "vocabulary": vocabulary, "variant": variant, "at_once": at_once}
+    write_record(conditions(command) | settings | {"depths": rows}, output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""``python -m benchmarks.kill_batch``: ``cbedge batch`` killed again and again, with a second one beside it.
+"""Kill ``cbedge batch`` again and again while a second one runs on the same output.
 
-Each round starts two batches on one output, kills both with SIGKILL after a random time, and looks at the file: every
-whole line is a draft, no study is there twice, and no line of an earlier round is gone. A last run, which nobody kills,
-has to finish the rest.
+Each round starts two batches on one output file, kills both with SIGKILL after a random time, and checks the file:
+every whole line must be a draft, no study may occur twice, and no line of an earlier round may be missing. A last run,
+which is not killed, must draft the rest.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,25 +18,24 @@ import numpy as np
 import typer
 from PIL import Image
 
+from benchmarks.common import TRACEBACK, conditions, start_cbedge, write_record
 from benchmarks.mutations import film
-from cbedge.bench import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_ROOT = Path(__file__).parent.parent
 
 
 def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill batches for some rounds, finish, and count.
+    """Kill batches, let a last one finish, and count.
 
     Args:
-        rounds: of two processes each.
-        films: in the folder that is drafted, at least one a round.
-        seed: of the moments at which they are killed.
-        folder: an empty one to work in.
+        rounds: number of rounds, of two processes each.
+        films: number of films to draft, at least one for each round.
+        seed: random seed for the times of the kills.
+        folder: an empty folder to work in.
 
     Returns:
-        ``lost``, ``twice`` and ``broken`` lines, ``tracebacks``, whether the last run ``finished``, and how many lines
-        the rounds left behind.
+        Numbers of ``lost``, ``twice`` and ``broken`` lines and of ``tracebacks``, whether the last run ``finished``,
+        and the number of lines after each round.
     """
     rng = np.random.default_rng(seed)
     source, out = folder / "films", folder / "drafts.jsonl"
@@ -52,28 +47,26 @@ def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, A
     lost = twice = broken = tracebacks = 0
     after_rounds = []
     for _ in range(rounds):
-        with open(folder / "log", "wb") as log:
-            pair = [_start(source, out, log) for _ in range(2)]
-            before = out.stat().st_size if out.exists() else 0
-            end = time.monotonic() + 60
-            while (out.stat().st_size if out.exists() else 0) <= before and time.monotonic() < end:
-                if all(process.poll() is not None for process in pair):
-                    break  # all is drafted
-                time.sleep(0.01)
-            time.sleep(float(rng.uniform(0, 0.4)))
-            for process in pair:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                process.wait()
-        tracebacks += (folder / "log").read_bytes().count(b"Traceback (most recent call last)")
+        (folder / "log").write_bytes(b"")
+        pair = [_start(source, out, folder / "log") for _ in range(2)]
+        before = _size(out)
+        end = time.monotonic() + 60
+        while _size(out) <= before and time.monotonic() < end:
+            if all(process.poll() is not None for process in pair):
+                break  # everything is drafted
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.4)))
+        for process in pair:
+            process.kill()
+            process.wait()
+        tracebacks += (folder / "log").read_bytes().count(TRACEBACK)
         ids, bad = _ids(out)
         broken += bad
         twice += len(ids) - len(set(ids))
         lost += len(kept - set(ids))
         kept |= set(ids)
         after_rounds.append(len(ids))
-    with open(folder / "log", "wb") as log:
-        code = _start(source, out, log).wait()
+    code = _start(source, out, folder / "log").wait()
     ids, bad = _ids(out)
     content = out.read_bytes()
     return {
@@ -89,11 +82,12 @@ def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, A
     }
 
 
-def _start(source: Path, out: Path, log: Any) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cbedge.cli", "batch", str(source), "--out", str(out), "--max-new-tokens", "4"]
-    command += ["--device", "cpu", "--accept-any-image"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=env)
+def _start(source: Path, out: Path, log: Path) -> subprocess.Popen:
+    return start_cbedge(log, "batch", source, "--out", out, "--max-new-tokens", 4, "--accept-any-image")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _ids(out: Path) -> tuple[list[str], int]:
@@ -101,7 +95,7 @@ def _ids(out: Path) -> tuple[list[str], int]:
     ids, broken = [], 0
     for line in (out.read_bytes() if out.exists() else b"").splitlines(keepends=True):
         if not line.endswith(b"\n"):
-            continue  # what a killed process left, which the next one cuts off
+            continue  # left by a killed process; the next one removes it
         try:
             values = json.loads(line)
             ids.append(str(values["id"]))
@@ -117,18 +111,11 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the times of the kills.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
-    """Run, print and record; end with 1 where anything is lost or twice."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        record = kill_rounds(rounds, 8 * rounds, seed, folder)
-    finally:
-        shutil.rmtree(folder)
-    record |= {"command": f"python -m benchmarks.kill_batch --rounds {rounds} --seed {seed}", "machine": machine()}
-    text = json.dumps(record, indent=1)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    typer.echo(text)
-    clean = record["finished"] and not any(record[name] for name in ("lost", "twice", "broken", "tracebacks"))
+    """Run, print and record; exit with 1 if a line is lost, repeated or broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = kill_rounds(rounds, 8 * rounds, seed, Path(folder))
+    write_record(conditions(f"python -m benchmarks.kill_batch --rounds {rounds} --seed {seed}") | counts, output)
+    clean = counts["finished"] and not any(counts[name] for name in ("lost", "twice", "broken", "tracebacks"))
     raise typer.Exit(0 if clean else 1)
 
 

@@ -1,15 +1,13 @@
-"""``python -m benchmarks.kill_listen``: ``cbedge listen`` killed again and again while it receives, drafts and sends.
+"""Kill ``cbedge listen`` again and again while it receives, drafts and sends.
 
-Each round starts the node on the same spool, sends radiographs and kills it with SIGKILL at a random moment. A last
-run, which nobody kills, has to finish the rest. What was acknowledged must be at the PACS, once: a document that is
-delivered again must have the same identifier, so that a PACS keeps one, and no radiograph may be put aside because it
-happened to be in turn when the process was killed.
+Each round starts the node on the same spool, sends radiographs, and kills it with SIGKILL at a random time. A last run,
+which is not killed, must finish the rest. Each acknowledged radiograph must have exactly one document at the PACS: a
+repeated delivery must have the same identifier, so that a PACS keeps one. No radiograph may be moved to ``failed`` only
+because it was being drafted when the process was killed.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,25 +18,26 @@ import numpy as np
 import typer
 from pydicom.uid import generate_uid
 
-from benchmarks.listen_node import Node, Pacs, encode, free_port, radiograph, send
-from cbedge.bench import machine
+from benchmarks.common import TRACEBACK, conditions, free_port, write_record
+from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: float = 600) -> dict[str, Any]:
-    """Kill the node for some rounds, let it finish, and count.
+    """Kill the node, let a last run finish, and count.
 
     Args:
-        rounds: times that it is killed.
-        per_round: radiographs sent in each, over two associations.
-        seed: of the moments at which it is killed.
-        folder: an empty one to work in.
+        rounds: number of times the node is killed.
+        per_round: radiographs sent in each round, over two associations.
+        seed: random seed for the times of the kills.
+        folder: an empty folder to work in.
         limit_s: seconds for the last run.
 
     Returns:
-        ``acknowledged`` radiographs; those of them that are ``lost``; documents that are there ``twice``, with another
-        identifier; documents ``delivered_again``; radiographs put aside; ``tracebacks``; whether all ``finished``.
+        Numbers of ``acknowledged`` radiographs, of these ``lost``, with documents of several identifiers or also moved
+        to ``failed`` (``twice``), ``delivered_again`` and ``failed``; of ``tracebacks``; whether the last run
+        ``finished``.
     """
     rng = np.random.default_rng(seed)
     films = [radiograph(number) for number in range(4)]
@@ -79,7 +78,7 @@ def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: f
         "twice": sum(len(found) > 1 for found in pacs.documents.values()) + len(failed & set(pacs.images)),
         "delivered_again": sum(pacs.images.values()) - len(pacs.images),
         "failed": len(failed),
-        "tracebacks": log.count(b"Traceback (most recent call last)"),
+        "tracebacks": log.count(TRACEBACK),
         "finished": finished,
     }
 
@@ -91,19 +90,12 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the times of the kills.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
-    """Run, print and record; end with 1 where anything is lost, twice or put aside."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        record = kill_rounds(rounds, per_round, seed, folder)
-    finally:
-        shutil.rmtree(folder)
+    """Run, print and record; exit with 1 if a radiograph is lost, repeated or failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        counts = kill_rounds(rounds, per_round, seed, Path(folder))
     command = f"python -m benchmarks.kill_listen --rounds {rounds} --per-round {per_round} --seed {seed}"
-    record |= {"command": command, "machine": machine()}
-    text = json.dumps(record, indent=1)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    typer.echo(text)
-    clean = record["finished"] and not any(record[name] for name in ("lost", "twice", "failed", "tracebacks"))
+    write_record(conditions(command) | counts, output)
+    clean = counts["finished"] and not any(counts[name] for name in ("lost", "twice", "failed", "tracebacks"))
     raise typer.Exit(0 if clean else 1)
 
 

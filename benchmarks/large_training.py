@@ -1,18 +1,17 @@
-"""``python -m benchmarks.large_training``: a large model's path, from one step of training to a draft, and its memory.
+"""Take a large model from its first training step to a draft, and measure the memory of each step.
 
-An InstructBLIP of Vicuna-7B's shape with random weights (``--layers`` keeps so many of the language model's) is trained
-for two steps a stage with the settings of ``training/configs/instructblip_vicuna_7b.yaml``, killed after the first step
-and resumed; the losses must be those of a run that was not killed. Then its adapters are merged on the way into a
-bundle, and that writes a draft. Studies are the example radiograph with usual sentences: cost hangs on shapes alone.
+An InstructBLIP of Vicuna-7B's shape with random weights (``--layers`` limits the layers of the language model) is
+trained for two steps of each stage with the settings of ``training/configs/instructblip_vicuna_7b.yaml``. A second run
+is killed after its first step and resumed; its losses must equal those of the first run. Then the adapters are merged
+into a bundle, and the bundle writes a draft. The studies are the example radiograph with usual sentences, because time
+and memory depend only on shapes.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,43 +20,17 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from benchmarks.common import EXAMPLE, ROOT, conditions, refuse_existing, start_module, typed, write_record
+from benchmarks.drawn_studies import write_collection
 from benchmarks.export_memory import watch
-from cbedge.bench import machine
+from export.console import run
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "training" / "configs" / "instructblip_vicuna_7b.yaml"
-EXAMPLE = ROOT / "examples" / "chest_pa.png"
-FINDINGS = ("The heart is normal in size. The lungs are clear.", "There is a small left pleural effusion.")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def write_studies(folder: Path, count: int = 8) -> None:
-    """A collection in the layout of ``studies.jsonl``, two of its studies for validation."""
-    (folder / "images").mkdir(parents=True)
-    shutil.copyfile(EXAMPLE, folder / "images" / "chest.png")
-    lines = []
-    for number in range(count):
-        lines.append(
-            {
-                "study_id": f"S{number}",
-                "split": "val" if number < 2 else "train",
-                "r2gen_id": f"S{number}",
-                "images": [{"file": "chest.png", "view": "frontal"}],
-                "indication": "cough",
-                "comparison": None,
-                "exam": "Chest",
-                "findings": FINDINGS[number % 2],
-                "impression": None,
-                "mesh_major": [["normal"], ["Pleural Effusion"]][number % 2],
-                "mesh_automatic": [],
-                "problems": [],
-            }
-        )
-    (folder / "studies.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-
-
 def write_config(path: Path, checkpoint: Path, data: Path, output: Path) -> list[str]:
-    """The configuration for Vicuna-7B on this checkpoint, a study a step, each step kept; returns its stages' names."""
+    """Write the configuration for Vicuna-7B with one study a step and a checkpoint after each; returns its stages."""
     values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     values |= {"base": str(checkpoint), "data": str(data), "output": str(output), "validation_studies": 2}
     for stage in values["stages"]:
@@ -66,16 +39,16 @@ def write_config(path: Path, checkpoint: Path, data: Path, output: Path) -> list
     return [stage["name"] for stage in values["stages"]]
 
 
-def kill_when(command: list[str], there: Path) -> None:
-    """Start a command and kill it as soon as a file is there.
+def kill_when(there: Path, module: str, *words: object) -> None:
+    """Start ``python -m MODULE WORDS``, and kill it as soon as a file exists.
 
     Raises:
-        RuntimeError: it ended before that.
+        RuntimeError: it ended earlier.
     """
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_module(module, *words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not there.is_file():
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended with {process.returncode} before {there.name} was there")
+            raise RuntimeError(f"the run ended with {process.returncode} before it wrote {there.name}")
         time.sleep(0.05)
     process.kill()
     process.wait()
@@ -96,80 +69,48 @@ def main(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing record.")] = False,
 ) -> None:
     """Measure, print and record."""
-    if output.exists() and not force:
-        typer.echo(f"error: {output} exists already: give --force to replace it", err=True)
+    refuse_existing(output, force)
+    record = conditions(typed("large_training")) | {"shape": shape, "layers": layers, "base_precision": base_precision}
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = ["--layers", layers] if layers else []
+        measured = measure(Path(scratch), ["--shape", shape, *kept], base_precision)
+    write_record(record | measured, output)
+    if not all(measured["losses equal after being killed"].values()):
+        typer.echo("error: the resumed run has other losses than the run that was not killed", err=True)
         raise typer.Exit(1)
-    record: dict[str, Any] = {"shape": shape, "layers": layers, "base_precision": base_precision, "machine": machine()}
 
-    def step(name: str, *command: object) -> None:
+
+def measure(folder: Path, shape: list[object], base_precision: str) -> dict[str, Any]:
+    """Train, kill and resume, export, and draft in an empty folder."""
+    record: dict[str, Any] = {}
+
+    def step(name: str, module: str, *words: object) -> None:
         typer.echo(name, err=True)
-        seconds, peak = watch([sys.executable, "-m", *map(str, command)])
-        record[name] = {"seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+        record[name] = watch(module, *words)
         typer.echo(json.dumps(record[name]), err=True)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        checkpoint, data, bundle = folder / "checkpoint", folder / "data", folder / "bundle"
-        write_studies(data)
-        step("written", "benchmarks.shape", checkpoint, "--shape", shape, *(["--layers", layers] if layers else []))
-        runs = [folder / "whole", folder / "killed"]
-        for run in runs:
-            stages = write_config(folder / f"{run.name}.yaml", checkpoint, data, run)
-        commands = [
-            [
-                "training",
-                "run",
-                "--config",
-                folder / f"{run.name}.yaml",
-                "--base-precision",
-                base_precision,
-                "--max-steps",
-                2,
-            ]
-            for run in runs
-        ]
-        step("two steps a stage", *commands[0])
-        kill_when([sys.executable, "-m", *map(str, commands[1])], runs[1] / stages[0] / "checkpoint.pt")
-        step("resumed", *commands[1])
-        equal = {name: losses(runs[0], name) == losses(runs[1], name) for name in stages}
-        record["losses equal after being killed"] = equal
-        for name in stages:
-            record[f"losses, {name}"] = losses(runs[0], name)
-        step(
-            "merged and exported in int4",
-            "export.layers",
-            "--checkpoint",
-            checkpoint,
-            "--adapters",
-            runs[1],
-            "--out",
-            bundle,
-            "--variant",
-            "int4",
-            "--name",
-            "random",
-        )
-        record["bundle_gb"] = round(sum(f.stat().st_size for f in bundle.iterdir()) / 1e9, 2)
-        step(
-            "drafted",
-            "cbedge.cli",
-            "generate",
-            EXAMPLE,
-            "--model",
-            bundle,
-            "--max-new-tokens",
-            16,
-            "--accept-any-image",
-        )
-    kept = f" --layers {layers}" if layers else ""
-    record["command"] = f"python -m benchmarks.large_training --shape {shape}{kept} --output …"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    typer.echo(json.dumps(record, indent=1))
-    if not all(equal.values()):
-        typer.echo("error: the resumed run's losses are others than those of the run that was not killed", err=True)
-        raise typer.Exit(1)
+    checkpoint, data, bundle = folder / "checkpoint", folder / "data", folder / "bundle"
+    write_collection(data, [EXAMPLE], ["val"] * 2 + ["train"] * 6)
+    step("written", "benchmarks.shape", checkpoint, *shape)
+    whole, killed = folder / "whole", folder / "killed"
+    commands = {}
+    for out in (whole, killed):
+        config = folder / f"{out.name}.yaml"
+        stages = write_config(config, checkpoint, data, out)
+        commands[out] = ["run", "--config", config, "--base-precision", base_precision, "--max-steps", 2]
+    step("two steps a stage", "training", *commands[whole])
+    kill_when(killed / stages[0] / "checkpoint.pt", "training", *commands[killed])
+    step("resumed", "training", *commands[killed])
+    record["losses equal after being killed"] = {name: losses(whole, name) == losses(killed, name) for name in stages}
+    for name in stages:
+        record[f"losses, {name}"] = losses(whole, name)
+    options = ["--checkpoint", checkpoint, "--adapters", killed, "--out", bundle, "--variant", "int4"]
+    step("merged and exported in int4", "export.layers", *options, "--name", "random")
+    record["bundle_gb"] = round(sum(f.stat().st_size for f in bundle.iterdir()) / 1e9, 2)
+    options = ["--model", bundle, "--max-new-tokens", 16, "--accept-any-image"]
+    step("drafted", "cbedge.cli", "generate", EXAMPLE, *options)
+    return record
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -1,16 +1,11 @@
-"""A real ``cbedge listen`` with a store of Structured Reports as its PACS, for the benchmarks of the DICOM node."""
+"""A process of ``cbedge listen`` and a small PACS for its Structured Reports, for the benchmarks of the DICOM node."""
 
 from __future__ import annotations
 
 import io
-import os
-import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,25 +23,16 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     EnhancedSRStorage,
 )
 
+from benchmarks.common import connects, free_port, start_service
 from benchmarks.mutations import film
-
-_ROOT = Path(__file__).parent.parent
-_START_S = 240
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Pacs:
-    """Takes Structured Reports and counts them.
+    """Receives Structured Reports and counts them.
 
     Attributes:
-        images: deliveries by SOP Instance UID of the radiograph that a document is about.
-        documents: SOP Instance UIDs of the documents for each radiograph.
+        images: number of deliveries by SOP Instance UID of the radiograph.
+        documents: SOP Instance UIDs of the documents of each radiograph.
     """
 
     def __init__(self, port: int):
@@ -55,10 +41,10 @@ class Pacs:
         self._lock = threading.Lock()
         node = AE("PACS")
         node.add_supported_context(EnhancedSRStorage)
-        handlers: Any = [(evt.EVT_C_STORE, self._take)]
+        handlers: Any = [(evt.EVT_C_STORE, self._store)]
         self._server: Any = node.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
 
-    def _take(self, event: evt.Event) -> int:
+    def _store(self, event: evt.Event) -> int:
         document = event.dataset
         series = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
         image = str(series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
@@ -68,55 +54,39 @@ class Pacs:
         return 0x0000
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         self._server.shutdown()
 
 
 class Node:
-    """A process of ``cbedge listen`` with the embedded model, on a spool that outlives it."""
+    """A process of ``cbedge listen`` with the embedded model; its spool is kept when it ends."""
 
     def __init__(self, folder: Path, pacs_port: int):
         self.port, self.spool, self.log = free_port(), folder / "spool", folder / "log"
-        command = [sys.executable, "-m", "cbedge.cli", "listen", "--known", "SENDER", "--spool", str(self.spool)]
-        command += ["--peer", f"PACS@127.0.0.1:{pacs_port}", "--port", str(self.port), "--device", "cpu"]
-        command += ["--retry", "0.5", "--pair-wait", "0"]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-        end = time.monotonic() + _START_S
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"cbedge listen does not start; see {self.log}")
-            time.sleep(0.05)
-
-    def _answers(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 2).close()
-        except OSError:
-            return False
-        return True
+        options = ["--spool", self.spool, "--peer", f"PACS@127.0.0.1:{pacs_port}", "--retry", 0.5, "--pair-wait", 0]
+        self.process = start_service(self.log, connects, self.port, "listen", "--known", "SENDER", *options)
 
     def kill(self) -> None:
-        """End it at once, as a loss of power does."""
+        """End it at once, like a loss of power."""
         self.process.kill()
         self.process.wait()
 
     def close(self) -> None:
-        """End it as a service manager does."""
+        """End it like a service manager."""
         self.process.terminate()
         self.process.wait(90)
 
     def failed(self) -> set[str]:
-        """SOP Instance UIDs of the radiographs that were put aside."""
+        """SOP Instance UIDs of the radiographs that were moved to ``failed``."""
         return {path.stem for path in (self.spool / "failed").glob("*.dcm")}
 
     def unfinished(self) -> int:
-        """Radiographs and drafts that wait."""
+        """Number of radiographs and drafts that wait."""
         return sum(1 for part in ("incoming", "outgoing") for _ in (self.spool / part).glob("*.dcm"))
 
 
 def radiograph(number: int) -> Dataset:
-    """A Digital X-Ray object of the example film, a little different by number; its identifiers are to be set."""
+    """A Digital X-Ray object of the example film, slightly different for each number, without identifiers."""
     values = np.round(film(number) * 255).astype(np.uint8)
     dataset = Dataset()
     dataset.SOPClassUID = DigitalXRayImageStorageForPresentation
@@ -133,7 +103,7 @@ def radiograph(number: int) -> Dataset:
 
 
 def encode(dataset: Dataset) -> bytes:
-    """The data set's bytes as they go over the network, without a file's header."""
+    """The data set as it is sent over the network, without a file header."""
     buffer = io.BytesIO()
     dcmwrite(buffer, Dataset(dict(dataset)), implicit_vr=False, little_endian=True)
     return buffer.getvalue()
@@ -149,22 +119,22 @@ def send(
     """Send objects over one association, whatever their bytes are.
 
     Args:
-        port: the node's.
+        port: port of the node.
         objects: SOP Instance UID and encoded data set of each.
         timeout_s: seconds to wait for each answer.
         title: the sender's application entity title.
-        syntax: transfer syntax that the data sets are said to be in.
+        syntax: transfer syntax that is announced for the data sets.
 
     Returns:
-        A status for each; ``None`` where the node did not answer.
+        The status of each object; ``None`` if the node did not answer.
 
     Raises:
-        ValueError: the transfer syntax is none.
+        ValueError: ``syntax`` is not a transfer syntax.
     """
-    _config.STORE_SEND_CHUNKED_DATASET = True  # files are sent as their bytes are
+    _config.STORE_SEND_CHUNKED_DATASET = True  # send the bytes of files unchanged
     objects = list(objects)
     node = AE(title)
-    node.acse_timeout = 15  # where the node is killed meanwhile, nobody tells that it will not answer
+    node.acse_timeout = 15  # a node that was killed does not answer
     node.dimse_timeout = node.network_timeout = timeout_s
     node.add_requested_context(DigitalXRayImageStorageForPresentation, UID(syntax))
     association = node.associate("127.0.0.1", port, ae_title="CBEDGE")

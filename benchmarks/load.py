@@ -1,18 +1,14 @@
-"""``python -m benchmarks.load``: many clients at once against ``cbedge serve``, and what becomes of them.
+"""Send requests from many clients at once to ``cbedge serve``.
 
-Clients ask as fast as they are answered; one that is told 429 waits as long as it is told to and asks again, with its
-ticket. Reported
-are drafts a second, waiting times, refusals, whether every client got the draft of its own radiograph, and the server's
-memory.
+Clients ask as fast as they are answered. A client that gets 429 waits for as long as the answer says, and asks again
+with its ticket. The record has drafts per second, waiting times, refusals, whether every client got the draft of its
+own radiograph, and the memory of the server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-import subprocess
-import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +19,8 @@ import numpy as np
 import psutil
 import typer
 
+from benchmarks.common import conditions, serving, write_record
 from cbedge import ReportGenerator
-from cbedge.bench import machine
 from training.datasets.iu_xray import read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -32,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass
 class Outcome:
-    """What the clients met."""
+    """What the clients got."""
 
     seconds: list[float] = field(default_factory=list)
     refusals: int = 0
@@ -54,24 +50,12 @@ def main(
     generator = ReportGenerator.from_pretrained(model, device="cpu")
     wanted = [generator.generate(image, accept_any_image=True).text for image in images]
     del generator
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--deadline", "600"]
-    command += ["--recent-studies", "0"]  # the radiographs come again and again, as in a hospital they do not
-    process = subprocess.Popen(command + (["--model", str(model)] if model else []), stderr=subprocess.DEVNULL)
-    try:
-        record = asyncio.run(_measure(f"http://127.0.0.1:{port}", process.pid, images, wanted, requests, clients))
-    finally:
-        process.terminate()
-        process.wait()
-    record |= {
-        "machine": machine(),
-        "command": f"python -m benchmarks.load --requests {requests} --clients {clients} …",
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    typer.echo(json.dumps(record, indent=1))
+    # Radiographs are repeated here, unlike in a hospital, so none may come from the cache of recent studies.
+    options = ["--deadline", 600, "--recent-studies", 0, *(["--model", model] if model else [])]
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *options) as (address, pid):
+        measured = asyncio.run(_measure(address, pid, images, wanted, requests, clients))
+    command = f"python -m benchmarks.load --requests {requests} --clients {clients} …"
+    write_record(conditions(command) | measured, output)
 
 
 async def _measure(
@@ -79,8 +63,6 @@ async def _measure(
 ) -> dict[str, Any]:
     outcome, numbers = Outcome(), iter(range(requests))
     async with httpx.AsyncClient(base_url=address, timeout=None) as client:
-        while not await _ready(client):
-            await asyncio.sleep(0.1)
         await _ask(client, images[0], wanted[0], Outcome())
         server = psutil.Process(pid)
         before, start = server.memory_info().rss, time.monotonic()
@@ -105,15 +87,8 @@ async def _measure(
     }
 
 
-async def _ready(client: httpx.AsyncClient) -> bool:
-    try:
-        return (await client.get("/readyz")).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 async def _ask(client: httpx.AsyncClient, image: bytes, wanted: str, outcome: Outcome) -> None:
-    """Ask until there is a draft; the time counts from the first asking."""
+    """Ask until there is a draft; the time counts from the first request."""
     start = time.monotonic()
     ticket: dict[str, str] = {}
     form = {"accept_any_image": "true"}

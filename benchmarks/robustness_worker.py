@@ -22,6 +22,7 @@ import numpy as np
 import typer
 
 from benchmarks.mutations import Input, film, make_input
+from benchmarks.mutations.base import plain_png
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _TOKENS = 4  # of a draft; the scores of the image need none
@@ -174,7 +175,7 @@ class Worker:
         given = films
         if made.kind == "table":
             given = films / made.name
-            (films / "film.png").write_bytes(_plain())
+            (films / "film.png").write_bytes(plain_png())
         out = folder / "drafts.jsonl"
         result = self._command(["batch", str(given), "--out", str(out), "--max-new-tokens", str(_TOKENS)])
         lines = [json.loads(line) for line in out.read_bytes().splitlines()] if out.is_file() else []
@@ -193,12 +194,6 @@ class Worker:
         except Exception:
             return {"code": 1, "trace": traceback.format_exc()}
         return {"code": 0}
-
-
-def _plain() -> bytes:
-    from benchmarks.mutations import _plain_png
-
-    return _plain_png()
 
 
 def _read(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,17 @@
-"""``python -m benchmarks.soak_serve``: many drafts through ``cbedge serve`` from several clients, garbage among them.
+"""Ask ``cbedge serve`` for many drafts from several clients, with one request of garbage for every nine.
 
-Every answer is accounted for (drafts, refusals, and 429 or 503 that were asked again), and the server's memory is read
-along the way: it must not grow.
+Every answer is counted (drafts, refusals, and 429 or 503 that were asked again). The memory of the server is measured
+during the run: it must not grow.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import random
-import socket
-import subprocess
-import sys
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Annotated
@@ -27,31 +22,9 @@ import psutil
 import typer
 from PIL import Image
 
-from cbedge.bench import machine
+from benchmarks.common import EXAMPLE, conditions, serving, write_record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
-
-
-@contextmanager
-def serving() -> Iterator[tuple[str, int]]:
-    """A ``cbedge serve`` of the embedded model: its address and its process's number."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "cbedge.cli", "serve", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/readyz").is_success:
-                    break
-            sleep(0.1)
-        yield address, process.pid
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def films(sizes: tuple[int, ...] = (224, 400, 700, 978)) -> list[bytes]:
@@ -80,18 +53,18 @@ def garbage(rng: random.Random, whole: bytes) -> tuple[bytes, dict[str, str]]:
 
 
 def soak(drafts: int, clients: int = 4, seed: int = 0) -> dict[str, object]:
-    """Ask for so many drafts, with one request of garbage for every nine.
+    """Send the requests, and count.
 
     Returns:
-        Answers by status, drafts that differ from the first of the same film, memory in MB by share of the drafts done,
-        and seconds.
+        Answers by status, number of drafts that differ from the first of the same film, memory in MB by share of the
+        requests answered, and seconds.
     """
     good = films()
     texts: dict[int, str] = {}
     answers: Counter[str] = Counter()
     memory: dict[str, float] = {}
     differing, lock, start = 0, threading.Lock(), monotonic()
-    with serving() as (address, process):
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (address, process):
         resident = psutil.Process(process)
 
         def ask(number: int) -> None:
@@ -134,14 +107,9 @@ def main(
     clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 4,
     output: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
 ) -> None:
-    """Soak the service and print or write the record."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """Run the soak and print or write the record."""
     command = f"python -m benchmarks.soak_serve --drafts {drafts} --clients {clients}"
-    record = {"command": command, "commit": commit, "machine": machine(), **soak(drafts, clients)}
-    text = json.dumps(record, indent=1)
-    if output is not None:
-        output.write_text(f"{text}\n", encoding="utf-8")
-    typer.echo(text)
+    write_record(conditions(command) | soak(drafts, clients), output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import call_cli, run_cli
 
-from benchmarks.peers import Job, optimum_runner
+from benchmarks.peer_runners import Job, optimum_runner
 from training.trained import checkpoint_of
 
 pytestmark = pytest.mark.slow

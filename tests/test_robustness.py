@@ -13,7 +13,8 @@ from pynetdicom.sop_class import DigitalXRayImageStorageForPresentation
 from benchmarks.kill_batch import kill_rounds
 from benchmarks.listen_node import send
 from benchmarks.mutations import KINDS, MARKER, film, make_input
-from benchmarks.robustness import COUNTS, judge, run_campaign, to_markdown, to_record
+from benchmarks.robustness import Campaign, run_campaign, to_markdown, to_record
+from benchmarks.robustness_outcome import COUNTS, judge
 
 pytestmark = needs_default_model
 
@@ -65,7 +66,7 @@ def test_a_slow_node_is_waited_for_and_one_that_takes_nothing_is_no_hang():
 
 @pytest.mark.slow
 def test_a_short_campaign_finds_nothing(tmp_path: Path):
-    outcome = run_campaign(150, seed=11, workers=1, keep=tmp_path / "failed")
+    outcome = run_campaign(Campaign(150, seed=11, workers=1, keep=tmp_path / "failed"))
     record = to_record(outcome, "python -m benchmarks.robustness --inputs 150 --seed 11", 1.0)
     assert record["counts"] == dict.fromkeys(COUNTS, 0), to_markdown(record)
     assert (

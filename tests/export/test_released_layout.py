@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.equality import PROMPTS, Equality, Reference, compare, draw_films, in_torch, measure
+from benchmarks.drawn_studies import draw_films
+from benchmarks.equality import PROMPTS, Equality, compare, measure
+from benchmarks.equality_answers import Reference, in_torch
 from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
 from cbedge.bundles.bundle import open_bundle
