@@ -2,4 +2,4 @@
 
 from cbedge._moved import forward
 
-__getattr__ = forward(__name__, "cbedge.services.http")
+__getattr__ = forward(__name__, "cbedge.services.http", "cbedge.services.http_queue")

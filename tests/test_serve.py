@@ -21,7 +21,8 @@ from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
 from cbedge import ContextError, ReportGenerator
-from cbedge.services.http import ServeSettings, check_exposure, create_app
+from cbedge.services.http import check_exposure, create_app
+from cbedge.services.http_queue import ServeSettings
 
 TOKEN = "a-token-of-some-length"
 

@@ -21,8 +21,9 @@ from fastapi.testclient import TestClient
 
 from cbedge import ReportGenerator
 from cbedge.services import http_guard
-from cbedge.services.http import ServeSettings, create_app
+from cbedge.services.http import create_app
 from cbedge.services.http_guard import RequestGuard, patient_protocol
+from cbedge.services.http_queue import ServeSettings
 
 FILM = (EXAMPLES / "chest_pa.png").read_bytes()
 

@@ -39,7 +39,8 @@ def serve(
 ) -> None:
     """Serve drafts over HTTP, with a web page at http://127.0.0.1:8642."""
     try:
-        from cbedge.services.http import ServeSettings, check_exposure, run_server
+        from cbedge.services.http import check_exposure, run_server
+        from cbedge.services.http_queue import ServeSettings
     except ImportError as error:
         raise OutputError(f'cbedge serve needs the package {error.name}; type: pip install "cbedge[serve]"') from None
     check_exposure(host, token)
