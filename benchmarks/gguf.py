@@ -1,4 +1,4 @@
-"""A Llama-shaped language model of transformers as GGUF, for llama.cpp in :mod:`benchmarks.peers`."""
+"""Write a Llama language model of transformers as GGUF, for llama.cpp in :mod:`benchmarks.peers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-# Of a layer: transformers' names and llama.cpp's.
+# Names of a layer's weights in transformers and in llama.cpp.
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -26,14 +26,14 @@ _LAYER = {
 
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Write a checkpoint in fp32; llama.cpp quantizes it itself.
+    """Write a checkpoint in fp32; llama.cpp quantizes it later.
 
     Args:
         checkpoint: folder of a ``LlamaForCausalLM`` with a byte-pair tokenizer (``tokenizer.json``), as SmolLM2 is.
         path: the GGUF file to write.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: the model is not a Llama.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     config = model.config
@@ -70,14 +70,14 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Let llama.cpp quantize a GGUF file.
+    """Quantize a GGUF file with llama.cpp.
 
     Args:
         source, target: GGUF files.
-        kind: ``Q4_0``, ``Q8_0``...
+        kind: a format of llama.cpp, such as ``Q4_0`` or ``Q8_0``.
 
     Raises:
-        RuntimeError: llama.cpp refuses.
+        RuntimeError: llama.cpp reports an error.
     """
     import llama_cpp
 
@@ -88,7 +88,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head, [first halves, second halves] → pairs: transformers rotates halves, llama.cpp neighbours."""
+    """Reorder the rows of each head from two halves to pairs: transformers rotates halves, llama.cpp neighbours."""
     return np.ascontiguousarray(weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape))
 
 

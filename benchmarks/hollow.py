@@ -1,7 +1,8 @@
-"""``python -m benchmarks.hollow``: a bundle without its weights, and random ones for it.
+"""Remove the weights of a bundle, and fill it with random ones.
 
-How fast a model drafts hangs on its shapes alone, so a large one need not travel to the machine where it is measured:
-``empty`` keeps graphs, tokenizers and manifest, a few megabytes; ``fill`` draws weights of the right size there.
+The speed of a model depends only on its shapes, so the weights of a large one need not be copied to the machine where
+it is measured: ``empty`` keeps graphs, tokenizers and manifest, a few megabytes; ``fill`` draws weights of the same
+size there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 _SMALL = 1024  # bytes of a weight that stays in the graph
 _PACKED = (TensorProto.INT4, TensorProto.UINT4)  # two to a byte
 _WEIGHTS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.FLOAT16, TensorProto.FLOAT, *_PACKED)
-_SPREAD = 0.02  # standard deviation of weights
+_DEVIATION = 0.02  # standard deviation of weights
 
 
 def _refuse(out: Path) -> None:
@@ -51,7 +52,7 @@ def empty_command(
 
 
 def emptied(graph: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A graph in place, the weights within it told to lie in a file of their own, as those beside it do."""
+    """Move the weights that a graph contains to an external file that is not written, in place; returns the graph."""
     data = name.replace(".onnx", ".onnx_data")
     end = 0
     for tensor in graph.graph.initializer:
@@ -85,12 +86,12 @@ def fill_command(
 
 
 def draw(graph: onnx.ModelProto, folder: Path, rng: np.random.Generator) -> set[str]:
-    """Write the files that a graph's weights lie in; returns their names. A file that is there stays."""
+    """Write the files of a graph's external weights; returns their names. Existing files are kept."""
     places: dict[str, list[tuple[int, TensorProto]]] = {}
     for tensor in graph.graph.initializer:
-        told = {entry.key: entry.value for entry in tensor.external_data}
-        if told:
-            places.setdefault(told["location"], []).append((int(told.get("offset", 0)), tensor))
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            places.setdefault(place["location"], []).append((int(place.get("offset", 0)), tensor))
     for name, tensors in places.items():
         if (folder / name).exists():
             continue
@@ -102,8 +103,8 @@ def draw(graph: onnx.ModelProto, folder: Path, rng: np.random.Generator) -> set[
 
 
 def weights(tensor: TensorProto, rng: np.random.Generator) -> bytes:
-    """Random weights of a tensor's type and size; norms are 1, and 4- or 8-bit weights with their scales spread as
-    wide as others."""
+    """Random weights of a tensor's type and size. Norms are 1. Scales give 4- and 8-bit weights the same standard
+    deviation as the others."""
     count = math.prod(tensor.dims)
     if tensor.data_type in _PACKED:
         return rng.bytes(-(-count // 2))
@@ -111,13 +112,13 @@ def weights(tensor: TensorProto, rng: np.random.Generator) -> bytes:
     if kind in (np.uint8, np.int8):
         return rng.bytes(count)
     if np.issubdtype(kind, np.integer):
-        raise ValueError(f"{tensor.name}: whole numbers are no weights")
+        raise ValueError(f"{tensor.name}: integers are not weights")
     if "scales" in tensor.name:
-        # Even 4-bit numbers from -8 to 7 have a standard deviation of 4.6, 8-bit ones 16 times as much.
-        return np.full(count, _SPREAD / (74 if "Q8" in tensor.name else 4.6), kind).tobytes()
+        # Uniform 4-bit numbers from -8 to 7 have a standard deviation of 4.6, 8-bit ones 16 times as much.
+        return np.full(count, _DEVIATION / (74 if "Q8" in tensor.name else 4.6), kind).tobytes()
     if "norm" in tensor.name:
         return np.ones(count, kind).tobytes()
-    return (rng.standard_normal(count, np.float32) * np.float32(_SPREAD)).astype(kind).tobytes()
+    return (rng.standard_normal(count, np.float32) * np.float32(_DEVIATION)).astype(kind).tobytes()
 
 
 def main() -> None:

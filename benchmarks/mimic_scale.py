@@ -1,23 +1,21 @@
-"""``python -m benchmarks.mimic_scale``: read a generated tree of MIMIC-CXR's size, and say how much memory that takes.
+"""Index and read a generated tree of the size of MIMIC-CXR, and measure time and memory.
 
-The tree has MIMIC-CXR-JPG's tables and folders, made-up reports, and empty image files (reading opens none).
+The tree has the tables and folders of MIMIC-CXR-JPG, invented reports, and empty image files (none is opened).
 """
 
 import csv
 import gzip
-import json
 import random
 import resource
-import sys
 import tempfile
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import conditions, typed, write_record
 from training.datasets import open_studies
 from training.datasets.mimic_cxr import PREFIX, build_index, index_path
 
@@ -45,7 +43,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def write_tree(folder: Path, images: int, seed: int = 0) -> None:
-    """Write tables, reports and empty image files for so many images, as PhysioNet lays them out."""
+    """Write tables, reports and empty image files for ``images`` images in PhysioNet's layout."""
     rng = random.Random(seed)
     with ExitStack() as stack:
         tables = {}
@@ -86,12 +84,12 @@ def _write_studies(folder: Path, images: int, rng: random.Random, tables: dict[s
         tables["chexpert"].writerow([subject, number, *labels])
 
 
-@app.command()
+@app.command(help=__doc__)
 def main(
     images: Annotated[int, typer.Option(min=1, help="Rows of the split table.")] = IMAGES,
     output: Annotated[Path | None, typer.Option(help="JSON record to write.")] = None,
 ) -> None:
-    """Generate a tree, index it, open it, and read studies at random; print seconds and memory."""
+    """Generate, index and open a tree, and read studies at random."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, cache = Path(scratch) / "mimic", Path(scratch) / "index"
         folder.mkdir()
@@ -118,18 +116,12 @@ def main(
             "memory_before_mb": before,
             "memory_after_index_mb": peak,
             "memory_after_all_mb": _peak(),
-            "date": date.today().isoformat(),
-            "command": "python -m benchmarks.mimic_scale " + " ".join(sys.argv[1:]),
         }
-    text = json.dumps(record, indent=1)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n", encoding="utf-8")
-    typer.echo(text)
+    write_record(conditions(typed("mimic_scale")) | record, output)
 
 
 def _peak() -> float:
-    """Peak resident memory of this process so far, MB."""
+    """Peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -1,7 +1,7 @@
-"""Optimum's ONNX model of a language model, for :mod:`benchmarks.peers`; run by an interpreter that has optimum-onnx.
+"""Run Optimum's ONNX model of a language model for :mod:`benchmarks.peers`, in a Python that has optimum-onnx.
 
-optimum-onnx 0.1 wants a transformers below 4.58, which this project is past: so it lives in an environment of its own,
-imports nothing of this project, and is told by lines on standard input when to write.
+optimum-onnx 0.1 needs transformers below 4.58, and this project a newer one. So this program runs in an environment of
+its own, imports nothing of this project, and takes its tasks as lines of JSON on standard input.
 """
 
 import json
@@ -15,10 +15,10 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 
 def main() -> None:
-    """Load the model in the folder that is given, export it, and write what each line that comes asks for."""
+    """Load and export the model, and generate the tokens that each line asks for."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of the libraries apart from the answers
     torch.set_num_threads(job["threads"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]

@@ -1,31 +1,31 @@
-"""``python -m benchmarks.passes``: what each stage takes, and a pass of the language model over few and many tokens.
+"""Measure each stage of a draft, and a pass of the language model over few and many tokens.
 
-``cbedge bench`` times whole drafts; this says what one is made of, also of a model with random weights, whose drafts
-mean nothing. Medians, in milliseconds.
+``cbedge bench`` measures whole drafts. This also works with a model of random weights, whose drafts mean nothing. The
+record has medians in milliseconds.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
+from benchmarks.common import write_record
 from cbedge import ReportGenerator
 from cbedge.bench import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-TOKENS = (1, 2, 5, 9, 17, 33)  # a GPU's passes are of 2, 5, 9, 17 or 33
+TOKENS = (1, 2, 5, 9, 17, 33)  # a GPU runs passes over 2, 5, 9, 17 or 33
 
 
 def milliseconds(work: Callable[[], object], runs: int) -> float:
-    """Median of some runs, after three that are not timed."""
+    """Median of the runs, after three untimed ones."""
     times = []
     for number in range(runs + 3):
         start = perf_counter()
@@ -35,7 +35,7 @@ def milliseconds(work: Callable[[], object], runs: int) -> float:
 
 
 def measure(generator: ReportGenerator, prompt: int, runs: int) -> dict[str, float]:
-    """Milliseconds of every stage; ``prompt`` embeddings are read before tokens are."""
+    """Milliseconds of each stage; ``prompt`` embeddings precede the tokens of a pass."""
     backend, shapes = generator.backend, generator.bundle.manifest.shapes
     rng = np.random.default_rng(0)
     pixels = rng.random((1, 3, shapes.image_size, shapes.image_size), np.float32)
@@ -69,8 +69,8 @@ def main_command(
 ) -> None:
     """Measure and print as JSON."""
     generator = ReportGenerator.from_pretrained(bundle, variant, device)
-    record: dict[str, Any] = {"variant": generator.variant, "device": generator.backend.device}
-    typer.echo(json.dumps(record | {"ms": measure(generator, prompt, runs), "machine": machine()}, indent=1))
+    record = {"variant": generator.variant, "device": generator.backend.device}
+    write_record(record | {"ms": measure(generator, prompt, runs), "machine": machine()}, None)
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
-"""``python -m benchmarks.quantization``: which 4-bit weights cost what, of one language model.
+"""Compare 4-bit weights of one language model.
 
-Every setting quantizes the same fp32 decoder; all else stays fp32. Given are its size, how often it chooses the token
-that fp32 chooses having read the same before, the mean Kullback-Leibler divergence of what it expects there, and CIDEr
-of drafts (findings, R2Gen's cleaning), whose measure of noise is the interval in a model's record.
+Every setting quantizes the same fp32 decoder; the other graphs stay in fp32. The record has the size, the share of
+positions at which the quantized decoder chooses the token of fp32 after the same tokens, the mean Kullback-Leibler
+divergence there, and CIDEr of drafts (findings, cleaned as in R2Gen). The record of a model has a confidence interval
+that shows the noise of CIDEr.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy as np
 import onnx
 import typer
 
+from benchmarks.common import conditions, typed, write_record
 from cbedge import ReportGenerator
-from cbedge.bench import machine
+from cbedge.backends.ort import OnnxBackend
 from cbedge.bundles.bundle import Bundle
 from cbedge.decoding import decode
 from cbedge.drafting.query import read_images
@@ -65,7 +65,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Embeddings that a decoder reads, the tokens that fp32 writes, and what it expects at each: float32 [T, V]."""
+    """Embeddings of a prompt, the tokens that fp32 writes, and its logits at each: float32 [T, V]."""
 
     embeds: np.ndarray
     tokens: list[int]
@@ -107,23 +107,14 @@ def main(
             if written:
                 rows[name]["cider"] = _cider(drafter, written)
         typer.echo(f"{name}: {rows[name]}", err=True)
-        _write(output, cases, len(written), rows)  # a run that is stopped leaves what it measured
-    typer.echo(to_markdown(json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))))
-
-
-def _write(output: Path, cases: list[Case], drafts: int, rows: dict[str, dict[str, Any]]) -> None:
-    command = "python -m benchmarks.quantization " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
-    record = {
-        "studies": len(cases),
-        "drafts": drafts,
-        "tokens": sum(len(c.tokens) for c in cases),
-        "settings": rows,
-        "machine": machine(),
-        "command": command,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+        record = {
+            "studies": len(cases),
+            "drafts": len(written),
+            "tokens": sum(len(c.tokens) for c in cases),
+            "settings": rows,
+        }
+        record = conditions(typed("quantization")) | record  # written each time, so that a stopped run leaves a record
+        write_record(record, output, to_markdown(record))
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -133,7 +124,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         "",
         f"{record['machine']['date']}. Command: `{record['command']}`",
         "",
-        f"| weights | MB | fp32's token | KL divergence | equal throughout | CIDEr of {record['drafts']} drafts |",
+        f"| weights | MB | equal tokens | KL divergence | all equal | CIDEr of {record['drafts']} drafts |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         *[
             f"| {name} | {r['megabytes']:.1f} | {r['token_agreement']:.1%} | {r['kl']:.4f} | {r['drafts_equal']:.0%} | "
@@ -154,7 +145,7 @@ def _megabytes(graph: Path) -> float:
 
 
 def _cider(generator: ReportGenerator, studies: list[Any]) -> float:
-    """CIDEr of the drafts of studies with findings, as the bundle drafts."""
+    """CIDEr of the drafts of studies with findings."""
     from training.scoring import cider
 
     drafts = [generator.generate(s.image, accept_any_image=True, **vars(s.context)).findings for s in studies]
@@ -170,10 +161,10 @@ def _case(generator: ReportGenerator, study: Any) -> Case:
     embeds = np.concatenate([reading.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 160)
     tokens = [t.id for t in decode(decoder, decoder.prefill(embeds), generator.bundle.manifest.stop_ids, 160)]
-    return Case(embeds, tokens, _expected(generator, embeds, tokens))
+    return Case(embeds, tokens, _logits(generator, embeds, tokens))
 
 
-def _expected(generator: ReportGenerator, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
+def _logits(generator: ReportGenerator, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
     decoder = generator.backend.new_decoder(embeds.shape[1] + len(tokens))
     first = decoder.prefill(embeds)
     return np.vstack([first, decoder.append(tokens[:-1])]) if len(tokens) > 1 else first[None]
@@ -185,8 +176,6 @@ def _with_decoder(generator: ReportGenerator, path: Path) -> ReportGenerator:
     folder = generator.bundle.folder
     variant = manifest.variants["fp32"]
     graphs = {k: str(folder.absolute() / v) for k, v in variant.graphs.items()} | {DECODER: str(path)}
-    from cbedge.backends.ort import OnnxBackend
-
     backend = OnnxBackend(Bundle(Path("/"), manifest), replace(variant, graphs=graphs), "cpu")
     return ReportGenerator(generator.bundle, "fp32", backend)
 
@@ -194,7 +183,7 @@ def _with_decoder(generator: ReportGenerator, path: Path) -> ReportGenerator:
 def _compare(generator: ReportGenerator, cases: list[Case]) -> dict[str, float]:
     agreed, divergence, equal = 0, 0.0, 0
     for case in cases:
-        found = _expected(generator, case.embeds, case.tokens)
+        found = _logits(generator, case.embeds, case.tokens)
         same = found.argmax(1) == np.array(case.tokens)
         agreed += int(same.sum())
         equal += bool(same.all())

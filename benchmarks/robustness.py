@@ -1,9 +1,9 @@
-"""``python -m benchmarks.robustness``: thousands of damaged and unusual inputs through every input path.
+"""Send thousands of damaged and unusual inputs through every input path, and count faults.
 
-Files take the Python API, ``cbedge generate`` and ``cbedge batch`` in worker processes, ``cbedge serve`` and ``cbedge
-listen`` as processes of their own. Counted are crashes, hangs, tracebacks, exits without an explanation, answers 5xx,
-equivalents whose findings or scores differ, bytes held, objects lost, and patient data in logs. Input ``i`` of a seed
-is always the same: ``--inputs-from i --inputs 1`` tries it again alone.
+The paths are the Python API, ``cbedge generate`` and ``cbedge batch`` in worker processes, and ``cbedge serve`` and
+``cbedge listen`` in processes of their own. Faults are crashes, hangs, tracebacks, exits without an explanation, 5xx
+answers, equivalents with other findings or scores, too much memory, lost objects, and patient data in logs. Input ``i``
+of a seed is always the same: ``--inputs-from i --inputs 1`` repeats it alone.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _keep(campaign: Campaign, failure: Failure, made: Input) -> None:
     campaign.keep.mkdir(parents=True, exist_ok=True)
     path = campaign.keep / f"{made.index}-{made.kind}-{made.route}"
     path.with_suffix(Path(made.name).suffix or ".bin").write_bytes(made.data)
-    told = f"{campaign.command(made.index, 1)}\n{failure.note}\n{failure.fault}: {failure.what}\n"
-    path.with_suffix(".txt").write_text(told, encoding="utf-8")
+    note = f"{campaign.command(made.index, 1)}\n{failure.note}\n{failure.fault}: {failure.what}\n"
+    path.with_suffix(".txt").write_text(note, encoding="utf-8")
 
 
 def to_record(outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def to_record(outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
 
 
 def to_markdown(record: dict[str, Any]) -> str:
-    """A campaign's record as a page."""
+    """The record of a campaign as a page."""
 
     def table(title: str, values: dict[str, int]) -> list[str]:
         return [f"| {title} | count |", "| --- | --- |", *[f"| {k} | {n:,} |" for k, n in values.items()], ""]
@@ -175,16 +175,16 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 @app.command(help=__doc__)
 def main(
-    inputs: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 10_000,
+    inputs: Annotated[int, typer.Option(min=1, help="Number of inputs.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for all inputs.")] = 0,
     inputs_from: Annotated[int, typer.Option(min=0, help="Number of the first input.")] = 0,
-    only: Annotated[str | None, typer.Option(help=f"One kind: {', '.join(KINDS)}.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Only this kind: {', '.join(KINDS)}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for the Python API and the commands.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Seconds after which an input counts as hanging.")] = 60,
-    keep: Annotated[Path | None, typer.Option(help="Folder for the inputs that failed.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder for inputs that show a fault.")] = None,
     output: Annotated[Path | None, typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.")] = None,
 ) -> None:
-    """Run a campaign, print its counts, and end with 1 where anything failed."""
+    """Run a campaign and print its counts; exit with 1 if there is a fault."""
     if only is not None and only not in KINDS:
         raise typer.BadParameter(f"unknown kind {only!r}; give one of: {', '.join(KINDS)}")
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the answers of a robustness campaign are judged by, and the sums."""
+"""Find the faults in the answers of a robustness campaign, and sum them up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH_LINES = re.compile(r"failed: |wrote \d+ drafts? to |\d+ (files|folders) |
 
 @dataclass
 class Failure:
-    """One input that came to something it may not come to."""
+    """One input and its fault."""
 
     index: int
     kind: str
@@ -34,7 +34,7 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """What a campaign met; routes add to it from several threads."""
+    """The sums of a campaign; routes add to them from several threads."""
 
     tried: Counter[tuple[str, str]] = field(default_factory=Counter)
     drafted: int = 0
@@ -48,8 +48,8 @@ class Outcome:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, made: Input, answer: dict[str, Any]) -> list[Failure]:
-        """Judge one answer."""
-        faults = judge(made, answer)
+        """Count one answer; returns its faults."""
+        faults = find_faults(made, answer)
         found = [Failure(made.index, made.kind, made.route, f, w[-1500:], describe(made)) for f, w in faults]
         with self.lock:
             self.tried[made.kind, made.route] += 1
@@ -64,8 +64,8 @@ class Outcome:
         return found
 
 
-def judge(made: Input, answer: dict[str, Any]) -> list[tuple[str, str]]:
-    """The faults of an answer, each of :data:`COUNTS` and what shows it."""
+def find_faults(made: Input, answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """The faults of an answer: names of :data:`COUNTS`, each with the text that shows it."""
     faults: list[tuple[str, str]] = [*answer.get("faults", ())]
     stderr, code, error = answer.get("stderr", ""), answer.get("code", 0), answer.get("error", "")
     trace = answer.get("trace") or next((t for t in (stderr, error) if "Traceback (most recent" in t), "")
@@ -74,7 +74,7 @@ def judge(made: Input, answer: dict[str, Any]) -> list[tuple[str, str]]:
     elif code and "status" not in answer:
         lines = [line for line in (error or stderr).splitlines() if line.strip()]
         explained = code in _exit_codes() and bool(lines)
-        libtiff = made.note.startswith("TIFF")  # it prints lines of its own on standard error
+        libtiff = made.note.startswith("TIFF")  # libtiff prints to standard error
         if made.route == "api":
             explained &= len(lines) == 1
         elif made.route == "generate":
@@ -96,8 +96,8 @@ def judge(made: Input, answer: dict[str, Any]) -> list[tuple[str, str]]:
         elif sorted(answer["findings"]) != sorted(truth[0]) or _difference(answer) > (
             NEAR_LOSSY if "JPEG" in made.note or made.note.startswith("array f2") else NEAR
         ):
-            told = f"findings {answer['findings']}, expected {truth[0]}; scores differ by {_difference(answer):.3f}"
-            faults.append(("unequal", told))
+            what = f"findings {answer['findings']}, expected {truth[0]}; scores differ by {_difference(answer):.3f}"
+            faults.append(("unequal", what))
     return faults
 
 

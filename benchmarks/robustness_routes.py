@@ -1,4 +1,4 @@
-"""The ways that an input of a robustness campaign takes: worker processes, ``cbedge serve`` and ``cbedge listen``."""
+"""The paths of an input of a robustness campaign: worker processes, ``cbedge serve`` and ``cbedge listen``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.robustness_worker import copies, middle, peak_bytes, reset_peak
 
 
 class WorkerRoute:
-    """Inputs that one worker process tries."""
+    """Inputs that one worker process gets."""
 
     def __init__(self, threads: int | None, limit_s: float):
         self.limit_s, self.words = limit_s, [threads] if threads else []
@@ -38,13 +38,13 @@ class WorkerRoute:
         return self.process
 
     def _line(self, seconds: float) -> str | None:
-        """The next line; ``None`` where none comes in time, empty where the process ended."""
+        """The next line; ``None`` if there is none in time, empty if the process has ended."""
         assert self.process is not None and self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return self.process.stdout.readline() if ready else None
 
     def answer(self, seed: int, made: Input, only: str | None) -> dict[str, Any]:
-        """What the worker says of an input, or how it ended."""
+        """The worker's answer for an input, or how the worker ended."""
         process = self.process or self._start()
         assert process.stdin is not None
         process.stdin.write(json.dumps([seed, made.index, only]) + "\n")
@@ -85,7 +85,7 @@ class ServiceRoute:
         raise NotImplementedError
 
     def answer(self, seed: int, made: Input, only: str | None) -> dict[str, Any]:
-        """Try an input, look at the process and at what it logged since."""
+        """Send an input, and check the process and its new log lines."""
         reset_peak(self.process.pid)
         before = peak_bytes(self.process.pid)[0]
         try:
@@ -108,7 +108,7 @@ class ServiceRoute:
         return {"stderr": logged.replace(MARKER, "NAME"), "held": most - before, "rss": now, **result}
 
     def attempt(self, made: Input) -> dict[str, Any]:
-        """Try an input."""
+        """Send an input, and return the answer."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class ServeRoute(ServiceRoute):
         return ["serve", "--recent-studies", "0"]
 
     def attempt(self, made: Input) -> dict[str, Any]:
-        """Try an input."""
+        """Send an input, and return the answer."""
         if made.kind == "http":
             return self._raw(made.data)
         if made.film is not None and made.film not in self._truth:
@@ -193,7 +193,7 @@ class ListenRoute(ServiceRoute):
         return ["listen", "--known", "CAMPAIGN", "--spool", str(self.folder / "spool"), "--pair-wait", "0"]
 
     def attempt(self, made: Input) -> dict[str, Any]:
-        """Try an input."""
+        """Send an input, and return the answer."""
         if made.kind == "pdu":
             with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
                 connection.settimeout(1)
@@ -211,9 +211,9 @@ class ListenRoute(ServiceRoute):
         while self._held() < self.accepted:
             if time.monotonic() > end:
                 waiting = [p for p in (self.folder / "spool").rglob("*") if p.is_file()]
-                told = f"{self.accepted} accepted, {self._held()} drafted or failed, {len(waiting)} files in the spool"
+                what = f"{self.accepted} accepted, {self._held()} drafted or failed, {len(waiting)} files in the spool"
                 self.accepted = self._held()
-                return result | {"faults": [("hang" if waiting else "lost", told)]}
+                return result | {"faults": [("hang" if waiting else "lost", what)]}
             time.sleep(0.02)
         return result
 
@@ -222,7 +222,7 @@ class ListenRoute(ServiceRoute):
         return sum(p.suffix != ".txt" for name in ("outgoing", "failed") for p in (spool / name).glob("*"))
 
     def _store(self, made: Input) -> int | None:
-        """Send an object's bytes as they are; the status, or ``None`` where the association did not carry it."""
+        """Send the bytes of an object; returns the status, or ``None`` if the association could not send it."""
         syntax, start = str(pydicom.uid.ExplicitVRLittleEndian), 132
         with contextlib.suppress(Exception):
             meta = pydicom.dcmread(io.BytesIO(made.data), stop_before_pixels=True, force=True).file_meta

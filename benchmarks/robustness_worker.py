@@ -1,7 +1,7 @@
-"""Tries inputs of :mod:`benchmarks.robustness` in this process, one after another; the campaign starts several.
+"""Run inputs of :mod:`benchmarks.robustness` in this process, one after another; a campaign starts several workers.
 
-It reads one JSON line ``[seed, index, only]`` at a time from standard input and answers with one line. A crash of a
-decoder ends this process, and the campaign counts it.
+It reads one JSON line ``[seed, index, only]`` at a time from standard input and answers with one line. If a decoder
+crashes, this process ends, and the campaign counts it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOKENS = 4  # of a draft; the scores of the image need none
 
 
 def peak_bytes(pid: int | str = "self") -> tuple[int, int]:
-    """Bytes that a process holds in memory, now and at most since :func:`reset_peak`; 0 where Linux is not there."""
+    """Resident memory of a process in bytes, now and at most since :func:`reset_peak`; 0 without Linux."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -40,14 +40,14 @@ def peak_bytes(pid: int | str = "self") -> tuple[int, int]:
 
 
 def reset_peak(pid: int | str = "self") -> None:
-    """Let the peak of a process start from now."""
+    """Start the peak of a process anew."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager
 def _captured(scratch: Path) -> Iterator[Callable[[], tuple[str, str]]]:
-    """Catch standard output and error, C libraries' included."""
+    """Capture standard output and error, also of C libraries."""
     paths = [scratch / "stdout", scratch / "stderr"]
     saved = [os.dup(1), os.dup(2)]
     sys.stdout.flush()
@@ -73,20 +73,20 @@ def _flushed(path: Path) -> str:
 
 
 def copies(number: int, count: int = 7) -> list[np.ndarray]:
-    """A film several times, uint16 [rows, columns], with noise of the last bit."""
+    """Several copies of a film, uint16 [rows, columns], with noise in the last bit."""
     rng = np.random.default_rng(number)
     sixteen = np.round(film(number) * 65535)
     return [np.clip(sixteen + rng.integers(-1, 2, sixteen.shape), 0, 65535).astype(np.uint16) for _ in range(count)]
 
 
 def middle(seen: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> tuple[list[str], dict[str, float]]:
-    """The commonest findings, and the median of each score."""
+    """The most frequent findings, and the median of each score."""
     findings = Counter(tuple(sorted(names)) for names, _ in seen).most_common(1)[0][0]
     return list(findings), {name: float(np.median([scores[name] for _, scores in seen])) for name in seen[0][1]}
 
 
 class Worker:
-    """A loaded generator and what is done with inputs; see :meth:`answer`."""
+    """A loaded generator that answers inputs."""
 
     def __init__(self, scratch: Path, threads: int | None):
         import functools
@@ -96,16 +96,16 @@ class Worker:
         self.scratch = scratch
         load = ReportGenerator.from_pretrained
         loaded = functools.cache(lambda: load(None, None, "cpu", threads=threads, recent_studies=0))
-        # The command line loads a generator for every call: here it gets the one that is loaded.
+        # The command line loads a generator for every call: let it use this one.
         ReportGenerator.from_pretrained = classmethod(lambda cls, *a, **k: loaded())  # type: ignore[method-assign, assignment]
         self.generator = loaded()
         self._truth: dict[int, tuple[list[str], dict[str, float]]] = {}
 
     def truth(self, number: int) -> tuple[list[str], dict[str, float]]:
-        """Findings and scores of a film: the median of several copies that differ by a 65,535th at most.
+        """Findings and scores of a film: the median of several copies that differ by at most 1/65,535.
 
-        The 8-bit arithmetic of the embedded model moves a score by up to .02 when a pixel moves by its last bit. The
-        median tells that apart from what a container does to the film.
+        The 8-bit arithmetic of the embedded model changes a score by up to .02 when a pixel changes by its last bit.
+        The median removes this noise, so that what a container changes can be seen.
         """
         if number not in self._truth:
             reports = [
@@ -115,7 +115,7 @@ class Worker:
         return self._truth[number]
 
     def answer(self, made: Input) -> dict[str, Any]:
-        """What an input came to: ``code``, ``error`` (one line or empty), ``faults``, ``scores``, ``findings`` and
+        """The result of an input: ``code``, ``error`` (one line or empty), ``faults``, ``scores``, ``findings`` and
         memory."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         truth = self.truth(made.film) if made.film is not None else None
@@ -204,9 +204,9 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 def main(
     threads: Annotated[int | None, typer.Argument(help="CPU threads.", show_default="one per core")] = None,
 ) -> None:
-    """Answer until standard input ends."""
+    """Answer inputs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # nothing but answers goes there
+    os.dup2(2, 1)  # only answers are written there
     with tempfile.TemporaryDirectory() as scratch:
         worker = Worker(Path(scratch), threads)
         answers.write("ready\n")

@@ -1,17 +1,15 @@
-"""``python -m benchmarks.scale --latency BENCH.json --output STEM``: what bandwidth and arithmetic allow, what is
-reached, what larger models and other machines would take, and how many studies are served before a queue builds up.
+"""Estimate the limits of bandwidth and arithmetic, larger models, other machines, and the queue in front of a machine.
 
-``BENCH.json`` is what ``cbedge bench --format json`` wrote on this machine. Figures of other machines are on paper: a
-pass over the weights takes no less than their bytes over the memory's bandwidth and their multiplications over the
-arithmetic's rate (the roofline of Williams et al., CACM 2009). The queue is simulated: Poisson arrivals, first come
-first served, service times drawn from the measured quantiles.
+``--latency`` is the output of ``cbedge bench --format json`` on this machine. Other machines are estimated: a pass over
+the weights takes at least their bytes divided by the memory bandwidth, and at least their multiplications divided by
+the arithmetic rate (the roofline model of Williams et al., CACM 2009). The queue is simulated: Poisson arrivals, first
+come first served, service times drawn from the measured quantiles.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,10 +18,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.common import refuse_existing, write_record
 from cbedge.bench import machine
-from cbedge.errors import CbedgeError
+from export.console import run
 
-TOKENS, PROMPT = 100, 80  # of the report that models are compared by
+TOKENS, PROMPT = 100, 80  # of the report for which models are compared
 BATCHES = (1, 4, 16)
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)
 STUDIES = 50_000
@@ -32,12 +31,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on paper: parameters of the image side, and of the language model's layers and head."""
+    """A model: parameters of the image side and of the language model, and bytes of keys and values for each token."""
 
     name: str
     image: float
     language: float
-    cache_bytes: float  # of keys and values, a token
+    cache_bytes: float
 
 
 # Parameters from the configurations of the checkpoints; the cache is layers x 2 x key-value width x 2 bytes (fp16).
@@ -50,14 +49,14 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes a second from memory, and multiply-adds a second times two."""
+    """A machine: memory bandwidth in bytes per second, and floating-point operations per second."""
 
     name: str
     bandwidth: float
     flops: float
 
 
-# Data sheets: memory bandwidth, and dense fp16 tensor arithmetic.
+# From data sheets: memory bandwidth, and dense fp16 tensor arithmetic.
 PAPER = (
     Device("RTX A4000 (16 GB)", 448e9, 77e12),
     Device("RTX 4090 (24 GB)", 1008e9, 165e12),
@@ -66,9 +65,9 @@ PAPER = (
 
 
 def report_seconds(shape: Shape, device: Device, bits: float, batch: int = 1) -> dict[str, float]:
-    """Least seconds of one report of :data:`TOKENS` tokens in a batch, by part; ``bits`` a weight.
+    """Least seconds of a report of :data:`TOKENS` tokens in a batch, by part, with ``bits`` for each weight.
 
-    Decoding reads every weight once a step for the whole batch, and each report's keys and values for itself.
+    In each step, decoding reads the weights once for the whole batch, and the keys and values of each report.
     """
     image = batch * 2 * shape.image * 257 / device.flops  # a pass over 257 patches
     prefill = max(batch * 2 * shape.language * PROMPT / device.flops, shape.language * bits / 8 / device.bandwidth)
@@ -82,7 +81,7 @@ def report_seconds(shape: Shape, device: Device, bits: float, batch: int = 1) ->
 
 
 def arithmetic_rate() -> float:
-    """Floating-point operations a second of an fp32 matrix product on this machine: the best of five."""
+    """Floating-point operations per second of an fp32 matrix product on this machine: the best of five."""
     a = np.ones((2048, 2048), np.float32)
     best = np.inf
     for _ in range(5):
@@ -93,13 +92,13 @@ def arithmetic_rate() -> float:
 
 
 def draw_service(milliseconds: dict[str, float], count: int, rng: np.random.Generator) -> np.ndarray:
-    """Seconds of ``count`` drafts, by the inverse of the measured distribution, straight between its quantiles."""
+    """Seconds of ``count`` drafts, drawn from the measured distribution, linear between its quantiles."""
     known = [milliseconds[name] for name in ("least", "median", "p95", "p99", "most")]
     return np.interp(rng.random(count), (0, 0.5, 0.95, 0.99, 1), known) / 1000
 
 
 def simulate(service: np.ndarray, per_second: float, workers: int, rng: np.random.Generator) -> np.ndarray:
-    """Seconds that each study waits for one of ``workers``, first come first served."""
+    """Waiting time of each study in seconds, with ``workers`` machines, first come first served."""
     arrivals = np.cumsum(rng.exponential(1 / per_second, len(service)))
     free = [0.0] * workers
     waits = np.empty(len(service))
@@ -111,7 +110,7 @@ def simulate(service: np.ndarray, per_second: float, workers: int, rng: np.rando
 
 
 def measure(latency: dict[str, Any], workers: int, seed: int = 0) -> dict[str, Any]:
-    """The whole record, from what ``cbedge bench`` measured."""
+    """The record, from the record of ``cbedge bench``."""
     row = latency["variants"][0]
     here = Device(
         f"this machine ({latency['machine']['processor']}, {latency['machine']['cores']} cores)",
@@ -182,15 +181,15 @@ def to_markdown(record: dict[str, Any], command: str) -> str:
         f"{record['model']}, {record['variant']}; latency measured on {where['processor']}, {where['cores']} cores, "
         f"{where['read_bandwidth_gb_s']} GB/s; fp32 arithmetic {record['arithmetic_gflops']:.0f} GFLOP/s.",
         "",
-        "## What is reached",
+        "## Measured",
         "",
         f"A pass of the language model reads {roof['bytes_per_pass'] / 1e6:.1f} MB. The median report takes "
-        f"{roof['passes']:.0f} passes: no less than {1000 * roof['decode_floor_s']:.0f} ms by bandwidth; measured are "
+        f"{roof['passes']:.0f} passes: at least {1000 * roof['decode_floor_s']:.0f} ms at full bandwidth; measured: "
         f"{1000 * roof['decode_s']:.0f} ms, {roof['share_of_bandwidth']:.0%} of the bandwidth.",
         "",
-        "## On paper",
+        "## Estimated",
         "",
-        f"Least seconds a report of {TOKENS} tokens after a prompt of {PROMPT}, and reports an hour. 4.5 bits: 4-bit "
+        f"Least time of a report of {TOKENS} tokens after a prompt of {PROMPT}, and reports per hour. 4.5 bits: 4-bit "
         "weights with an fp16 scale for each block of 32.",
         "",
         "| model | machine | bits | batch | s until the batch is done | reports/hour |",
@@ -203,22 +202,22 @@ def to_markdown(record: dict[str, Any], command: str) -> str:
         "",
         "## The queue",
         "",
-        f"Simulated: {STUDIES:,} studies, {record['workers']} worker(s), service times as measured. Capacity "
-        f"{record['reports_per_hour']:,.0f} reports an hour; 200 studies at once are done after "
+        f"Simulated: {STUDIES:,} studies, {record['workers']} worker(s), service times as measured. Capacity: "
+        f"{record['reports_per_hour']:,.0f} reports per hour. 200 studies that arrive together are drafted in "
         f"{record['burst_of_200_s']:.0f} s.",
         "",
         "| load | studies/hour | wait p50, s | p95 | p99 |",
         "| --- | --- | --- | --- | --- |",
         *[
             f"| {q['load']:.0%} | {q['reports_per_hour']:,.0f} | {q['wait_p50_s']:.2f} | {q['wait_p95_s']:.2f} | "
-            f"{q['wait_p99_s']:.2f} |" + (" (grows without end)" if q["grows"] else "")
+            f"{q['wait_p99_s']:.2f} |" + (" (grows without limit)" if q["grows"] else "")
             for q in record["queue"]
         ],
     ]
     return "\n".join(lines) + "\n"
 
 
-@app.command()
+@app.command(help=__doc__)
 def scale_command(
     latency: Annotated[Path, typer.Option(help="Output of `cbedge bench --format json`.")],
     output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
@@ -226,31 +225,18 @@ def scale_command(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
     """Write the page."""
-    for suffix in (".json", ".md"):
-        if output.with_suffix(suffix).exists() and not force:
-            raise ValueError(f"{output.with_suffix(suffix)} exists already: give --force to replace it")
+    refuse_existing(output.with_suffix(".json"), force)
     try:
         measured = json.loads(latency.read_text(encoding="utf-8"))
         measured["variants"][0]["ms"]["total"], measured["machine"]["read_bandwidth_gb_s"]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise ValueError(f"{latency} is not what `cbedge bench --format json` writes: make it first") from None
+        raise ValueError(f"{latency} was not written by `cbedge bench --format json`: run that first") from None
     if (there := measured["machine"]["processor"]) != (here := machine()["processor"]):
         raise ValueError(f"{latency} was measured on {there}, and this is {here}: run `cbedge bench` here first")
     record = measure(measured, workers)
     command = f"python -m benchmarks.scale --latency {latency.name} --output {output.name} --workers {workers}"
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(to_markdown(record, command), encoding="utf-8")
-    typer.echo(to_markdown(record, command))
-
-
-def main() -> None:
-    """Run the command line; an expected failure is one line and exit code 1."""
-    try:
-        app()
-    except (CbedgeError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    write_record(record, output, to_markdown(record, command))
 
 
 if __name__ == "__main__":
-    main()
+    run(app)

@@ -1,55 +1,54 @@
-"""``python -m benchmarks.templates``: what becomes of twelve templates of different style in the drafts of real films.
+"""Draft real films with twelve templates of different style, and count what becomes of the templates' sentences.
 
-Every film is drafted with every template of ``benchmarks/template_styles`` and every variant for CPUs. The sentences
-that a draft should hold are written down by hand beside the templates, in ``sentences.json``, so the parser is judged
-too. Counted are broken drafts, and the share of sentences that stand word for word in their section. A sentence counts
-as left out with a reason only where a warning names it and its reason can be true: a finding that the image scores
-point to contradicts it, or it is of an impression that was left out whole and something was seen. As not every sentence
-of such an impression is contradicted, the share is also given with them among the missing. Beside the sentences stands,
-also by hand, which finding each plainly denies; counted are those that a draft keeps although it was seen.
+Every film is drafted with every template of ``benchmarks/template_styles`` and every CPU variant. The sentences that a
+draft should contain are written by hand in ``sentences.json`` beside the templates, so the parser is tested too. The
+record has the number of broken drafts, and the share of sentences that are word for word in their section. A sentence
+counts as left out with a reason only if a warning names it and the reason can be true: a reported finding contradicts
+it, or it belongs to an impression that was left out as a whole and some finding was reported. Because such an
+impression also has sentences that nothing contradicts, the share is also given with these counted as missing.
+``sentences.json`` also says which finding a sentence plainly denies; the record counts such sentences in drafts that
+report the finding.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.common import conditions, versions, write_record
 from cbedge import CbedgeError, ContextError, Report, ReportGenerator
 from cbedge.backends.int8 import multiplies_exactly
-from cbedge.bench import machine
 from cbedge.bundles.manifest import IN_INT8
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import ClinicalContext
 from cbedge.sentences import normalize, split_text
+from training.datasets.iu_xray import read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 STYLES = Path(__file__).parent / "template_styles"
 RESULTS = Path(__file__).parent / "results" / "templates"
-FAULTS = ("no draft", "unknown word", "repeated sentence", "headings", "not complete", "left out untold")
-_ROOT = Path(__file__).parent.parent
+FAULTS = ("no draft", "unknown word", "repeated sentence", "headings", "not complete", "left out without a warning")
 _SECTION = {"findings": "FINDINGS:", "impression": "IMPRESSION:"}
 
 
 @dataclass(frozen=True)
 class Style:
-    """A template and, written down by hand, the sentences that a reader finds in it.
+    """A template, and its sentences as written by hand.
 
     Attributes:
-        name: of its file.
-        text: as a user gives it.
-        findings, impression: its sentences, each with its end.
-        denies: sentence → the finding that it plainly denies; "abnormal" stands for any but a device.
+        name: name of the file.
+        text: the template.
+        findings, impression: the sentences of each section, with their full stops.
+        denies: sentence → the finding that it plainly denies; "abnormal" means any finding except a device.
     """
 
     name: str
@@ -60,16 +59,16 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Comparison:
     """What became of a template in one draft.
 
     Attributes:
-        faults: each of :data:`FAULTS` and what shows it; empty for a whole draft.
-        wanted: how many of its sentences nothing contradicts.
-        found: how many of these stand word for word in their section.
-        reasons: warnings that say what was left out.
-        unmatched: sentences of an impression that was left out whole, which no finding seen contradicts.
-        kept_denials: sentences that stand in the draft and plainly deny a finding seen.
+        faults: names of :data:`FAULTS`, each with the text that shows it.
+        wanted: number of sentences that nothing contradicts.
+        found: number of these that are word for word in their section.
+        reasons: warnings about sentences that were left out.
+        unmatched: sentences of an impression that was left out as a whole, which no reported finding contradicts.
+        kept_denials: sentences in the draft that plainly deny a reported finding.
     """
 
     faults: tuple[tuple[str, str], ...]
@@ -81,13 +80,13 @@ class Judged:
 
     @property
     def broken(self) -> bool:
-        """Whether the draft's text is broken; a sentence that is missing alone breaks no text."""
-        return any(name != "left out untold" for name, _ in self.faults)
+        """Whether the draft's text is broken; a missing sentence alone does not break it."""
+        return any(name != "left out without a warning" for name, _ in self.faults)
 
 
 @dataclass
 class Row:
-    """Sums of one template and variant over films."""
+    """Sums over all films for one template and variant."""
 
     template: str
     variant: str
@@ -106,26 +105,26 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the uncontradicted sentences, those found word for word, 0 to 1."""
+        """Share of the uncontradicted sentences that were found word for word, 0 to 1."""
         return self.found / self.wanted if self.wanted else 1.0
 
-    def add(self, style: Style, judged: Judged, film: str, seconds: float = 0.0) -> None:
+    def add(self, style: Style, compared: Comparison, film: str, seconds: float = 0.0) -> None:
         """Count one draft."""
         self.drafts += 1
-        self.broken += judged.broken
-        self.wanted += judged.wanted
-        self.found += judged.found
-        self.contradicted += len(style.findings) + len(style.impression) - judged.wanted
+        self.broken += compared.broken
+        self.wanted += compared.wanted
+        self.found += compared.found
+        self.contradicted += len(style.findings) + len(style.impression) - compared.wanted
         self.seconds += seconds
-        self.faults.update({name for name, _ in judged.faults})
-        self.reasons.update(judged.reasons)
-        self.unmatched += judged.unmatched
-        self.kept_denials.update(judged.kept_denials)
-        self.examples += [f"{film}: {name}: {what}" for name, what in judged.faults]
+        self.faults.update({name for name, _ in compared.faults})
+        self.reasons.update(compared.reasons)
+        self.unmatched += compared.unmatched
+        self.kept_denials.update(compared.kept_denials)
+        self.examples += [f"{film}: {name}: {what}" for name, what in compared.faults]
 
 
 def read_styles(folder: Path = STYLES) -> list[Style]:
-    """All templates of a folder, by name."""
+    """All templates of a folder, sorted by name."""
     known = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
     return [
         Style(
@@ -140,12 +139,12 @@ def read_styles(folder: Path = STYLES) -> list[Style]:
 
 
 def cpu_variants() -> list[str]:
-    """Names of the embedded model's variants for CPUs that this processor can run."""
+    """The embedded model's CPU variants that this processor can run."""
     return ["int4", *([IN_INT8] if multiplies_exactly() else [])]
 
 
-def judge(style: Style, report: Report, generator: ReportGenerator, context: ClinicalContext) -> Judged:
-    """Compare a draft with the template that it should keep to."""
+def compare(style: Style, report: Report, generator: ReportGenerator, context: ClinicalContext) -> Comparison:
+    """Compare a draft with the template that it should follow."""
     findings = generator.bundle.manifest.image_findings
     seen = report.image_findings or ()
     openings = [*findings.open(seen).values()] if findings else []
@@ -161,24 +160,24 @@ def judge(style: Style, report: Report, generator: ReportGenerator, context: Cli
                 kept_denials.append(sentence)
             contradicted = bool(denied and denied.search(sentence))
             could = contradicted or bool(seen and section == "impression")
-            if not there and could and _told(sentence, section, report.warnings):
+            if not there and could and _is_explained(sentence, section, report.warnings):
                 unmatched += not contradicted
                 continue
             wanted += 1
             found += there
             if not there:
-                faults.append(("left out untold", f"{section}: {sentence}"))
+                faults.append(("left out without a warning", f"{section}: {sentence}"))
     left_out = tuple(_without_names(w) for w in report.warnings if "left out" in w)
-    return Judged(tuple(faults), wanted, found, left_out, unmatched, tuple(kept_denials))
+    return Comparison(tuple(faults), wanted, found, left_out, unmatched, tuple(kept_denials))
 
 
 def broken_by(report: Report, lexicon: Lexicon | None, texts: Iterable[str]) -> list[tuple[str, str]]:
-    """What is wrong with a draft's text, each of :data:`FAULTS` and what shows it.
+    """Faults of a draft's text: names of :data:`FAULTS`, each with the text that shows it.
 
     Args:
         report: the draft.
         lexicon: words of the training reports.
-        texts: whose words it may have as well.
+        texts: other texts whose words the draft may contain.
     """
     faults = []
     known = lexicon.extended(texts) if lexicon else None
@@ -198,7 +197,7 @@ def broken_by(report: Report, lexicon: Lexicon | None, texts: Iterable[str]) -> 
 
 
 def stands_in(sentence: str, section: str) -> bool:
-    """Whether a sentence stands in a text word for word, between spaces."""
+    """Whether a text contains a sentence word for word, between spaces."""
     return f" {sentence} " in f" {section} "
 
 
@@ -210,7 +209,7 @@ def draft(
     film: str,
     rows: dict[tuple[str, str], Row],
 ) -> None:
-    """Draft one film with every template, and add what became of it to the rows of the generator's variant."""
+    """Draft one film with every template, and count the results in the rows of the generator's variant."""
     for style in styles:
         row = rows.setdefault((style.name, generator.variant), Row(style.name, generator.variant))
         start = time.perf_counter()
@@ -221,43 +220,37 @@ def draft(
             continue
         except CbedgeError as error:
             count = len(style.findings) + len(style.impression)
-            row.add(style, Judged((("no draft", str(error)),), count, 0), film)
+            row.add(style, Comparison((("no draft", str(error)),), count, 0), film)
             continue
-        row.add(style, judge(style, report, generator, context), film, time.perf_counter() - start)
+        row.add(style, compare(style, report, generator, context), film, time.perf_counter() - start)
 
 
 def _denies(finding: str | None, seen: Sequence[str]) -> bool:
-    """Whether what a sentence denies was seen."""
+    """Whether a finding that a sentence denies was reported."""
     return finding in seen or (finding == "abnormal" and bool({*seen} - {"device"}))
 
 
-def _told(sentence: str, section: str, warnings: Iterable[str]) -> bool:
-    """Whether a warning says that a sentence, or the whole impression, was left out."""
+def _is_explained(sentence: str, section: str, warnings: Iterable[str]) -> bool:
+    """Whether a warning says that a sentence or its whole impression was left out."""
     whole = "The template's impression was left out because "
     one = f"The template's sentence {sentence!r} was left out because "
     return any(w.startswith(one) or (section == "impression" and w.startswith(whole)) for w in warnings)
 
 
 def _without_names(warning: str) -> str:
-    """A warning without the findings that it names, so that equal reasons are counted together."""
+    """A warning without the names of findings, so that equal reasons are counted together."""
     return re.sub(r"point to .*?(?= and none of its sentences|\.$|$)", "point to …", warning)
 
 
 def to_record(rows: Iterable[Row], films: int, command: str, seconds: float) -> dict[str, Any]:
-    """What was counted, as JSON."""
+    """The counts as JSON."""
     rows = list(rows)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
     wanted, found = sum(row.wanted for row in rows), sum(row.found for row in rows)
     strict = wanted + sum(row.unmatched for row in rows)
     return {
-        "command": command,
-        "commit": commit,
-        "machine": machine(),
+        **conditions(command),
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("numpy", "onnxruntime", "tokenizers")},
+        "versions": versions("numpy", "onnxruntime", "tokenizers"),
         "films": films,
         "drafts": sum(row.drafts for row in rows),
         "broken": sum(row.broken for row in rows),
@@ -279,10 +272,10 @@ def to_markdown(record: dict[str, Any]) -> str:
         f"`{record['command']}`, commit {record['commit'][:12]}, {record['machine']['date']}",
         "",
         f"{record['drafts']} drafts of {record['films']} films: {record['broken']} broken; "
-        f"{record['found']:,} of {record['uncontradicted']:,} uncontradicted sentences of the templates stand in them "
-        f"word for word ({record['share']:.1%}); with those of impressions that were left out whole although no "
-        f"finding contradicts them, of {record['with_whole_impressions']:,} ({record['strict_share']:.1%}). "
-        f"{record['kept_denials']} sentences stand in a draft and plainly deny a finding that was seen.",
+        f"{record['found']:,} of {record['uncontradicted']:,} uncontradicted sentences of the templates are in them "
+        f"word for word ({record['share']:.1%}); with uncontradicted sentences of impressions that were left out as a "
+        f"whole, of {record['with_whole_impressions']:,} ({record['strict_share']:.1%}). "
+        f"{record['kept_denials']} sentences in drafts plainly deny a reported finding.",
         "",
         "| template | variant | drafts | broken | word for word | left out with a reason "
         "| of these uncontradicted, in the impression | kept, but deny a finding | seconds a draft | faults |",
@@ -308,12 +301,12 @@ def to_markdown(record: dict[str, Any]) -> str:
         kept.update({f"{row['template']}: {text}": n for text, n in row["kept_denials"].items()})
     lines += [
         "",
-        "Kept beside a finding that they plainly deny (labels by hand):",
+        "Sentences in drafts that plainly deny a reported finding (labelled by hand):",
         "",
         *([f"- {n} × {text}" for text, n in kept.most_common()] or ["none"]),
     ]
     if examples := [f"- {r['template']}, {r['variant']}, {what}" for r in record["rows"] for what in r["examples"]]:
-        lines += ["", "Faults (at most five a row):", "", *examples]
+        lines += ["", "Faults (at most five for each row):", "", *examples]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines += ["", f"Machine: {json.dumps(record['machine'])}; {versions}; {record['seconds'] / 60:.1f} minutes."]
     return "\n".join(lines) + "\n"
@@ -330,9 +323,7 @@ def main(
         typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.", show_default="benchmarks/results/templates"),
     ] = RESULTS,
 ) -> None:
-    """Draft, print the table, write the record, and end with 1 where a draft is broken or a sentence is missing."""
-    from training.datasets.iu_xray import read_studies
-
+    """Draft, print and record; exit with 1 if a draft is broken or a sentence is missing."""
     start, styles = time.monotonic(), read_styles()
     studies = read_studies(data, ("val",))[:films]
     rows: dict[tuple[str, str], Row] = {}
@@ -343,13 +334,7 @@ def main(
     words = [f"--films {len(studies)}", *[f"--variant {name}" for name in variant or ()]]
     command = " ".join(["python -m benchmarks.templates --data IU_XRAY", *words])
     record = to_record(rows.values(), len(studies), command, time.monotonic() - start)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (
-        (".json", json.dumps(record, indent=1, ensure_ascii=False) + "\n"),
-        (".md", to_markdown(record)),
-    ):
-        (output.parent / f"{output.name}{suffix}").write_text(text, encoding="utf-8")
-    typer.echo(to_markdown(record))
+    write_record(record, output, to_markdown(record))
     if record["broken"] or record["share"] < 1:
         sys.exit(1)
 

@@ -1,13 +1,12 @@
-"""``python -m benchmarks.trust``: how often the gate is wrong, and whether the heat map points at what matters.
+"""Measure how often the gate is wrong, and whether the heat map points at what matters.
 
-*gate*: the share of real test radiographs that it refuses, and of other images that it catches.
-*occlusion*: greying the window that was looked at most must change the draft more than greying a random one.
+*gate*: the share of real test radiographs that it refuses, and of other images that it refuses.
+*occlusion*: greying the image window with the most attention must change the draft more than greying a random one.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +14,8 @@ import numpy as np
 import typer
 from rich.progress import track
 
+from benchmarks.common import conditions, typed, write_record
 from cbedge import CbedgeError, ReportGenerator
-from cbedge.bench import machine
 from cbedge.images.gate import Gate
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
@@ -51,28 +50,28 @@ _SKIMAGE = (
     "rocket",
     "text",
 )
-_WINDOW = 5  # patches a side, of 16
+_WINDOW = 5  # patches, of 16
 
 
 @app.command("gate")
 def gate_command(data: Data, output: Output, model: Model = None) -> None:
-    """Refused radiographs of the test split, and what passes of scikit-image's and pydicom's other images."""
+    """Count radiographs of the test split that are refused, and other images that are accepted."""
     generator = ReportGenerator.from_pretrained(model, device="cpu")
     if generator.film_check.gate is None:
         raise CbedgeError("the bundle has no gate: export it with --data")
     studies = read_studies(data, ("test",))
     scores = [_score(generator, load_radiograph(s.image)) for s in track(studies, "radiographs")]
     others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
-    told = {name: _refused(generator.film_check.gate, generator, image) for name, image in others.items()}
+    refusals = {name: _refused(generator.film_check.gate, generator, image) for name, image in others.items()}
     record = {
         "limit": generator.film_check.gate.limit,
         "radiographs": len(scores),
         "false_alarms": float(np.mean(np.array(scores) > generator.film_check.gate.limit)),
-        "others": len(told),
-        "caught": float(np.mean(list(told.values()))),
-        "let_pass": sorted(name for name, refused in told.items() if not refused),
+        "others": len(refusals),
+        "caught": float(np.mean(list(refusals.values()))),
+        "let_pass": sorted(name for name, refused in refusals.items() if not refused),
     }
-    _write(output, record)
+    write_record(conditions(typed("trust")) | record, output)
 
 
 @app.command("occlusion")
@@ -82,7 +81,7 @@ def occlusion_command(
     model: Model = None,
     limit: Annotated[int, typer.Option(min=2, help="Validation studies.")] = 100,
 ) -> None:
-    """Grey the most looked-at window, or one at random, and compare the drafts with the untouched one's."""
+    """Grey the window with the most attention, or a random one, and compare the drafts with the original one."""
     generator = ReportGenerator.from_pretrained(model, device="cpu")
     rng = np.random.default_rng(0)
     changes: dict[str, list[float]] = {"top": [], "random": []}
@@ -105,11 +104,11 @@ def occlusion_command(
         "difference": [float(difference.mean()), *map(float, np.percentile(samples, (2.5, 97.5)))],
         "finding_scores_changed": {kind: float(np.mean(values)) for kind, values in scores.items()},
     }
-    _write(output, record)
+    write_record(conditions(typed("trust")) | record, output)
 
 
 def other_images() -> dict[str, np.ndarray]:
-    """Images that are no chest radiographs: scikit-image's, pydicom's scans of other parts, and noise."""
+    """Images that are not chest radiographs: from scikit-image, pydicom's scans of other body parts, and noise."""
     found: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(0)
     for i in range(4):
@@ -120,7 +119,7 @@ def other_images() -> dict[str, np.ndarray]:
         for name in _SKIMAGE:
             try:
                 image = getattr(library, name)()
-            except Exception:  # some are downloaded, and there may be no network
+            except Exception:  # some need a download
                 continue
             found[f"skimage {name}"] = image.astype(np.uint8) * 255 if image.dtype == bool else image
             if image.ndim == 3:
@@ -141,7 +140,7 @@ def _other_dicoms() -> list[Path]:
 
 
 def _dicom_pixels(path: Path) -> np.ndarray | None:
-    """Grey pixels of a scan that is no chest radiograph, uint8."""
+    """Grey pixels of a scan that is not a chest radiograph, uint8; otherwise ``None``."""
     import pydicom
 
     try:
@@ -188,21 +187,11 @@ def _top_window(attention: np.ndarray) -> tuple[int, int]:
 
 
 def _grey(radiograph: Radiograph, window: tuple[int, int], patches: int) -> Radiograph:
-    from dataclasses import replace
-
     rows, columns = np.array(radiograph.pixels.shape) / patches
     pixels = radiograph.pixels.copy()
     top, left = int(window[0] * rows), int(window[1] * columns)
     pixels[top : int((window[0] + _WINDOW) * rows), left : int((window[1] + _WINDOW) * columns)] = pixels.mean()
     return replace(radiograph, pixels=pixels)
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    command = "python -m benchmarks.trust " + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:])
-    text = json.dumps({**record, "machine": machine(), "command": command}, indent=1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text + "\n", encoding="utf-8")
-    typer.echo(text)
 
 
 if __name__ == "__main__":

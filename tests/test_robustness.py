@@ -14,7 +14,7 @@ from benchmarks.kill_batch import kill_rounds
 from benchmarks.listen_node import send
 from benchmarks.mutations import KINDS, MARKER, film, make_input
 from benchmarks.robustness import Campaign, run_campaign, to_markdown, to_record
-from benchmarks.robustness_outcome import COUNTS, judge
+from benchmarks.robustness_outcome import COUNTS, find_faults
 
 pytestmark = needs_default_model
 
@@ -33,7 +33,7 @@ def test_faults_are_counted():
     truth = [["opacity"], {"opacity": 0.5}]
 
     def faults(**answer: object) -> list[str]:
-        return [fault for fault, _ in judge(made, answer)]
+        return [fault for fault, _ in find_faults(made, answer)]
 
     assert faults(code=0, truth=truth, findings=["opacity"], scores={"opacity": 0.52}) == []
     assert faults(code=0, truth=truth, findings=["opacity"], scores={"opacity": 0.54}) == ["unequal"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.templates import Row, Style, broken_by, cpu_variants, draft, judge, read_styles
+from benchmarks.templates import Row, Style, broken_by, compare, cpu_variants, draft, read_styles
 from cbedge import ClinicalContext, Report, ReportGenerator
 from tests.conftest import EXAMPLES
 
@@ -84,13 +84,13 @@ def test_broken_drafts_are_found(kept: tuple[ReportGenerator, Style, Report], fa
 
 def test_a_sentence_counts_as_kept_only_word_for_word_in_its_section(kept: tuple[ReportGenerator, Style, Report]):
     generator, style, report = kept
-    whole = judge(style, report, generator, ClinicalContext())
+    whole = compare(style, report, generator, ClinicalContext())
     sentence = next(s for s in style.findings if s in report.findings)
     for other in (sentence.lower().capitalize().replace(" ", "  ", 1), sentence[:-1] + "?", ""):
         changed = replace(report, findings=report.findings.replace(sentence, other))
-        judged = judge(style, changed, generator, ClinicalContext())
-        assert judged.wanted == whole.wanted and judged.found == whole.found - 1
-        assert ("left out untold", f"findings: {sentence}") in judged.faults
+        compared = compare(style, changed, generator, ClinicalContext())
+        assert compared.wanted == whole.wanted and compared.found == whole.found - 1
+        assert ("left out without a warning", f"findings: {sentence}") in compared.faults
 
 
 def test_a_sentence_that_denies_a_finding_seen_is_counted(kept: tuple[ReportGenerator, Style, Report]):
@@ -98,5 +98,5 @@ def test_a_sentence_that_denies_a_finding_seen_is_counted(kept: tuple[ReportGene
     sentence = "No pleural fluid or pneumothorax is shown."
     for seen, count in (((), 0), (("device",), 0), (("effusion",), 1)):
         changed = replace(report, image_findings=seen, findings=f"Heart normal. {sentence}")
-        found = judge(style, changed, generator, ClinicalContext()).kept_denials
+        found = compare(style, changed, generator, ClinicalContext()).kept_denials
         assert found == (sentence,) * count

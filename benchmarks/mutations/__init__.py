@@ -1,7 +1,7 @@
 """The inputs of :mod:`benchmarks.robustness`: well-formed films in other containers, and damaged files and requests.
 
-Input ``i`` of a seed is the same on every machine with the same versions of NumPy, Pillow and pydicom. All of them are
-made of the repository's example radiograph; no other data is needed.
+Input ``i`` of a seed is the same on every machine with the same versions of NumPy, Pillow and pydicom. All are made
+from the repository's example radiograph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plan(seed: int, index: int, only: str | None = None) -> tuple[str, str]:
 
 
 def make_input(seed: int, index: int, only: str | None = None) -> Input:
-    """Input ``index`` of a seed, of one kind alone where ``only`` names it."""
+    """Input ``index`` of a seed; ``only`` restricts the inputs to one kind."""
     kind, route = plan(seed, index, only)
     made = Input(index, kind, route)
     with warnings.catch_warnings():
@@ -71,7 +71,7 @@ def _array(rng: np.random.Generator, made: Input, grey: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """How often a kind of input occurs, the routes that it takes with their shares, and what makes it."""
+    """Weight of a kind of input, the shares of its routes, and the function that makes it."""
 
     weight: float
     routes: dict[str, float]
@@ -98,6 +98,6 @@ KINDS: dict[str, Kind] = {
 
 
 def describe(made: Input) -> str:
-    """What was done, in one line, without the marker."""
+    """What was changed, in one line, without the marker."""
     options = {k: v for k, v in made.options.items() if isinstance(v, str)}
     return f"{made.route} {made.note} {json.dumps(options) if options else ''}".strip().replace(MARKER, "NAME")

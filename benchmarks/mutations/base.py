@@ -37,16 +37,16 @@ class Input:
     """One input of the campaign.
 
     Attributes:
-        index: of the seed.
-        kind: what it is; see :data:`KINDS`.
+        index: number of the input in its seed.
+        kind: one of :data:`benchmarks.mutations.KINDS`.
         route: ``api``, ``generate``, ``batch``, ``serve`` or ``listen``.
-        data: the file's or the request's bytes.
-        name: of the file, as the user gives it.
-        array: given instead of a file, to the Python API.
-        film: number of the film that it shows unchanged, for equivalents; ``None`` for others.
-        may_refuse: an equivalent may be refused in one line.
-        options: indication, comparison, view, template, format and so on.
-        note: what was done, for the record of failures.
+        data: bytes of the file or request.
+        name: name of the file.
+        array: pixels for the Python API, instead of a file.
+        film: number of the film that an equivalent shows; ``None`` for other kinds.
+        may_refuse: whether an equivalent may be refused with an error message.
+        options: indication, comparison, view, template, format and others.
+        note: what was changed, for the record.
     """
 
     index: int
@@ -63,7 +63,7 @@ class Input:
 
 @cache
 def film(number: int) -> np.ndarray:
-    """The example radiograph, float64 [rows, columns] of 0 to 1, cut and exposed a little differently by number."""
+    """The example radiograph, float64 [rows, columns] from 0 to 1, cropped and exposed a little differently."""
     ds = pydicom.dcmread(EXAMPLE)
     grey = ds.pixel_array.astype(np.float64)
     low, high = np.percentile(grey, (0.2, 99.8))
@@ -76,7 +76,7 @@ def film(number: int) -> np.ndarray:
     width = round(_SIDE * grey.shape[1] / grey.shape[0])
     small = Image.fromarray(grey.astype(np.float32)).resize((width, _SIDE), Image.Resampling.BOX)
     values = np.clip(np.asarray(small, np.float64), 0, 1) ** (1 + 0.1 * number)
-    # 255 steps: what 8 bits cannot hold would differ between containers.
+    # 255 steps, so that 8-bit containers hold the same values.
     return np.round((values - values.min()) / (values.max() - values.min()) * 255) / 255
 
 

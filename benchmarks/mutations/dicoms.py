@@ -62,9 +62,9 @@ def dicom(rng: np.random.Generator, made: Input, grey: np.ndarray) -> None:
     """The film as a DICOM object in another depth, polarity, transfer syntax, window, padding or sign."""
     ds = _base_dataset(made, rng)
     bits = int(rng.choice([8, 10, 12, 14, 16]))
-    photometric, grey, told = _inverted(rng, ds, grey)
+    photometric, grey, note = _inverted(rng, ds, grey)
     extra = str(rng.choice(_EXTRAS))
-    notes = [f"{bits} bits", told, extra]
+    notes = [f"{bits} bits", note, extra]
     if extra == "mirrored":
         grey, ds.PatientOrientation = grey[:, ::-1], ["R", "F"]
     elif rng.random() < 0.5:
@@ -184,12 +184,12 @@ def _set_header(rng: np.random.Generator, ds: pydicom.Dataset, names: list[str])
     return _put_raw(ds, name, vr, raw, str(value)[:30])
 
 
-def _put_raw(ds: pydicom.Dataset, name: str, vr: str, raw: bytes, told: str) -> str:
+def _put_raw(ds: pydicom.Dataset, name: str, vr: str, raw: bytes, shown: str) -> str:
     """Set an element to bytes, because pydicom would refuse some of these values."""
     raw += b" " * (len(raw) % 2)
     tag = Tag(tag_for_keyword(name) or 0)
     ds[tag] = RawDataElement(tag, vr, len(raw), raw, 0, False, True)
-    return f"{name} in {vr} {told!r}"
+    return f"{name} in {vr} {shown!r}"
 
 
 def _header(rng: np.random.Generator, made: Input, names: list[str]) -> None:
