@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,7 @@ from PIL import Image
 from syrupy.assertion import SnapshotAssertion
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
-from cbedge import ClinicalContext, ReportGenerator, load_radiograph
 from cbedge.backends.int8 import multiplies_exactly
-from cbedge.decoding import decode
-from cbedge.drafting.plan import plan_draft
-from cbedge.drafting.query import read_images
-from cbedge.images.preprocess import preprocess_radiograph
-from cbedge.pipeline import prefill
 
 if TYPE_CHECKING:
     import httpx
@@ -480,21 +473,3 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in folders:
         subprocess.run(["umount", "-l", folder], check=True)
-
-
-def unconstrained_text(
-    generator: ReportGenerator, image: Path, context: ClinicalContext, limit: int, lateral: Path | None = None
-) -> str:
-    """What the language model writes by itself, token by token, behind the opening: what torch writes too."""
-    context = replace(context, view=context.view or "frontal")
-    films = [load_radiograph(path) for path in (image, lateral) if path is not None]
-    pixels = [preprocess_radiograph(film, generator.bundle.manifest.preprocessing) for film in films]
-    manifest, resources, backend = generator.bundle.manifest, generator.resources, generator.backend
-    features = [backend.encode_image(planes) for planes in pixels]
-    reading = read_images(backend, resources.codec, manifest.image_findings, features, context)
-    plain = replace(generator.decoding, keep_to_template=False)
-    plan = plan_draft(reading, context, plain, manifest, resources, max_new_tokens=limit)
-    decoder, logits = prefill(backend, reading, plan)
-    begun, most = plan.opening_ids, limit - len(plan.opening)
-    tokens = decode(decoder, logits, manifest.stop_ids, most, processors=plan.processors, opening=begun)
-    return resources.codec.decode([*begun, *(token.id for token in tokens)]).strip()

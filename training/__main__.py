@@ -134,9 +134,10 @@ def evaluate_command(
     The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. The
     retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
-    from training.drafting import Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter
+    from training.drafting import Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter, TorchEncoder
     from training.evaluate import evaluate, to_markdown, write_record
     from training.labelers import Chexbert
+    from training.run_bundle import ReportResources
 
     if split not in ("test", "val"):
         raise ValueError(f"unknown split {split!r}; give test or val")
@@ -151,12 +152,14 @@ def evaluate_command(
     drafters: list = [RuntimeDrafter(folder, name) for folder, name in wanted]
     encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
     if run_folder is not None:
-        in_torch = TorchDrafter(_merged(run_folder, device, cache), batch_size)
-        encoder = in_torch
-        drafters.append(in_torch)
+        parts = _merged(run_folder, device, cache)
+        encoder = TorchEncoder(parts, batch_size)
+        resources = ReportResources.learn(parts, data, with_templates=True)
+        drafters.append(TorchDrafter(parts, resources=resources))
     blind = None
     if image_blind is not None:
-        blind = TorchDrafter(_merged(image_blind, device, cache), batch_size, "image-blind model (torch)", True)
+        parts = _merged(image_blind, device, cache)
+        blind = TorchDrafter(parts, "image-blind model (torch)", True, ReportResources.learn(parts, data))
     labeler = Chexbert(chexbert, cache=cache) if chexbert else None
     record = evaluate(
         data,
@@ -225,7 +228,7 @@ def curve_command(
     """Whether more studies would help: linear probes of a frozen image side, learnt on parts of the train split."""
     from training import learning_curve as curve
     from training.base import load_model
-    from training.drafting import TorchDrafter
+    from training.drafting import TorchEncoder
     from training.evaluate import write_record
     from training.train import choose_device
 
@@ -235,7 +238,7 @@ def curve_command(
     # The image side alone is asked.
     parts = load_model(base, cache, language_layers=3) if base == "mini" else load_model(base, cache, layers=1)
     parts.model.to(choose_device(device))
-    record = curve.measure(TorchDrafter(parts, batch_size), data, split, repeats, limit)
+    record = curve.measure(TorchEncoder(parts, batch_size), data, split, repeats, limit)
     record |= {"base": base, "command": _command()}
     write_record(record, curve.to_markdown(record), output)
     curve.plot(record, output.with_suffix(".png"))

@@ -23,6 +23,7 @@ from training.config import RunConfig
 from training.controls import own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.drafting import TorchDrafter
+from training.run_bundle import ReportResources
 from training.scoring import METRICS, score
 from training.train import choose_device, run
 from training.trained import checkpoint_of, load_adapted, merge_adapters
@@ -132,7 +133,7 @@ def _score(
     parts = load_adapted(checkpoint_of(folder), [folder], cache)
     merge_adapters(parts)
     parts.model.to(choose_device(config.device))
-    drafter = TorchDrafter(parts)
+    drafter = TorchDrafter(parts, resources=ReportResources.learn(parts, config.data))
     studies = [s for s in read_studies(config.data, (split,)) if s.findings][:limit]
     if not cell.priors:
         bare = [r.context for r in withheld(studies)]

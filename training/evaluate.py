@@ -17,7 +17,7 @@ from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import Study
-from training.drafting import Drafter, Encoder, Request, RuntimeDrafter, TorchDrafter
+from training.drafting import Drafter, Encoder, Request
 from training.labelers import Chexbert, outside_scores
 from training.ontology import TAGS
 from training.probes import KINDS, probe, represent
@@ -41,7 +41,7 @@ def evaluate(
     split: str = "test",
     limit: int | None = None,
     seed: int = 0,
-    image_blind: TorchDrafter | None = None,
+    image_blind: Drafter | None = None,
     drafts_file: Path | None = None,
     console: Console | None = None,
     chexbert: Chexbert | None = None,
@@ -83,7 +83,7 @@ def evaluate(
             texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
             bare = withheld(studies)
             texts["indication withheld"] = _draft(main, bare, f"{main.name}, indication withheld", progress)
-            if isinstance(main, RuntimeDrafter) and (templates := main.templates(own(studies))) is not None:
+            if (templates := main.templates(own(studies))) is not None:
                 free = main.freely()
                 texts["without template"] = _draft(free, own(studies), f"{main.name}, without template", progress)
                 texts["template alone"] = templates

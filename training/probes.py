@@ -42,7 +42,7 @@ def represent(
             "vision": np.concatenate([features[:, 0].cpu().numpy(), patches.cpu().numpy()], axis=1),
         }
         if "qformer" in rows:
-            queries, _ = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
+            queries = encoder.query(features, [ClinicalContext(view="frontal")] * len(images))
             found["qformer"] = queries.flatten(1).cpu().numpy()
         for kind, parts in rows.items():
             parts.append(found[kind])

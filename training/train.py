@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from cbedge.prompt import split_sections
 from training.base import FindingHead, ModelAndTokenizers, load_model, save_finding_head
 from training.batches import (
     Batch,
@@ -34,7 +36,9 @@ from training.config import RunConfig, Stage
 from training.consensus import ConsensusReports
 from training.controls import own
 from training.datasets import open_studies
+from training.datasets.iu_xray import clean_reference
 from training.datasets.provenance import merged, save_training_data
+from training.drafting import TorchDrafter
 from training.fetch import DEFAULT_CACHE
 from training.logs import append_row, cut_rows, plot_losses, write_atomically
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
@@ -43,6 +47,8 @@ from training.openings import Opener
 from training.parallel import Processes
 from training.preflight import check_run, earlier_records
 from training.processor import save_preprocessing
+from training.run_bundle import ReportResources
+from training.scoring import cider
 from training.stages import (
     load_trained,
     prepare_stage,
@@ -284,18 +290,19 @@ class StageRun:
 
     def _cider(self) -> float:
         """CIDEr of greedy drafts of the validation studies that have findings."""
-        from cbedge.prompt import split_sections
-        from training.datasets.iu_xray import clean_reference
-        from training.drafting import TorchDrafter
-        from training.scoring import cider
-
         studies = [s for s in self.val if s.findings]
         parts = replace(self.parts, finding_head=self._finding_head() if self.stage.tell_findings else None)
-        drafter = TorchDrafter(parts, image_blind=self.stage.image_blind)
+        drafter = TorchDrafter(parts, image_blind=self.stage.image_blind, resources=self._resources)
         with self.autocast:
             texts = drafter.draft(own(studies), lambda count: None)
         drafts = [clean_reference(split_sections(text)[0]) for text in texts]
         return cider(drafts, [clean_reference(s.findings) for s in studies])
+
+    @cached_property
+    def _resources(self) -> ReportResources:
+        found = ReportResources.learn(self.parts, self.config.data, VOCABULARY_STUDIES)
+        # The number of guesses depends on time; the passes of sharded processes must be the same.
+        return replace(found, phrasebook=None) if self.processes.sharded else found
 
     def _finding_head(self) -> FindingHead:
         """The head as it now is, with thresholds chosen on validation studies."""

@@ -90,9 +90,9 @@ def open_backend(bundle: Bundle, variant: Variant, device: str, threads: int | N
         DeviceError: a required package is not installed, or the device is not available.
     """
     if variant.backend == "torch_nf4":
-        from cbedge.backends.torch_nf4 import TorchNf4Backend
+        from cbedge.backends.torch_nf4 import open_nf4
 
-        return TorchNf4Backend(bundle, variant, device, threads)
+        return open_nf4(bundle, variant, device, threads)
     from cbedge.backends.ort import OnnxBackend
     from cbedge.backends.registry import choose_device
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, draw_chest, draw_lateral, unconstrained_text
+from conftest import TINY_RUN, draw_chest, draw_lateral
 
 from cbedge import ReportGenerator
 from cbedge.drafting.query import read_images
@@ -15,7 +15,6 @@ from training.base import ModelAndTokenizers
 from training.batches import Batch, collate, encode_instructions, encode_prompt, load_pixels, of_lateral
 from training.config import ConfigError, Stage, load_config
 from training.datasets import open_studies
-from training.drafting import MAX_NEW_TOKENS, Request, TorchDrafter
 from training.losses import AlignmentHeads, StageLosses
 from training.stages import embed_inputs, encode_images, query_image
 from training.trained import checkpoint_of, load_adapted, merge_adapters
@@ -85,16 +84,6 @@ def four_losses(folder: Path) -> Stage:
     return replace(stage, losses={"contrastive": 1.0, "tags": 1.0, "words": 1.0, "language": 1.0})
 
 
-def test_an_image_blind_drafter_has_no_place_for_a_lateral_radiograph(parts: ModelAndTokenizers, tiny_data: Path):
-    study = next(s for s in open_studies(tiny_data, ("test",)) if s.lateral is not None)
-    blind = TorchDrafter(parts, image_blind=True)
-    both, one = (
-        blind.draft([Request(study.image, study.context, lateral)], lambda count: None)
-        for lateral in (study.lateral, None)
-    )
-    assert both == one != TorchDrafter(parts).draft([Request(study.image, study.context)], lambda count: None)
-
-
 def test_an_image_blind_stage_reads_no_lateral_radiograph(tmp_path: Path):
     path = tmp_path / "blind.yaml"
     path.write_text(TINY_RUN.format(base="mini").replace("image_blind: true", "image_blind: true\n    lateral: true"))
@@ -119,18 +108,3 @@ def test_the_runtime_sees_of_two_radiographs_what_torch_sees(parts: ModelAndToke
     seen = parts.finding_head.read(output, 1, own)[0]
     prompt = encode_prompt(parts, context, seen, True)
     assert codec.encode_prompt(build_prompt(context, seen, True)) == prompt[2 * parts.model.config.num_query_tokens :]
-
-
-def test_drafts_of_torch_and_of_the_runtime_agree_on_two_radiographs(
-    parts: ModelAndTokenizers, tiny_bundle: Path, tiny_data: Path
-):
-    studies = open_studies(tiny_data, ("test",))
-    requests = [Request(s.image, s.context, s.lateral) for s in studies]
-    assert {r.lateral is None for r in requests} == {True, False}
-    generator = ReportGenerator.from_pretrained(tiny_bundle, "fp32", "cpu")
-    manifest = replace(generator.bundle.manifest, never_ids=())  # torch writes pieces of characters too
-    generator.bundle = replace(generator.bundle, manifest=manifest)
-    texts = TorchDrafter(parts, batch_size=4).draft(requests, lambda count: None)
-    for request, text in zip(requests, texts, strict=True):
-        ours = unconstrained_text(generator, request.image, request.context, MAX_NEW_TOKENS, request.lateral)
-        assert ours[:100] == text[:100], "the ends may differ by bytes that complete no character"
