@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cbedge.prompt import ClinicalContext
     from cbedge.report import Report, Timings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # cbedge uses no network; ONNX Runtime sends telemetry on some platforms unless this is set before its import.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, USUAL_VARIANT, run_cli
+from conftest import DEFAULT_BUNDLE, EXAMPLES, ROOT, USUAL_VARIANT, needs_default_model, run_cli
 from PIL import Image
+
+from cbedge import __version__
 
 
 def cbedge(*arguments: object):
@@ -112,8 +114,17 @@ def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
 
 
-def test_version_and_help():
-    assert cbedge("--version").stdout.strip() == "cbedge 0.1.0"
+@needs_default_model
+def test_package_model_and_documents_have_one_version():
+    manifest = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text(encoding="utf-8"))
+    card = (DEFAULT_BUNDLE / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert cbedge("--version").stdout.strip() == f"cbedge {__version__}"
+    assert manifest["version"] == __version__ and card.startswith(f"# {manifest['name']} {__version__}\n")
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {__version__} - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_help():
     told = cbedge("generate", "--help").stdout
     for option in ("--indication", "--comparison", "--view", "--variant", "--device", "--json", "--output"):
         assert option in told
