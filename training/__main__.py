@@ -20,10 +20,11 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 def fetch_base_command(
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
-    """Download the mini configuration's base weights: pinned, hash-checked, kept."""
-    from training.fetch import BASE_PARTS, fetch_base
+    """Download the weights of the base models: pinned versions, checked hashes, kept in the cache."""
+    from training.base import BASES
+    from training.fetch import fetch_base
 
-    for part in BASE_PARTS:
+    for part in [part for base in BASES.values() for part in base.weights]:
         typer.echo(f"{part.name}: {fetch_base(part, cache)}")
 
 
@@ -235,8 +236,7 @@ def curve_command(
     if split not in ("test", "val"):
         raise ValueError(f"unknown split {split!r}; give test or val")
     _check_results(output, force)
-    # The image side alone is asked.
-    parts = load_model(base, cache, language_layers=3) if base == "mini" else load_model(base, cache, layers=1)
+    parts = load_model(base, cache, image_side=True)
     parts.model.to(choose_device(device))
     record = curve.measure(TorchEncoder(parts, batch_size), data, split, repeats, limit)
     record |= {"base": base, "command": _command()}

@@ -115,7 +115,7 @@ class RunConfig:
     """A whole run: where the model begins, the data, where the result goes, and the stages in order.
 
     Attributes:
-        base: ``mini``, a checkpoint folder or a hub name; ``base_options`` are those of ``mini``.
+        base: one of :data:`training.base.BASES`, with its ``base_options``; or a checkpoint folder or a hub name.
         data: folder of IU X-RAY or MIMIC-CXR-JPG.
         output: the run's folder.
         stages: in order; none leaves the base as it is.

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from cbedge.prompt import split_sections
-from training.base import FindingHead, ModelAndTokenizers, load_model, save_finding_head
+from training.base import BASES, FindingHead, ModelAndTokenizers, load_model, save_finding_head
 from training.batches import (
     Batch,
     ToldTags,
@@ -152,7 +152,7 @@ def _check_same_run(config: RunConfig) -> None:
 
 
 def _base(config: RunConfig, cache: Path) -> ModelAndTokenizers:
-    if config.base != "mini":  # it stays where it is: a copy of 7 billion weights helps nobody
+    if config.base not in BASES:  # a checkpoint is not copied: it may have billions of weights
         return load_model(config.base, cache, config.base_precision)
     saved = config.output / "base"
     if not saved.is_dir():

@@ -60,7 +60,7 @@ def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side:
         ValueError: what it holds does not fit the checkpoint.
     """
     stages = [stage for folder in adapters for stage in stage_folders(folder)]
-    parts = load_model(checkpoint, cache, layers=1 if image_side else None)
+    parts = load_model(checkpoint, cache, image_side=image_side)
     for stage in stages:
         load_trained(parts.model, stage, ("vision",) if image_side else ("vision", "language"))
         parts.finding_head = load_finding_head(stage)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.base import _resampled_positions, drop_layers
+from training.base.mini import _resampled_positions, drop_layers
 
 
 def llama(layers: int):

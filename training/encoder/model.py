@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
+from transformers import InstructBlipVisionModel
 
 from cbedge.files import write_atomically
 from cbedge.images.preprocess import Preprocessing
+from training.base.mini import load_vit, vision_config
 from training.encoder.films import VIEWS
 from training.encoder.labels import FINDINGS
+from training.fetch import BASE_PARTS, fetch_base
 
 _PREFIX = "vision_model."
 
@@ -69,12 +71,9 @@ def load_start(start: str, cache: Path, layers: int | None = None) -> dict[str, 
         FileNotFoundError: there are no such weights.
     """
     if start == "mini":
-        from training.base import _load_vit
-        from training.fetch import BASE_PARTS, fetch_base
-
         part = next(part for part in BASE_PARTS if part.name == "vision")
         vision = InstructBlipVisionModel(vision_config(layers or 12))
-        _load_vit(vision, fetch_base(part, cache))
+        load_vit(vision, fetch_base(part, cache))
         return {_PREFIX + name: tensor for name, tensor in vision.state_dict().items()}
     path = Path(start)
     if path.is_file():
@@ -84,21 +83,6 @@ def load_start(start: str, cache: Path, layers: int | None = None) -> dict[str, 
         raise FileNotFoundError(f"no model.safetensors in {start}: give a checkpoint's folder, a file or mini")
     with safe_open(file, "pt") as weights:
         return {name: weights.get_tensor(name) for name in weights.keys() if name.startswith(_PREFIX)}  # noqa: SIM118
-
-
-def vision_config(layers: int, image_size: int = 224, hidden: int = 384) -> InstructBlipVisionConfig:
-    """The configuration of the mini model's encoder: ViT-S/14."""
-    return InstructBlipVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        image_size=image_size,
-        patch_size=14,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-        initializer_range=0.02,
-    )
 
 
 def build_model(start: dict[str, Tensor], image_size: int = 224) -> EncoderWithHead:

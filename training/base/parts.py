@@ -1,0 +1,143 @@
+"""What every base model consists of: the InstructBLIP model, its tokenizers, preprocessing and finding head."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase
+
+from cbedge.findings.image_findings import CONTRARY, ImageFindings, scores_of
+from cbedge.images.preprocess import Preprocessing
+from training.fetch import BasePart
+from training.processor import save_preprocessing
+from training.views import by_study
+
+_FINDING_HEAD = "finding_head"
+
+
+@dataclass(frozen=True)
+class FindingHead:
+    """Reads findings off the Q-Former's output, one query a finding.
+
+    Attributes:
+        queries: which query each finding is read off, int [T].
+        weight: float [T, H]; ``bias``: float [T].
+        findings: names and thresholds, in the same order.
+    """
+
+    queries: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    findings: ImageFindings
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Q-Former output [B, Q, H] → [B, T]."""
+        weight, bias = self.weight.to(output.device), self.bias.to(output.device)
+        return (output[:, list(self.queries)].float() * weight).sum(-1) + bias
+
+    def read(self, output: Tensor, count: int | None = None, laterals: Tensor | None = None) -> list[tuple[str, ...]]:
+        """Q-Former output [N, Q, H] → for each study the findings to tell.
+
+        Args:
+            output: of the frontal radiographs of ``count`` studies, and then of the lateral ones.
+            count: of studies; ``None`` where all are frontal.
+            laterals: int64 [N - count], the study of each lateral radiograph.
+        """
+        logits = self.logits(output).detach().cpu()
+        if count is None or laterals is None or not len(laterals):
+            return [self.findings.read(scores_of(row)) for row in logits.numpy()]
+        views, there = (t.numpy() for t in by_study(logits, count, laterals.cpu()))
+        joined = np.where(there[:, 1:], self.findings.join(views[:, 0], views[:, 1]), views[:, 0])
+        return [self.findings.read(scores_of(row)) for row in joined]
+
+
+@dataclass
+class ModelAndTokenizers:
+    """A model with what encodes its text.
+
+    Attributes:
+        model: the InstructBLIP model, fp32 unless loaded otherwise.
+        tokenizer: the language model's.
+        qformer_tokenizer: the Q-Former's.
+        image_token_id: the placeholder in ``input_ids`` that image embeddings replace.
+        finding_head: what is seen in the image and told in the prompt; ``None`` where the model is not told.
+        preprocessing: how pixels become the vision encoder's input.
+
+    Raises:
+        ValueError: the vision encoder reads images of another size.
+    """
+
+    model: InstructBlipForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    qformer_tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    finding_head: FindingHead | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        size = self.model.config.vision_config.image_size
+        if self.preprocessing.image_size != size:
+            raise ValueError(
+                f"preprocessing gives {self.preprocessing.image_size} rows and columns, the vision encoder reads {size}"
+            )
+
+    @property
+    def reads_lateral(self) -> bool:
+        """Whether the model was trained to read a lateral radiograph beside the frontal one."""
+        return bool(getattr(self.model.config, "reads_lateral", False))
+
+    def save(self, folder: Path) -> None:
+        """Write the model, both tokenizers and the preprocessing settings to ``folder`` in transformers' InstructBLIP
+        layout, and the head."""
+        self.model.save_pretrained(folder)
+        save_preprocessing(self.preprocessing, self.model.config.num_query_tokens, folder)
+        self.tokenizer.save_pretrained(folder)
+        self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+        if self.finding_head is not None:
+            save_finding_head(self.finding_head, folder)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is assembled from downloaded weights.
+
+    Attributes:
+        assemble: makes the model, in fp32, from the cache folder and keyword arguments: ``seed``, and the
+            configuration's ``base_options``.
+        weights: the files that it downloads, with their origins and licences.
+        image_side: ``base_options`` of a small language model, for work on the image side alone.
+    """
+
+    assemble: Callable[..., ModelAndTokenizers]
+    weights: tuple[BasePart, ...] = ()
+    image_side: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_finding_head(head: FindingHead, folder: Path) -> None:
+    """Write what is told of the image: ``finding_head.safetensors`` and ``finding_head.json``."""
+    save_file({"weight": head.weight, "bias": head.bias}, folder / f"{_FINDING_HEAD}.safetensors")
+    values = asdict(head.findings) | {"queries": head.queries}
+    (folder / f"{_FINDING_HEAD}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_finding_head(folder: Path) -> FindingHead | None:
+    """What :func:`save_finding_head` wrote, or ``None`` where nothing is told."""
+    path = folder / f"{_FINDING_HEAD}.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
+    findings = ImageFindings(
+        names=tuple(values["names"]),
+        thresholds=tuple(values["thresholds"]),
+        openings=tuple(values.get("openings", ())),
+        denials=tuple(values.get("denials", ())),
+        lateral_shares=tuple(values.get("lateral_shares", ())),
+        excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
+    )
+    return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
