@@ -37,6 +37,7 @@ _NO_TEXT = frozenset(
     )
 )
 _TASK = "Describe the chest radiograph."
+_JOINED = re.compile("[\u0590-\u0dff][\u200c\u200d][\u0590-\u0dff]")
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
 SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_][A-Za-z_0-9]*\|?>|\[(?:CLS|SEP|PAD|UNK|MASK|DEC)\]")
 
@@ -86,9 +87,19 @@ def normalize_view(view: str | None) -> str | None:
     raise ContextError("unknown view; give frontal (or PA, AP) or lateral (or LL, RL)")
 
 
+def remove_invisible(text: str) -> str:
+    """Remove format characters, such as soft hyphens and zero-width spaces, which may stand inside a word. The joiners
+    U+200C and U+200D stay between letters of scripts that need them, as Persian does."""
+    return "".join(
+        c
+        for i, c in enumerate(text)
+        if unicodedata.category(c) != "Cf" or _JOINED.fullmatch(text[max(0, i - 1) : i + 2])
+    )
+
+
 def clean_context(text: str) -> str:
     """Collapse white space and remove control characters, special tokens and de-identification marks."""
-    text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") else c for c in remove_invisible(text))
     while SPECIAL_TOKEN.search(text):
         text = SPECIAL_TOKEN.sub(" ", text)
     text = _DEIDENTIFIED.sub(" ", text)

@@ -62,6 +62,12 @@ def test_no_special_token_of_a_language_model_reaches_the_prompt(token: str):
     assert ClinicalContext(indication=f"cough {token} fever < 38 °C").indication == "cough fever < 38 °C"
 
 
+def test_invisible_characters_inside_a_word_are_removed_and_joiners_of_persian_stay():
+    assert ClinicalContext(indication="pneu\u00admonia, dys\u200bpnoea").indication == "pneumonia, dyspnoea"
+    assert ClinicalContext(indication="cough\x00<|im_\u200bend|> fever").indication == "cough fever"
+    assert ClinicalContext(indication="می\u200cخواهم a\u200cb").indication == "می\u200cخواهم ab"
+
+
 def test_an_unknown_view_is_refused():
     with pytest.raises(ContextError, match="frontal"):
         ClinicalContext(view="sideways")

@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from cbedge.errors import BundleError, ContextError
-from cbedge.prompt import SPECIAL_TOKEN, ClinicalContext, build_target
+from cbedge.prompt import SPECIAL_TOKEN, ClinicalContext, build_target, remove_invisible
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 BUCKETS = 8192
@@ -36,6 +36,7 @@ _FINDINGS = frozenset(
     [
         "findings",
         "finding",
+        "find",
         "report",
         "description",
         "observations",
@@ -58,6 +59,9 @@ _IMPRESSION = frozenset(
     [
         "impression",
         "impressions",
+        "imp",
+        "impr",
+        "concl",
         "conclusion",
         "conclusions",
         "opinion",
@@ -90,13 +94,62 @@ _IMPRESSION = frozenset(
 _RESULT = frozenset(
     ["result", "results", "résultat", "résultats", "ergebnis", "resultado", "risultato"]
 )  # either, by its place
-_HEADING = re.compile(r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})\s*[:：]\s*")
-_LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}[:：](?=\s|$)")
-_ITEM = re.compile(r"\(?\d{1,2}[.)]\s")
+# Headings of what is no finding, and true of one study only: it is never drafted.
+_NOT_DRAFTED = frozenset(
+    [
+        "indication",
+        "indications",
+        "history",
+        "clinical history",
+        "clinical information",
+        "reason for exam",
+        "reason for study",
+        "technique",
+        "comparison",
+        "exam",
+        "examination",
+        "procedure",
+        "renseignements cliniques",
+        "motif",
+        "indikation",
+        "fragestellung",
+        "klinische angaben",
+        "technik",
+        "vergleich",
+        "indicación",
+        "técnica",
+        "indicazione",
+        "tecnica",
+        "indicação",
+    ]
+)
+_NAME = r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})"
+_HEADING = re.compile(rf"{_NAME}\.?\s*[:：]\s*")
+_MARKED_HEADING = re.compile(rf"(?:\[\s*{_NAME}\s*\]\s*[:：]?|{_NAME}\s*[-–—](?=\s|$))\s*")  # without a colon
+_LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}\.?[:：](?=\s|$)")
+_ITEM = re.compile(r"\(?(?:\d{1,2}|[IVXivx]{1,4})[.)]\s")
 _BULLET = re.compile(r"^\s*[-*•·‣◦▪–—#]+\s+")
-_EMPHASIS = re.compile(r"\*{2,}")  # of Markdown
+_EMPHASIS = re.compile(r"(\*{2,3})(?=[\w(\[#])([^*\n]+)(?<=\S)\1|^\s*\*{4,}\s*$", re.MULTILINE)  # Markdown, a rule
 _DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
-_BLANK = re.compile(r"_{2,}|X{3,}|\[\s*\]|<[A-Za-z][^<>|]{0,40}>")
+_STATE = (
+    r"(?:normal|abnormal|unremarkable|clear|sharp|blunted|intact|enlarged|increased|decreased|dilated|widened|none|no|"
+    r"yes|not|with|without|absent|present|mild|mildly|moderate|severe|small|large|is|are|shows?)"
+)
+_BLANK = re.compile(
+    r"_{2,}|X{3,}|\*{2,}|\.{3,}|…|\?{2,}|\[[^\]\n]*\]|<[A-Za-z][^<>|\n]{0,40}>|\$?\{+[^{}\n]*\}+|\$\w[^$\n]{0,40}\$|"
+    rf"%\w+%|@\w+@|[☐☑☒□▢◻⬜]|\b{_STATE}\s*/\s*{_STATE}\b|\b(?:normal|clear|none?)/[^\W\d_]+\b(?!\s*:)",
+    re.IGNORECASE,
+)
+_FORMATS = {
+    "RTF": re.compile(r"\\rtf\d?|\\par\b"),
+    "HTML": re.compile(r"</\w+>|<(?:p|br|b|i|u|div|span|html|li|ul|table)\b[^<>]*>|&(?:[a-z]{2,8}|#x?\w+);", re.I),
+    "JSON": re.compile(r'^\s*[{\[]\s*["{\[\]}]|"\w+"\s*:'),
+    "CSV": re.compile(r'^"?\w+"?[,;]"|^\w+([,;])\w+(?:\1\w+)*\s*\n\w+\1', re.MULTILINE),
+    "a table": re.compile(r"(?<!<)\|(?!>)|\S\t+\S+\t+\S"),
+    "a comment": re.compile(r"^\s*(?://|/\*|;)", re.MULTILINE),
+    "an escape sequence": re.compile(r"\\\S{0,4}"),
+}
+_FILE_NAME = re.compile(r"[^\n]*\.(?:txt|text|md|docx?|odt|rtf|pdf|html?|json|ya?ml|csv|xml|dcm)|[^\s\u2e80-\uffff]*")
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
 _WRAPPED = 50  # characters: a line at least this long without a full stop continues in the next line
 # Words that are frequent in English reports and do not occur in German, French, Spanish or Italian ones.
@@ -168,6 +221,22 @@ _ENGLISH = frozenset(
         "sharp",
         "angles",
         "trachea",
+        "pulmonary",
+        "vascularity",
+        "costophrenic",
+        "recesses",
+        "cardiomediastinum",
+        "parenchyma",
+        "skeleton",
+        "radiograph",
+        "opacity",
+        "opacities",
+        "masses",
+        "vessels",
+        "thoracic",
+        "hilar",
+        "aortic",
+        "diaphragm",
     ]
 )
 ENGLISH_SHARE = 0.25
@@ -195,14 +264,15 @@ class Template:
 def parse_template(text: str) -> Template:
     """Parse a normal report: prose or a form, with any headings, labels, bullets or numbered items.
 
-    Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) start that section; any other
-    heading or label (``Lungs:``, ``TECHNIQUE:``) stays in front of its sentence. A line without a full stop gets one,
-    bullets and Markdown marks are removed, and a repeated sentence of a section is used once. No other character
+    Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) start that section. What
+    follows ``INDICATION:``, ``TECHNIQUE:`` and the like in their line is left out, for it is true of one study only.
+    Any other label (``Lungs:``) stays in front of its sentence. A line without a full stop gets one; bullets, Markdown
+    marks and invisible characters are removed; and a repeated sentence of a section is used once. No other character
     changes.
 
     Raises:
-        ContextError: the template is not text, has no findings, is too long, or has blanks to fill in or a heading
-            inside a sentence.
+        ContextError: the template is not text, has no findings, is too long, is a file name or in another format than
+            plain text, or has blanks to fill in, choices to make or a heading inside a sentence.
     """
     if not isinstance(text, str):
         raise ContextError(f"the template must be text, not {type(text).__name__}")
@@ -210,27 +280,30 @@ def parse_template(text: str) -> Template:
         raise ContextError(
             f"the template has {len(text):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}: shorten it"
         )
-    if blank := _BLANK.search(text):
-        raise ContextError(
-            f"the template has a blank to fill in ({blank.group()[:20]}): fill it in, or remove the sentence"
-        )
+    text = _EMPHASIS.sub(r"\2", remove_invisible(text))
+    _refuse_what_is_no_report(text)
     while SPECIAL_TOKEN.search(text):
         text = SPECIAL_TOKEN.sub(" ", text)
     sections: tuple[list[str], list[str]] = ([], [])
     place = 0
-    for line in _lines(text):
-        at = 0
+    lines = _lines(text)
+    concludes = any(_section_of(name[1], False) == 1 for line in lines if (name := _HEADING.match(f"{line}:")))
+    for line in lines:
+        at, drafted = 0, True
         for start, end in sentence_spans(line):
             if start < at:
                 continue
             sentence = line[start:end]
             heading = _HEADING.match(sentence)
-            known = None if heading is None else _section_of(heading[1], bool(sections[0]))
+            has_findings = bool(sections[0]) and not concludes
+            known = None if heading is None else _section_of(heading[1], has_findings)
+            if heading is not None:
+                drafted = heading[1].casefold() not in _NOT_DRAFTED
             if heading is not None and known is not None:
                 place, sentence = known, sentence[heading.end() :]
-            elif (known := _section_of(sentence.rstrip(" .:："), bool(sections[0]))) is not None:
+            elif (known := _section_of(sentence.rstrip(" .:："), has_findings)) is not None:
                 place, sentence = known, ""
-            if not re.search(r"\w", sentence):
+            if not drafted or not re.search(r"\w", sentence):
                 continue
             sentence = sentence if _ENDED.search(sentence) else f"{sentence.rstrip(' ,;')}."
             if normalize(sentence) not in map(normalize, sections[place]):
@@ -248,6 +321,25 @@ def parse_template(text: str) -> Template:
     return Template(tuple(sections[0]), tuple(sections[1]), share >= ENGLISH_SHARE)
 
 
+def _refuse_what_is_no_report(text: str) -> None:
+    """Refuse a file name, another format than plain text, and what is left to fill in or to choose."""
+    if _FILE_NAME.fullmatch(text.strip()) and re.search(r"\w", text) and not text.endswith((".", ":")):
+        raise ContextError("the template is a file name or a single word: give the text of a normal report")
+    for name, pattern in _FORMATS.items():
+        if found := pattern.search(text):
+            quoted = " ".join(found.group().split())[:20]
+            raise ContextError(
+                f"the template has {name} ({quoted}): give the sentences of a normal report as plain text"
+            )
+    for blank in _BLANK.finditer(text):
+        if SPECIAL_TOKEN.fullmatch(blank.group()) and blank.group().startswith("["):
+            continue
+        if _section_of(blank.group().strip("[] "), True) is None:
+            raise ContextError(
+                f"the template has a blank to fill in ({blank.group()[:20]}): fill it in, or remove the sentence"
+            )
+
+
 def read_template(text: str) -> str:
     """Parse a normal report and format it as ``FINDINGS: … IMPRESSION: …``; see :func:`parse_template`.
 
@@ -263,12 +355,14 @@ def _lines(text: str) -> list[str]:
     fresh = True
     for raw in text.splitlines():
         bullet = bool(_BULLET.match(raw))
-        line = _EMPHASIS.sub("", _BULLET.sub("", raw))
-        line = "".join(" " if unicodedata.category(c).startswith("C") else c for c in line)
+        line = _BULLET.sub("", raw)
+        line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") else c for c in line)
         line = re.sub(r"\s+", " ", line).strip()
         if not line:
             fresh = True
             continue
+        if (marked := _MARKED_HEADING.match(line)) and _section_of(name := marked[1] or marked[2], True) is not None:
+            line = f"{name}: {line[marked.end() :]}".strip()
         before = lines[-1] if lines else ""
         starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line)) or _section_of(line, True) is not None
         heads = before.endswith((":", "："))
