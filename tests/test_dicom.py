@@ -248,6 +248,35 @@ def test_spelling_and_further_windows_need_no_warning(elements: dict):
     assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 0.01 and film.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("charset", "reason", "indication", "warned"),
+    [
+        ("", b"cough\\fever", "cough, fever", False),
+        ("", rb"cough\X0D\fever", "cough, fever", False),
+        ("ISO_IR 100", "Rückgang".encode("latin-1"), "Rückgang", False),
+        ("ISO_IR 192", "Rückgang".encode(), "Rückgang", False),
+        ("ISO_IR 100", "Rückgang".encode(), "CHEST", True),
+        ("ISO_IR 192", "Rückgang".encode("latin-1"), "CHEST", True),
+        ("", "кашель".encode("cp1251"), "CHEST", True),
+        ("ISO_IR 144", "кашель".encode("iso8859_5"), "кашель", False),
+        ("\\ISO 2022 IR 58", b"\x1b$)A" + "咳嗽".encode("gb2312"), "咳嗽", False),
+        ("", b"cough " * 200, "CHEST", True),
+    ],
+)
+def test_an_indication_is_joined_decoded_or_ignored_with_a_warning(
+    charset: str, reason: bytes, indication: str, warned: bool
+):
+    data = make_dicom(AdmittingDiagnosesDescription="CHEST")
+    raw = {"SpecificCharacterSet": ("CS", charset.encode()), "ReasonForStudy": ("LO", reason)}
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    for keyword, (vr, value) in raw.items():
+        tag = pydicom.tag.Tag(keyword)
+        dataset[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(value), value, 0, False, True)
+    film = load_radiograph(dataset)
+    assert film.indication == indication
+    assert any("ReasonForStudy" in text and "ignored" in text for text in film.warnings) == warned
+
+
 def test_presentation_lut_shape_inverts_once():
     plain = load_radiograph(make_dicom()).pixels
     for photometric in ("MONOCHROME1", "MONOCHROME2"):

@@ -1,5 +1,7 @@
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +190,7 @@ def test_a_tiff_of_samples_that_are_not_read_is_not_called_damaged_alone():
     tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
     tifffile.imwrite(file, CHEST.astype(np.float64), photometric="minisblack")
-    with pytest.raises(RadiographError, match="unsupported pixel type; save it as 8 or 16 bit greyscale"):
+    with pytest.raises(RadiographError, match="unsupported pixel type; save it as 8 or 16 bit greyscale PNG"):
         load_radiograph(file.getvalue())
 
 
@@ -252,3 +254,43 @@ def test_damaged_files_are_read_or_refused_but_never_crash(data: st.DataObject, 
     except RadiographError:
         return
     assert np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1
+
+
+def _png(values: np.ndarray, colour_type: int) -> bytes:
+    """A PNG of 16 bits, which Pillow cannot write in several channels: uint16 [rows, columns, channels]."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize(("channels", "colour_type"), [(3, 2), (2, 4), (4, 6)])
+def test_an_image_that_would_lose_its_low_bits_is_refused(channels: int, colour_type: int, tmp_path: Path):
+    values = np.repeat(16 * draw_chest(0).astype(np.uint16)[..., None], channels, axis=2)
+    with pytest.raises(RadiographError, match="several channels of more than 8 bits; save it as 16 bit greyscale"):
+        load_radiograph(_png(values, colour_type))
+    grey = load_radiograph(_png(values[..., :1], 0))
+    assert np.abs(grey.pixels - load_radiograph(values[..., 0]).pixels).max() < 1e-6
+
+
+def test_a_tiff_of_sixteen_bits_in_colour_is_refused(tmp_path: Path):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.repeat(16 * draw_chest(0).astype(np.uint16)[..., None], 3, axis=2)
+    for planes in ("contig", "separate"):
+        written = values if planes == "contig" else np.moveaxis(values, 2, 0)
+        tifffile.imwrite(tmp_path / "film.tif", written, photometric="rgb", planarconfig=planes)
+        with pytest.raises(RadiographError, match="bit"):
+            load_radiograph(tmp_path / "film.tif")
+
+
+def test_a_transparent_array_is_read_like_its_picture():
+    values = np.repeat(draw_chest(0)[..., None], 4, axis=2)
+    values[..., 3] = 255
+    values[:, :100, 3] = 128
+    picture = load_radiograph(Image.fromarray(values, "RGBA"))
+    for array in (values, values.astype(np.float32) / 255, values.astype(np.uint16) * 257):
+        assert np.abs(load_radiograph(array).pixels - picture.pixels).max() < 0.01

@@ -22,6 +22,7 @@ from cbedge import RadiographError, Report
 from cbedge.images.dicom import header_indication
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import study_header
+from cbedge.images.dicom_pixels import Warnings
 from cbedge.outputs import render
 from cbedge.outputs.sr import to_sr
 from cbedge.report import Sentence, Timings
@@ -397,9 +398,9 @@ def test_the_same_draft_is_the_same_document_and_any_other_is_another():
 @pytest.mark.parametrize("nothing", ["-", ".", "?", "n/a", "None", "XXXX", " ", "--", b"\xff\xff"])
 def test_an_indication_that_says_nothing_gives_way_to_the_next(nothing: str | bytes):
     header = read_header(header_bytes({"ReasonForStudy": nothing, "RequestedProcedureDescription": "cough"}))
-    assert header is not None and header_indication(header) == "cough"
+    assert header is not None and header_indication(header, Warnings()) == "cough"
     header = read_header(header_bytes({"ReasonForStudy": nothing}))
-    assert header is not None and header_indication(header) is None
+    assert header is not None and header_indication(header, Warnings()) is None
 
 
 def test_a_file_without_the_preamble_has_a_header(tmp_path: Path):

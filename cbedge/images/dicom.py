@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cbedge.errors import ContextError, RadiographError
-from cbedge.images.dicom_file import INDICATIONS, parse_dicom, silence_pydicom
+from cbedge.images.dicom_file import INDICATIONS, decodable, parse_dicom, silence_pydicom
+from cbedge.images.dicom_header import UNREADABLE
 from cbedge.images.dicom_pixels import (
     Warnings,
     check_pixels,
@@ -24,7 +27,7 @@ from cbedge.images.dicom_pixels import (
 )
 from cbedge.images.dicom_view import orient, view_of
 from cbedge.images.memory import working_memory
-from cbedge.prompt import ClinicalContext
+from cbedge.prompt import MAX_CONTEXT_CHARACTERS, ClinicalContext
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -34,6 +37,7 @@ _MODALITY_OF_CLASS = {"1.2.840.10008.5.1.4.1.1.1": "CR"}
 _DX_CLASSES = "1.2.840.10008.5.1.4.1.1.1.1"
 _CHEST = ("CHEST", "THORA", "LUNG", "RIB", "HEART", "CARDI", "TORAX", "PULMO", "STERN", "MEDIAST", "TRUNK", "BODY")
 _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+_HL7_ESCAPE = re.compile(r"X[0-9A-F]{2,4}|\.br|[EFHNRST]")  # between backslashes, which separate values in DICOM
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def decode_dataset(dataset: Dataset, name: str, max_pixels: int) -> DicomFilm:
 
 def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int) -> DicomFilm:
     found = Warnings()
-    meta = getattr(dataset, "file_meta", None)
+    meta, indication = getattr(dataset, "file_meta", None), header_indication(dataset, found)
     dataset = _copied(dataset)
     if meta is not None:
         dataset.file_meta = copy.deepcopy(meta)
@@ -93,7 +97,7 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int) -> D
     return DicomFilm(
         pixels,
         view.name,
-        header_indication(dataset),
+        indication,
         str(dataset.get("StudyInstanceUID") or "") or None,
         chroma,
         tuple(found),
@@ -128,19 +132,42 @@ def _copied(dataset: Dataset) -> Dataset:
     return copied
 
 
-def header_indication(dataset: Dataset) -> str | None:
-    """The indication in the header: the first of four attributes that has content.
+def header_indication(dataset: Dataset, found: Warnings) -> str | None:
+    """The indication in the header: the first of four attributes that has content. Several values are joined.
 
     ``-``, ``n/a``, ``none`` and the like count as empty (:func:`cbedge.prompt.is_no_text`).
+
+    Args:
+        dataset: the header, which is not changed.
+        found: gets a warning for each attribute whose text cannot be decoded or is too long.
     """
+    header = _indication_elements(dataset)
     for name in INDICATIONS:
-        text = str(dataset.get(name) or "").strip()
+        value = header.get(name)
+        several = not isinstance(value, str) and hasattr(value, "__iter__")
+        parts = [str(part).strip() for part in (value if several else [value or ""])]
+        text = ", ".join(part for part in parts if part and not _HL7_ESCAPE.fullmatch(part))
+        if UNREADABLE in text:
+            found.add(name, "has text that its character set cannot decode, and was ignored")
+            continue
         try:
             if text and (indication := ClinicalContext(indication=text).indication):
                 return indication
         except ContextError:
-            continue
+            found.add(name, f"has more than {MAX_CONTEXT_CHARACTERS:,} characters and was ignored")
     return None
+
+
+def _indication_elements(dataset: Dataset) -> Dataset:
+    """A header's elements that may hold an indication; undecodable text is :data:`UNREADABLE`."""
+    from pydicom import Dataset
+
+    header = Dataset()
+    for name in ("SpecificCharacterSet", *INDICATIONS):
+        with suppress(Exception):  # pydicom raises various exceptions for damaged elements
+            if name in dataset:
+                header[name] = copy.copy(dataset.get_item(name))
+    return decodable(header)
 
 
 def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import FileMetaDataset
     from pydicom.tag import BaseTag
 
+_LATIN = ("latin_1", "iso8859_2", "iso8859_3", "iso8859_4", "iso8859_9")
 INDICATIONS = (
     "ReasonForStudy",
     "ReasonForTheRequestedProcedure",
@@ -164,7 +165,7 @@ def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | N
             if not is_dicom(file.read(132)):
                 return None
             file.seek(0)
-            return _decodable(parse_dicom(file, "the radiograph", pixels=False))
+            return decodable(parse_dicom(file, "the radiograph", pixels=False))
     except Exception:
         if needed:
             raise RadiographError("the DICOM header cannot be read: export the radiograph again") from None
@@ -238,24 +239,25 @@ def _inflated(data: bytes, name: str) -> bytes:
     return content
 
 
-def _decodable(dataset: Dataset) -> Dataset:
+def decodable(dataset: Dataset) -> Dataset:
     """Replace every value that cannot be decoded by :data:`UNREADABLE`, in place.
 
     pydicom decodes an element on access and raises various exceptions for damaged bytes. It reads non-ASCII bytes
     without a declared character set as Latin-1, which would be a guess, and leaves the escape sequence of ISO 2022 IR
-    58 in the text.
+    58 in the text. Text in UTF-8 under the name of a Latin character set would be garbled.
     """
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.valuerep import PersonName
 
-    ascii_first = _starts_in_ascii(dataset)
+    encoding = _first_encoding(dataset)
     for tag in [*dataset.keys()]:
         try:
             raw = dataset.get_item(tag)
             element = dataset[tag]
             if element.VR not in _TEXT or not isinstance(raw, RawDataElement) or raw.value is None:
                 continue
-            if not (ascii_first and _is_unnamed(raw.value, element.VR)):
+            unnamed = encoding is None and _is_unnamed(raw.value, element.VR)
+            if not unnamed and not (encoding in _LATIN and _is_utf8(raw.value)):
                 if _GB2312 in raw.value and isinstance(element.value, str | PersonName):
                     text = str(element.value).replace(_GB2312.decode(), "")
                     dataset[tag] = DataElement(tag, element.VR, text)
@@ -266,16 +268,25 @@ def _decodable(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _starts_in_ascii(dataset: Dataset) -> bool:
-    """Whether text is ASCII up to the first escape sequence: the character set is missing or unknown."""
+def _first_encoding(dataset: Dataset) -> str | None:
+    """Python's name of the first character set; ``None`` if it is missing or unknown, so that text must be ASCII."""
     from pydicom.charset import convert_encodings, default_encoding
 
     try:
         named = dataset.get("SpecificCharacterSet") or ""
         names = [named] if isinstance(named, str) else [str(name) for name in named]
-        return convert_encodings(names)[0] == default_encoding
+        encoding = convert_encodings(names)[0]
     except Exception:
-        return True
+        return None
+    return None if encoding == default_encoding else encoding
+
+
+def _is_utf8(raw: bytes) -> bool:
+    """Whether bytes are UTF-8 beyond ASCII, which text in a Latin character set practically never is."""
+    try:
+        return not raw.isascii() and bool(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_unnamed(raw: bytes, vr: str) -> bool:

@@ -81,7 +81,7 @@ def load_radiograph(source: "ImageSource", max_pixels: int = MAX_PIXELS) -> Radi
     Args:
         source: a path (``str`` or ``os.PathLike``), the file's bytes, a binary file object (read from its position),
             a ``PIL.Image.Image``, a ``pydicom.Dataset`` with its pixels, or an array [rows, columns] or
-            [rows, columns, 1, 3 or 4]: bool, integers of any size, or float in 0..1.
+            [rows, columns, 1, 3 or 4]: bool, integers of any size, or float in 0..1; a fourth channel is opacity.
         max_pixels: limit on the number of pixels, checked before decoding.
 
     Raises:
@@ -205,10 +205,11 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     check_size((array.shape[1], array.shape[0]), name, max_pixels, MIN_SIDE)
     rows, columns = array.shape[:2]
     coloured = array.ndim == 3 and array.shape[2] >= 3
-    with working_memory(
-        (4 * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7), name, (columns, rows)
-    ):
+    alpha = 3 * array.dtype.itemsize if coloured and array.shape[2] == 4 else 0
+    needed = ((4 + alpha) * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7)
+    with working_memory(needed, name, (columns, rows)):
         values = array.astype(array.dtype.newbyteorder("="), copy=False)
+        values = _on_black(values) if alpha else values
         for part in blocks(values):
             block = values[part]
             if values.dtype.kind == "f" and not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
@@ -223,8 +224,20 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
         return Radiograph(_checked(pixels, name), None, _digest(array), chroma=chroma, stored=stored)
 
 
+def _on_black(values: np.ndarray) -> np.ndarray:
+    """The colours of an array [rows, columns, 4] on black where it is transparent: [rows, columns, 3]."""
+    most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    shown = np.empty((*values.shape[:2], 3), values.dtype)
+    for part in blocks(values):
+        block = values[part]
+        opaque = (block[..., 3:] == most).all()
+        mixed = block[..., :3] if opaque else block[..., :3] * (block[..., 3:].astype(np.float64) / most)
+        shown[part] = mixed if values.dtype.kind == "f" or opaque else np.rint(mixed)
+    return shown
+
+
 def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Grey values of an array [rows, columns, 3 or 4], float32 if it is in colour, and its colourfulness, 0 to 1."""
+    """Grey values of an array [rows, columns, 3], float32 if it is in colour, and its colourfulness, 0 to 1."""
     grey, colour = np.empty(values.shape[:2], np.float32), 0.0
     for part in blocks(values):
         channels = values[part][..., :3].astype(np.float32)

@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag and value
 _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # TIFF tag and values
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
+_BITS_PER_SAMPLE = 258
 _MAX_READS = 1_000_000  # read calls per file; a PNG of 60 MB needs 40,000
 _MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # parts of 64 KB in a JPEG
 _MAX_TAG_BYTES = 2**22  # of numeric TIFF tags; Pillow creates an object for each number
@@ -142,7 +143,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         if data.startswith(_STARTS):
             raise RadiographError(
-                f"{name} has a damaged header or an unsupported pixel type; save it as 8 or 16 bit greyscale"
+                f"{name} has a damaged header or an unsupported pixel type; save it as 8 or 16 bit greyscale PNG"
             ) from error
         raise RadiographError(
             f"{name} is not a supported image; give PNG, JPEG, TIFF, WebP or DICOM (CR or DX)"
@@ -239,6 +240,8 @@ def _kept_per_pixel(mode: str) -> int:
 
 def _picture(image: Image.Image, name: str) -> _Picture:
     try:
+        if _loses_depth(image):
+            raise RadiographError(f"{name} has several channels of more than 8 bits; save it as 16 bit greyscale")
         white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # the tags are lost after loading
         image.load()
         orientation = image.getexif().get(_ORIENTATION, 1)
@@ -282,6 +285,15 @@ def _is_white_zero(image: Image.Image) -> bool:
     tags = getattr(image, "tag_v2", None)
     deep = image.mode.startswith("I") or image.mode == "F"
     return tags is not None and deep and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
+def _loses_depth(image: Image.Image) -> bool:
+    """Whether Pillow would cut the values of an image with several channels to their high bytes."""
+    tags = getattr(image, "tag_v2", None)
+    bits = max(tags.get(_BITS_PER_SAMPLE, (8,)), default=8) if tags is not None else 8
+    return image.mode in EIGHT_BIT_MODES and (
+        bits > 8 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    )
 
 
 def _stored_type(image: Image.Image) -> str | None:
