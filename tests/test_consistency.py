@@ -1,7 +1,9 @@
 import re
 
 import pytest
+from conftest import needs_default_model
 
+from cbedge.bundles.bundle import open_bundle
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.errors import BundleError
@@ -73,6 +75,12 @@ def test_what_affirms_a_finding_stays():
                 "Chest: Normal.",
                 "Normal CXR.",
                 "Within normal limits.",
+                "Appearances are within normal limits.",
+                "Normal appearances of the chest.",
+                "No abnormality detected.",
+                "Chest radiograph within normal limits.",
+                "NAD.",
+                "Chest: WNL.",
             ],
             [
                 "Heart: Normal.",
@@ -81,6 +89,10 @@ def test_what_affirms_a_finding_stays():
                 "No acute bony abnormality.",
                 "The heart is normal in size.",
                 "No acute cardiopulmonary process.",
+                "The bony thorax is unremarkable.",
+                "The ribs are unremarkable in appearance.",
+                "Normal appearance of the heart.",
+                "Trachea: no abnormality.",
             ],
         ),
         (
@@ -90,8 +102,19 @@ def test_what_affirms_a_finding_stays():
                 "Cardiac size: Normal.",
                 "The heart is not enlarged.",
                 "Normal cardiomediastinal silhouette.",
+                "Heart size WNL.",
+                "Cardiac: Normal.",
+                "The cardiac outline is normal.",
+                "No cardiac enlargement.",
+                "Normally sized heart.",
+                "The heart isn't enlarged.",
+                "The heart isn’t enlarged.",
+                "The heart is of usual size.",
+                "CTR < 0.5.",
+                "No cardiopulmonary disease.",
+                "No abnormality detected.",
             ],
-            ["No acute cardiopulmonary process.", "The mediastinum is midline."],
+            ["CTR 0.58.", "No cardiac pacemaker.", "No acute cardiopulmonary process.", "The mediastinum is midline."],
         ),
         (
             "effusion",
@@ -102,13 +125,36 @@ def test_what_affirms_a_finding_stays():
                 "PLEURA: Unremarkable.",
                 "No acute cardiopulmonary abnormality.",
                 "Negative chest.",
+                "There aren't any effusions.",
+                "CP angles are clear.",
+                "The costo-phrenic angles are sharp.",
+                "No hydrothorax.",
+                "Pleura: NAD.",
+                "Pleura: -",
+                "Pleural effusion: N.",
+                "Chest clear.",
+                "Clear hemithoraces.",
+                "Nothing acute.",
+                "No acute intrathoracic pathology.",
             ],
-            ["No acute bony abnormality.", "No pneumothorax.", "The heart is normal."],
+            ["Blunted CP angles.", "No acute bony abnormality.", "No pneumothorax.", "The heart is normal."],
         ),
         (
             "atelectasis",
-            ["Lungs: Clear.", "Clear lungs.", "No atelectasis.", "Atelectasis: None.", "Atelectasis is not seen."],
-            ["Lung volumes are normal."],
+            [
+                "Lungs: Clear.",
+                "Clear lungs.",
+                "No atelectasis.",
+                "Atelectasis: None.",
+                "Atelectasis is not seen.",
+                "No collapse.",
+                "No volume loss.",
+                "Lungs: NAD.",
+                "Lungs WNL.",
+                "Atelectasis: N/A.",
+                "Chest clear.",
+            ],
+            ["No vertebral collapse.", "Low lung volumes without acute disease.", "Lung volumes are normal."],
         ),
         (
             "opacity",
@@ -117,10 +163,34 @@ def test_what_affirms_a_finding_stays():
                 "Negative for acute cardiopulmonary disease.",
                 "No focal consolidation.",
                 "The lungs are unremarkable.",
+                "No air-space disease.",
+                "Lungs: NAD.",
+                "Lungs WNL.",
+                "Chest clear.",
+                "Nothing acute.",
+                "No cardiopulmonary disease.",
+                "Lungs are of normal volume and clear.",
+                "No focal lesion in either lung.",
             ],
             ["No acute osseous findings.", "No pneumothorax.", "The lungs are well expanded."],
         ),
-        ("congestion", ["Pulmonary vessels are normal.", "No edema.", "Lungs are clear."], ["No acute rib fracture."]),
+        (
+            "low volume",
+            ["Lung volumes WNL.", "Full inspiration.", "Inspiration is good.", "Lungs are adequately inflated."],
+            ["Low lung volumes with disease within the right base.", "Poor inspiration."],
+        ),
+        ("aorta", ["Aorta WNL.", "Mediastinum: Normal."], ["No mediastinal mass.", "Unfolded aorta."]),
+        (
+            "congestion",
+            [
+                "Pulmonary vessels are normal.",
+                "No pulmonary oedema.",
+                "No decompensation.",
+                "No edema.",
+                "Lungs are clear.",
+            ],
+            ["No acute rib fracture."],
+        ),
         (
             "fracture",
             [
@@ -202,3 +272,9 @@ def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refuse
         ImageFindings(("abnormal",), (0.5,), (), ("(",)).contradicting(["abnormal"])
     with pytest.raises(ValueError, match="1 findings with 2 denials"):
         ImageFindings(("abnormal",), (0.5,), (), ("", ""))
+
+
+@needs_default_model
+def test_the_embedded_models_denials_are_those_of_the_ontology():
+    findings = open_bundle().manifest.image_findings
+    assert findings is not None and findings.denials == tuple(DENIALS.get(name, "") for name in findings.names)
