@@ -11,6 +11,7 @@ from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
+from cbedge.drafting.assertions import stated_by
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.lexicon import Lexicon
@@ -79,7 +80,8 @@ class DraftPlan:
         affirming: remove free sentences of the findings section that only deny something.
         max_new_tokens: maximum length, opening included.
         template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
-        warnings: which sentences of the user's template are left out, and why.
+        warnings: which sentences of the user's template are left out, and why; and which state an abnormality that the
+            image scores do not point to.
     """
 
     prompt_ids: tuple[int, ...]
@@ -208,6 +210,12 @@ def _sections(
                 warnings.append(f"The template's sentence {text!r} was left out {reason}.")
             elif normalize(text) not in map(normalize, opening):
                 kept.append(text)
+                stated = stated_by(text) if template.english else []
+                if stated and not {*stated} & {*present}:
+                    warnings.append(
+                        f"The template's sentence {text!r} states {', '.join(stated)}, which the image scores do not "
+                        "point to: check it, and give a template of normal sentences."
+                    )
         return kept
 
     concludes = template.english or not present
