@@ -237,7 +237,40 @@ _ENGLISH = frozenset(
         "hilar",
         "aortic",
         "diaphragm",
+        "nad",
+        "wnl",
+        "appearances",
+        "any",
+        "change",
+        "changes",
+        "collapse",
+        "device",
+        "devices",
+        "enlarged",
+        "expanded",
+        "fracture",
+        "fractures",
+        "inflated",
+        "lesion",
+        "lines",
+        "loss",
+        "low",
+        "lobe",
+        "lobes",
+        "old",
+        "scarring",
+        "tubes",
+        "volumes",
+        "outline",
+        "shadow",
+        "nothing",
     ]
+)
+# Words of languages in which "no" is a word too; without one of them, "no" is taken as English.
+_ROMANCE = re.compile(
+    r"\b(se|hay|del?|la|el|l[oae]s?|sin|con|y|il|gli|di|e|non|nel|d[ao]|[es]em|com|derrame|coraz[oó]n|pulmones|cuore|"
+    r"polmoni|versamento|coração|pulmões)\b",
+    re.IGNORECASE,
 )
 ENGLISH_SHARE = 0.25
 
@@ -317,7 +350,8 @@ def parse_template(text: str) -> Template:
     if not sections[0]:
         raise ContextError("the template has no findings: give the sentences of a normal report")
     words = [word for part in sections for s in part for word in re.findall(r"[^\W\d_]+", s.lower())]
-    share = sum(word in _ENGLISH for word in words) / max(1, len(words))
+    english = _ENGLISH if _ROMANCE.search(" ".join(words)) else _ENGLISH | {"no"}
+    share = sum(word in english for word in words) / max(1, len(words))
     return Template(tuple(sections[0]), tuple(sections[1]), share >= ENGLISH_SHARE)
 
 
