@@ -187,7 +187,10 @@ def test_a_format_that_is_no_plain_text_is_refused_by_name(text: str, name: str)
         parse_template(text)
 
 
-@pytest.mark.parametrize("name", ["normal.txt", "my normal report.txt", "templates/normal", "Normal"])
+@pytest.mark.parametrize(
+    "name",
+    ["normal.txt", "my report.txt", "templates/normal", "Normal", "/home/me/normal report", r"C:\me\a normal one"],
+)
 def test_a_file_name_or_a_word_is_no_template(name: str):
     with pytest.raises(ContextError, match="file name or a single word"):
         parse_template(name)

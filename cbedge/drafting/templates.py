@@ -149,7 +149,10 @@ _FORMATS = {
     "a comment": re.compile(r"^\s*(?://|/\*|;)", re.MULTILINE),
     "an escape sequence": re.compile(r"\\\S{0,4}"),
 }
-_FILE_NAME = re.compile(r"[^\n]*\.(?:txt|text|md|docx?|odt|rtf|pdf|html?|json|ya?ml|csv|xml|dcm)|[^\s\u2e80-\uffff]*")
+_FILE_NAME = re.compile(
+    r"[^\n]*\.(?:txt|text|md|docx?|odt|rtf|pdf|html?|json|ya?ml|csv|xml|dcm)|(?:~|\.{0,2}/|[A-Za-z]:[\\/])[^\n]*|"
+    r"[^\s\u2e80-\uffff]*"
+)
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
 _WRAPPED = 50  # characters: a line at least this long without a full stop continues in the next line
 # Words that are frequent in English reports and do not occur in German, French, Spanish or Italian ones.
