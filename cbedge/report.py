@@ -145,13 +145,14 @@ class Report:
     statement: str = DRAFT_STATEMENT
 
     def to_json(self) -> str:
-        """The report as one JSON object; ``timings_ms`` holds the timings in milliseconds."""
+        """The report as one JSON object, with :meth:`notes`; ``timings_ms`` holds the timings in milliseconds."""
         values = asdict(self)
         for sentence in values["sentences"]:
             sentence["confidence"] = round(sentence["confidence"], 3)
         values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
         values["finding_thresholds"] = {name: round(value, 3) for name, value in self.finding_thresholds.items()}
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
+        values["notes"] = self.notes()
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def notes(self) -> list[str]:
@@ -166,7 +167,13 @@ class Report:
             scored = ", ".join(map(self._scored, opened))
             notes.append(f"Written because of image scores (not probabilities), check first: {scored}.")
         others = [name for name in self.image_findings or () if name not in opened]
-        if others:
+        if self.finding_scores and others and others[0] not in self.finding_scores:  # "other abnormality"
+            abnormal = self._scored(next(iter(self.finding_scores)))
+            notes.append(
+                f"The image scores call this study {abnormal}, but no single finding reached its threshold. The draft "
+                "may read as normal: check the image."
+            )
+        elif others:
             scored = ", ".join(map(self._scored, others))
             notes.append(f"Image scores also point to: {scored}. The draft may not mention this: check the image.")
         return notes

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    image: Annotated[Path, typer.Argument(help="Frontal chest radiograph: PNG, JPEG, TIFF or DICOM (CR, DX).")],
+    image: Annotated[Path, typer.Argument(help="Chest radiograph: PNG, JPEG, TIFF, WebP or DICOM (CR, DX).")],
     indication: Annotated[str | None, typer.Option(help='Reason for the study, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
     view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="from the file")] = None,

@@ -85,13 +85,14 @@ class Gate:
         """
         if chroma > MAX_CHROMA:
             raise NotAChestRadiograph(
-                "the image is in colour, but radiographs are greyscale: check it, or give --accept-any-image"
+                "the image is in colour, but radiographs are greyscale: check it, or accept any image "
+                "(--accept-any-image, accept_any_image)"
             )
         score = self.score(features)
         if not score <= self.limit:
             raise NotAChestRadiograph(
                 f"the image does not look like a chest radiograph (distance {score:.1f}, limit {self.limit:.1f}): "
-                "check it, or give --accept-any-image to draft anyway"
+                "check it, or accept any image (--accept-any-image, accept_any_image)"
             )
 
 

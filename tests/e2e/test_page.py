@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import EXAMPLES, served
 
+from cbedge import ReportGenerator
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
@@ -35,12 +37,19 @@ def page(address: str) -> Iterator[object]:
         browser.close()
 
 
-def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page):
+def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page, tiny_bundle: Path):
     page.set_input_files("#file", str(EXAMPLES / "chest_pa.png"))
     page.fill("#indication", "cough")
     page.keyboard.press("Enter")  # from the keyboard alone
     page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
     assert page.input_value("#draft")
+    report = ReportGenerator.from_pretrained(tiny_bundle, device="cpu").generate(
+        EXAMPLES / "chest_pa.png", indication="cough", accept_any_image=True
+    )
+    assert page.text_content("#unsure") == "\n".join(report.notes())
+    for name, score in report.finding_scores.items():
+        line = f"{name}{score:.2f} (threshold {report.finding_thresholds[name]:.2f})"
+        assert line in page.text_content("#findings")
     assert page.locator("#findings tr").count() == 4 and page.locator("#timings tr").count() == 7
     assert page.locator("#map").is_visible() and page.eval_on_selector("#map", "e => e.style.opacity") == "0"
     page.fill("#strength", "60")
@@ -61,6 +70,14 @@ def test_a_lateral_radiograph_joins_and_does_not_stay_for_the_next_study(page, c
     page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
     page.set_input_files("#file", str(EXAMPLES / "chest_pa.dcm"))
     assert page.eval_on_selector("#lateral", "e => e.files.length") == 0
+    assert_empty(page)
+    assert page.input_value("#indication") == ""
+
+
+def assert_empty(page):
+    assert page.input_value("#draft") == "" and not page.is_visible("#map") and page.is_disabled("#copy")
+    assert page.text_content("#unsure") == page.text_content("#kept") == ""
+    assert page.locator("#findings tr").count() == page.locator("#timings tr").count() == 0
 
 
 def test_a_normal_report_in_the_users_wording_is_kept_to_and_told(page):
@@ -86,10 +103,14 @@ def test_dicom_is_drafted_and_the_model_card_is_there(page):
 
 def test_what_cannot_be_used_is_said_on_the_page(page, tmp_path: Path):
     (tmp_path / "x.png").write_text("hello")
+    page.set_input_files("#file", str(EXAMPLES / "chest_pa.png"))
+    page.click("#go")
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
     page.set_input_files("#file", str(tmp_path / "x.png"))
     page.click("#go")
     page.wait_for_selector("#state.bad")
     assert "not a supported image" in page.text_content("#state") and page.is_enabled("#go")
+    assert_empty(page)
 
 
 def test_the_page_is_used_by_keyboard_and_names_its_parts(page):
