@@ -26,9 +26,11 @@ from cbedge.drafting.query import read_images
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import build_prompt
-from export.quantize import HEAD, Int4Settings, quantize_language_model, round_for
+from export.blockwise import Int4Settings, quantize_language_model
+from export.console import quiet_libraries
+from export.quantize import round_for
 from export.restore import restore
-from export.tracing import DECODER, save_graph
+from export.tracing import DECODER, HEAD, save_graph
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import clean_reference, read_studies
 
@@ -82,6 +84,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only these settings; repeatable.")] = None,
 ) -> None:
     """Measure, print and record."""
+    quiet_libraries()
     generator = ReportGenerator.from_pretrained(bundle, "fp32", "cpu")
     studies = read_studies(data, ("val",))
     cases = [_case(generator, study) for study in studies[:limit]]

@@ -1,4 +1,4 @@
-"""``python -m export``: merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle."""
+"""Merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle."""
 
 import json
 from pathlib import Path
@@ -26,76 +26,43 @@ GRAPH_LABELS = {
 }
 OTHERS = "\n\n".join(f"python -m export.{name}: {text}" for name, text in programs(Path(__file__).parent).items())
 
-Checkpoint = Annotated[str, typer.Option(help="InstructBLIP folder or hub name: the base of the adapters.")]
-Out = Annotated[Path, typer.Option(help="Folder of the bundle to write.")]
-Adapters = Annotated[
-    list[Path] | None, typer.Option(help="Folder of a run, or of one finished stage; repeatable in order.")
-]
 Variants = Annotated[
     list[str] | None,
-    typer.Option(help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4, or all; repeated, the first is the default."),
+    typer.Option(help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4, or all; repeatable, the first is default."),
 ]
-OriginFile = Annotated[
-    Path | None, typer.Option(help="JSON file with base_weights and training_data.", show_default="from the run")
-]
-Quality = Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")]
-Data = Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")]
-Vocabulary = Annotated[
-    str, typer.Option(help="full; or domain, which keeps the tokens of --data's train reports and common ones.")
-]
-Common = Annotated[
-    int, typer.Option(min=0, help="With --vocabulary domain, how many of the language's first merges are kept.")
-]
-NoRepeat = Annotated[
-    int, typer.Option(min=0, help="Drafts never repeat an n-gram of this many tokens; 0 allows repeats.")
-]
-StopBias = Annotated[float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter drafts.")]
-BlockSize = Annotated[int, typer.Option(help="Block size of the language model's quantization: 32, 64 or 128.")]
 Algorithm = Annotated[
     str | None,
-    typer.Option(
-        help="Quantization of the language model's 4-bit weights: gptq (needs --data), rtn, k_quant or hqq.",
-        show_default="gptq with --data, else rtn",
-    ),
-]
-Tune = Annotated[
-    int, typer.Option(min=0, help="With gptq, steps that tune the scales towards fp32 (8 s each on two cores).")
+    typer.Option(help="4-bit weights: gptq (needs --data), rtn, k_quant or hqq.", show_default="gptq or rtn"),
 ]
 LanguageFrom = Annotated[
     Path | None,
-    typer.Option(
-        help="Bundle from which the checkpoint's language model was restored and not trained since: its graphs are "
-        "copied, because rounding again would lose more."
-    ),
+    typer.Option(help="Bundle whose language model is in the checkpoint, not trained since: its graphs are copied."),
 ]
-Record = Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")]
-Cache = Annotated[Path, typer.Option(help="Cache folder for base weights.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")]
 
 
 @app.command(help=__doc__, epilog=OTHERS)
 def export(
-    checkpoint: Checkpoint,
-    out: Out,
-    adapters: Adapters = None,
+    checkpoint: Annotated[str, typer.Option(help="InstructBLIP folder or hub name: the base of the adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    adapters: Annotated[list[Path] | None, typer.Option(help="Folder of a run or stage; repeatable in order.")] = None,
     variant: Variants = None,
     name: Annotated[str, typer.Option(help="Name of the model.")] = "cbedge-model",
     version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = DEFAULT_LICENCE,
-    origin: OriginFile = None,
-    quality: Quality = None,
-    data: Data = None,
-    vocabulary: Vocabulary = "full",
-    common: Common = COMMON,
-    no_repeat: NoRepeat = 0,
-    stop_bias: StopBias = 0.0,
-    block_size: BlockSize = 32,
+    origin: Annotated[Path | None, typer.Option(help="JSON file with base_weights and training_data.")] = None,
+    quality: Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")] = None,
+    data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
+    vocabulary: Annotated[str, typer.Option(help="full; or domain: tokens of train reports and common ones.")] = "full",
+    common: Annotated[int, typer.Option(min=0, help="With domain, number of first merges that are kept.")] = COMMON,
+    no_repeat: Annotated[int, typer.Option(min=0, help="Length of n-grams that drafts never repeat; 0: off.")] = 0,
+    stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter.")] = 0.0,
+    block_size: Annotated[int, typer.Option(help="Block size of the language model: 32, 64 or 128.")] = 32,
     algorithm: Algorithm = None,
-    tune: Tune = 0,
+    tune: Annotated[int, typer.Option(min=0, help="With gptq, steps that tune scales (8 s each, two cores).")] = 0,
     language_from: LanguageFrom = None,
-    record: Record = None,
-    cache: Cache = DEFAULT_CACHE,
-    force: Force = False,
+    record: Annotated[Path | None, typer.Option(help="Folder for the parity table as JSON and Markdown.")] = None,
+    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Export one bundle."""

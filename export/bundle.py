@@ -1,4 +1,4 @@
-"""Pack graphs, tokenizers, card and manifest into a bundle, after comparing them with torch."""
+"""Compare graphs with torch, and pack them with tokenizers, card and manifest into a bundle."""
 
 import json
 import shutil
@@ -51,17 +51,16 @@ UNRECORDED = {"name": "data that the run did not record", "licence": NO_LICENCE}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights come from: ``base_weights`` (part, origin, source, licence) and ``training_data``."""
+    """The origin of the weights: ``base_weights`` (part, origin, source, licence) and ``training_data``."""
 
     base_weights: list[dict[str, str]]
     training_data: list[dict[str, str]]
 
     @classmethod
     def of(cls, checkpoint: str, adapters: list[Path]) -> "Origin":
-        """What the checkpoint and the runs record of themselves; nothing is guessed.
+        """The origin that the checkpoint and the runs record; nothing is guessed.
 
-        A checkpoint that this repository did not assemble is named as it is. A run without a record of its data is
-        listed as such: give ``--origin``.
+        Any checkpoint except the mini one is named as given. A run that did not record its data is listed as such.
 
         Raises:
             ValueError: a record is damaged.
@@ -269,9 +268,9 @@ def _made_of(
 
 
 def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:
-    """Tokens that are no whole characters and that no training report at ``data`` holds; none without reports.
+    """Tokens that are parts of characters and occur in no training report at ``data``; empty without reports.
 
-    A draft that holds one shows a broken character.
+    A draft with such a token would show a broken character.
     """
     seen = {token for report in _phrases(parts, data) for token in report}
     if not seen:

@@ -28,7 +28,16 @@ _TEMPLATES = (
     "impression repeats the fixed sentences of the findings, followed by the template's impression unless it "
     "contradicts them. No template has the findings section of a training report."
 )
-_KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests that do not say it
+_KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests without it
+_MODEL = (
+    "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
+    "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res 2024;8:e32690). "
+    "It reads one frontal chest radiograph{} with indication and comparison, and writes findings and impression."
+)
+_LICENCE = (
+    "{}; research use. The licences of the base weights and of the training data (below) also apply. The weights "
+    "contain no image or report as a file. The software is licensed under Apache-2.0."
+)
 _AND_LATERAL = ", and optionally the lateral one of the study,"
 
 
@@ -40,64 +49,51 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         parity: comparison with torch, or ``None``.
         templates: whether drafts follow the bundle's templates.
     """
-    quality, findings, lateral = manifest.quality, manifest.image_findings, manifest.reads_lateral
-    side = manifest.preprocessing.image_size
-    opened = findings is not None and any(findings.openings)
-    lines = [
-        f"# {manifest.name} {manifest.version}",
-        "",
-        f"**{DRAFT_STATEMENT}**",
-        "",
-        "## What it is",
-        "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
-        "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
-        "2024;8:e32690). "
-        f"It reads one frontal chest radiograph{_AND_LATERAL if lateral else ''} with indication and comparison, and "
-        "writes findings and impression.",
-        *([_OPENED] if opened else []),
+    data = [_training_data(record) for record in manifest.training_data] or ["- Not recorded."]
+    bases = [f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights]
+    sections = {
+        "What it is": _description(manifest, templates),
+        "Licence": [_LICENCE.format(manifest.license)],
+        "Base weights": bases,
+        "Training data": data,
+        "Measured quality": _quality(manifest.quality),
+        "Parity with torch": ["", parity.to_markdown() if parity else _NOT_COMPARED],
+        "Limits": _limits(manifest),
+    }
+    lines = [f"# {manifest.name} {manifest.version}", "", f"**{DRAFT_STATEMENT}**", ""]
+    for title, content in sections.items():
+        lines += [f"## {title}", *content, ""]
+    return "\n".join(lines)
+
+
+def _description(manifest: Manifest, templates: bool) -> list[str]:
+    findings = manifest.image_findings
+    return [
+        _MODEL.format(_AND_LATERAL if manifest.reads_lateral else ""),
+        *([_OPENED] if findings is not None and any(findings.openings) else []),
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([_TEMPLATES] if templates else []),
-        "",
-        "## Licence",
-        f"{manifest.license}; research use. The licences of the base weights and of the training data (below) also "
-        "apply. The weights contain no image or report as a file. The software is licensed under Apache-2.0.",
-        "",
-        "## Base weights",
-        *[f"- {b['part']}: {b['origin']}; {b['source']}; licence {b['licence']}" for b in manifest.base_weights],
-        "",
-        "## Training data",
-        *([_training_data(data) for data in manifest.training_data] or ["- Not recorded."]),
-        "",
-        "## Measured quality",
     ]
-    if quality.get("scores"):
-        lines += [
-            quality["protocol"],
-            "",
-            *_table(quality["scores"]),
-            "",
-            *[f"- {n}" for n in quality.get("notes", ())],
-            *_clinical(quality.get("clinical")),
-        ]
-    else:
-        lines.append("Not measured: run `python -m training evaluate`, then export again with `--quality`.")
-    lines += [
-        "",
-        "## Parity with torch",
-        "",
-        parity.to_markdown() if parity else _NOT_COMPARED,
-        "",
-        "## Limits",
+
+
+def _quality(quality: dict[str, Any]) -> list[str]:
+    if not quality.get("scores"):
+        return ["Not measured: run `python -m training evaluate`, then export again with `--quality`."]
+    notes = [f"- {note}" for note in quality.get("notes", ())]
+    return [quality["protocol"], "", *_table(quality["scores"]), "", *notes, *_clinical(quality.get("clinical"))]
+
+
+def _limits(manifest: Manifest) -> list[str]:
+    side = manifest.preprocessing.image_size
+    views = "" if manifest.reads_lateral else "lateral views or "
+    return [
         "- Not a medical device; not validated for clinical use. Never act on an unchecked draft.",
         "- It misses findings and invents others. Fluent, plausible sentences do not show that a finding was seen.",
         "- A constant normal report also gets high n-gram scores on such data: compare them with the controls.",
         f"- Images are scaled to {side} x {side} pixels: small nodules, fine lines and subtle fractures are lost.",
-        f"- It does not see {'' if lateral else 'lateral views or '}prior studies; statements about a comparison come "
-        "from the given text.",
+        f"- It does not see {views}prior studies; statements about a comparison come from the given text.",
         *_populations(manifest),
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _training_data(record: dict[str, str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -35,7 +34,7 @@ def programs(folder: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
         if "\napp = typer.Typer(" in text and path.stem != "__main__":
             about = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
-            found[path.stem] = re.sub(r"^``[^`]*``(?::| )", "", about).strip()
+            found[path.stem] = about
     return found
 
 
@@ -61,7 +60,7 @@ class Steps:
 
 def _set_logs(verbose: bool) -> bool:
     if not verbose:
-        _quiet_libraries()
+        quiet_libraries()
     return verbose
 
 
@@ -73,7 +72,7 @@ Verbose = Annotated[
 ]
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Hide progress bars, messages that report no problem, and deprecations between the libraries; keep warnings."""
     from transformers.utils import logging as transformers_logging
 

@@ -1,7 +1,7 @@
-"""Write an encoder-decoder language model (Flan-T5's) as two graphs: its encoder, and its decoder with KV cache.
+"""Write an encoder-decoder language model (Flan-T5) as two graphs: its encoder, and its decoder with KV cache.
 
-The encoder reads image embeddings and prompt once, and hands over what the decoder's cross-attention needs of them,
-keys and values of every layer: so those are computed once a report, not once a token.
+The encoder graph also computes the keys and values of the decoder's cross-attention, so they are computed once for a
+report and not once for each token.
 
     encoder_model           inputs_embeds [B, L, D] → cross.{i}.key, cross.{i}.value [B, A, L, K]
     decoder_model_merged    inputs_embeds [B, T, D], past_key_values.{i}.key, .value [B, A, P, K], cross.… →
@@ -23,7 +23,7 @@ KINDS = ("key", "value")
 
 
 class EncoderGraph(nn.Module):
-    """Embeddings [B, L, D] → for each layer of the decoder the keys and values of its cross-attention [B, A, L, K]."""
+    """Embeddings [B, L, D] → keys and values of the cross-attention of each decoder layer, [B, A, L, K]."""
 
     def __init__(self, model: T5ForConditionalGeneration):
         super().__init__()
@@ -31,7 +31,7 @@ class EncoderGraph(nn.Module):
         self.decoder: Any = model.decoder
 
     def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, ...]:
-        """Run the encoder, and project for each layer."""
+        """Run the encoder, and project its output for each layer."""
         encoded = self.encoder(inputs_embeds=inputs_embeds).last_hidden_state
         found: list[Tensor] = []
         for block in self.decoder.block:
@@ -41,7 +41,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Embeddings of tokens, what was read before, and the encoder's keys and values → logits, and what is read now."""
+    """Embeddings of tokens, past keys and values, and the encoder's keys and values → logits, and present ones."""
 
     def __init__(self, model: T5ForConditionalGeneration):
         super().__init__()
@@ -50,7 +50,7 @@ class DecoderGraph(nn.Module):
         self.scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
 
     def forward(self, inputs_embeds: Tensor, past: list[Tensor], cross: list[Tensor]) -> tuple[Tensor, ...]:
-        """Read some tokens more, each attending to those before it and to the encoder's."""
+        """Process more tokens; each attends to the tokens before it and to the encoder's output."""
         hidden, present = inputs_embeds, []
         read, new = past[0].shape[2], inputs_embeds.shape[1]
         at = torch.arange(new, device=hidden.device)[:, None] + read
@@ -83,7 +83,7 @@ def _heads(projected: Tensor, attention: Any) -> Tensor:
 
 
 def _attend(attention: Any, normed: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """T5's attention: scores are not scaled, positions add a bias to them."""
+    """T5's attention: without scaling, and with a bias for positions."""
     scores = _heads(attention.q(normed), attention) @ key.transpose(2, 3)
     weights = functional.softmax(scores if bias is None else scores + bias, dim=-1)
     return attention.o((weights @ value).transpose(1, 2).flatten(2))
@@ -97,7 +97,7 @@ def export_encoder_decoder(model: T5ForConditionalGeneration, folder: Path) -> d
         ExportError: the language model is an encoder-decoder of another family.
     """
     if not isinstance(model, T5ForConditionalGeneration):
-        raise ExportError(f"of encoder-decoders only T5's family is exported, not {type(model).__name__}")
+        raise ExportError(f"only encoder-decoders of the T5 family can be exported, not {type(model).__name__}")
     model.eval()
     config = model.config
     paths = {kind: folder / f"{kind}.onnx" for kind in (ENCODER, DECODER)}

@@ -1,4 +1,4 @@
-"""Learn to tell lateral and mirrored radiographs (:mod:`cbedge.images.film_view`) from films alone."""
+"""Train the classifiers of lateral and mirrored radiographs (:mod:`cbedge.images.film_view`)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from training.datasets.iu_xray import read_studies
 
 MAX_TRAIN, MAX_VALIDATION = 1000, 300  # films of each kind and collection
 FEWEST = 40
-# Inverse of the L2 penalty, and the logit from which a frontal film is called mirrored: with them, none of 294
-# validation films of IU X-RAY is, and 96% of the same films flipped are.
+# Inverse of the L2 penalty, and the logit from which a frontal film counts as mirrored. With them, none of 294
+# validation films of IU X-RAY counts as mirrored, and 96% of the same films do when flipped.
 STRENGTH = 0.01
 MIRRORED_LIMIT = 1.0
 
 
 @dataclass(frozen=True)
 class Films:
-    """Paths of films to learn from: frontal and lateral ones."""
+    """Paths of frontal and lateral films."""
 
     frontal: tuple[Path, ...]
     lateral: tuple[Path, ...] = ()
 
 
 def collect_films(data: Path, more: Sequence[Path] = ()) -> list[Films]:
-    """The training films of IU X-RAY's folder, and of further folders with a ``films.jsonl`` of frontal films: those of
-    its split ``train``, or all where it names no splits.
+    """The training films of IU X-RAY, and of further folders with a ``films.jsonl`` of frontal films.
+
+    Of a ``films.jsonl`` with splits, only ``train`` is used.
 
     Raises:
-        ValueError: a folder has no ``films.jsonl`` that can be read.
+        ValueError: a folder has no readable ``films.jsonl``.
     """
     studies = read_studies(data, ("train",))
     found = [Films(tuple(s.image for s in studies), tuple(s.lateral for s in studies if s.lateral is not None))]
@@ -48,19 +49,19 @@ def collect_films(data: Path, more: Sequence[Path] = ()) -> list[Films]:
             rows = [json.loads(line) for line in (folder / "films.jsonl").read_text(encoding="utf-8").splitlines()]
             names = [row["file"] for row in rows if row.get("split", "train") == "train"]
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder} has no films.jsonl that can be read ({type(error).__name__})") from None
+            raise ValueError(f"{folder} has no readable films.jsonl ({type(error).__name__})") from None
         paths = (folder / name for name in names)
         found.append(Films(tuple(path if path.exists() else folder / "images" / path.name for path in paths)))
     return found
 
 
 def fit_film_view(backend: Backend, settings: Preprocessing, collections: Sequence[Films]) -> FilmView | None:
-    """Learn both classifiers; ``None`` where there are too few films.
+    """Train both classifiers; ``None`` if there are too few films.
 
     Args:
-        backend: whose vision encoder the bundle's default variant runs.
+        backend: its vision encoder computes the features.
         settings: the model's preprocessing.
-        collections: of :func:`collect_films`. Each counts as much as its films, a small one up to three times.
+        collections: from :func:`collect_films`. Films of small collections count up to three times.
     """
     upright, flipped, lateral = [], [], []
     for films in collections:
@@ -91,7 +92,7 @@ def _features(backend: Backend, settings: Preprocessing, paths: Sequence[Path], 
     for path in paths:
         try:
             film = load_radiograph(path)
-        except RadiographError:  # a damaged file of a large collection
+        except RadiographError:  # large collections have damaged files
             continue
         if mirror:
             stored = None if film.stored is None else np.ascontiguousarray(film.stored[:, ::-1])
@@ -101,7 +102,7 @@ def _features(backend: Backend, settings: Preprocessing, paths: Sequence[Path], 
 
 
 def _fit(yes: np.ndarray, no: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights [D] and bias of a logistic regression on standardized features, the scaling folded in."""
+    """Weights [D] and bias of a logistic regression on standardized features, for features without scaling."""
     rows, labels = np.concatenate([yes, no]), np.r_[np.ones(len(yes)), np.zeros(len(no))]
     scaler = StandardScaler().fit(rows)
     model = LogisticRegression(C=STRENGTH, max_iter=2000).fit(scaler.transform(rows), labels)

@@ -1,4 +1,4 @@
-"""Fit the gate that refuses what is no chest radiograph (:mod:`cbedge.images.gate`) on the training radiographs."""
+"""Fit the gate that refuses other images than chest radiographs (:mod:`cbedge.images.gate`)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MARGIN = 1.1
 
 
 def fit_gate(backend: Backend, settings: Preprocessing, data: Path, lateral: bool = False) -> Gate | None:
-    """The gate for a variant's own features; ``None`` where the collection is too small to tell what is usual.
+    """The gate for the features of a variant; ``None`` if there are too few radiographs.
 
     Args:
-        backend: whose vision encoder the bundle's default variant runs.
+        backend: its vision encoder computes the features.
         settings: the model's preprocessing.
-        data: IU X-RAY's folder; train radiographs give the distribution, validation ones the limit.
-        lateral: of lateral radiographs, not of frontal ones.
+        data: IU X-RAY folder; train radiographs give the distribution, validation ones the limit.
+        lateral: fit it on lateral radiographs instead of frontal ones.
     """
     rows = {}
     for split, most in (("train", MAX_TRAIN), ("val", MAX_VAL)):
@@ -50,6 +50,6 @@ def _distribution(rows: np.ndarray) -> Gate:
     mean = rows.mean(0)
     _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
     variances = singular**2 / (len(rows) - 1)
-    spread = np.zeros_like(mean)
-    spread[0] = variances[DIRECTIONS:].sum()  # mean squared length of what is left
-    return Gate(mean, spread, directions[:DIRECTIONS] / np.sqrt(variances[:DIRECTIONS, None]))
+    residual = np.zeros_like(mean)
+    residual[0] = variances[DIRECTIONS:].sum()  # mean squared length outside the directions
+    return Gate(mean, residual, directions[:DIRECTIONS] / np.sqrt(variances[:DIRECTIONS, None]))

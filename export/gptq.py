@@ -1,10 +1,10 @@
-"""4-bit weights whose rounding errors make up for each other on real prompts and reports: GPTQ.
+"""GPTQ: 4-bit weights whose rounding errors compensate each other on real prompts and reports.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023. Each
-linear weight is rounded column by column, and what rounding one column costs is taken out of the columns not yet
-rounded, as the layer's inputs (their second moments, H) say. Columns go in the order of their inputs' power
-("activation order"), under scales chosen before ("static groups"), so that the result is what any block-wise kernel
-reads. Layers are rounded one after another, each on what the rounded ones before it put out.
+linear weight is rounded column by column. The error of a column is compensated in the columns that are not yet rounded,
+by the second moments H of the layer's inputs. Columns are rounded in the order of their inputs' power ("activation
+order") with scales that are chosen before ("static groups"), so the result fits any block-wise kernel. Layers are
+rounded one after another; each gets the output of the rounded layers before it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from training.stages import embed_inputs, encode_images, query_image
 
 CALIBRATION_STUDIES = 256
 _DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
-_CLIPS = np.linspace(1.0, 0.7, 13)  # shares of a block's largest weight that its scale is tried for
-_TOGETHER = 128  # columns whose errors are handed on at once
+_CLIPS = np.linspace(1.0, 0.7, 13)  # candidates for a scale, as shares of the block's largest weight
+_TOGETHER = 128  # columns whose errors are propagated together
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Rounded:
 
     @property
     def weight(self) -> np.ndarray:
-        """What the numbers stand for, float32 [N, K]."""
+        """The dequantized weight, float32 [N, K]."""
         block = self.values.shape[1] // self.scales.shape[1]
         return (self.values.astype(np.float32) - 8) * np.repeat(self.scales, block, 1)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the language model reads of a study in use: images, prompt and report, ``embeds`` float32 [1, L, D]; the
-    report begins at ``report``."""
+    """Input of the language model for one study: ``embeds`` of images, prompt and report, float32 [1, L, D]; ``report``
+    is the position where the report begins."""
 
     embeds: Tensor
     report: int
@@ -60,13 +60,13 @@ class Reading:
 def calibration_inputs(
     parts: ModelAndTokenizers, data: Path, count: int = CALIBRATION_STUDIES, seed: int = 0
 ) -> list[Reading]:
-    """What the language model reads of training studies: in the report's place its own draft, as in use.
+    """Inputs of the language model for training studies, with the model's own drafts as reports, as in use.
 
     Args:
         parts: a merged model with a decoder-only language model.
-        data: IU X-RAY's folder.
-        count: of studies, drawn at random.
-        seed: of the draw.
+        data: IU X-RAY folder.
+        count: number of studies, drawn at random.
+        seed: random seed of the draw.
     """
     studies = [s for s in read_studies(data, ("train",)) if s.findings]
     chosen = np.random.default_rng(seed).permutation(len(studies))[:count]
@@ -83,15 +83,15 @@ def calibration_inputs(
             batch = collate(parts, [study], [study.context], features, None, laterals)
             queries, projected = query_image(parts.model, features, batch.qformer_ids, batch.qformer_mask)
             if parts.finding_head is not None:
-                told = parts.finding_head.read(queries, 1, batch.laterals)
-                batch = collate(parts, [study], [study.context], features, told, laterals)
+                found = parts.finding_head.read(queries, 1, batch.laterals)
+                batch = collate(parts, [study], [study.context], features, found, laterals)
             embeds = embed_inputs(parts.model, batch.input_ids, projected, batch.laterals)
             inputs.append(Reading(embeds, int((batch.labels[0] != -100).nonzero()[0])))
     return inputs
 
 
 def can_be_rounded(model: Any) -> bool:
-    """Whether a language model has LLaMA's layers, the only ones that are rounded here."""
+    """Whether a language model has the layers of LLaMA, as GPTQ needs here."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers:
         return False
@@ -106,20 +106,20 @@ def round_language_model(
     chosen: Callable[[str], bool],
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rounded]:
-    """Round the linear weights of a LLaMA-like language model to 4 bits; the model itself is left as it was.
+    """Round the linear weights of a language model of the LLaMA family to 4 bits; the model is not changed.
 
     Args:
-        model: in fp32, with ``model.layers``.
-        inputs: of :func:`calibration_inputs`.
-        block: columns that share a scale.
-        chosen: whether the product of a name, as the decoder's graph names it, is rounded.
-        tell: is told how many layers are done, of how many.
+        model: the language model in fp32.
+        inputs: from :func:`calibration_inputs`.
+        block: number of columns that share a scale.
+        chosen: whether a product is rounded, by its name in the decoder's graph.
+        tell: gets the number of finished layers, and of all layers.
 
     Returns:
         Name in the decoder's graph → rounded weight; queries, keys and values are one product there.
 
     Raises:
-        ValueError: the language model is of another family, or a weight has no whole blocks.
+        ValueError: the language model is of another family, or the width of a weight is no multiple of ``block``.
     """
     if not can_be_rounded(model):
         raise ValueError(
@@ -151,7 +151,7 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, block: int) -> Rounded
 
     Args:
         weight: float32 [N, K], K a multiple of ``block``.
-        moments: float64 [K, K], the sum of its inputs' outer products.
+        moments: float64 [K, K], the sum of the outer products of its inputs.
         block: columns that share a scale.
 
     Raises:
@@ -159,7 +159,7 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, block: int) -> Rounded
     """
     rows, columns = weight.shape
     if columns % block:
-        raise ValueError(f"a weight of {columns} columns has no whole blocks of {block}")
+        raise ValueError(f"the width of a weight, {columns}, is no multiple of the block size {block}")
     power = np.diag(moments).copy()
     scales = _scales(weight, power, block)
     order = np.argsort(-power, kind="stable")
@@ -180,10 +180,10 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, block: int) -> Rounded
 
 
 def put_into_graph(graph: ModelProto, rounded: dict[str, Rounded]) -> None:
-    """Replace the numbers of ``MatMulNBits`` nodes of 4 bits without zero points, in place.
+    """Replace the weights of ``MatMulNBits`` nodes with 4 bits and without zero points, in place.
 
     Raises:
-        ValueError: the graph has no such node of a name, or one of another block size.
+        ValueError: the graph has no such node of a given name, or it has another block size.
     """
     nodes = {re.sub(r"_Q4$", "", n.name): n for n in graph.graph.node if n.op_type == "MatMulNBits"}
     tensors = {t.name: t for t in graph.graph.initializer}
@@ -194,14 +194,14 @@ def put_into_graph(graph: ModelProto, rounded: dict[str, Rounded]) -> None:
         packed, scales = (tensors[i] for i in node.input[1:3])
         values = found.values.reshape(*packed.dims[:2], -1)
         if values.shape[2] != 2 * packed.dims[2]:
-            raise ValueError(f"{name} has other blocks than it was rounded in")
+            raise ValueError(f"{name} has another block size than its rounded weight")
         new = values[..., ::2] | values[..., 1::2] << 4
         packed.CopyFrom(numpy_helper.from_array(new.astype(np.uint8), packed.name))
         scales.CopyFrom(numpy_helper.from_array(found.scales.reshape(tuple(scales.dims)), scales.name))
 
 
 def products(layer: Any) -> dict[str, list[nn.Linear]]:
-    """A layer's products as the decoder's graph has them: those of one input side by side where it joins them."""
+    """The products of a layer as in the decoder's graph, which joins queries, keys and values."""
     attention, mlp = layer.self_attn, layer.mlp
     return {
         "attn/qkv_proj": [attention.q_proj, attention.k_proj, attention.v_proj],
@@ -217,7 +217,7 @@ class _Stop(Exception):
 
 
 def _first_layer_inputs(model: Any, inputs: Sequence[Reading]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What the first layer is given for each input, and the arguments beside it, which all layers share."""
+    """The hidden states that the first layer gets for each input, and the arguments that all layers share."""
     hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
 
@@ -246,7 +246,7 @@ def _run(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
 def _second_moments(
     layer: nn.Module, linears: dict[str, nn.Linear], hidden: list[Tensor], arguments: list[dict[str, Any]]
 ) -> dict[str, np.ndarray]:
-    """For each linear the sum of its inputs' outer products, float64 [K, K]."""
+    """The sum of the outer products of the inputs of each linear layer, float64 [K, K]."""
     moments = {name: torch.zeros(m.in_features, m.in_features) for name, m in linears.items()}
 
     def add(name: str, module: nn.Module, positional: tuple[Tensor, ...]) -> None:
@@ -264,19 +264,19 @@ def _second_moments(
 
 
 def _scales(weight: np.ndarray, power: np.ndarray, block: int) -> np.ndarray:
-    """The scale of each block [N, K / block] that rounds its weights with the least error, inputs' power counted in."""
+    """The scale of each block, [N, K / block], with the least rounding error weighted by the inputs' power."""
     rows, columns = weight.shape
     blocks = weight.reshape(rows, columns // block, block)
     strength = power.reshape(1, columns // block, block) + 1e-12
     at = np.abs(blocks).argmax(2)[..., None]
-    largest = np.take_along_axis(blocks, at, 2)  # with its sign: it becomes -8, the number that has no opposite
+    largest = np.take_along_axis(blocks, at, 2)  # with its sign: it becomes -8, the value without an opposite
     best, least = np.zeros((rows, columns // block, 1)), np.full((rows, columns // block, 1), np.inf)
     for clip in _CLIPS:
         scale = np.where(largest == 0, 1.0, largest * clip / -8)
         error = (strength * (np.clip(np.round(blocks / scale), -8, 7) * scale - blocks) ** 2).sum(2, keepdims=True)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     wide = best[..., 0].astype(np.float32)
-    short = wide.astype(np.float16).astype(np.float32)  # as they are kept
+    short = wide.astype(np.float16).astype(np.float32)  # as they are stored
     return np.where(short == 0, wide, short)
 
 
@@ -284,7 +284,7 @@ def _inverse_factor(moments: np.ndarray) -> Tensor:
     """The upper Cholesky factor of the damped moments' inverse, float64 [K, K]."""
     damped = torch.from_numpy(moments.copy())
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is never there
+    diagonal[diagonal == 0] = 1.0  # an input that is always 0
     diagonal += _DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True)

@@ -30,7 +30,7 @@ _LAYER_PARTS = {
 
 
 class RestoreError(ValueError):
-    """The bundle's graphs have not the form that ``python -m export`` writes."""
+    """The graphs of a bundle were not written by ``python -m export``."""
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Graph:
     """One graph with its weights.
 
     Attributes:
-        nodes: in order.
-        tensors: weights by name.
-        folder: where external weights lie.
+        nodes: the nodes in order.
+        tensors: the weights by name.
+        folder: folder of external weights.
     """
 
     nodes: list[NodeProto]
@@ -49,19 +49,19 @@ class Graph:
 
     @classmethod
     def load(cls, path: Path) -> Graph:
-        """Read a graph and the weights beside it."""
+        """Read a graph and its external weights."""
         graph: GraphProto = onnx.load(str(path)).graph
         tensors = {t.name: t for t in graph.initializer}
         widened = [n for n in graph.node if n.op_type == "Cast" and n.input[0] in tensors]
         return cls(list(graph.node), tensors | {n.output[0]: tensors[n.input[0]] for n in widened}, path.parent)
 
     def array(self, name: str) -> np.ndarray:
-        """A weight as it is stored; 16-bit floats as fp32."""
+        """A stored weight; 16-bit floats as fp32."""
         value = numpy_helper.to_array(self.tensors[name], str(self.folder))
         return value.astype(np.float32) if value.dtype == np.float16 else value
 
     def linear(self, node: NodeProto) -> np.ndarray | None:
-        """The weight of a product, float32 [out, in]; ``None`` where both factors are computed."""
+        """The weight of a product, float32 [out, in]; ``None`` if both factors are computed."""
         if node.op_type == "MatMulNBits":
             return self._blocks(node)
         if node.op_type == "MatMul" and node.input[1] in self.tensors:
@@ -79,7 +79,7 @@ class Graph:
         return ((values - zeros) * scales).reshape(rows, -1)[:, :columns].astype(np.float32)
 
     def table(self, name: str | None = None) -> np.ndarray:
-        """The rows that a lookup reads, float32 [N, D]: of the graph's only lookup, or of the weight ``name``."""
+        """The table of a lookup, float32 [N, D]: of the weight ``name``, or of the only lookup in the graph."""
         for node in self.nodes:
             if node.op_type not in ("Gather", "GatherBlockQuantized"):
                 continue
@@ -95,7 +95,7 @@ class Graph:
         tensor, bits = self.tensors[node.input[0]], attributes(node).get("bits", 4)
         values = self.array(node.input[0])
         scales = self.array(node.input[2])
-        if tensor.data_type == TensorProto.UINT8:  # packed, and counted from the middle
+        if tensor.data_type == TensorProto.UINT8:  # packed, with an offset
             values = _unpacked(values, bits) - 2 ** (bits - 1)
         elif len(node.input) > 3:
             values = values.astype(np.int32) - np.repeat(
@@ -111,7 +111,7 @@ def attributes(node: NodeProto) -> dict[str, Any]:
 
 
 def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes of two 4-bit numbers each, the low one first, as int16 along the last axis; 8-bit numbers as they are."""
+    """Unpack bytes with two 4-bit numbers, the low one first, to int16 along the last axis; 8-bit numbers unchanged."""
     values = values.astype(np.uint8)
     if bits == 8:
         return values.astype(np.int16)
@@ -119,7 +119,7 @@ def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _scope(node: NodeProto) -> str:
-    """The module that a traced node came from, or an empty text where that was not kept."""
+    """The module of a traced node, or an empty text if it is not recorded."""
     scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "[]")
     names = ast.literal_eval(scopes)
     return names[-2] if len(names) > 1 else ""
@@ -128,7 +128,7 @@ def _scope(node: NodeProto) -> str:
 def traced_weights(graph: Graph) -> dict[str, np.ndarray]:
     """The weights of a graph that torch traced, by their names in the model.
 
-    The tracer keeps equal weights once, under one of their names: so a weight is told by the node that reads it.
+    The tracer stores equal weights once, under one of their names, so a weight is identified by the node that reads it.
     """
     found: dict[str, np.ndarray] = {}
     products = {o: weight for n in graph.nodes for o in n.output if (weight := graph.linear(n)) is not None}
@@ -147,7 +147,7 @@ def traced_weights(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def image_positions(graph: Graph) -> dict[str, np.ndarray]:
-    """Class token and positions of the vision encoder: the one is joined to the patches, the others added to that."""
+    """Class token and positions of the vision encoder: the first is joined to the patches, then the second is added."""
     join = next((n for n in graph.nodes if n.op_type == "Concat" and any(i in graph.tensors for i in n.input)), None)
     add = next((n for n in graph.nodes if join and n.op_type == "Add" and join.output[0] in n.input), None)
     if join is None or add is None:
@@ -158,7 +158,7 @@ def image_positions(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def query_tokens(graph: Graph, count: int) -> np.ndarray:
-    """The learnt queries, float32 [1, Q, H]: the only weight of the Q-Former with three dimensions."""
+    """The query tokens, float32 [1, Q, H]: the only weight of the Q-Former with three dimensions."""
     found = [n for n, t in graph.tensors.items() if [*t.dims[:2]] == [1, count] and len(t.dims) == 3]
     if len(found) != 1:
         raise RestoreError("the Q-Former has no query tokens: it was not written by this export")

@@ -1,7 +1,7 @@
 """Write the four fp32 graphs: vision encoder, Q-Former with projection, token embedding, decoder with KV cache.
 
-No released Optimum exports InstructBLIP. The first three graphs are traced by ``torch.onnx``; the decoder is written by
-ONNX Runtime GenAI's model builder, whose GroupQueryAttention plain ONNX Runtime runs fastest.
+No released Optimum exports InstructBLIP. ``torch.onnx`` traces the first three graphs. ONNX Runtime GenAI's model
+builder writes the decoder with GroupQueryAttention, which is fastest in ONNX Runtime.
 """
 
 import subprocess
@@ -84,11 +84,11 @@ class EmbedGraph(nn.Module):
 
 @torch.inference_mode()
 def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
-    """Write the four graphs of a merged fp32 model into ``folder``, or five where the language model has an encoder;
+    """Write the graphs of a merged fp32 model into ``folder``, five if the language model has an encoder, else four;
     returns the path of each.
 
     Raises:
-        ExportError: the language model is none that the decoder's builder writes, nor Flan-T5.
+        ExportError: the language model is neither Flan-T5 nor supported by the decoder's builder.
     """
     paths = export_image_graphs(parts, folder)
     if not parts.model.config.use_decoder_only_language_model:
@@ -99,7 +99,7 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
 
 @torch.inference_mode()
 def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
-    """Write vision encoder, Q-Former and token embedding alone, as :func:`export_graphs` does."""
+    """Write only vision encoder, Q-Former and token embedding; returns the path of each."""
     parts.model.eval()
     vision = parts.model.config.vision_config
     paths = {kind: folder / f"{kind}.onnx" for kind in (VISION, QFORMER, EMBED)}
@@ -129,10 +129,10 @@ def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Pa
 
 
 def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
-    """Write the language model as a graph on ``inputs_embeds`` with KV cache, logits of the last positions only.
+    """Write the language model as a graph with ``inputs_embeds``, KV cache, and logits of the last positions only.
 
     Raises:
-        ExportError: the builder refuses the architecture; the message holds its reason.
+        ExportError: the builder does not support the architecture; the message has its reason.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         save_graph(build_decoder(parts.model.language_model, parts.tokenizer, Path(scratch)), path)
@@ -140,14 +140,14 @@ def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
 
 
 def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> onnx.ModelProto:
-    """The graph of a language model in fp32, its weights in memory; ``scratch`` is an empty folder.
+    """The graph of a language model in fp32, with its weights in memory; ``scratch`` is an empty folder.
 
     Raises:
-        ExportError: as :func:`export_decoder`.
+        ExportError: as in :func:`export_decoder`.
     """
     checkpoint, built = scratch / "checkpoint", scratch / "built"
     if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # how the base weights came (GGUF), not how they are now
+        del model.config.quantization_config  # of the base weights (GGUF); these are in fp32
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     command = [
@@ -170,7 +170,7 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
     ]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode or not (built / "model.onnx").is_file():
-        reason = (run.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
     graph = onnx.load(str(built / "model.onnx"))
     choose_logits(graph)
@@ -178,15 +178,14 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
 
 
 def choose_logits(graph: onnx.ModelProto) -> None:
-    """Let the head read the positions from ``logits_start`` on, a new input int64 [1], where the builder let it read
-    one; -1 is the last alone.
+    """Let the head compute the positions from ``logits_start`` on, a new input int64 [1]; -1 means only the last one.
 
-    Speculative decoding needs the logits of every guess, a prefill those of its last position alone: over the whole
-    prompt the head would cost more than some layers. Nothing is computed from the input, which so stays where the CPU
-    reads it: CUDA graphs allow no copy from the GPU.
+    Speculative decoding needs the logits of every guess, but a prefill only those of its last position: over the whole
+    prompt, the head would take longer than some layers. The input is used without any computation, so it can stay in
+    CPU memory: CUDA graphs allow no copy from the GPU.
 
     Raises:
-        ExportError: the graph has not the form that the builder writes with ``prune_lm_head``.
+        ExportError: the graph is not what the builder writes with ``prune_lm_head``.
     """
     nodes = {node.name: node for node in graph.graph.node}
     gather, unsqueeze = nodes.get("/lm_head/prune/Gather"), nodes.get("/lm_head/prune/Unsqueeze")

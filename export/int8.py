@@ -1,10 +1,10 @@
-"""A quantized variant's graphs with linear layers multiplied in 8-bit integers, on the same stored weights.
+"""Write graphs whose linear layers multiply 8-bit integers, on the stored weights of a quantized variant.
 
-Activations are rounded to 8 bits token by token, each by its own largest value: a token's result hangs on no other that
-is read in the same pass, and sums are exact, so guessing ahead stays lossless. Where a LayerNorm gives a product its
-input, scales are moved from activations to weights channel by channel (SmoothQuant, Xiao et al., ICML 2023,
-arXiv:2211.10438); how large a channel becomes is taken from the LayerNorm's own scale and bias, so that no radiograph
-is needed, and powers of two keep what it computes exact.
+Activations are rounded to 8 bits for each token by its own largest value. So the result of a token depends on no other
+token of the same pass, and sums are exact: speculative decoding stays lossless. If the input of a product comes from a
+LayerNorm, scales are moved from activations to weights for each channel (SmoothQuant, Xiao et al., ICML 2023,
+arXiv:2211.10438). The range of a channel is estimated from the scale and bias of the LayerNorm, so no radiograph is
+needed, and powers of two keep the result exact.
 """
 
 from collections.abc import Collection, Iterable
@@ -18,21 +18,21 @@ from cbedge.backends.int8 import PROBE_DEPTH, QuantizedLinear, Table, read_files
 from export.tracing import HEAD, ExportError
 
 _DOMAIN = "cbedge"
-_EXTERNAL = 1024  # bytes from which on a tensor is read from the file where it lies
-_MIGRATION = 0.75  # how much of the activations' range the weights take over, as SmoothQuant's alpha
-_DEVIATIONS = 3  # of a channel, that its activations are taken to reach
-_MOST = 7  # of an exponent
+_EXTERNAL = 1024  # tensors of this size and larger stay in their file
+_MIGRATION = 0.75  # share of the range that moves from activations to weights, SmoothQuant's alpha
+_DEVIATIONS = 3  # standard deviations that the activations of a channel are assumed to reach
+_MOST = 7  # largest exponent
 
 
 def multiply_in_int8(source: Path, target: Path) -> Path:
-    """Write the graph that computes what the quantized graph ``source`` does, and its table; returns ``target``.
+    """Write the 8-bit integer version of a quantized graph, and its table; returns ``target``.
 
     Args:
-        source: with ``MatMulNBits``, in the folder of ``target``.
-        target: the graph to write; beside it, with ``.json``, its :class:`~cbedge.backends.int8.Table`.
+        source: a graph with ``MatMulNBits``, in the folder of ``target``.
+        target: the graph to write; its :class:`~cbedge.backends.int8.Table` is written beside it as ``.json``.
 
     Raises:
-        ExportError: no product can be multiplied so.
+        ExportError: the graph has no suitable product.
     """
     model = onnx.load(str(source), load_external_data=False)
     graph = model.graph
@@ -73,7 +73,7 @@ def multiply_in_int8(source: Path, target: Path) -> Path:
 
 
 class _Stored:
-    """The tensors of a graph, and where in which file they lie."""
+    """The tensors of a graph, and their places in files."""
 
     def __init__(self, path: Path, graph: onnx.GraphProto):
         self._name, self._bytes = path.name, path.read_bytes()
@@ -83,8 +83,8 @@ class _Stored:
         self.sources: set[str] = set()
 
     def holds(self, node: NodeProto) -> bool:
-        """Whether a product's weights are known, in 4 or 8 bits around zero, and are not the head's, which the
-        embedding reads too."""
+        """Whether a product has stored weights in 4 or 8 bits without zero points, and is not the head, which shares
+        its weights with the embedding."""
         return (
             HEAD not in node.name
             and helper.get_node_attr_value(node, "bits") in (4, 8)
@@ -94,7 +94,7 @@ class _Stored:
         )
 
     def product(self, node: NodeProto, name: str, exponents: tuple[int, ...]) -> QuantizedLinear:
-        """A node's line in the table."""
+        """The entry of a node in the table."""
         size = {key: int(helper.get_node_attr_value(node, key)) for key in ("N", "K", "bits", "block_size")}
         file, weights = self._place(self.tensors[node.input[1]])
         scales = self.tensors[self._scales(node)]
@@ -112,7 +112,7 @@ class _Stored:
         return product.widen(read_files(self._folder, {product.file, product.scale_file} - {""}))
 
     def leave_outside(self, graph: onnx.GraphProto) -> None:
-        """Drop tensors that no node reads; refer to large ones where they lie."""
+        """Remove tensors that no node reads; refer to large ones in their files."""
         read = {name for node in graph.node for name in node.input}
         kept = [t for t in graph.initializer if t.name in read]
         graph.ClearField("initializer")
@@ -134,13 +134,13 @@ class _Stored:
             return where["location"], int(where.get("offset", 0))
         at = self._bytes.find(tensor.raw_data) if tensor.raw_data else -1
         if at < 0:
-            raise ExportError(f"{self._name}: {tensor.name} does not lie there byte by byte")
+            raise ExportError(f"{self._name}: the bytes of {tensor.name} are not in the file")
         return self._name, at
 
 
 def _smooth(graph: onnx.GraphProto, chosen: Collection[str], stored: _Stored) -> dict[str, tuple[int, ...]]:
-    """Have each LayerNorm that feeds products alone, known by what they write, divide its channels by powers of two;
-    returns the exponents."""
+    """Let each LayerNorm that feeds only ``chosen`` products, given by their outputs, divide its channels by powers of
+    two; returns the exponents."""
     found: dict[str, tuple[int, ...]] = {}
     for norm in [node for node in graph.node if node.op_type == "LayerNormalization" and len(node.input) == 3]:
         output = norm.output[0]
@@ -166,18 +166,18 @@ def _smooth(graph: onnx.GraphProto, chosen: Collection[str], stored: _Stored) ->
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
-    """Put nodes into a graph, but for those whose results nothing reads any more."""
+    """Replace the nodes of a graph, without nodes whose results are not used."""
     read = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
     kept = [node for node in nodes if any(name in read for name in node.output)]
     for node in kept:
-        node.ClearField("metadata_props")  # where in torch it came from, longer than all the rest
+        node.ClearField("metadata_props")  # its module in torch, longer than all the rest
     graph.ClearField("node")
     graph.node.extend(kept)
     graph.ClearField("value_info")
 
 
 def _made_at_loading(name: str, kind: int, shape: tuple[int, ...]) -> TensorProto:
-    """A tensor that the runtime makes: it lies in no file."""
+    """A tensor that the runtime computes when it loads the graph."""
     return _external(name, kind, shape, "made-at-loading", 0, 0)
 
 
@@ -198,9 +198,9 @@ def _function(name: str, inputs: list[str], outputs: list[str], nodes: list[Node
 
 
 def _round() -> FunctionProto:
-    """float32 [..., K] → uint8 [..., K] around 128, and the largest of each row, float32 [..., 1].
+    """float32 [..., K] → uint8 [..., K] around 128, and the largest absolute value of each row, float32 [..., 1].
 
-    A row of zeros becomes NaN and some integers, which its largest, 0, makes zeros again.
+    A row of zeros becomes NaN and arbitrary integers; multiplied by its largest value, 0, they are zeros again.
     """
     node = helper.make_node
     return _function(
@@ -252,8 +252,8 @@ def _divide() -> FunctionProto:
 
 
 def write_probe(path: Path) -> None:
-    """Write the graph with which :func:`cbedge.backends.int8.multiplies_exactly` checks a processor: one layer whose
-    weights all have the largest value, since ONNX Runtime treats constant weights in its own way."""
+    """Write the graph with which :func:`cbedge.backends.int8.multiplies_exactly` tests a processor: one layer whose
+    weights are constants with the largest value."""
     weights = numpy_helper.from_array(np.full((PROBE_DEPTH, 32), 127, np.int8), "right")
     product = helper.make_node("MatMulInteger", ["left", "right"], ["products"])
     left, products = (

@@ -19,32 +19,32 @@ from training.trained import stage_folders
 
 
 class LanguageWeights:
-    """The language model's weights in a folder of safetensors, read tensor by tensor.
+    """The language model's weights in a folder of safetensors, read one tensor at a time.
 
     Args:
-        folder: an InstructBLIP checkpoint, or that of a language model alone.
+        folder: an InstructBLIP checkpoint, or only a language model.
 
     Raises:
-        ExportError: the folder holds no safetensors.
+        ExportError: the folder has no safetensors.
     """
 
     def __init__(self, folder: Path):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ExportError(f"{folder} holds no .safetensors: save the checkpoint in that format")
+            raise ExportError(f"{folder} has no .safetensors: save the checkpoint in that format")
         self._names: dict[Path, list[str]] = {}
         for path in files:
             with safe_open(str(path), "pt") as file:
                 self._names[path] = list(file.keys())
-        # InstructBLIP's names have "language_model." somewhere before those of the language model alone.
+        # In an InstructBLIP checkpoint, "language_model." stands somewhere before the language model's own names.
         names = [name for held in self._names.values() for name in held]
         self._prefix = next((n[: n.index("language_model.") + 15] for n in names if "language_model." in n), "")
 
     def part(self, first: int, count: int, ends: bool) -> dict[str, Tensor]:
-        """Weights of ``count`` layers in fp32, numbered from 0; embedding, last norm and head where ``ends``."""
+        """Weights of ``count`` layers in fp32, numbered from 0; with ``ends`` also embedding, last norm and head."""
         found = {}
         for path, names in self._names.items():
-            with safe_open(str(path), "pt") as file:  # opened anew each time: what was read is held no longer
+            with safe_open(str(path), "pt") as file:  # reopened each time, which frees what was read
                 for name in names:
                     if not name.startswith(self._prefix):
                         continue
@@ -61,14 +61,14 @@ class LanguageWeights:
 def load_part(
     config: Any, weights: LanguageWeights, adapters: list[Path], first: int, count: int, ends: bool
 ) -> PreTrainedModel:
-    """A language model of some layers, its adapters merged, in fp32.
+    """Some layers of a language model in fp32, with adapters merged.
 
     Args:
-        config: of the whole language model.
-        weights: where they are read.
-        adapters: folders of peft adapters for the whole, in order.
-        first, count: which layers.
-        ends: with its own embedding and head; else a stand-in of eight words, for a part that nothing is read from.
+        config: configuration of the whole language model.
+        weights: where the layers are read from.
+        adapters: folders of peft adapters for the whole language model, in order.
+        first, count: the first layer and the number of layers.
+        ends: read embedding and head too; otherwise they are placeholders with eight tokens.
 
     Raises:
         ExportError: the checkpoint lacks a weight, or an adapter does not fit.
@@ -77,7 +77,7 @@ def load_part(
     config.num_hidden_layers = count
     if not ends:
         config.vocab_size, config.pad_token_id = 8, None
-        config.bos_token_id, config.eos_token_id = 1, 2  # the builder asks for them
+        config.bos_token_id, config.eos_token_id = 1, 2  # the builder needs them
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     missing = model.load_state_dict(weights.part(first, count, ends), strict=False).missing_keys
     lost = [name for name in missing if "layers." in name or (ends and "lm_head" not in name)]
@@ -97,7 +97,7 @@ def _merge(model: PreTrainedModel, folder: Path, first: int, count: int) -> PreT
     adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
     unexpected = set_peft_model_state_dict(adapted, values).unexpected_keys
     if unexpected:
-        raise ExportError(f"{folder} does not fit this checkpoint: it holds {unexpected[0]}")
+        raise ExportError(f"{folder} does not fit this checkpoint: it has {unexpected[0]}")
     return adapted.merge_and_unload()
 
 
@@ -106,7 +106,7 @@ def _renumber(name: str, layer: re.Match[str], by: int) -> str:
 
 
 def language_adapters(folders: list[Path]) -> list[Path]:
-    """The language model's adapters in the stages of runs, the newest of each run, which holds all that it learnt."""
+    """The language model's newest adapter of each run, which contains those of earlier stages."""
     found = []
     for folder in folders:
         stages = [stage / "adapters" / "language" for stage in stage_folders(folder)]

@@ -1,4 +1,4 @@
-"""``python -m export.layers``: export a checkpoint that is too large to be held in fp32, some layers at a time.
+"""Export a checkpoint that is too large for memory in fp32, some layers at a time.
 
 Seven billion weights in fp32 do not fit a workstation's memory. This command reads a few layers of the checkpoint,
 merges their adapters, writes them as a graph, quantizes it, and frees the memory before it reads the next layers. The
@@ -20,20 +20,14 @@ import typer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from cbedge.errors import OutputError
+from export.blockwise import Int4Settings, narrow_scales, quantize_language_model
 from export.bundle import ModelInfo, Origin, VariantFiles, describe, write_packed
 from export.console import Steps, Verbose, run
+from export.embedding import write_embedding
 from export.graphs import build_decoder, export_image_graphs
+from export.half import to_half
 from export.layer_weights import LanguageWeights, language_adapters, load_part
-from export.quantize import (
-    SUFFIX,
-    Int4Settings,
-    narrow_scales,
-    quantize_image_side,
-    quantize_language_model,
-    settings_of,
-    to_half,
-    write_embedding,
-)
+from export.quantize import SUFFIX, quantize_image_side, settings_of
 from export.stitch import Stitcher, number_layers
 from export.tracing import DECODER, EMBED, HEAD, ExportError
 from training.base import ModelAndTokenizers
@@ -180,9 +174,9 @@ def main_command(
     if variant not in ("fp32", "int8", "int4", "q4f16"):
         raise ExportError(f"unknown variant {variant[:20]!r}; give fp32, int8, int4 or q4f16")
     if not (checkpoint / "config.json").is_file():
-        raise ExportError(f"{checkpoint} is no folder of a checkpoint: it has no config.json")
+        raise ExportError(f"{checkpoint} is not a checkpoint: it has no config.json")
     if out.exists():
-        raise OutputError(f"{out} is there already: give another folder")
+        raise OutputError(f"{out} exists already: give another folder")
     if block_size not in (32, 64, 128):
         raise ExportError(f"unknown block size {block_size}; give 32, 64 or 128")
     runs, steps = adapters or [], Steps()
@@ -193,7 +187,7 @@ def main_command(
         info = ModelInfo(name, version, licence, Origin.of(str(checkpoint), runs), data=data)
         bundle_by_layers(settings, out, info, steps)
     elif settings.half:
-        raise ExportError("q4f16 is for a whole model, and this is a language model alone: give fp32, int8 or int4")
+        raise ExportError("q4f16 needs a whole model, and this is only a language model: give fp32, int8 or int4")
     else:
         out.mkdir(parents=True)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)

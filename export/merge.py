@@ -1,4 +1,4 @@
-"""Put the adapters into the weights, and prove that the merged model says the same."""
+"""Merge the adapters into the weights, and check that the logits stay the same."""
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ class MergeError(ValueError):
 
 @torch.inference_mode()
 def merge(parts: ModelAndTokenizers) -> float:
-    """Merge every adapter into the model, in place; returns the largest difference of any logit in fp32, as a share of
-    the largest logit.
+    """Merge all adapters into the model, in place; returns the largest difference of a logit, relative to the largest
+    logit.
 
-    The share is what can be asserted: logits reach 40 and pass 14 to 40 layers, so that fp32 alone, merged or not, is
-    some 3e-4 away from fp64, while in fp64 merged and unmerged differ by 5e-6.
+    A relative tolerance is needed: logits reach 40 after 14 to 40 layers, so fp32, merged or not, differs from fp64 by
+    about 3e-4, while in fp64 merged and unmerged differ by 5e-6.
 
     Raises:
-        MergeError: the share is above :data:`MERGE_TOLERANCE`.
+        MergeError: the relative difference is above :data:`MERGE_TOLERANCE`.
     """
     before = _probe_logits(parts)
     merge_adapters(parts)
@@ -39,7 +39,7 @@ def merge(parts: ModelAndTokenizers) -> float:
 
 
 def _probe_logits(parts: ModelAndTokenizers) -> Tensor:
-    """Logits of two fixed smooth random images with a prompt each, at the text's positions, float32 [2, L, V]."""
+    """Logits of two fixed random images with a prompt, at the positions of the text, float32 [2, L, V]."""
     model = parts.model
     size = model.config.vision_config.image_size
     shades = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,6 +49,6 @@ def _probe_logits(parts: ModelAndTokenizers) -> Tensor:
     instruction = parts.qformer_tokenizer(["Describe the chest radiograph."] * 2, return_tensors="pt")
     _, projected = query_image(model, encode_images(model, pixels), instruction.input_ids, instruction.attention_mask)
     embeds, words = embed_inputs(model, ids, projected), ids[:, model.config.num_query_tokens :]
-    if not model.config.use_decoder_only_language_model:  # its decoder is given the prompt's words to read
+    if not model.config.use_decoder_only_language_model:  # its decoder gets the prompt
         return model.language_model(inputs_embeds=embeds, decoder_input_ids=words).logits.float()
     return model.language_model(inputs_embeds=embeds).logits.float()[:, -words.shape[1] :]

@@ -14,17 +14,12 @@ from training.base import ModelAndTokenizers, load_model
 
 
 def write_nf4(parts: ModelAndTokenizers, folder: Path) -> list[Path]:
-    """Quantize a merged fp32 model into ``folder``; returns the files that the variant reads.
-
-    Args:
-        parts: the merged model.
-        folder: where to write.
-    """
+    """Quantize a merged fp32 model into ``folder``; returns the files of the variant."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         merged, packed = Path(scratch) / "merged", Path(scratch) / "packed"
         for config in (parts.model.config, parts.model.language_model.config, parts.model.config.text_config):
             if getattr(config, "quantization_config", None) is not None:
-                del config.quantization_config  # how the base weights came, not how they are now
+                del config.quantization_config  # of the base weights; these are in fp32
         parts.save(merged)
         load_model(str(merged), merged, "nf4").model.save_pretrained(packed, max_shard_size="1000GB")
         for ours, theirs in FILES.items():

@@ -1,4 +1,4 @@
-"""Compare what was exported with torch: each graph's numbers, and the tokens that come out of the whole."""
+"""Compare exported variants with torch: the output of each graph, and the tokens of whole drafts."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 
 @dataclass(frozen=True)
 class Case:
-    """One radiograph, float32 [1, 3, S, S], with its context."""
+    """One radiograph, float32 [1, 3, S, S], and its context."""
 
     pixels: np.ndarray
     context: ClinicalContext
@@ -35,14 +35,14 @@ class Case:
 
 @dataclass(frozen=True)
 class VariantParity:
-    """How far one variant's graphs are from torch in fp32.
+    """Differences of one variant from torch in fp32.
 
     Attributes:
-        megabytes: of its graphs.
-        graph_errors: largest absolute error of each graph, given torch's own inputs.
-        relative_errors: the same errors' Euclidean norm as a share of the output's.
-        token_agreement: share of torch's tokens that the variant, having read the same before, also chooses.
-        drafts_equal: share of whole drafts that are equal.
+        megabytes: size of its files in MB.
+        graph_errors: largest absolute error of each graph, with torch's inputs.
+        relative_errors: relative error of each graph, by Euclidean norm.
+        token_agreement: share of torch's tokens that the variant also chooses after the same tokens.
+        drafts_equal: share of equal drafts.
     """
 
     megabytes: float
@@ -54,14 +54,14 @@ class VariantParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the exported graphs are from torch in fp32.
+    """Differences of the exported variants from torch in fp32.
 
     Attributes:
-        merge_error: largest difference of any logit between merged and unmerged model, as a share of the largest logit.
-        cases: studies that were compared.
+        merge_error: largest difference of a logit between merged and unmerged model, relative to the largest logit.
+        cases: number of studies.
         source: where the radiographs come from.
-        fp32_cases, fp32_equal: drafts of up to 64 tokens compared in fp32, and how many are equal token by token.
-        variants: the exported variants, and ``fp32``.
+        fp32_cases, fp32_equal: number of drafts of up to 64 tokens compared in fp32, and of equal ones.
+        variants: the exported variants and ``fp32``.
     """
 
     merge_error: float
@@ -75,29 +75,25 @@ class Parity:
         """The parity table for the model card and the terminal."""
         kinds = list(next(iter(self.variants.values())).graph_errors)
         lines = [
-            "| variant | MB | torch's token | equal drafts | " + " | ".join(kinds) + " |",
+            "| variant | MB | equal tokens | equal drafts | " + " | ".join(kinds) + " |",
             "| --- |" + " ---: |" * (3 + len(kinds)),
         ]
         for name, v in self.variants.items():
             errors = " | ".join(f"{v.graph_errors[k]:.1e} ({v.relative_errors[k]:.1%})" for k in kinds)
             lines.append(f"| {name} | {v.megabytes:.1f} | {v.token_agreement:.1%} | {v.drafts_equal:.0%} | {errors} |")
-        return "\n".join(
-            [
-                *lines,
-                "",
-                f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *torch's token*: share of "
-                "positions at which the variant, having read the same before, chooses torch's token in fp32. "
-                "Errors of graphs: largest absolute, and Euclidean as a share of the output.",
-                f"- Adapters merged: fp32 logits within {self.merge_error:.1e} of the unmerged model's, as "
-                "a share of the largest.",
-                f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens "
-                "equal torch's.",
-            ]
-        )
+        lines += [
+            "",
+            f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *Equal tokens*: share of "
+            "positions at which the variant chooses the token of torch in fp32 after the same tokens. Errors of graphs "
+            "are the largest absolute error and the relative error (Euclidean norm).",
+            f"- Merging the adapters changes the fp32 logits by at most {self.merge_error:.1e} of the largest logit.",
+            f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
+        ]
+        return "\n".join(lines)
 
 
 def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tuple[list[Case], str]:
-    """Validation studies of IU X-RAY where ``data`` is given, else the example radiograph under several indications."""
+    """Validation studies of IU X-RAY at ``data``; without it, the example radiograph with several indications."""
     if data is not None:
         from training.datasets.iu_xray import read_studies
 
@@ -107,7 +103,7 @@ def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tupl
     pixels = preprocess_radiograph(load_radiograph(EXAMPLE), settings)
     indications = (None, "cough", "chest pain", "shortness of breath", "fever", "preoperative evaluation")
     contexts = [ClinicalContext(indication=words, view="frontal") for words in indications]
-    return [Case(pixels, c) for c in contexts][:count], "the example radiograph under several indications"
+    return [Case(pixels, c) for c in contexts][:count], "the example radiograph with several indications"
 
 
 @torch.inference_mode()
@@ -121,16 +117,16 @@ def compare(
     fp32_cases: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
-    """Measure parity of every variant, ``fp32`` among them, against the merged torch model.
+    """Compare every variant, including ``fp32``, with the merged torch model.
 
     Args:
         parts: the merged model.
-        backends: open each variant; one is open at a time.
-        megabytes: size of each variant.
-        cases, source: of :func:`parity_cases`.
-        merge_error: what :func:`export.merge.merge` returned.
-        fp32_cases: how many drafts are compared token by token in fp32.
-        progress: is told how many drafts are done, of how many.
+        backends: functions that open a variant; one is open at a time.
+        megabytes: size of each variant in MB.
+        cases, source: from :func:`parity_cases`.
+        merge_error: from :func:`export.merge.merge`.
+        fp32_cases: number of drafts that are compared token by token in fp32.
+        progress: gets the number of finished drafts, and of all drafts.
     """
     reference = TorchReference(parts)
     wanted = []
@@ -163,13 +159,13 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Look:
-    """What torch makes of one radiograph before the language model reads.
+class TorchReading:
+    """Output of torch for one radiograph before the language model.
 
     Attributes:
-        features: of the vision encoder, float32 [1, P, H].
+        features: output of the vision encoder, float32 [1, P, H].
         projected: image embeddings, float32 [1, Q, D].
-        finding_logits: float32 [T], or ``None`` where the model is not told what it sees.
+        finding_logits: float32 [T], or ``None`` without a finding head.
         prompt: token ids of image placeholders and prompt.
     """
 
@@ -180,7 +176,7 @@ class Look:
 
 
 class TorchReference:
-    """The merged torch model, asked the way the runtime asks its graphs."""
+    """The merged torch model, used as the runtime uses its graphs."""
 
     def __init__(self, parts: ModelAndTokenizers):
         self.parts = parts
@@ -190,38 +186,38 @@ class TorchReference:
         """The Q-Former's tokens of the instruction, int64 [1, I]."""
         return encode_instructions(self.parts, [case.context])["input_ids"]
 
-    def look(self, case: Case) -> Look:
-        """What vision encoder, Q-Former and finding head make of the image."""
+    def read(self, case: Case) -> TorchReading:
+        """The output of vision encoder, Q-Former and finding head."""
         ids = self.instruction(case)
         features = encode_images(self.parts.model, torch.from_numpy(case.pixels))
         output, projected = query_image(self.parts.model, features, ids, torch.ones_like(ids))
         head = self.parts.finding_head
         prompt = encode_prompt(self.parts, case.context, head.read(output)[0] if head else None)
-        return Look(features, projected, head.logits(output)[0] if head else None, prompt)
+        return TorchReading(features, projected, head.logits(output)[0] if head else None, prompt)
 
     def embeds(self, case: Case) -> torch.Tensor:
         """The language model's input, float32 [1, L, D]."""
-        look = self.look(case)
-        return embed_inputs(self.parts.model, torch.tensor([look.prompt]), look.projected)
+        reading = self.read(case)
+        return embed_inputs(self.parts.model, torch.tensor([reading.prompt]), reading.projected)
 
     def greedy(self, case: Case) -> list[int]:
-        """Up to 64 greedy tokens, the stop token included."""
+        """Up to 64 greedy tokens, including the stop token."""
         out = self.begin(self.embeds(case))
         tokens: list[int] = []
         while True:
             tokens.append(int(out.logits[0, -1].argmax()))
             if tokens[-1] in self.stop_ids or len(tokens) == GREEDY_TOKENS:
                 return tokens
-            out = self._go_on(tokens[-1], out)
+            out = self._advance(tokens[-1], out)
 
     def begin(self, embeds: torch.Tensor) -> ModelOutput:
-        """What the language model answers to its input, float32 [1, L, D]: logits, and its cache."""
+        """Logits and cache of the language model for its input, float32 [1, L, D]."""
         model, start = self.parts.model.language_model, start_ids(self.parts)
         if not start:
             return model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
         return model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([start]), use_cache=True)
 
-    def _go_on(self, token: int, out: ModelOutput) -> ModelOutput:
+    def _advance(self, token: int, out: ModelOutput) -> ModelOutput:
         model, ids, past = self.parts.model.language_model, torch.tensor([[token]]), out.past_key_values
         if not start_ids(self.parts):
             return model(input_ids=ids, past_key_values=past, use_cache=True)
@@ -245,7 +241,7 @@ def _greedy(backend: Backend, reference: TorchReference, case: Case) -> list[int
 
 
 def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
-    """The variant's choice at every position, given torch's tokens before it."""
+    """The variant's token at every position after torch's tokens."""
     embeds = _onnx_embeds(backend, reference, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
     logits = decoder.prefill(embeds)
@@ -256,22 +252,22 @@ def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: lis
 
 
 def _graph_errors(reference: TorchReference, backend: Backend, case: Case) -> tuple[dict[str, float], dict[str, float]]:
-    """Each graph on torch's own inputs, so that one graph's error does not count for the next: absolute, relative."""
+    """Absolute and relative errors of each graph with torch's inputs, so that errors do not add up."""
     model, ids = reference.parts.model, reference.instruction(case)
-    look = reference.look(case)
-    prompt = np.array([look.prompt[look.projected.shape[1] :]], np.int64)
+    reading = reference.read(case)
+    prompt = np.array([reading.prompt[reading.projected.shape[1] :]], np.int64)
     tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
-    embeds = embed_inputs(model, torch.tensor([look.prompt]), look.projected)
+    embeds = embed_inputs(model, torch.tensor([reading.prompt]), reading.projected)
     logits = reference.begin(embeds).logits[0, -1]
-    image_embeds, _, finding_logits = backend.query_image(look.features.numpy(), ids.numpy())
+    image_embeds, _, finding_logits = backend.query_image(reading.features.numpy(), ids.numpy())
     pairs = {
-        "vision_encoder": (backend.encode_image(case.pixels), look.features),
-        "qformer": (image_embeds, look.projected),
+        "vision_encoder": (backend.encode_image(case.pixels), reading.features),
+        "qformer": (image_embeds, reading.projected),
         "embed_tokens": (backend.embed_tokens(prompt), tokens),
         "decoder_model_merged": (backend.new_decoder(embeds.shape[1]).prefill(embeds.numpy()), logits),
     }
-    if finding_logits is not None and look.finding_logits is not None:
-        pairs["qformer, findings"] = (finding_logits, look.finding_logits)
+    if finding_logits is not None and reading.finding_logits is not None:
+        pairs["qformer, findings"] = (finding_logits, reading.finding_logits)
     absolute, relative = {}, {}
     for kind, (ours, theirs) in pairs.items():
         true = theirs.float().numpy()

@@ -1,4 +1,4 @@
-"""What a bundle's phrasebook is made of: training reports, and what the model itself writes of training studies."""
+"""Build a bundle's phrasebook from training reports and from the model's own drafts of training studies."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,25 +11,25 @@ from training.datasets import open_studies
 from training.datasets.studies import Study
 from training.drafting import Request, RuntimeDrafter
 
-DRAFTS_WEIGH = 3  # as much as a radiologist's report: what a draft goes on with is the model's word
+DRAFT_WEIGHT = 3  # relative to a training report, because the model continues its own words
 
 
 def report_phrases(tokenizer: Tokenizer, stop_id: int, data: Path, limit: int | None = None) -> list[list[int]]:
-    """The tokens of the training reports at ``data``, each with the token that ends it."""
+    """Token ids of the training reports at ``data``, each with the stop token."""
     return _encode(tokenizer, stop_id, [study.target for study in open_studies(data, ("train",), limit)])
 
 
 def phrasebook_of(folder: Path, data: Path, limit: int | None, tell: Callable[[int, int], None]) -> Phrasebook:
-    """A phrasebook of training reports and of a bundle's drafts of the same studies.
+    """A phrasebook from training reports and a bundle's drafts of the same studies.
 
-    Each study is drafted twice, kept to the usual template and not; of every second one the lateral radiograph is read,
-    too, where there is one and the model reads it.
+    Each study is drafted twice, with the usual template and without one. Every second study is read with its lateral
+    radiograph, if it has one and the model can read it.
 
     Args:
-        folder: of the bundle, whose usual variant for this machine writes.
-        data: IU X-RAY or MIMIC-CXR-JPG.
-        limit: only the first so many studies.
-        tell: is told how many drafts are written, and of how many.
+        folder: the bundle; its preferred variant for this machine writes the drafts.
+        data: IU X-RAY or MIMIC-CXR-JPG folder.
+        limit: largest number of studies.
+        tell: gets the number of finished drafts, and of all drafts.
 
     Raises:
         ValueError: ``data`` has no train study.
@@ -50,7 +50,7 @@ def phrasebook_of(folder: Path, data: Path, limit: int | None, tell: Callable[[i
         drafts += drafter.draft(requests, count)
     tokenizer, stop_id = Tokenizer.from_file(str(folder / TOKENIZER)), open_bundle(folder).manifest.stop_ids[0]
     written = _encode(tokenizer, stop_id, drafts)
-    return Phrasebook.compile([*report_phrases(tokenizer, stop_id, data, limit), *DRAFTS_WEIGH * written])
+    return Phrasebook.compile([*report_phrases(tokenizer, stop_id, data, limit), *DRAFT_WEIGHT * written])
 
 
 def _request(study: Study, frontal_alone: bool) -> Request:

@@ -9,6 +9,7 @@ from pathlib import Path
 from cbedge.backends.int8 import multiplies_exactly
 from cbedge.bundles.bundle import Bundle
 from cbedge.bundles.manifest import IN_INT8
+from export.blockwise import ALGORITHMS, Int4Settings
 from export.bundle import ModelInfo, VariantFiles, check, describe, write_packed
 from export.console import Steps
 from export.gptq import Rounded, can_be_rounded
@@ -16,7 +17,7 @@ from export.graphs import export_graphs
 from export.merge import merge
 from export.nf4 import write_nf4
 from export.parity import Parity
-from export.quantize import ALGORITHMS, ALIASES, HALF, NF4, VARIANTS, Int4Settings, round_for, write_variant
+from export.quantize import ALIASES, HALF, NF4, VARIANTS, round_for, write_variant
 from export.tracing import HEAD
 from export.vocabulary import COMMON, domain_texts, restrict_vocabulary
 from training.base import ModelAndTokenizers

@@ -1,9 +1,9 @@
-"""``python -m export.restore``: an InstructBLIP checkpoint out of a bundle, to train on or to feed other engines.
+"""Restore an InstructBLIP checkpoint from a bundle, to train it further or to use it in other engines.
 
-A bundle holds graphs, not a checkpoint, and the run that made it may be gone. But its graphs still tell of every weight
-whose it is: those that torch traced by the module that each node came from, the decoder, which ONNX Runtime GenAI's
-builder writes, by layer. What was rounded to 4 or 8 bits comes back as what it was rounded to: the checkpoint computes
-what the bundle computes, not what was there before rounding. Language models of the LLaMA family are restored.
+A bundle has graphs and no checkpoint. Its graphs still tell where each weight belongs: nodes traced by torch name their
+module, and nodes of the decoder, which ONNX Runtime GenAI's builder writes, name their layer. Weights in 4 or 8 bits
+are restored as they were rounded, so the checkpoint computes what the bundle computes. Only language models of the
+LLaMA family can be restored.
 """
 
 import re
@@ -78,19 +78,19 @@ def _check_target(out: Path, force: bool) -> None:
     if not force:
         raise RestoreError(f"{out} exists already: give --force to replace it")
     if not (out / "config.json").is_file():
-        raise RestoreError(f"{out} is there and is not a checkpoint: give another folder, nothing was written")
+        raise RestoreError(f"{out} exists and is not a checkpoint: give another folder; nothing was written")
 
 
 def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
-    """The model of a bundle in torch, fp32, with its tokenizers and what it is told of the image.
+    """The model of a bundle in torch, in fp32, with its tokenizers and finding head.
 
     Args:
-        bundle: with ONNX graphs.
-        variant: whose weights; the bundle's default otherwise.
+        bundle: a bundle with ONNX graphs.
+        variant: the variant with the weights; default is the bundle's default.
 
     Raises:
         BundleError: there is no such variant.
-        RestoreError: the variant has no ONNX graphs, or graphs of another origin.
+        RestoreError: the variant has no ONNX graphs, or they were not written by this export.
     """
     name, chosen = bundle.variant(variant)
     if not chosen.graphs:
@@ -123,7 +123,7 @@ def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
 def _config(
     bundle: Bundle, graphs: dict[str, Graph], state: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerFast
 ) -> InstructBlipConfig:
-    """What the weights' shapes and the nodes' attributes say of the model."""
+    """The configuration, from the shapes of weights and the attributes of nodes."""
     shapes, patch = bundle.manifest.shapes, state["vision_model.embeddings.patch_embedding.weight"]
     image_token = next((t for t in _IMAGE_TOKENS if t in tokenizer.get_vocab()), None)
     if image_token is None:
@@ -166,13 +166,13 @@ def _text_config(bundle: Bundle, graphs: dict[str, Graph], tokenizer: PreTrained
     attention = next((n for n in decoder.nodes if n.op_type == "GroupQueryAttention"), None)
     gate = next((n for n in decoder.nodes if n.name.startswith("/model/layers.0/mlp/gate_proj/")), None)
     if attention is None or gate is None:
-        raise RestoreError("the decoder is no LLaMA, the only family that is restored")
+        raise RestoreError("the decoder is no LLaMA, and only that family can be restored")
     weight = decoder.linear(gate)
     head = next(n for n in decoder.nodes if n.name.startswith("/lm_head/MatMul"))
     table, words = graphs[EMBED].table(), decoder.linear(head)
     if weight is None or words is None:
         raise RestoreError("the decoder's weights are not in its graph")
-    # Position 1 turns the last pair of a head by theta^(2/d - 1); known to seven digits, as the table is fp32.
+    # Position 1 rotates the last pair of a head by theta^(2/d - 1); the fp32 table gives seven digits.
     angle = np.arcsin(np.float64(decoder.array("sin_cache")[1, -1]))
     theta = float(f"{angle ** (-1 / (1 - 2 / shapes.head_size)):.5g}")
     return LlamaConfig(
@@ -198,7 +198,7 @@ def _indices(state: dict[str, np.ndarray], pattern: str) -> list[int]:
 
 
 def _epsilon(graph: Graph, kind: str) -> float:
-    """Of the graph's normalizations, which keep it in fp32: 1e-5 comes as 0.0000099999997."""
+    """Epsilon of the graph's normalizations, rounded because fp32 stores 1e-5 as 0.0000099999997."""
     node = next((n for n in graph.nodes if n.op_type == kind), None)
     if node is None:
         raise RestoreError(f"a graph has no {kind}: it was not written by this export")
@@ -210,7 +210,7 @@ def _activation(graph: Graph) -> str:
 
 
 def _heads(graph: Graph) -> int:
-    """The number of attention heads: where a reshape splits the width, it is the last but one of the shape."""
+    """The number of attention heads: the last but one dimension of a reshape that splits the width."""
     for node in graph.nodes:
         if node.op_type == "Reshape" and node.input[1] in graph.tensors:
             shape = graph.array(node.input[1])
@@ -229,9 +229,9 @@ def _language_tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
 
 
 def _finding_head(graph: Graph, bundle: Bundle) -> FindingHead | None:
-    """The head that reads findings: the last product of the graph, and the lookup of its queries."""
-    told = bundle.manifest.image_findings
-    if told is None:
+    """The finding head: the last product of the graph, and the lookup of its queries."""
+    findings = bundle.manifest.image_findings
+    if findings is None:
         return None
     made = {output: node for node in graph.nodes for output in node.output}
     add = made["finding_logits"]
@@ -243,7 +243,7 @@ def _finding_head(graph: Graph, bundle: Bundle) -> FindingHead | None:
     while not node.op_type.startswith("Gather"):
         node = made[node.input[0]]
     queries = tuple(int(i) for i in graph.array(node.input[1]).ravel())
-    return FindingHead(queries, torch.tensor(graph.array(weight)), torch.tensor(graph.array(bias)), told)
+    return FindingHead(queries, torch.tensor(graph.array(weight)), torch.tensor(graph.array(bias)), findings)
 
 
 def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarray]) -> None:
@@ -251,7 +251,7 @@ def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarr
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
     last = model.config.qformer_config.num_hidden_layers - 1
-    unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")  # of the instruction's words
+    unread = re.compile(rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\.")  # of the instruction
     for name in missing:
         if unread.match(name):
             model.get_parameter(name).data.zero_()

@@ -1,4 +1,4 @@
-"""Join the graphs of a decoder's layers into one, part by part."""
+"""Join the graphs of a decoder's layers into one graph, one part at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SMALL = 1024  # bytes of a weight that stays in the graph itself
 
 
 class Stitcher:
-    """A decoder's graph that grows part by part; weights go to the file beside it as they come.
+    """A decoder's graph that grows with each part; weights are written to its external file at once.
 
     Args:
-        path: of the graph; its data are ``<name>.onnx_data``.
+        path: path of the graph; the weights are written to ``<name>.onnx_data``.
     """
 
     def __init__(self, path: Path):
@@ -28,10 +28,10 @@ class Stitcher:
         self._whole: ModelProto | None = None
         self._known: set[str] = set()
         self._input = "inputs_embeds"
-        self._open: list[str] = []  # what the last part hands on, not yet added up
+        self._open: list[str] = []  # the two summands that the last part passes on
 
     def add(self, part: ModelProto, last: bool) -> None:
-        """Join the next part, whose layers have their own numbers already."""
+        """Join the next part; its layers must have their final numbers."""
         if self._whole is None:
             self._whole = ModelProto()
             self._whole.CopyFrom(part)
@@ -68,7 +68,7 @@ class Stitcher:
             onnx.save(self._whole, str(self._path))
 
     def _open_end(self, nodes: list[NodeProto]) -> list[NodeProto]:
-        """Take off last norm and head; what the norm adds up is handed on."""
+        """Remove last norm and head; the summands of the norm are passed to the next part."""
         end = next((i for i, node in enumerate(nodes) if "final_norm_layernorm" in node.name), None)
         if end is None:
             raise ExportError(_OTHER_GRAPH)
@@ -76,7 +76,7 @@ class Stitcher:
         return nodes[:end]
 
     def _close_end(self, nodes: list[NodeProto]) -> list[NodeProto]:
-        """Let a part's first norm, which read the embeddings, add up what the part before hands on."""
+        """Let the first norm of a part, which reads the embeddings, add the summands of the previous part."""
         if not self._open:
             return nodes
         first = next((i for i, node in enumerate(nodes) if node.op_type == "SimplifiedLayerNormalization"), None)
@@ -109,7 +109,7 @@ class Stitcher:
 
 
 def number_layers(graph: ModelProto, by: int) -> None:
-    """Give a part's layers their numbers in the whole, in every name, in place."""
+    """Add ``by`` to the layer numbers in all names of a part, in place."""
 
     def renamed(name: str) -> str:
         return _LAYER.sub(lambda match: f"{match[1]}.{int(match[2]) + by}", name)

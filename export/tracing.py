@@ -1,4 +1,4 @@
-"""Names of the graphs, and how a module becomes one."""
+"""Names of the graphs, and tracing a module as a graph."""
 
 import tempfile
 from pathlib import Path
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 LARGEST_GRAPH = 1_500_000_000  # bytes of weights in one file; InstructBLIP's vision encoder has 4 GB in fp32
 VISION, QFORMER, EMBED, DECODER = "vision_encoder", "qformer", "embed_tokens", "decoder_model_merged"
-HEAD = "lm_head"  # what keeps 8 bits where GPTQ rounds all else: it is the embedding too, and chooses the tokens
+HEAD = "lm_head"  # keeps 8 bits where GPTQ rounds all other weights: it is also the embedding, and chooses the tokens
 SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the module that it was traced from
-ENCODER = "encoder_model"  # of a language model that has one
+ENCODER = "encoder_model"  # only of an encoder-decoder
 
 
 class ExportError(ValueError):
@@ -28,15 +28,15 @@ def trace(
     dynamic: dict | None,
     within: bool = True,
 ) -> None:
-    """Write a module as a graph.
+    """Trace a module, and write its graph.
 
     Args:
-        module: what is traced.
-        inputs: examples.
-        path: of the graph.
-        names, outputs: of the graph's inputs and outputs.
-        dynamic: sizes that may differ, by the arguments of the module's ``forward``.
-        within: as of :func:`save_graph`.
+        module: the module.
+        inputs: example inputs.
+        path: path of the graph.
+        names, outputs: names of the graph's inputs and outputs.
+        dynamic: dynamic dimensions of each argument of ``forward``.
+        within: as in :func:`save_graph`.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -62,10 +62,10 @@ def trace(
 
 
 def skip_unread(graph: onnx.ModelProto) -> None:
-    """Take out of a graph, in place, what only goes into a part that is sliced away again.
+    """Remove the nodes of a graph, in place, whose results are sliced away later.
 
-    The Q-Former's last layer works on the words of the instruction too, joins them to the queries, and the queries
-    alone are read: ``Slice(Concat(queries, words), 0, Q)`` is ``queries``.
+    The Q-Former's last layer also computes the tokens of the instruction and joins them to the queries, but only the
+    queries are used: ``Slice(Concat(queries, tokens), 0, Q)`` is ``queries``.
     """
     nodes = graph.graph.node
     constants = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer if t.data_type == TensorProto.INT64}
@@ -100,12 +100,12 @@ def skip_unread(graph: onnx.ModelProto) -> None:
 
 
 def save_graph(graph: onnx.ModelProto, path: Path, within: bool = False) -> None:
-    """Write a graph with its weights in ``<name>.onnx_data`` beside it, as one new pair of files.
+    """Write a graph with its weights in ``<name>.onnx_data`` beside it; existing files are replaced.
 
     Args:
-        graph: with its weights in memory.
-        path: of the graph.
-        within: keep weights in the graph's own file where it can hold them: protobuf ends at 2 GB.
+        graph: the graph, with its weights in memory.
+        path: path of the graph.
+        within: keep the weights in the graph's file if they fit: protobuf allows 2 GB.
     """
     data = path.with_suffix(".onnx_data")
     data.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from export.gptq import Reading, Rounded, products
 
 BATCH_SIZE = 8
-LEARNING_RATE = 2e-3  # of a scale, as a share of what it was at first
+LEARNING_RATE = 2e-3  # of a scale, relative to its first value
 _WARMUP = 5
 
 
@@ -50,15 +50,15 @@ def tune_scales(
     seed: int = 0,
     tell: Callable[[int, int, float], None] = lambda step, steps, divergence: None,
 ) -> dict[str, Rounded]:
-    """The same rounded weights under better scales.
+    """Tune the scales of rounded weights.
 
     Args:
-        model: the language model in fp32, of the LLaMA family; it is left as it was.
-        rounded: of :func:`export.gptq.round_language_model`.
-        readings: of :func:`export.gptq.calibration_inputs`.
-        steps: of Adam, :data:`BATCH_SIZE` readings each.
-        seed: of their order.
-        tell: is told the step, how many there are, and the batch's divergence in nats a token.
+        model: the language model in fp32, of the LLaMA family; it is not changed.
+        rounded: from :func:`export.gptq.round_language_model`.
+        readings: from :func:`export.gptq.calibration_inputs`.
+        steps: number of steps of Adam, with :data:`BATCH_SIZE` readings each.
+        seed: random seed of their order.
+        tell: gets the step, the number of steps, and the divergence of the batch in nats per token.
     """
     model.requires_grad_(False)
     values = {name: torch.from_numpy(r.values.astype(np.float32)) - 8 for name, r in rounded.items()}
@@ -87,7 +87,7 @@ def tune_scales(
 
 @torch.no_grad()
 def divergence(model: Any, rounded: dict[str, Rounded], readings: Sequence[Reading]) -> float:
-    """How far the rounded model's next token is from the fp32 model's: mean KL divergence, nats a token."""
+    """Mean KL divergence of the rounded model's next token from the fp32 model's, in nats per token."""
     values = {name: torch.from_numpy(r.values.astype(np.float32)) - 8 for name, r in rounded.items()}
     scales = {name: torch.from_numpy(r.scales) for name, r in rounded.items()}
     wanted = _log_probabilities(model, readings)
@@ -106,7 +106,7 @@ def _order(count: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 def _log_probabilities(model: Any, readings: Sequence[Reading]) -> Tensor:
-    """Of the next token, wherever a token of the report or its end is next: float32 [tokens, V]."""
+    """Log probabilities at the positions before each token of the report and its end, float32 [tokens, V]."""
     length = max(r.embeds.shape[1] for r in readings)
     embeds = torch.cat([functional.pad(r.embeds, (0, 0, 0, length - r.embeds.shape[1])) for r in readings])
     mask = torch.zeros(embeds.shape[:2], dtype=torch.long)
@@ -120,7 +120,7 @@ def _log_probabilities(model: Any, readings: Sequence[Reading]) -> Tensor:
 
 @contextmanager
 def _rounded_products(model: Any, values: dict[str, Tensor], scales: dict[str, Tensor]) -> Iterator[None]:
-    """Let the linear layers multiply by rounded weights."""
+    """Let the linear layers use rounded weights."""
     changed: list[nn.Linear] = []
     try:
         for number, layer in enumerate(model.model.layers):

@@ -1,13 +1,13 @@
-"""A language model with the words of its domain alone: embedding and head shrink, the text stays what it was.
+"""Restrict a language model to the vocabulary of its domain: embedding and head shrink, and the text stays the same.
 
-A small model spends much of itself on words that no report holds: of SmolLM2-135M's 135 million weights 28 million are
-its table of 49,152 tokens, and every token written reads all of them. Kept are the tokens of the given texts, the
-commonest of the language, and everything that byte-pair encoding needs to build them; single bytes stay, so any text at
-all can still be encoded. A text whose tokens are all kept is encoded into the same tokens, for a merge that is taken
-away makes a token that is taken away, and so had no part in it.
+A small model has many weights for words that occur in no report: of the 135 million weights of SmolLM2-135M, 28 million
+are its table of 49,152 tokens, and the head reads all of them for every token. Kept are the tokens of the given texts,
+the most frequent tokens of the language, and all that byte-pair encoding needs to build them. Single bytes stay, so any
+text can still be encoded. A text whose tokens are all kept is encoded into the same tokens, because a removed merge
+makes a removed token.
 
-The Q-Former reads a fixed instruction and, in training, reports; of its WordPieces those of the texts are kept, and
-every single ASCII character.
+The Q-Former reads a fixed instruction and, in training, reports. Its WordPieces of those texts are kept, and all single
+ASCII characters.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "se
 
 
 def restrict_vocabulary(parts: ModelAndTokenizers, texts: Iterable[str], common: int = COMMON) -> tuple[int, int]:
-    """Take out of a merged model, in place, every token that neither the texts nor the language's core need.
+    """Remove every token from a merged model, in place, that neither the texts nor the first merges need.
 
     Args:
         parts: a merged model whose tokenizer is byte-pair encoding.
-        texts: of the domain: reports and instructions of the training split.
-        common: how many of the first merges, the language's commonest, are kept besides.
+        texts: reports and instructions of the training split.
+        common: number of the first, most frequent merges that are also kept.
 
     Returns:
-        The number of the language model's tokens before and after.
+        The numbers of the language model's tokens before and after.
 
     Raises:
         ExportError: the tokenizer is of another kind.
@@ -67,10 +67,10 @@ def restrict_vocabulary(parts: ModelAndTokenizers, texts: Iterable[str], common:
 
 
 def domain_texts(data: Path) -> list[str]:
-    """What a domain's model reads and writes: train reports, and prompts with all that can be told."""
+    """The texts of the domain: train reports, and prompts with all findings."""
     studies = read_studies(data, ("train",))
-    told = [build_prompt(ClinicalContext(view=view), (*TAGS, OTHER)) for view in ("frontal", "lateral")]
-    return [*told, *(text for s in studies for text in (s.target, build_prompt(s.context, ())))]
+    prompts = [build_prompt(ClinicalContext(view=view), (*TAGS, OTHER)) for view in ("frontal", "lateral")]
+    return [*prompts, *(text for s in studies for text in (s.target, build_prompt(s.context, ())))]
 
 
 def _kept_tokens(rules: dict[str, Any], used: set[int], common: int) -> list[int]:
@@ -79,7 +79,7 @@ def _kept_tokens(rules: dict[str, Any], used: set[int], common: int) -> list[int
     merges = [_pair(merge) for merge in rules["model"]["merges"]]
     made = {a + b: (a, b) for a, b in reversed(merges)}
     names = {i: token for token, i in vocabulary.items()}
-    wanted = {token for token in vocabulary if token not in made}  # bytes, characters, and what no merge makes
+    wanted = {token for token in vocabulary if token not in made}  # bytes, characters, and tokens without a merge
     wanted |= {names[i] for i in used if i in names} | {a + b for a, b in merges[:common]}
     waiting = list(wanted)
     while waiting:
@@ -96,7 +96,7 @@ def _left(vocabulary: dict[str, int], renumber: dict[int, int]) -> dict[str, int
 
 @torch.no_grad()
 def _restrict_query_words(parts: ModelAndTokenizers, texts: list[str]) -> None:
-    """Take out of the Q-Former, in place, the WordPieces that the texts do not need."""
+    """Remove the WordPieces from the Q-Former, in place, that the texts do not need."""
     rules = json.loads(parts.qformer_tokenizer.backend_tokenizer.to_str())
     if rules["model"]["type"] != "WordPiece":
         raise ExportError(f"the Q-Former's tokenizer is {rules['model']['type']}; only WordPiece is restricted")
@@ -166,6 +166,6 @@ def _renumber_config(parts: ModelAndTokenizers, renumber: dict[int, int]) -> Non
 
 
 def _pair(merge: Any) -> tuple[str, str]:
-    """One merge, which older files hold as ``"a b"``."""
+    """The two parts of a merge, which older files store as ``"a b"``."""
     a, b = merge.split(" ") if isinstance(merge, str) else merge
     return a, b

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant, int8, open_backend
 from cbedge.backends.int8 import QuantizedLinear, Table, read_files
+from export.blockwise import Int4Settings, quantize_language_model
 from export.int8 import multiply_in_int8, write_probe
-from export.quantize import Int4Settings, quantize_language_model
 
 needs_x86 = pytest.mark.skipif(not IN_INT8, reason="no x86 processor with AVX2")
 

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from cbedge import OutputError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant
 from cbedge.bundles.bundle import CARD
+from export.blockwise import Int4Settings, quantize_language_model
+from export.half import align_head
 from export.merge import MergeError, merge
-from export.quantize import Int4Settings, align_head, quantize_graphs, quantize_language_model
+from export.quantize import quantize_graphs
 from export.revise import app
 from training.datasets import open_studies
 from training.trained import checkpoint_of, load_adapted

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from cbedge import open_bundle
+from export.blockwise import Int4Settings, quantize_language_model
 from export.gptq import calibration_inputs, round_language_model, round_weight
 from export.graph_weights import Graph
-from export.quantize import Int4Settings, quantize_language_model, round_for
+from export.quantize import round_for
 from export.restore import restore
 from export.tracing import DECODER
 from export.tune import divergence, tune_scales
