@@ -18,7 +18,7 @@ import httpx
 import typer
 
 from cbedge.backends.provider import is_installed
-from cbedge.bench import machine
+from cbedge.machine import machine
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "chest_pa.png"

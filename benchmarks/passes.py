@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.common import write_record
 from cbedge import ReportGenerator
-from cbedge.bench import machine
+from cbedge.machine import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 TOKENS = (1, 2, 5, 9, 17, 33)  # a GPU runs passes over 2, 5, 9, 17 or 33

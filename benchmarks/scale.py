@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from benchmarks.common import refuse_existing, write_record
-from cbedge.bench import machine
+from cbedge.machine import machine
 from export.console import run
 
 TOKENS, PROMPT = 100, 80  # of the report for which models are compared

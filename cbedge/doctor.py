@@ -13,10 +13,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from cbedge.bench import drawn_chest, machine
+from cbedge.bench import drawn_chest
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.cores import cpu_quota
 from cbedge.errors import CbedgeError
+from cbedge.machine import machine
 
 State = Literal["ok", "warning", "fault"]
 _LEAST_PYTHON = (3, 11)

@@ -31,8 +31,9 @@ _TEMPLATES = (
 _KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests without it
 _MODEL = (
     "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
-    "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res 2024;8:e32690). "
-    "It reads one frontal chest radiograph{} with indication and comparison, and writes findings and impression."
+    "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
+    "2024;8:e32690). It reads one frontal chest radiograph{} with indication and comparison, and writes findings and "
+    "impression."
 )
 _LICENCE = (
     "{}; research use. The licences of the base weights and of the training data (below) also apply. The weights "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import USUAL_VARIANT, run_cli
 
-from cbedge import ReportGenerator, bench
+from cbedge import ReportGenerator, bench, bench_report
 from cbedge.images.radiograph import load_radiograph
 
 
@@ -18,9 +18,8 @@ def run_bench(bundle: Path, *arguments: object):
 @pytest.fixture(scope="module")
 def record(tiny_bundle: Path, chest_png: Path) -> dict:
     images = [load_radiograph(chest_png), bench.drawn_chest()]
-    return bench.bench(
-        images, model=tiny_bundle, variants=["int4", "fp32"], device="cpu", tokens=60, warm_up=1, repeat=2
-    )
+    settings = bench.BenchSettings(tiny_bundle, ["int4", "fp32"], "cpu", tokens=60, warm_up=1, repeat=2)
+    return bench.bench(images, settings)
 
 
 def test_a_record_holds_every_stage_of_every_variant(record: dict):
@@ -28,7 +27,7 @@ def test_a_record_holds_every_stage_of_every_variant(record: dict):
     for row in record["variants"]:
         assert row["drafts"] == 4 and row["new_tokens"] <= 60
         medians = {name: spread["median"] for name, spread in row["ms"].items()}
-        assert set(medians) == {*bench.STAGES, "first token"}
+        assert set(medians) == {*bench_report.STAGES, "first token"}
         assert max(v for k, v in medians.items() if k != "total") <= medians["total"]
         for spread in row["ms"].values():
             assert spread["least"] <= spread["median"] <= spread["p95"] <= spread["p99"] <= spread["most"]
@@ -52,9 +51,9 @@ def test_what_a_draft_leaves_out_again_was_decoded_all_the_same(tiny_bundle: Pat
     assert row["tokens_per_pass"] >= 1 and row["tokens_per_second"]["median"] > 0
 
 
-@pytest.mark.parametrize("form", bench.FORMATS)
+@pytest.mark.parametrize("form", bench_report.FORMATS)
 def test_every_format_shows_stages_and_compares_with_an_older_record(record: dict, form: str):
-    text = bench.render(record, form, before=record)
+    text = bench_report.render(record, form, before=record)
     assert "prefill" in text and "int4" in text
     if form == "json":
         assert json.loads(text) == json.loads(json.dumps(record))

@@ -40,42 +40,35 @@ def bench(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --plot.")] = False,
 ) -> None:
     """Measure this machine: time of each stage, memory, tokens per second, share of the memory bandwidth."""
-    from cbedge import bench
-    from cbedge.images.radiograph import load_radiograph
+    from cbedge import bench, bench_report
 
-    if form not in bench.FORMATS:
-        raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench.FORMATS)}")
+    if form not in bench_report.FORMATS:
+        raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench_report.FORMATS)}")
     for target in filter(None, (output, plot)):
         check_output(target, force)
-    before = bench.read_record(compare) if compare else None
-    paths = [f for path in image or [] for f in (sorted(path.iterdir()) if path.is_dir() else [path])][:limit]
-    if image and not paths:
-        raise RadiographError(f"no radiograph in {image[0]}: give a file, or a folder with radiographs")
-    for path in paths[:1]:
-        load_radiograph(path)  # imports the reader, so that the first timed draft does not
-    radiographs = [load_radiograph(path) for path in paths] or [bench.drawn_chest()]
+    before = bench_report.read_record(compare) if compare else None
+    paths = _paths(image or [], limit)
+    names = [name for name in (variants or "").split(",") if name]
+    settings = bench.BenchSettings(
+        model, names, device, threads, indication, tokens, warm_up, repeat, not no_speculative
+    )
     with status_line() as show_status:
-        record = bench.bench(
-            radiographs,
-            model=model,
-            variants=[v for v in (variants or "").split(",") if v],
-            device=device,
-            threads=threads,
-            indication=indication,
-            tokens=tokens,
-            warm_up=warm_up,
-            repeat=repeat,
-            speculative=not no_speculative,
-            progress=show_status,
-        )
+        record = bench.bench(bench.load_all(paths), settings, show_status)
         if cold:
             show_status("cold start")
             measured = record["variants"][0]["variant"]
             record["cold"] = bench.cold_start(paths[0] if paths else None, model, measured, cold)
     if plot:
-        bench.plot(record, plot)
-    text = bench.render(record, form, before)
+        bench_report.plot(record, plot)
+    text = bench_report.render(record, form, before)
     if output is not None:
         write_output(output, text.encode() + b"\n", force)
     else:
         typer.echo(text)
+
+
+def _paths(given: list[Path], limit: int) -> list[Path]:
+    paths = [path for one in given for path in (sorted(one.iterdir()) if one.is_dir() else [one])][:limit]
+    if given and not paths:
+        raise RadiographError(f"no radiograph in {given[0]}: give a file, or a folder with radiographs")
+    return paths
