@@ -1,4 +1,8 @@
-"""Merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle."""
+"""Merge the adapters, write the graphs, quantize, compare with torch, and pack a bundle.
+
+The origin of data and weights is what the runs recorded, unless --origin gives it. --language-from copies the graphs of
+a language model that was restored from a bundle, because rounding them again would lose more.
+"""
 
 import json
 from pathlib import Path
@@ -54,7 +58,7 @@ def export(
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
     vocabulary: Annotated[str, typer.Option(help="full; or domain: tokens of train reports and common ones.")] = "full",
     common: Annotated[int, typer.Option(min=0, help="With domain, number of first merges that are kept.")] = COMMON,
-    no_repeat: Annotated[int, typer.Option(min=0, help="Length of n-grams that drafts never repeat; 0: off.")] = 0,
+    no_repeat: Annotated[int, typer.Option(min=0, help="Drafts repeat no n-gram of this length; 0 allows all.")] = 0,
     stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter.")] = 0.0,
     block_size: Annotated[int, typer.Option(help="Block size of the language model: 32, 64 or 128.")] = 32,
     algorithm: Algorithm = None,

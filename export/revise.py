@@ -2,6 +2,10 @@
 
 The quality of a model is measured on its bundle, so the figures come after the export, and the decoding is chosen by
 such figures. Neither needs the graphs to be written again: they stay as they are.
+
+Data folders are IU X-RAY or MIMIC-CXR-JPG. An empty file for --openings removes the openings. --phrases drafts each
+study twice. --film-view trains the classifier of lateral and mirrored images. --parity takes for example what
+export.restore wrote, and compares on the example radiograph without --parity-data.
 """
 
 from collections.abc import Callable

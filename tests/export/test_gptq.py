@@ -33,7 +33,7 @@ def test_outputs_of_a_rounded_weight_are_nearer_than_those_of_nearest_rounding(b
 
 
 def test_a_weight_without_whole_blocks_is_refused():
-    with pytest.raises(ValueError, match="whole blocks"):
+    with pytest.raises(ValueError, match="multiple of the block size"):
         round_weight(np.ones((4, 40), np.float32), np.eye(40), 32)
 
 
