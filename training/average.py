@@ -62,7 +62,7 @@ def average(runs: Sequence[Path], data: Path, cache: Path) -> tuple[ModelAndToke
 
 
 def _validation(parts: ModelAndTokenizers, config: RunConfig, data: Path) -> Validation:
-    stage = replace(config.stages[-1], tell_findings=(), learn="own", lateral=parts.reads_lateral)
+    stage = replace(config.stages[-1], tell_findings=(), open_share=0.0, learn="own", lateral=parts.reads_lateral)
     studies = open_studies(data, ("val",), config.validation_studies)
     device = torch.device("cpu")
     return Validation(parts, stage, studies, device, torch.autocast("cpu", enabled=False))

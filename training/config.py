@@ -1,38 +1,33 @@
 """The settings of a training run, read from YAML: one frozen dataclass for the run and one for each stage."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
 
 from training.ontology import OPENINGS, TAGS
+from training.settings import STRICT, Count, Positive, Share, Size, read_settings, require
 
-COMPONENTS = ("qformer", "query_tokens", "projection")
-LOSSES = ("contrastive", "tags", "words", "language")
-SCHEDULES = ("cosine", "linear", "constant")
-BASE_PRECISIONS = ("fp32", "bf16", "nf4")
-SOURCES = ("tags", "report")
-REPORTS = ("own", "consensus")
-SELECTIONS = ("", "language", "cider", "tags")
+if TYPE_CHECKING:
+    Finding = str
+else:
+    Finding = Literal[*TAGS[1:]]
 
 
-class ConfigError(ValueError):
-    """A training configuration has an unknown key or value; the message names it."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LoraSettings:
     """LoRA (Hu et al. 2021) on one part of the model: ``part`` is ``vision`` or ``language``."""
 
-    part: str
+    part: Literal["vision", "language"]
     targets: tuple[str, ...]
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Share = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Stage:
     """One stage: what is trained, by which losses, and how.
 
@@ -78,39 +73,56 @@ class Stage:
     """
 
     name: str
-    losses: dict[str, float]
-    train: tuple[str, ...] = ()
+    losses: dict[Literal["contrastive", "tags", "words", "language"], float]
+    train: tuple[Literal["qformer", "query_tokens", "projection"], ...] = ()
     lora: LoraSettings | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    accumulate: int = 1
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    accumulate: Count = 1
     learning_rate: float = 1e-4
     lora_learning_rate: float = 2e-4
     weight_decay: float = 0.01
-    warmup_steps: int = 20
-    schedule: str = "cosine"
+    warmup_steps: Size = 20
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     gradient_checkpointing: bool = False
-    validate_every: int = 0
-    select_by: str = ""
-    patience: int = 0
+    validate_every: Size = 0
+    select_by: Literal["", "language", "cider", "tags"] = ""
+    patience: Size = 0
     image_blind: bool = False
-    cached_views: int = 0
+    cached_views: Size = 0
     start_cross_attention: bool = False
-    prior_dropout: float = 0.3
-    tell_findings: tuple[str, ...] = ()
-    tell_share: float = 0.9
-    tell_from: str = "tags"
-    openings: dict[str, str] = field(default_factory=lambda: dict(OPENINGS))
-    open_share: float = 0.0
-    learn: str = "own"
+    prior_dropout: Share = 0.3
+    tell_findings: tuple[Finding, ...] = ()
+    tell_share: Share = 0.9
+    tell_from: Literal["tags", "report"] = "tags"
+    openings: dict[Finding, str] = field(default_factory=lambda: dict(OPENINGS))
+    open_share: Share = 0.0
+    learn: Literal["own", "consensus"] = "own"
     lateral: bool = False
-    lateral_dropout: float = 0.3
+    lateral_dropout: Share = 0.3
     splits: tuple[str, ...] = ("train",)
-    abnormal_weight: float = 1.0
-    save_every: int = 50
+    abnormal_weight: Positive = 1.0
+    save_every: Count = 50
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        told, opened, alone = self.tell_findings, self.open_share, set(self.losses) == {"language"}
+        needed = "tags" if self.select_by == "tags" else "language"
+        require(told or not opened, "open_share needs tell_findings: only prompted findings open a report")
+        require("language" in self.losses or not told, "tell_findings needs the language loss: they are in its prompt")
+        fits = bool(told and alone and not opened)
+        require(fits or self.learn == "own", "learn consensus needs tell_findings, language loss alone, no open_share")
+        require(not self.select_by or needed in self.losses, f"select_by {self.select_by} needs the {needed} loss")
+        require(self.select_by or not self.patience, "patience needs select_by, which says what is better")
+        fits = "qformer" in self.train and self.cached_views > 0
+        require(fits or not self.start_cross_attention, "start_cross_attention needs qformer in train and cached_views")
+        fits = alone and not (self.train or self.cached_views or self.lateral)
+        allowed = "the language loss alone, and trains, caches and reads no image part"
+        require(fits or not self.image_blind, f"an image-blind stage has {allowed}")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """A whole run: where the model begins, the data, where the result goes, and the stages in order.
 
@@ -135,105 +147,27 @@ class RunConfig:
     base_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"
-    base_precision: str = "fp32"
-    validation_studies: int = 300
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    base_precision: Literal["fp32", "bf16", "nf4"] = "fp32"
+    validation_studies: Count = 300
     shard: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        base, adapted = self.base_precision, dict[str, LoraSettings]()
+        require(base != "nf4" or not self.shard, "shard cannot split nf4 weights; give base_precision bf16")
+        require(base == "fp32" or self.precision != "fp32", f"base_precision {base} needs precision bf16 or auto")
+        for name, lora in [(stage.name, stage.lora) for stage in self.stages if stage.lora]:
+            same = f"stage {name}: an earlier stage has LoRA on {lora.part} with other settings; give the same"
+            require(adapted.setdefault(lora.part, lora) == lora, f"{same} to train its adapters further")
+        return self
 
 
 def load_config(path: Path, **overrides: Any) -> RunConfig:
     """Read a run's YAML; ``overrides`` that are not ``None`` replace its top-level values.
 
     Raises:
-        ConfigError: the file is no YAML mapping, or a key, part, loss or value is unknown.
+        ConfigError: the file is not a YAML mapping, or a key or value is invalid.
         FileNotFoundError: there is no such file.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
-        raise ConfigError(f"{path} has no list of stages")
-    values.update({key: value for key, value in overrides.items() if value is not None})
-    values["stages"] = tuple(_stage(stage, path) for stage in values["stages"])
-    adapted: dict[str, LoraSettings] = {}
-    for stage in values["stages"]:
-        if stage.lora and adapted.setdefault(stage.lora.part, stage.lora) != stage.lora:
-            raise ConfigError(
-                f"{path}, stage {stage.name}: an earlier stage has LoRA on {stage.lora.part} with other settings; give "
-                "the same, and its adapters are trained on"
-            )
-    if values.get("base_precision", "fp32") not in BASE_PRECISIONS:
-        raise ConfigError(
-            f"{path}: unknown base_precision {values['base_precision']!r}; give one of: {', '.join(BASE_PRECISIONS)}"
-        )
-    if values.get("shard") and values.get("base_precision") == "nf4":
-        raise ConfigError(f"{path}: shard cannot part weights in nf4; give base_precision bf16, or no shard")
-    if values.get("base_precision", "fp32") != "fp32" and values.get("precision") == "fp32":
-        raise ConfigError(f"{path}: base_precision {values['base_precision']} needs precision bf16 or auto")
-    count = values.get("validation_studies", 300)
-    if not isinstance(count, int) or count < 1:
-        raise ConfigError(f"{path}: validation_studies is {count!r}; give a whole number from 1 up")
-    for key in ("data", "output"):
-        if not values.get(key):
-            raise ConfigError(f"{path} does not say {key}; set it there or give --{key}")
-        values[key] = Path(values[key])
-    return _build(RunConfig, values, str(path))
-
-
-def _stage(values: dict, path: Path) -> Stage:
-    values = dict(values)
-    where = f"{path}, stage {values.get('name', '?')}"
-    if values.get("lora"):
-        lora = {**values["lora"], "targets": tuple(values["lora"].get("targets", ()))}
-        values["lora"] = _build(LoraSettings, lora, where)
-        if values["lora"].part not in ("vision", "language"):
-            raise ConfigError(f"{where}: lora.part is {lora['part']!r}; give vision or language")
-    for key in ("train", "splits", "tell_findings"):
-        if key in values:
-            values[key] = tuple(values[key])
-    stage = _build(Stage, values, where)
-    for name in (*(set(stage.train) - set(COMPONENTS)), *(set(stage.losses) - set(LOSSES))):
-        raise ConfigError(f"{where}: unknown part or loss {name!r}; parts: {COMPONENTS}, losses: {LOSSES}")
-    for key, known in (("schedule", SCHEDULES), ("select_by", SELECTIONS), ("tell_from", SOURCES), ("learn", REPORTS)):
-        if getattr(stage, key) not in known:
-            names = ", ".join(filter(None, known))
-            raise ConfigError(f"{where}: unknown {key} {getattr(stage, key)!r}; give one of: {names}")
-    for key in ("tell_findings", "openings"):
-        unknown = [name for name in getattr(stage, key) if name not in TAGS[1:]]
-        if unknown:
-            raise ConfigError(f"{where}: {key} has {unknown[0]!r}; known: {', '.join(TAGS[1:])}")
-    if stage.open_share and not stage.tell_findings:
-        raise ConfigError(f"{where}: open_share needs tell_findings: only what is told opens a report")
-    if stage.tell_findings and "language" not in stage.losses:
-        raise ConfigError(f"{where}: tell_findings needs the language loss: only the language model is told")
-    if stage.learn == "consensus" and (
-        not stage.tell_findings or stage.open_share or set(stage.losses) != {"language"}
-    ):
-        raise ConfigError(
-            f"{where}: learn consensus needs tell_findings and the language loss alone; its reports are opened without "
-            "open_share"
-        )
-    needed = "tags" if stage.select_by == "tags" else "language"
-    if stage.select_by and needed not in stage.losses:
-        raise ConfigError(f"{where}: select_by {stage.select_by} needs the {needed} loss")
-    if stage.patience and not stage.select_by:
-        raise ConfigError(f"{where}: patience needs select_by, which says what is better")
-    if stage.start_cross_attention and ("qformer" not in stage.train or not stage.cached_views):
-        raise ConfigError(f"{where}: start_cross_attention needs qformer in train, and cached_views")
-    if stage.image_blind and (set(stage.losses) != {"language"} or stage.train or stage.cached_views or stage.lateral):
-        raise ConfigError(
-            f"{where}: an image-blind stage has the language loss alone, and trains, caches and reads no image part"
-        )
-    return stage
-
-
-def _build(kind: type, values: dict, where: str) -> Any:
-    known = {f.name for f in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    return read_settings(RunConfig, path, overrides)

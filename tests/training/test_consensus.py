@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from cbedge.prompt import ClinicalContext, build_target
-from training.config import ConfigError, load_config
+from training.config import load_config
 from training.consensus import Agreement, ConsensusReports
 from training.datasets import Study
 from training.ontology import OPENINGS, TAGS
+from training.settings import ConfigError
 
 NAMES = ("cardiomegaly", "effusion", "aorta", "fracture")
 SHORT = "Heart size is normal. Lungs are clear."

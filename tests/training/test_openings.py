@@ -6,10 +6,11 @@ import pytest
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext, build_opening
 from training.batches import collate
-from training.config import ConfigError, load_config
+from training.config import load_config
 from training.datasets import Study
 from training.ontology import OPENINGS, TAGS
 from training.openings import Opener
+from training.settings import ConfigError
 
 REPORT = (
     "FINDINGS: The heart is moderately enlarged. Lungs are clear. There is cardiomegaly and a rib fracture. "

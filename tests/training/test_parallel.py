@@ -12,7 +12,8 @@ import yaml
 from conftest import ROOT
 from test_run import STAGES, losses
 
-from training.config import ConfigError, load_config
+from training.config import load_config
+from training.settings import ConfigError
 from training.train import run
 from training.trained import checkpoint_of, load_adapted
 

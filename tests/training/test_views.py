@@ -13,9 +13,10 @@ from cbedge.images.preprocess import Preprocessing, preprocess
 from cbedge.prompt import ClinicalContext, build_prompt
 from training.base import ModelAndTokenizers
 from training.batches import Batch, collate, encode_instructions, encode_prompt, load_pixels, of_lateral
-from training.config import ConfigError, Stage, load_config
+from training.config import Stage, load_config
 from training.datasets import open_studies
 from training.losses import AlignmentHeads, StageLosses
+from training.settings import ConfigError
 from training.stages import embed_inputs, encode_images, query_image
 from training.trained import checkpoint_of, load_adapted, merge_adapters
 from training.views import by_study, mean_by_study

@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from cbedge.errors import CbedgeError
-from training.encoder.config import read_config, with_epochs
+from training.encoder.config import read_config
 from training.encoder.films import Films, decode_films, list_films, read_pack, write_pack
 from training.encoder.model import load_start
 from training.encoder.run import EncoderRun
@@ -58,7 +58,7 @@ def main_command(
     begun = time.time()
     if threads:
         torch.set_num_threads(threads)
-    settings = with_epochs(read_config(config), epochs)
+    settings = read_config(config, epochs=epochs)
     deadline = stop_time(begun, minutes, until)
     if fit and deadline == math.inf:
         raise ValueError("--fit needs --minutes or --until")

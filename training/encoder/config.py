@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field
 from pathlib import Path
+from typing import Any
 
-import yaml
+from pydantic.dataclasses import dataclass
+
+from training.settings import STRICT, Count, Positive, Share, Size, read_settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EncoderConfig:
     """Settings of a run, read from YAML.
 
@@ -34,44 +37,28 @@ class EncoderConfig:
     """
 
     start: str = "mini"
-    layers: int | None = None
-    image_size: int = 224
-    side: int = 224
-    batch_size: int = 24
-    shares: dict[str, float] = field(
+    layers: Count | None = None
+    image_size: Count = 224
+    side: Count = 224
+    batch_size: Count = 24
+    shares: dict[str, Share] = field(
         default_factory=lambda: {"iu_xray/frontal": 0.42, "iu_xray/lateral": 0.16, "nih/frontal": 0.42}
     )
-    epochs: float = 10.0
+    epochs: Positive = 10.0
     learning_rate: float = 2e-5
     head_learning_rate: float = 2e-4
     layer_decay: float = 0.8
     weight_decay: float = 0.05
-    warmup_steps: int = 100
-    average: float = 0.998
-    smoothing: dict[str, float] = field(default_factory=lambda: {"iu_xray": 0.02, "nih": 0.1})
-    rare: int = 60
+    warmup_steps: Size = 100
+    average: Share = 0.998
+    smoothing: dict[str, Share] = field(default_factory=lambda: {"iu_xray": 0.02, "nih": 0.1})
+    rare: Size = 60
     augment: float = 1.0
     seed: int = 0
-    validate_every: int = 0
+    validate_every: Size = 0
     save_minutes: float = 4.0
 
 
-def read_config(path: Path) -> EncoderConfig:
-    """Read settings from YAML.
-
-    Raises:
-        ValueError: an unknown key, or a file that is no mapping.
-    """
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no mapping of settings to values")
-    known = {f.name for f in fields(EncoderConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{path}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return EncoderConfig(**values)
-
-
-def with_epochs(config: EncoderConfig, epochs: float | None) -> EncoderConfig:
-    """The same settings with another length of the schedule, where one is given."""
-    return config if epochs is None else replace(config, epochs=epochs)
+def read_config(path: Path, **overrides: Any) -> EncoderConfig:
+    """Read settings from YAML; see :func:`training.config.load_config`."""
+    return read_settings(EncoderConfig, path, overrides)
