@@ -72,7 +72,8 @@ def start_service(log: Path, is_up: Callable[[int], bool], port: int, *words: ob
     end = time.monotonic() + START_S
     while not is_up(port):
         if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"cbedge {words[0]} does not start: {log.read_text(errors='replace')[-500:]}")
+            said = log.read_text(errors="replace")[-500:]
+            raise RuntimeError(f"cbedge {words[0]} does not start (exit code {process.poll()}): {said}")
         time.sleep(0.05)
     return process
 

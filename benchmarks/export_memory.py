@@ -18,10 +18,10 @@ import psutil
 import torch
 import typer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from benchmarks.common import conditions, start_module, write_record
+from benchmarks.shape import byte_tokenizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,10 +30,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     """Write a random language model in 16 bits, one file for each layer, so that it is never whole in memory."""
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    table = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    rules = Tokenizer(models.BPE(vocab=table, merges=[]))
-    rules.pre_tokenizer, rules.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=rules).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     width, wide = config.hidden_size, config.intermediate_size
 
     def draw(*shape: int) -> torch.Tensor:

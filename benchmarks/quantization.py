@@ -18,14 +18,11 @@ import onnx
 import typer
 
 from benchmarks.common import conditions, typed, write_record
+from benchmarks.peer_runners import read_image
 from cbedge import ReportGenerator
 from cbedge.backends.ort import OnnxBackend
 from cbedge.bundles.bundle import Bundle
 from cbedge.decoding import decode
-from cbedge.drafting.query import read_images
-from cbedge.images.preprocess import preprocess_radiograph
-from cbedge.images.radiograph import load_radiograph
-from cbedge.prompt import build_prompt
 from export.blockwise import Int4Settings, quantize_language_model
 from export.console import quiet_libraries
 from export.quantize import round_for
@@ -156,11 +153,7 @@ def _cider(generator: ReportGenerator, studies: list[Any]) -> float:
 
 
 def _case(generator: ReportGenerator, study: Any) -> Case:
-    pixels = preprocess_radiograph(load_radiograph(study.image), generator.bundle.manifest.preprocessing)
-    manifest, codec = generator.bundle.manifest, generator.resources.codec
-    features = [generator.backend.encode_image(pixels)]
-    reading = read_images(generator.backend, codec, manifest.image_findings, features, study.context)
-    ids = np.array([codec.encode_prompt(build_prompt(study.context, reading.findings))], np.int64)
+    reading, ids = read_image(generator, study.image, study.context)
     embeds = np.concatenate([reading.image_embeds, generator.backend.embed_tokens(ids)], axis=1)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 160)
     tokens = [t.id for t in decode(decoder, decoder.prefill(embeds), generator.bundle.manifest.stop_ids, 160)]

@@ -32,9 +32,8 @@ from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases
-from export.phrases import report_phrases
+from export.phrases import lexicon_of, report_phrases
 from export.quantize import DESCRIPTIONS
-from export.words import lexicon_of
 from training.base import ModelAndTokenizers
 from training.datasets.provenance import NO_LICENCE, load_training_data, merged
 from training.fetch import BASE_PARTS

@@ -1,4 +1,4 @@
-"""Build a bundle's phrasebook from training reports and from the model's own drafts of training studies."""
+"""Build a bundle's word list from training reports, and its phrasebook from them and from the model's own drafts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,19 @@ from tokenizers import Tokenizer
 
 from cbedge.bundles.bundle import TOKENIZER, open_bundle
 from cbedge.decoding.phrasebook import Phrasebook
+from cbedge.drafting.lexicon import Lexicon
+from cbedge.prompt import split_sections
 from training.datasets import open_studies
 from training.datasets.studies import Study
 from training.drafting import Request, RuntimeDrafter
 
 DRAFT_WEIGHT = 3  # relative to a training report, because the model continues its own words
+
+
+def lexicon_of(data: Path, limit: int | None = None) -> Lexicon:
+    """The words of the training reports at ``data``, or of the first ``limit`` studies."""
+    studies = open_studies(data, ("train",), limit)
+    return Lexicon.compile(" ".join(split_sections(study.target)) for study in studies)
 
 
 def report_phrases(tokenizer: Tokenizer, stop_id: int, data: Path, limit: int | None = None) -> list[list[int]]:

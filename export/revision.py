@@ -20,10 +20,9 @@ from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.half import half_on_the_same_weights
 from export.parity import Parity, VariantParity, compare, parity_cases
-from export.phrases import phrasebook_of
+from export.phrases import lexicon_of, phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, in_int8
 from export.tracing import DECODER, EMBED
-from export.words import lexicon_of
 from training.fetch import DEFAULT_CACHE
 from training.openings import with_denials
 from training.templates import templates_of
