@@ -87,7 +87,7 @@ def test_a_new_base_model_is_one_file_and_one_entry(
     parts = load_adapted(checkpoint_of(run), [run], tiny_checkpoint)
     requests = own(open_studies(tiny_data, ("test",)))
     ours, theirs = (one.draft(requests, lambda count: None) for one in (bundle, TorchDrafter(parts)))
-    assert theirs == ours and all(ours)
+    assert theirs == ours and any(ours)  # a random model may write an empty draft
 
 
 def test_the_image_side_of_a_base_model_needs_a_small_language_model_only(
