@@ -243,6 +243,59 @@ def test_a_corrected_row_is_drafted_anew_and_the_others_are_kept(tiny_bundle: Pa
     assert len(out.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("victim", ["another film", "a lateral film", "the template", "the output"])
+def test_no_document_replaces_a_file_of_the_batch(victim: str, tiny_bundle: Path, tmp_path: Path):
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):  # films that have the names of documents
+        (folder / name).write_bytes((EXAMPLES / "chest_pa.dcm").read_bytes())
+    (folder / "normal.txt").write_text("The lungs are clear. The heart is normal.")
+    (folder / "out.txt").write_text("")
+    names = {"another film": "b", "a lateral film": "c", "the template": "normal", "the output": "out"}
+    rows = {"another film": "films/a.txt,b,\nfilms/b.txt,d,", "a lateral film": "films/a.txt,c,films/c.txt"}
+    table = write_table(tmp_path / "t.csv", f"image,id,lateral\n{rows.get(victim, f'films/a.txt,{names[victim]},')}\n")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    options = ("--documents", folder, "--template", folder / "normal.txt", "--force")
+    done = run_batch(tiny_bundle, table, folder / "out.txt", *options)
+    assert done.returncode == 7 and f"{names[victim]}.txt is " in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_drafts_among_the_films_are_not_drafted_again(tiny_bundle: Path, tmp_path: Path):
+    pytest.importorskip("highdicom", reason="highdicom is not installed")
+    shutil.copy(EXAMPLES / "chest_pa.dcm", tmp_path / "a.dcm")
+    options = ("--documents", tmp_path / "drafts", "--format", "sr")
+    for studies in (tmp_path, tmp_path, f"{tmp_path}/**/*.dcm"):
+        found = find_studies(str(studies), tmp_path / "drafts")
+        assert [item.image.name for item in found.items] == ["a.dcm"]
+        if studies == tmp_path:
+            done = run_batch(tiny_bundle, studies, tmp_path / "out.jsonl", *options)
+            assert done.returncode == 0, done.stderr
+    assert len(found.skipped) == 1 and (tmp_path / "drafts" / "a.dcm.dcm").exists()
+    with pytest.raises(RadiographError, match="--documents is the folder of the radiographs"):
+        find_studies(str(tmp_path), tmp_path / "drafts" / "..")
+
+
+@pytest.mark.parametrize("name", [".hidden", "@eaDir", "__MACOSX", "$RECYCLE.BIN"])
+def test_hidden_and_system_folders_are_named_and_skipped(name: str, tmp_path: Path):
+    for folder in (tmp_path, tmp_path / "more" / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_chest(1)).save(folder / "a.png")
+    found = find_studies(str(tmp_path))
+    assert [item.id for item in found.items] == ["a.png"] and found.skipped == [f"more/{name}"]
+    assert [item.image for item in find_studies(f"{tmp_path}/**/*.png").items] == [tmp_path / "a.png"]
+
+
+def test_drafts_of_another_token_limit_are_counted_and_not_mixed_in(tiny_bundle: Path, films: Path, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    done = run_batch(tiny_bundle, films / "more", out)
+    cut = sum(not line["complete"] for line in batch.read_lines(out))
+    assert cut > 0 and f"note: {cut} of them w" in done.stderr and "raise --max-new-tokens" in done.stderr
+    before = out.read_bytes()
+    other = run_batch(tiny_bundle, films / "more", out, "--max-new-tokens", 40)
+    assert other.returncode == 7 and "max new tokens 6" in other.stderr and out.read_bytes() == before
+
+
 def test_a_folder_is_read_by_content_and_what_is_skipped_is_named(tmp_path: Path):
     content = (EXAMPLES / "chest_pa.dcm").read_bytes()
     for name in ("1.2.840.1", "IM0001", "x.dcm", "DICOMDIR"):

@@ -61,13 +61,16 @@ def batch(
     if form != "text" and documents is None:
         raise OutputError(f"--format {form} is for --documents: give a folder")
 
-    found = find_studies(studies)
+    found = find_studies(studies, documents)
     _print_skipped(found)
     items = [replace(item, image=item.image.absolute()) for item in found.items]
     items = join_views(items) if pair_views else items
     inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
     inputs += [Path(studies), *([template] if template else [])]
     check_not_input(out, inputs)
+    files = None if documents is None else batch.Documents(documents, form)
+    if files is not None:
+        files.check(items, inputs, [out, *([parquet] if parquet else [])])
     if parquet is not None:
         check_output(parquet, force, [*inputs, out])
         if os.path.realpath(parquet) == os.path.realpath(out):
@@ -85,7 +88,6 @@ def batch(
         raise ContextError(f"{bundle.manifest.name} reads one radiograph a study: leave --pair-views out")
     generator = keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template)
     decoding = replace(generator.decoding, keep_to_template=not no_template)
-    files = None if documents is None else batch.Documents(documents, form)
     if files is not None:
         files.prepare(out, force)
 
@@ -96,6 +98,7 @@ def batch(
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
     drafted_by += " no template" if no_template else ""
+    drafted_by += f" max new tokens {max_new_tokens}" if max_new_tokens is not None else ""
     drafted_by += f" documents {form}" if documents else ""  # a finished draft without its document is not resumed
     with _progress_bar(len(items)) as advance:
         tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=advance)
@@ -103,6 +106,11 @@ def batch(
         batch.write_parquet(out, parquet, force, inputs)
     skipped = f", {tally.skipped} already there" if tally.skipped else ""
     print_error(f"wrote {tally.written} {'draft' if tally.written == 1 else 'drafts'} to {out}{skipped}")
+    if tally.cut_off:
+        print_error(
+            f"note: {tally.cut_off} of them {'was' if tally.cut_off == 1 else 'were'} cut off at the token limit; "
+            "raise --max-new-tokens and give another --out for longer ones"
+        )
     for name, message in tally.failed:
         print_error(f"failed: {printable(name)}: {message}")
     if tally.failed:
@@ -117,7 +125,7 @@ def _print_skipped(found: Found) -> None:
     from cbedge.images.radiograph import printable
 
     for kind, names in (
-        ("files skipped because they are not radiographs", found.skipped),
+        ("files and folders skipped because they are not radiographs", found.skipped),
         ("folders could not be read", found.unreadable),
     ):
         if names:

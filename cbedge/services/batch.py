@@ -31,12 +31,13 @@ _OWNER = ".cbedge-batch"  # file in a folder of documents
 
 @dataclass
 class Tally:
-    """Result of a run: number of drafts written, number of items that were already done, and failures of this or an
-    earlier run as (id, message)."""
+    """Result of a run: number of drafts written, number of items that were already done, failures of this or an earlier
+    run as (id, message), and number of the written drafts that were cut off at the token limit."""
 
     written: int
     skipped: int
     failed: list[tuple[str, str]]
+    cut_off: int = 0
 
 
 # Drafts one item and returns the values of its line.
@@ -54,6 +55,32 @@ class Documents:
 
     folder: Path
     form: str
+
+    def path(self, item: Item) -> Path:
+        """The file of one draft."""
+        return self.folder / f"{safe_name(item.id)}{FORMATS[self.form].suffix}"
+
+    def check(self, items: Iterable[Item], inputs: Iterable[Path], outputs: Iterable[Path] = ()) -> None:
+        """Check that no draft would overwrite an input of the batch or another of its outputs.
+
+        Args:
+            items: the radiographs of the batch.
+            inputs: all files that the batch reads.
+            outputs: its other output files.
+
+        Raises:
+            OutputError: a draft would.
+        """
+        names = {os.path.realpath(path) for path in outputs}
+        read = {identity for path in inputs if (identity := _identity(path)) is not None}
+        for target in [self.folder / _OWNER, *map(self.path, items)]:
+            if _identity(target) in read:
+                raise OutputError(
+                    f"{printable(str(target))} is an input file, and inputs are never overwritten: give another folder "
+                    "for --documents"
+                )
+            if os.path.realpath(target) in names:
+                raise OutputError(f"{printable(str(target))} is given as two outputs: give another --documents folder")
 
     def prepare(self, out: Path, force: bool) -> None:
         """Create the folder, or open the one that the same batch created: a file in it names the batch's output.
@@ -83,7 +110,16 @@ class Documents:
             RadiographError: the format needs a DICOM file, and the radiograph is not one.
         """
         content = render(report, self.form, item.image)
-        write_output(self.folder / f"{safe_name(item.id)}{FORMATS[self.form].suffix}", content, True, [item.image])
+        write_output(self.path(item), content, True, [item.image])
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Identifies a file under all its names and links; ``None`` if it does not exist."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def draft_item(
@@ -178,6 +214,7 @@ def _run_locked(
             line = draft(item)
             if line["status"] == "ok":
                 tally.written += 1
+                tally.cut_off += not line["complete"]
             else:
                 tally.failed.append((item.id, line["error"]))
             _append(file, {"id": item.id, "batch_model": model, "batch_input": prints[item.id], **line})
@@ -251,7 +288,7 @@ def _open_lines(
     other = next((line["batch_model"] for line in lines if line["batch_model"] != model), None)
     if other is not None:
         raise OutputError(
-            f"{out.name} was begun with {other}, but this run uses {model}: use the same model, or another --out"
+            f"{out.name} was begun with {other}, but this run uses {model}: use the same options, or another --out"
         )
     kept = {
         line["id"]: line

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cbedge.errors import RadiographError
+from cbedge.files import is_same_file
 from cbedge.images.dicom_file import is_dicom
 from cbedge.images.radiograph import printable
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
+_SYSTEM_FOLDERS = frozenset({"@eadir", "#recycle", "$recycle.bin", "__macosx", "system volume information"})
 _DELIMITERS = (",", ";", "\t")
 _MAX_CSV_BYTES = 256 * 2**20
 
@@ -77,7 +79,8 @@ class Found:
 
     Attributes:
         items: the radiographs.
-        skipped: other files of a folder, judged by suffix and, for DICOM, by content.
+        skipped: other files of a folder, judged by suffix and, for DICOM, by content; and folders that are hidden,
+            links, of the system, or the batch's own output.
         unreadable: folders that could not be read.
     """
 
@@ -107,25 +110,30 @@ def join_views(items: Sequence[Item]) -> list[Item]:
     return [replace(i, lateral=laterals.get(i.id, i.lateral)) for i in items if i.id not in joined]
 
 
-def find_studies(studies: str) -> Found:
+def find_studies(studies: str, documents: Path | None = None) -> Found:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
     In a folder, files with an image suffix and all DICOM files are used. A table is a ``.csv`` file (separated by
     commas, semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and optionally ``id``,
     ``indication``, ``comparison``, ``view`` and ``lateral`` (also a path).
 
+    Args:
+        studies: the folder, pattern, file or table.
+        documents: folder of the batch's drafts; a folder or pattern leaves its files out, so that no draft is read as a
+            radiograph when the batch is resumed.
+
     Raises:
-        RadiographError: nothing is found, two items have the same id, or a table cannot be read.
+        RadiographError: nothing is found, ``documents`` is the folder itself, two items have the same id, or a table
+            cannot be read.
     """
     path = Path(studies)
     try:
         if path.is_dir():
-            found = _read_folder(path)
+            found = _read_folder(path, documents)
         elif path.suffix.lower() in (".csv", ".tsv"):
             found = Found(_read_table(path))
         else:
-            names = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(studies, recursive=True))]
-            found = Found([Item(_name(str(name)), name) for name in names if name.is_file()])
+            found = _read_file_or_pattern(path, studies, documents)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise RadiographError(f"cannot read {printable(path.name)} ({reason}): check the path") from None
@@ -144,12 +152,37 @@ def find_studies(studies: str) -> Found:
     return found
 
 
-def _read_folder(folder: Path) -> Found:
+def _read_file_or_pattern(path: Path, pattern: str, documents: Path | None) -> Found:
+    if path.exists():
+        return Found([Item(_name(str(path)), path)] if path.is_file() else [])
+    found = Found([])
+    for name in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if _is_left_out(name.parent, documents):
+            found.skipped.append(_name(str(name)))
+        elif name.is_file():
+            found.items.append(Item(_name(str(name)), name))
+    return found
+
+
+def _is_left_out(folder: Path, documents: Path | None) -> bool:
+    """Whether a folder has no radiographs to draft: a hidden or system folder, or that of the batch's drafts."""
+    name = folder.name.casefold()
+    return (
+        name.startswith(".") or name in _SYSTEM_FOLDERS or (documents is not None and is_same_file(folder, documents))
+    )
+
+
+def _read_folder(folder: Path, documents: Path | None) -> Found:
+    if documents is not None and is_same_file(folder, documents):
+        raise RadiographError("--documents is the folder of the radiographs: give another folder for the drafts")
     found = Found([])
     for place, folders, names in os.walk(folder, onerror=lambda error: found.unreadable.append(str(error.filename))):
         folders.sort()
         links = [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]  # may be loops
-        found.skipped.extend(_name(str(link.relative_to(folder))) for link in links)
+        left_out = [Path(place, name) for name in folders if _is_left_out(Path(place, name), documents)]
+        folders[:] = [name for name in folders if Path(place, name) not in left_out]
+        skipped = dict.fromkeys([*links, *left_out])
+        found.skipped.extend(_name(str(path.relative_to(folder))) for path in skipped)
         for name in sorted(names):
             path = Path(place, name)
             if name.startswith("."):
