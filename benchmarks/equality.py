@@ -1,6 +1,6 @@
 """Compare a released InstructBLIP in cbedge with the same in transformers, on the same files and prompts.
 
-Tiny checkpoints of random weights in the released layouts (:mod:`benchmarks.released_layout`) take the path of a user:
+Tiny checkpoints of random weights in the released layouts (``benchmarks.released_layout``) take the path of a user:
 loaded as they are, through ``python -m training run`` without a stage and with one step of each kind of stage, and
 through ``python -m export`` in fp32 and int4. Each is compared with ``InstructBlipProcessor`` and
 ``InstructBlipForConditionalGeneration``: pixel values, token ids, vision features, Q-Former output, image embeddings,
@@ -64,7 +64,7 @@ stages:
     cached_views: 1
     batch_size: 4
 """
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 @app.command(help=__doc__)
 def main(
-    output: Annotated[Path | None, typer.Option(help="Write NAME.json and NAME.md; NAME with its folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="vicuna or flan-t5.", show_default="both")] = None,
 ) -> None:
     """Measure, print and record."""

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from benchmarks.common import conditions, start_module, write_record
 from benchmarks.shape import byte_tokenizer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:

@@ -21,7 +21,13 @@ from onnx import TensorProto, helper
 from cbedge.bundles.bundle import file_sha256, open_bundle
 from cbedge.bundles.manifest import MANIFEST
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 _SMALL = 1024  # bytes of a weight that stays in the graph
 _PACKED = (TensorProto.INT4, TensorProto.UINT4)  # two to a byte
 _WEIGHTS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.FLOAT16, TensorProto.FLOAT, *_PACKED)

@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.common import TRACEBACK, conditions, start_cbedge, write_record
 from benchmarks.mutations import film
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, Any]:

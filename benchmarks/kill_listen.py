@@ -21,7 +21,7 @@ from pydicom.uid import generate_uid
 from benchmarks.common import TRACEBACK, conditions, free_port, write_record
 from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: float = 600) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from benchmarks.export_memory import watch
 from export.console import run
 
 CONFIG = ROOT / "training" / "configs" / "instructblip_vicuna_7b.yaml"
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def write_config(path: Path, checkpoint: Path, data: Path, output: Path) -> list[str]:

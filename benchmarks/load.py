@@ -23,7 +23,7 @@ from benchmarks.common import conditions, serving, write_record
 from cbedge import ReportGenerator
 from training.datasets.iu_xray import read_studies
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @dataclass

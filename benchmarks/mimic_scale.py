@@ -39,7 +39,7 @@ REPORT = """                                 FINAL REPORT
  {impression}
 """
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def write_tree(folder: Path, images: int, seed: int = 0) -> None:

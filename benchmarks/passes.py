@@ -20,7 +20,7 @@ from benchmarks.common import write_record
 from cbedge import ReportGenerator
 from cbedge.machine import machine
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 TOKENS = (1, 2, 5, 9, 17, 33)  # a GPU runs passes over 2, 5, 9, 17 or 33
 
 

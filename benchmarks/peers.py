@@ -43,7 +43,7 @@ PACKAGES = (
     "onnxruntime-genai",
     "llama-cpp-python",
 )
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def _serve(name: str, job: Job, first: Task, connection: Connection) -> None:

@@ -31,7 +31,7 @@ from export.tracing import DECODER, HEAD, save_graph
 from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import clean_reference, read_studies
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 _NOTHING = r"(?!)"
 _HEAD = Int4Settings(eight_bits=HEAD, eight_bits_block_size=64)
 SETTINGS = {

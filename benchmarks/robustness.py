@@ -27,7 +27,7 @@ from benchmarks.mutations import KINDS, Input, make_input, plan
 from benchmarks.robustness_outcome import COUNTS, Failure, Outcome
 from benchmarks.robustness_routes import ListenRoute, ServeRoute, ServiceRoute, WorkerRoute
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 PACKAGES = ("numpy", "pillow", "pydicom", "onnxruntime", "pynetdicom", "fastapi", "uvicorn")
 
 

@@ -1,4 +1,4 @@
-"""Run inputs of :mod:`benchmarks.robustness` in this process, one after another; a campaign starts several workers.
+"""Run inputs of ``benchmarks.robustness`` in this process, one after another; a campaign starts several workers.
 
 It reads one JSON line ``[seed, index, only]`` at a time from standard input and answers with one line. If a decoder
 crashes, this process ends, and the campaign counts it.
@@ -24,7 +24,7 @@ import typer
 from benchmarks.mutations import Input, film, make_input
 from benchmarks.mutations.base import plain_png
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 _TOKENS = 4  # of a draft; the scores of the image need none
 
 

@@ -26,7 +26,7 @@ TOKENS, PROMPT = 100, 80  # of the report for which models are compared
 BATCHES = (1, 4, 16)
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05)
 STUDIES = 50_000
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import (
 
 from training.base import ModelAndTokenizers
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # Vocabulary, width, width of the feed-forward layers, attention heads, layers.
 _LANGUAGE = {"vicuna-7b": (32_001, 4096, 11_008, 32, 32), "tiny": (300, 64, 128, 4, 2)}
 _SPECIAL = ("<unk>", "<s>", "</s>", "<image>")

@@ -27,7 +27,7 @@ from pydicom.uid import generate_uid
 from benchmarks.common import TRACEBACK, conditions, free_port, write_record
 from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 GARBAGE = ("noise", "cut short", "no pixels", "another modality", "malformed study")
 _BATCH = 10  # objects in an association
 _WAITING = 200  # largest number of objects in the spool, so that memory is measured while drafts are made

@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.common import EXAMPLE, conditions, serving, write_record
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 def films(sizes: tuple[int, ...] = (224, 400, 700, 978)) -> list[bytes]:

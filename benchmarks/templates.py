@@ -33,7 +33,7 @@ from cbedge.prompt import ClinicalContext
 from cbedge.sentences import normalize, split_text
 from training.datasets.iu_xray import read_studies
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 STYLES = Path(__file__).parent / "template_styles"
 RESULTS = Path(__file__).parent / "results" / "templates"
 FAULTS = ("no draft", "unknown word", "repeated sentence", "headings", "not complete", "left out without a warning")

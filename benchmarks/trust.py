@@ -24,7 +24,13 @@ from training.datasets.iu_xray import read_studies
 from training.datasets.studies import Study
 from training.scoring import rouge_matrix
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 Data = Annotated[Path, typer.Option(help="Folder of IU X-RAY.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")]
 Output = Annotated[Path, typer.Option(help="JSON to write.")]

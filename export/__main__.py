@@ -20,7 +20,7 @@ from export.pipeline import ExportSettings, export_model
 from export.vocabulary import COMMON
 from training.fetch import DEFAULT_CACHE
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 GRAPH_LABELS = {
     "vision_encoder": "vision",
     "qformer": "Q-Former",

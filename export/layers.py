@@ -36,7 +36,7 @@ from training.trained import load_adapted, merge_adapters
 
 # Wide models lose little with all but the head in 4 bits; what the mini model needs was measured on that alone.
 WIDE = Int4Settings(eight_bits=HEAD)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @dataclass(frozen=True)

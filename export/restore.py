@@ -41,7 +41,7 @@ from export.tracing import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers
 from training.datasets.provenance import save_training_data
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 _IMAGE_TOKENS = ("<image>", "<file_sep>")  # InstructBLIP's own; the mini model's
 
 

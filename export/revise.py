@@ -19,7 +19,7 @@ from cbedge.bundles.bundle import check_target, open_bundle
 from export.console import Verbose, run
 from export.revision import Revision
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 @app.command(help=__doc__)
