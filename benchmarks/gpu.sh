@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Latency on a GPU, beside its peers: a model of InstructBLIP-Vicuna-7B's shape with random weights, then the model that
-# ships. Run from a clone with the development set and onnxruntime-gpu instead of onnxruntime:
+# Measure latency on a GPU, and compare with peers: a model of InstructBLIP-Vicuna-7B's shape with random weights, and the
+# embedded model. Run from a clone with the development set and onnxruntime-gpu instead of onnxruntime:
 #
 #   benchmarks/gpu.sh benchmarks/results/gpu
 #
 # The large bundle takes twelve minutes and 16 GB of memory to export on two cores (export.layers), and 40 GB of disk.
-# Where the GPU's time is dear, export it elsewhere and carry its graphs alone, 4 MB:
+# To save time on the GPU machine, export it elsewhere and copy only its graphs, 4 MB:
 #
 #   python -m benchmarks.shape shape
 #   python -m export.layers --checkpoint shape --out bundle --variant q4f16 --eight-bits ''
 #   python -m benchmarks.hollow empty bundle hollow
 #   HOLLOW=hollow benchmarks/gpu.sh benchmarks/results/gpu
 #
-# LAYERS=8 keeps so many of the language model's 32 layers. SHAPE_ONLY=1 leaves the model that ships out. DEVICE=cpu
-# SHAPE=tiny TOKENS=6 ROUNDS=1 tries the same steps on a CPU. TMPDIR=/dev/shm spares the disk.
+# LAYERS=8 keeps 8 of the language model's 32 layers. SHAPE_ONLY=1 skips the embedded model. DEVICE=cpu SHAPE=tiny
+# TOKENS=6 ROUNDS=1 runs the same steps on a CPU. TMPDIR=/dev/shm uses memory instead of the disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:?give a prefix for the records, such as benchmarks/results/gpu}

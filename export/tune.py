@@ -1,9 +1,9 @@
-"""Scales of 4-bit weights, trained so that the language model goes on as it did in fp32.
+"""Tune the scales of 4-bit weights so that the language model predicts as it did in fp32.
 
 The second phase of Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models" (ACL
-2025): the numbers stay as they were rounded, and the scales alone are trained, all layers at once. The loss here is the
-divergence of the rounded model's next token from the fp32 model's (distillation), over reports of training studies; no
-weight of the fp32 model changes.
+2025): the rounded values stay, and only the scales are trained, in all layers at once. The loss here is the divergence
+of the rounded model's next token from the fp32 model's (distillation) on reports of training studies. The fp32 model is
+not changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WARMUP = 5
 
 
 class _Product(torch.autograd.Function):
-    """``x`` [..., K] times a rounded weight, with gradients for ``x`` and for the scales [N, K / B] alone."""
+    """``x`` [..., K] times a rounded weight, with gradients only for ``x`` and for the scales [N, K / B]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
