@@ -1,9 +1,10 @@
-"""The model builder's commands, from base weights and data to trained and measured models."""
+"""Commands for building models: download base weights, check data, train, and evaluate."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,18 +36,18 @@ def average_command(
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
-    """Average the weights of runs that differ in their seeds, into a checkpoint that sees better than each."""
+    """Average the weights of runs that differ only in their seeds, and write a checkpoint (a model soup)."""
     from training.average import average
 
     if out.exists():
-        raise ValueError(f"{out} exists already: give another folder")
+        raise ValueError(f"{out} already exists: give another folder")
     from training.datasets.provenance import load_training_data, merged, save_training_data
 
     parts, areas = average(run_folder, data, cache)
     parts.save(out)
     save_training_data(merged(record for one in run_folder for record in load_training_data(one) or []), out)
-    told = ", ".join(f"{name.removeprefix('auc_')} {area:.3f}" for name, area in areas.items())
-    typer.echo(f"checkpoint: {out}; AUC on validation studies: {told}")
+    shown = ", ".join(f"{name.removeprefix('auc_')} {area:.3f}" for name, area in areas.items())
+    typer.echo(f"checkpoint: {out}; AUC on validation studies: {shown}")
 
 
 data_app = typer.Typer(help="Inspect a data set before training.", no_args_is_help=True)
@@ -62,18 +63,18 @@ def data_check_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot.")] = False,
 ) -> None:
-    """Say what was found, joined and dropped, and why."""
+    """Report which files were found, how they were joined, and which studies were dropped and why."""
     from rich.console import Console
 
     from training.datasets import INDEX_CACHE
     from training.datasets.check import plot_summary, print_summary, summarize
 
     if plot and plot.exists() and not force:
-        raise ValueError(f"{plot} exists already: give --force to replace it, or another name")
+        raise ValueError(f"{plot} already exists: give --force to overwrite it, or another name")
     summary = summarize(folder, index_cache or INDEX_CACHE)
     print_summary(summary, Console())
     if not summary.total:
-        raise ValueError("no study can be trained on: see what was dropped, and why")
+        raise ValueError("no study can be used for training: the table above says why")
     if plot:
         plot_summary(summary, plot)
 
@@ -92,13 +93,13 @@ def run_command(
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Maximum number of steps per stage, for trials.")] = None,
 ) -> None:
-    """Train the stages of a configuration; run it again to go on after an interruption."""
+    """Train the stages of a configuration; the same command resumes an interrupted run."""
     from training.config import load_config
     from training.train import run
 
     chosen = {"data": data, "output": output, "device": device, "precision": precision}
     folder = run(load_config(config, **chosen, base_precision=base_precision), cache, max_steps)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         typer.echo(f"trained: {folder}")
 
 
@@ -122,7 +123,7 @@ def evaluate_command(
     limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of studies, for trials.")] = None,
     drafts: Annotated[Path | None, typer.Option(help="JSON Lines file for all drafts; do not commit it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size in studies, for --run.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Radiographs per batch of the encoder.")] = 16,
     chexbert: Annotated[Path | None, typer.Option(help="Path of chexbert.pth, for CheXbert scores.")] = None,
     radgraph: Annotated[
         Path | None, typer.Option(help="Folder with the unpacked model radgraph/, for RadGraph F1.")
@@ -135,22 +136,20 @@ def evaluate_command(
     The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. The
     retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
-    from training.drafting import Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter, TorchEncoder
-    from training.evaluate import evaluate, to_markdown, write_record
+    from training.drafting import Drafter, Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter, TorchEncoder
+    from training.evaluate import evaluate, to_markdown
     from training.labelers import Chexbert
     from training.run_bundle import ReportResources
 
-    if split not in ("test", "val"):
-        raise ValueError(f"unknown split {split!r}; give test or val")
+    _check_split(split)
     if not model and run_folder is None and image_blind is None:
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both, or --image-blind RUN")
     _check_results(output, force)
     if variant and not model:
-        raise ValueError("--variant names one of a bundle: give --model")
-    wanted: list[tuple[Path, str | None]] = [(folder, None) for folder in model or []]
-    if variant:
-        wanted[:1] = [(wanted[0][0], name) for name in variant]
-    drafters: list = [RuntimeDrafter(folder, name) for folder, name in wanted]
+        raise ValueError("--variant needs a bundle: give --model")
+    variants: list[str | None] = [*variant] if variant else [None]
+    drafters: list[Drafter] = [RuntimeDrafter(folder, name) for folder in (model or [])[:1] for name in variants]
+    drafters += [RuntimeDrafter(folder, None) for folder in (model or [])[1:]]
     encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
     if run_folder is not None:
         parts = _merged(run_folder, device, cache)
@@ -161,21 +160,9 @@ def evaluate_command(
     if image_blind is not None:
         parts = _merged(image_blind, device, cache)
         blind = TorchDrafter(parts, "image-blind model (torch)", True, ReportResources.learn(parts, data))
-    labeler = Chexbert(chexbert, cache=cache) if chexbert else None
-    record = evaluate(
-        data,
-        drafters,
-        encoder,
-        split,
-        limit,
-        image_blind=blind,
-        drafts_file=drafts,
-        chexbert=labeler,
-        radgraph=radgraph,
-    )
-    record["command"] = _command()
-    write_record(record, to_markdown(record), output)
-    typer.echo(to_markdown(record))
+    labelers: dict[str, Any] = {"chexbert": Chexbert(chexbert, cache=cache) if chexbert else None, "radgraph": radgraph}
+    record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts, **labelers)
+    _finish(record, to_markdown, output)
 
 
 @app.command("ablate")
@@ -195,10 +182,9 @@ def ablate_command(
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
-    """The paper's ablation: LoRA on no, vision, language, both parts; priors off and on. One table."""
+    """Run the paper's ablation: LoRA on no part, vision, language or both, each without and with priors."""
     from training.ablation import CELLS, ablate, to_markdown
     from training.config import load_config
-    from training.evaluate import write_record
 
     _check_results(output, force)
     known = {c.name: c for c in CELLS}
@@ -208,41 +194,36 @@ def ablate_command(
     settings = load_config(config, data=data, output=runs, device=device, precision=precision)
     cells = tuple(known[name] for name in cell or known)
     record = ablate(settings, runs, cache, split=split, limit=limit, cells=cells, max_steps=max_steps)
-    record["command"] = _command()
-    write_record(record, to_markdown(record), output)
-    typer.echo(to_markdown(record))
+    _finish(record, to_markdown, output)
 
 
 @app.command("curve")
 def curve_command(
     data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
     output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json, OUTPUT.md and OUTPUT.png.")],
-    base: Annotated[str, typer.Option(help="mini, a checkpoint folder or a hub name: the frozen image side.")] = "mini",
+    base: Annotated[str, typer.Option(help="mini, a checkpoint folder or a hub name.")] = "mini",
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     repeats: Annotated[int, typer.Option(min=1, help="Random samples of each fraction of the train split.")] = 5,
     limit: Annotated[int | None, typer.Option(min=8, help="Maximum number of studies per split, for trials.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size in radiographs.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Radiographs per batch of the encoder.")] = 16,
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
-    """Whether more studies would help: linear probes of a frozen image side, learnt on parts of the train split."""
+    """Measure whether more studies would help: linear probes of a frozen image encoder, fitted to parts of the train
+    split."""
     from training import learning_curve as curve
     from training.base import load_model
     from training.drafting import TorchEncoder
-    from training.evaluate import write_record
     from training.train import choose_device
 
-    if split not in ("test", "val"):
-        raise ValueError(f"unknown split {split!r}; give test or val")
+    _check_split(split)
     _check_results(output, force)
     parts = load_model(base, cache, image_side=True)
     parts.model.to(choose_device(device))
     record = curve.measure(TorchEncoder(parts, batch_size), data, split, repeats, limit)
-    record |= {"base": base, "command": _command()}
-    write_record(record, curve.to_markdown(record), output)
     curve.plot(record, output.with_suffix(".png"))
-    typer.echo(curve.to_markdown(record))
+    _finish(record | {"base": base}, curve.to_markdown, output)
 
 
 @app.command("browse")
@@ -256,11 +237,11 @@ def browse_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of studies.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing page.")] = False,
 ) -> None:
-    """Write a page to read drafts beside references and radiographs, errors first."""
+    """Write a page that shows drafts beside references and radiographs, errors first."""
     from training.browser import write_browser
 
     if out.exists() and not force:
-        raise ValueError(f"{out} exists already: give --force to replace it, or another name")
+        raise ValueError(f"{out} already exists: give --force to overwrite it, or another name")
     typer.echo(f"{write_browser(drafts, data, row, out, limit)} studies: {out}")
 
 
@@ -274,15 +255,12 @@ def like_paper_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
-    """Score drafts by the protocol nearest to the paper's figures: nltk's METEOR, ROUGE, findings with impression."""
-    from training.evaluate import write_record
+    """Score drafts by the protocol closest to the paper's: nltk's METEOR, ROUGE, findings with impression."""
     from training.paper_protocol import evaluate_drafts, to_markdown
 
     _check_results(output, force)
     record = evaluate_drafts(drafts, data, wordnet, lambda row: typer.echo(f"scoring {row}", err=True))
-    record["command"] = _command()
-    write_record(record, to_markdown(record), output)
-    typer.echo(to_markdown(record))
+    _finish(record, to_markdown, output)
 
 
 @app.command("compare")
@@ -298,19 +276,16 @@ def compare_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
 ) -> None:
-    """Compare two models study by study, with intervals and p-values by bootstrap."""
+    """Compare two models study by study, with bootstrap intervals and p-values."""
     from training.comparison import compare_drafts, to_markdown
-    from training.evaluate import write_record
 
     _check_results(output, force)
     record = compare_drafts(first, second, (first_row, second_row))
-    record["command"] = _command()
-    write_record(record, to_markdown(record), output)
-    typer.echo(to_markdown(record))
+    _finish(record, to_markdown, output)
 
 
 def _merged(folder: Path, device: str, cache: Path) -> "ModelAndTokenizers":
-    """A run, or the first stages of one, with its adapters merged, on its device."""
+    """A run or one of its stages, with merged adapters, on its device."""
     from training.train import choose_device
     from training.trained import checkpoint_of, load_adapted, merge_adapters
 
@@ -320,18 +295,28 @@ def _merged(folder: Path, device: str, cache: Path) -> "ModelAndTokenizers":
     return parts
 
 
-def _command() -> str:
-    return "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
+def _finish(record: dict[str, Any], to_markdown: Callable[[dict[str, Any]], str], output: Path) -> None:
+    """Write a record with its command, and print its tables."""
+    from training.records import write_record
+
+    record["command"] = "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
+    write_record(record, to_markdown(record), output)
+    typer.echo(to_markdown(record))
+
+
+def _check_split(split: str) -> None:
+    if split not in ("test", "val"):
+        raise ValueError(f"unknown split {split!r}; give test or val")
 
 
 def _check_results(output: Path, force: bool) -> None:
     for suffix in (".json", ".md"):
         if output.with_suffix(suffix).exists() and not force:
-            raise ValueError(f"{output.with_suffix(suffix)} exists already: give --force to replace it")
+            raise ValueError(f"{output.with_suffix(suffix)} already exists: give --force to overwrite it")
 
 
 def _shown(argument: str) -> str:
-    """A path is recorded by its last two parts: where it lies on this machine is nobody's business."""
+    """A path is recorded by its last two parts, without the folders of this machine."""
     path = Path(argument)
     return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 

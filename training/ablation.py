@@ -1,7 +1,8 @@
-"""The paper's ablation: LoRA on {none, vision, language, both} parts, with priors in the prompt or without.
+"""The paper's ablation: LoRA on {none, vision, language, both} parts, with and without priors in the prompt.
 
-Ji et al. (JMIR Form Res 2024;8:e32690) compare stages and priors one by one. Here every cell is a run of the same
-configuration with stages taken out and, without priors, indication and comparison withheld in training and evaluation.
+Ji et al. (JMIR Form Res 2024;8:e32690) compare stages and priors separately. Here each cell is a run of one
+configuration without some of its stages. Without priors, indication and comparison are withheld in training and
+evaluation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from training.config import RunConfig
 from training.controls import own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.drafting import TorchDrafter
+from training.logs import write_atomically
+from training.records import table
 from training.run_bundle import ReportResources
 from training.scoring import METRICS, score
 from training.train import choose_device, run
@@ -33,14 +36,14 @@ PARTS = {"none": (), "vision": ("vision",), "language": ("language",), "both": (
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the ablation: which parts get LoRA, and whether priors are in the prompt."""
+    """One run of the ablation: the parts with LoRA, and whether the prompt has priors."""
 
     parts: str
     priors: bool
 
     @property
     def name(self) -> str:
-        """Also the name of the cell's folder."""
+        """Name of the cell and of its folder."""
         return f"{self.parts}-{'priors' if self.priors else 'no-priors'}"
 
 
@@ -49,7 +52,7 @@ CELLS = tuple(Cell(parts, priors) for parts in PARTS for priors in (False, True)
 
 
 def cell_config(config: RunConfig, cell: Cell, output: Path) -> RunConfig:
-    """The configuration of one cell: stages whose LoRA is on a part that the cell leaves out are taken away."""
+    """The configuration of one cell, without the stages with LoRA on other parts."""
     kept = [stage for stage in config.stages if stage.lora is None or stage.lora.part in PARTS[cell.parts]]
     stages = tuple(kept if cell.priors else [replace(stage, prior_dropout=1.0) for stage in kept])
     return replace(config, stages=stages, output=output / cell.name)
@@ -66,15 +69,16 @@ def ablate(
     max_steps: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train and score every cell; a cell that was scored before is not run again.
+    """Train and score every cell that was not scored before.
 
     Args:
         config: the whole run, such as ``training/configs/iu_xray_mini.yaml``.
-        output: folder of the ablation: one run folder a cell, and ``CELL.json`` beside each.
-        cache: where base weights are kept.
-        split, limit: studies that are drafted.
-        cells: those to run.
-        max_steps: end each stage early, for a trial.
+        output: folder of the ablation, with a run folder and ``CELL.json`` for each cell.
+        cache: cache folder for base weights.
+        split, limit: the studies to draft.
+        cells: the cells to run.
+        max_steps: maximum number of steps per stage, for a trial.
+        console: for messages.
 
     Returns:
         A JSON-ready record, ``cells`` → ``scores`` and ``clinical``.
@@ -83,17 +87,15 @@ def ablate(
     output.mkdir(parents=True, exist_ok=True)
     rows = {}
     for cell in cells:
-        told = output / f"{cell.name}.json"
-        if not told.is_file():
+        scored = output / f"{cell.name}.json"
+        if not scored.is_file():
             console.print(f"cell {cell.name}")
             here = cell_config(config, cell, output)
             _share(here, output)
             folder = run(here, cache, max_steps)
             row = _score(folder, cell, config, cache, split, limit, console)
-            partial = told.with_suffix(".partial")
-            partial.write_text(json.dumps(row), encoding="utf-8")
-            partial.rename(told)
-        rows[cell.name] = json.loads(told.read_text(encoding="utf-8"))
+            write_atomically(scored, lambda path, row=row: path.write_text(json.dumps(row), encoding="utf-8"))  # type: ignore[misc]
+        rows[cell.name] = json.loads(scored.read_text(encoding="utf-8"))
     return {
         "split": split,
         "studies": next(iter(rows.values()))["studies"],
@@ -114,17 +116,16 @@ def to_markdown(record: dict[str, Any]) -> str:
         "",
         f"{record['date']}. fp32, torch, greedy. Command: `{record.get('command', 'unknown')}`",
         "",
-        "| LoRA on | priors | " + " | ".join(names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
     ]
+    rows = []
     for cell in (c for c in CELLS if c.name in record["cells"]):
         row = record["cells"][cell.name]
         values = [f"{row['scores'][m]:.3f}" for m in METRICS[3:]]
-        # A share of next to nothing says nothing.
+        # The share of a score near zero is meaningless.
         values.append(f"{row['cider_lost_on_swap']:.1%}" if row["scores"]["CIDEr"] >= LEAST_CIDER else "-")
         values += [f"{row['clinical'][name][0]:.3f}" for name in ("balanced_accuracy", "finding_f1")]
-        lines.append(f"| {cell.parts} | {'on' if cell.priors else 'off'} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((cell.parts, "on" if cell.priors else "off", *values))
+    return "\n".join([*lines, *table(("LoRA on", "priors", *names), rows)]) + "\n"
 
 
 def _score(
@@ -156,7 +157,7 @@ def _score(
 
 
 def _share(config: RunConfig, output: Path) -> None:
-    """Take what another cell has trained already: leading stages with the same settings, the base, cached features."""
+    """Reuse what another cell trained: the base, cached features, and leading stages with the same settings."""
     cache = output / "cache"
     cache.mkdir(exist_ok=True)
     config.output.mkdir(parents=True, exist_ok=True)

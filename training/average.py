@@ -1,8 +1,7 @@
-"""``python -m training average``: the mean of several runs' weights (a model soup, Wortsman et al., ICML 2022).
+"""``python -m training average``: average the weights of several runs (a model soup, Wortsman et al., ICML 2022).
 
-Runs that begin with the same checkpoint and differ in their seeds end near one another, and the mean of their weights
-sees a little better than any one of them, at the cost of one. Adapters are merged first: what is averaged is what the
-adapters stand for.
+If runs start from the same checkpoint and differ only in their seeds, the average of their weights is a little better
+than each of them, at the cost of one model. Adapters are merged before averaging.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from training.validation import Validation, choose_findings, tag_auc
 
 
 def average(runs: Sequence[Path], data: Path, cache: Path) -> tuple[ModelAndTokenizers, dict[str, float]]:
-    """The averaged model with its findings' thresholds chosen anew on validation studies, and their AUC there.
+    """The averaged model, with new thresholds for its findings, and their AUC on validation studies.
 
     Args:
-        runs: folders of finished runs, two or more, that began with the same checkpoint.
-        data: the collection whose validation studies are used.
-        cache: where base weights are kept.
+        runs: folders of two or more finished runs that started from the same checkpoint.
+        data: folder of the collection with the validation studies.
+        cache: cache folder for base weights.
 
     Raises:
-        FileNotFoundError: a folder is no finished run.
-        ValueError: there are fewer than two, they began with different checkpoints, or tell no findings.
+        FileNotFoundError: a folder is not a finished run.
+        ValueError: there are fewer than two runs, they started from different checkpoints, or have no finding scores.
     """
     bases = {checkpoint_of(run) for run in runs}
     if len(runs) < 2 or len(bases) > 1:
-        found = f"they began with {', '.join(sorted(bases))}" if len(bases) > 1 else "there is one"
-        raise ValueError(f"an average needs two runs or more from the same checkpoint: {found}")
+        found = f"they started from {', '.join(sorted(bases))}" if len(bases) > 1 else "there is one"
+        raise ValueError(f"an average needs two or more runs from the same checkpoint, but {found}")
     base = bases.pop()
     total: dict[str, Tensor] = {}
     heads_total: dict[str, Tensor] = {}
@@ -50,12 +49,12 @@ def average(runs: Sequence[Path], data: Path, cache: Path) -> tuple[ModelAndToke
     parts.model.load_state_dict({name: _mean(value, len(runs)) for name, value in total.items()})
     heads = _heads_of({name: _mean(value, len(runs)) for name, value in heads_total.items()})
     config = load_config(runs[-1] / "config.json", data=data)
-    told = parts.finding_head or load_adapted(base, [], cache).finding_head
-    if told is None:
-        raise ValueError(f"neither the runs nor {base} tell findings: there is nothing to choose thresholds for")
+    head = parts.finding_head or load_adapted(base, [], cache).finding_head
+    if head is None:
+        raise ValueError(f"neither the runs nor {base} have finding scores, so there are no thresholds to choose")
     validation = _validation(parts, config, data)
-    names = told.findings.names[1:]
-    openings = dict(zip(told.findings.names, told.findings.openings, strict=False))
+    names = head.findings.names[1:]
+    openings = dict(zip(head.findings.names, head.findings.openings, strict=False))
     findings = choose_findings(validation, heads, names, openings)
     parts.finding_head = heads.finding_head(findings)
     return parts, tag_auc(*validation.tag_scores(heads))

@@ -1,4 +1,4 @@
-"""From studies to batches: images (augmented or cached as encoder features) and encoded text."""
+"""Make batches of studies: images (augmented, or cached vision features) and encoded text."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from training.ontology import TAGS
 from training.special_tokens import prefix_ids, suffix_ids
 
 MAX_TARGET_TOKENS = 160
-# What the noise of told_findings takes from, and adds to, what is so: of people's tags, and of the report's own words.
+# Probability that prompted_findings omits a present finding, and that it adds an absent one.
 NOISE = {"tags": (0.1, 0.01), "report": (0.05, 0.0)}
 
 
 def load_pixels(path: Path, settings: Preprocessing, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Read one radiograph as the model's input, float32 [3, S, S]; augmented, in grey, where ``rng`` is given."""
+    """Read one radiograph as the model's input, float32 [3, S, S]; with ``rng``, it is augmented, in grey."""
     radiograph = load_radiograph(path)
     if rng is None:
         return preprocess_radiograph(radiograph, settings)[0]
@@ -39,7 +39,7 @@ def load_pixels(path: Path, settings: Preprocessing, rng: np.random.Generator | 
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A small rotation, shift, scale and change of contrast; never a mirror image, since sides mean something."""
+    """A small random rotation, shift, scaling and change of contrast; no mirroring, because sides matter."""
     angle, scale = np.deg2rad(rng.uniform(-7, 7)), rng.uniform(0.85, 1.05)
     rows, columns = pixels.shape
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
@@ -55,7 +55,7 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Generator) -> ClinicalContext:
-    """Withhold indication and comparison, each with the given probability, so that a missing one is familiar."""
+    """Withhold indication and comparison, each with the given probability, so that the model learns to do without."""
     keep_indication, keep_comparison = rng.random(2) >= probability
     return replace(
         context,
@@ -64,26 +64,26 @@ def drop_priors(context: ClinicalContext, probability: float, rng: np.random.Gen
     )
 
 
-def told_findings(
+def prompted_findings(
     tags: Sequence[int],
     names: Sequence[str],
     share: float = 1.0,
     rng: np.random.Generator | None = None,
     noise: tuple[float, float] = NOISE["tags"],
 ) -> tuple[str, ...] | None:
-    """What the prompt tells of a training study's image: its tags, in the form of
+    """The findings in the prompt of a training study, in the form of
     :meth:`cbedge.findings.image_findings.ImageFindings.read`.
 
     Args:
-        tags: 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`.
-        names: those that may be told.
-        share: of studies that are told anything.
-        rng: of chance, and of noise, so that the language model does not take what it is told for certain; without it
-            everything is told as it is.
-        noise: how often a finding is left out, and how often one is told that is not there.
+        tags: 1, 0 or -1 for each of :data:`~training.ontology.TAGS`.
+        names: findings that the prompt may list.
+        share: share of studies whose prompt lists findings.
+        rng: random generator for share and noise, so that the language model does not trust the list completely;
+            ``None`` for neither.
+        noise: probabilities that a present finding is omitted and that an absent one is added.
 
     Returns:
-        The names; empty for a normal study; ``None`` where nothing is known or told.
+        The names, empty for a normal study; ``None`` if the tags are unknown or the prompt has no list.
     """
     if not names or tags[0] < 0 or (rng is not None and rng.random() >= share):
         return None
@@ -99,11 +99,11 @@ def told_findings(
     return (OTHER,) if tags[0] == 1 else ()
 
 
-class ToldTags:
-    """What is so of training studies, for :func:`told_findings`: people's tags, or what the report itself names.
+class StudyTags:
+    """The tags of training studies for :func:`prompted_findings`.
 
     Args:
-        source: ``tags`` or ``report``.
+        source: ``tags`` for curated tags, ``report`` for the findings that the report names.
     """
 
     def __init__(self, source: str):
@@ -111,8 +111,8 @@ class ToldTags:
         self._read: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, studies: Sequence[Study]) -> list[tuple[int, ...]]:
-        """For each study 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`; the last, for a study without
-        a report, where reports are read."""
+        """For each study 1, 0 or -1 for each of :data:`~training.ontology.TAGS`; -1 for a study without the report that
+        is read."""
         if self.source == "tags":
             return [tuple(s.tags) for s in studies]
         new = [s for s in studies if s.study_id not in self._read]
@@ -127,15 +127,15 @@ class Batch:
     """One batch; text is right-padded.
 
     Attributes:
-        images: float [N, 3, S, S], or encoder features [N, P, H] when they come from the cache: the B studies'
-            frontal radiographs, then the lateral ones of those that have one.
-        laterals: int64 [N - B], the study of each lateral radiograph, ascending.
-        qformer_ids, qformer_mask: int64 [N, I] the instruction for the Q-Former, which names the view.
-        input_ids, attention_mask: int64 [B, L] placeholders, prompt and report for a decoder-only language model.
-        labels: int64 [B, L] the report's tokens, -100 elsewhere.
-        report_ids, report_mask: int64 [B, R] the report for the Q-Former's text side.
+        images: float [N, 3, S, S], or cached vision features [N, P, H]: the frontal radiographs of the B studies,
+            followed by the lateral ones.
+        laterals: int64 [N - B], the study index of each lateral radiograph, ascending.
+        qformer_ids, qformer_mask: int64 [N, I], the Q-Former's instruction, which names the view.
+        input_ids, attention_mask: int64 [B, L], placeholders, prompt and report.
+        labels: int64 [B, L], the report's tokens, -100 elsewhere.
+        report_ids, report_mask: int64 [B, R], the report for the Q-Former.
         tags: float [B, tags].
-        report_tokens: for each study the language model's tokens of its report.
+        report_tokens: the language model's tokens of each report.
     """
 
     images: Tensor
@@ -156,7 +156,7 @@ class Batch:
         return replace(self, **moved)
 
     def without_placeholders(self, count: int) -> "Batch":
-        """The same batch for a language model that sees no image: the ``count`` leading placeholders are taken away."""
+        """The same batch without its ``count`` leading placeholders, for a language model without images."""
         names = ("input_ids", "attention_mask", "labels")
         return replace(self, **{name: getattr(self, name)[:, count:] for name in names})
 
@@ -164,7 +164,7 @@ class Batch:
 def encode_prompt(
     parts: ModelAndTokenizers, context: ClinicalContext, seen: Sequence[str] | None = None, lateral: bool = False
 ) -> list[int]:
-    """Token ids of image placeholders and prompt, as inference feeds them; ``lateral`` is a second radiograph."""
+    """Token ids of image placeholders and prompt, as in inference; ``lateral`` if there is a second radiograph."""
     prompt = parts.tokenizer(build_prompt(context, seen, lateral), add_special_tokens=False).input_ids
     start = [parts.image_token_id] * (parts.model.config.num_query_tokens * (1 + lateral))
     return [*start, *prefix_ids(parts), *prompt, *suffix_ids(parts)]
@@ -177,27 +177,27 @@ def collate(
     images: Tensor,
     seen: Sequence[Sequence[str] | None] | None = None,
     laterals: Sequence[int] = (),
-    begun: Sequence[str] = (),
+    openings: Sequence[str] = (),
 ) -> Batch:
     """Encode studies into a batch.
 
     Args:
-        studies: B of them.
-        contexts: what each is to be seen with.
+        studies: B studies.
+        contexts: the clinical context of each.
         images: see :class:`Batch`.
-        seen: the findings that each is told.
-        laterals: the studies whose lateral radiographs follow the frontal ones, ascending.
-        begun: what each report begins with, which is read and not learnt (an encoder-decoder learns it as well).
+        seen: the findings in the prompt of each.
+        laterals: indices of the studies whose lateral radiographs follow the frontal ones, ascending.
+        openings: the opening of each report, which has no loss (except for an encoder-decoder).
     """
     seen = seen or [None] * len(studies)
-    told_rows = enumerate(zip(contexts, seen, strict=True))
-    prompts = [encode_prompt(parts, context, told, i in laterals) for i, (context, told) in told_rows]
+    rows_of = enumerate(zip(contexts, seen, strict=True))
+    prompts = [encode_prompt(parts, context, listed, i in laterals) for i, (context, listed) in rows_of]
     targets = [parts.tokenizer(s.target, add_special_tokens=False).input_ids[:MAX_TARGET_TOKENS] for s in studies]
-    for prompt, target, text in zip(prompts, targets, begun, strict=False):
+    for prompt, target, text in zip(prompts, targets, openings, strict=False):
         ids = parts.tokenizer(text, add_special_tokens=False).input_ids if text else []
         if parts.model.config.use_decoder_only_language_model:
             prompt += ids
-        else:  # the decoder reads it, not the encoder
+        else:  # its decoder reads the opening
             target[:0] = ids
     eos = parts.tokenizer.eos_token_id
     rows = [p + t + [eos] for p, t in zip(prompts, targets, strict=True)]
@@ -229,7 +229,7 @@ def collate(
 
 
 def retarget(studies: Sequence[Study], reports: Sequence[tuple[str, str]]) -> tuple[list[str], list[Study]]:
-    """What reports begin with, and the studies with what goes on after it as their target."""
+    """The openings of reports, and the studies with the rest of the report as their target."""
     return [text for text, _ in reports], [replace(s, target=t) for s, (_, t) in zip(studies, reports, strict=True)]
 
 
@@ -239,7 +239,7 @@ def of_lateral(context: ClinicalContext) -> ClinicalContext:
 
 
 def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContext]) -> dict[str, Tensor]:
-    """Encode the instruction for the Q-Former: ``input_ids`` and ``attention_mask``, int64 [B, I]."""
+    """Encode the Q-Former's instructions: ``input_ids`` and ``attention_mask``, int64 [B, I]."""
     texts = [build_query_instruction(c) for c in contexts]
     return parts.qformer_tokenizer(
         texts, padding=True, padding_side="right", truncation=True, max_length=256, return_tensors="pt"
@@ -247,7 +247,7 @@ def encode_instructions(parts: ModelAndTokenizers, contexts: list[ClinicalContex
 
 
 def lengths_and_flags(studies: Sequence[Study]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each study the characters of its target and whether it is known to be abnormal, int and bool [studies]."""
+    """For each study the number of characters of its target, and whether it is abnormal: int and bool [studies]."""
     if isinstance(studies, IndexedStudies):
         return np.array(studies.lengths), np.array(studies.abnormal, bool)
     return np.array([len(s.target) for s in studies]), np.array([s.abnormal for s in studies], bool)
@@ -256,11 +256,14 @@ def lengths_and_flags(studies: Sequence[Study]) -> tuple[np.ndarray, np.ndarray]
 def epoch_order(
     lengths: np.ndarray, abnormal: np.ndarray, batch_size: int, abnormal_weight: float, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Index batches of one epoch: drawn by weight where abnormal studies weigh more, of like length, shuffled.
+    """The batches of one epoch, as study indices. Studies of a batch have similar lengths.
 
     Args:
-        lengths: int [studies], of the targets.
+        lengths: length of each target, int [studies].
         abnormal: bool [studies].
+        batch_size: studies per batch.
+        abnormal_weight: other than 1, studies are sampled with replacement, abnormal ones with this weight.
+        rng: random generator.
     """
     count = len(lengths)
     if abnormal_weight != 1.0:
@@ -268,7 +271,7 @@ def epoch_order(
         order = rng.choice(count, count, p=weight / weight.sum())
     else:
         order = rng.permutation(count)
-    # Like lengths go together within blocks of 16 batches, which saves most of the padding and keeps chance.
+    # Studies are sorted by length within blocks of 16 batches, which avoids most of the padding.
     block = batch_size * 16
     blocks = [order[i : i + block] for i in range(0, len(order), block)]
     ordered = np.concatenate([b[np.argsort(lengths[b], kind="stable")] for b in blocks])
@@ -289,10 +292,9 @@ def cache_features(
     autocast: torch.autocast,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Encode every radiograph, given as (name, file), once a view, into a float16 memory map [views, images, P, H].
+    """Encode views of radiographs, given as (name, file), into a float16 memory map [views, images, P, H].
 
-    View 0 is the image as it is, the others are augmented. A finished cache of the same weights, names, settings
-    and seed is opened instead of made again.
+    View 0 is not augmented, the others are. An existing cache of the same weights, names, settings and seed is opened.
     """
     key = hashlib.sha256(f"{seed} {views} {settings} {[name for name, _ in images]}".encode())
     for name, weight in sorted(vision.state_dict().items()):

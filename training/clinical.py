@@ -1,7 +1,7 @@
-"""Clinical efficacy of drafts: precision, recall and F1 of the findings they name, with intervals.
+"""Clinical efficacy of drafts: precision, recall and F1 of the findings that they name, with intervals.
 
-The labels of drafts and references are both read by :mod:`training.findings`, as the field does with CheXbert (Smit et
-al., EMNLP 2020), which needs weights that are not on PyPI.
+:mod:`training.findings` labels drafts and references. The usual labeler is CheXbert (Smit et al., EMNLP 2020), but its
+weights are not on PyPI.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from training.findings import LABELS, chexpert_labels, positive_findings, read_t
 from training.ontology import TAGS
 
 
-# Which findings stand for a curated tag.
 @dataclass(frozen=True)
 class Labels:
     """The labels of a list of reports.
 
     Attributes:
         matrix: bool [reports, 14], the columns as :data:`training.findings.LABELS`.
-        abnormal: bool [reports]: any finding at all is named, those outside the 14 included.
+        abnormal: whether any finding is named, including those outside the 14, bool [reports].
     """
 
     matrix: np.ndarray
@@ -36,14 +35,14 @@ class Labels:
 
 
 def label_reports(reports: Sequence[str]) -> Labels:
-    """Read the labels of reports (findings, or findings with impression)."""
+    """The labels of reports (findings, or findings with impression)."""
     found = positive_findings(reports)
     matrix = np.array([[label in chexpert_labels(f) for label in LABELS] for f in found], bool).reshape(-1, len(LABELS))
     return Labels(matrix, np.array([bool(f) for f in found], bool))
 
 
 def label_known(studies: Sequence[Study], drafts: Sequence[str]) -> tuple[Labels, Labels, np.ndarray]:
-    """Of the studies with curated tags: labels of drafts, labels of references, and bool [studies] truly abnormal."""
+    """For studies with curated tags: labels of drafts, labels of references, and whether they are abnormal."""
     known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
     abnormal = np.array([studies[i].abnormal for i in known], bool)
     references = label_reports([studies[i].findings for i in known])
@@ -54,13 +53,13 @@ def clinical_scores(drafts: Labels, references: Labels, truly_abnormal: np.ndarr
     """Micro and macro precision, recall and F1 over the 14 labels and over the 13 findings, and abnormality.
 
     Args:
-        drafts, references: of the same studies.
-        truly_abnormal: bool [studies] by curated tags; default is what the references name.
+        drafts, references: labels of the same studies.
+        truly_abnormal: bool [studies], by curated tags; default is by the references.
 
     Returns:
-        ``micro_*`` and ``macro_*`` over the 14 labels (``No Finding`` included, as the field reports them);
-        ``finding_*`` micro and ``finding_macro_f1`` over the 13 findings alone; ``balanced_accuracy`` and ``accuracy``
-        of abnormal against normal. A macro mean is over the labels that the references have.
+        ``micro_*`` and ``macro_*`` over the 14 labels, including ``No Finding``; ``finding_*`` (micro) and
+        ``finding_macro_f1`` over the 13 findings; ``balanced_accuracy``, ``accuracy``, ``sensitivity`` and
+        ``specificity`` of abnormal studies. Macro means are over the labels that occur in the references.
     """
     scores = {f"micro_{k}": v for k, v in _micro(drafts.matrix, references.matrix).items()}
     scores |= {f"macro_{k}": v for k, v in _macro(drafts.matrix, references.matrix).items()}
@@ -87,14 +86,14 @@ def finding_f1(drafts: Labels, references: Labels) -> dict[str, dict[str, float]
 
 
 def validate(studies: Sequence[Study], reports: Sequence[str]) -> dict[str, dict[str, float]]:
-    """How well the reading of reports agrees with people's tags of the same studies, for each tag.
+    """Compare the findings that are found in reports with the curated tags of the same studies.
 
     Args:
-        studies: with curated tags.
-        reports: of the same studies, findings with impression.
+        studies: studies; those without curated tags are skipped.
+        reports: their reports, findings with impression.
 
     Returns:
-        tag → precision, recall, F1, positives; and ``micro`` and ``macro`` over all tags but ``abnormal``.
+        tag → precision, recall, F1, positives; and ``micro`` and ``macro`` over all tags except ``abnormal``.
     """
     known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
     truth = np.array([studies[i].tags for i in known]) == 1
@@ -114,10 +113,13 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Two models on the same studies: the difference, its 95% interval, and the two-sided bootstrap p-value.
+    """The difference of two models on the same studies, its 95% interval, and the two-sided bootstrap p-value.
 
     Args:
-        first, second: each takes int [studies] rows, with repeats, and returns a number; both see the same rows.
+        first, second: the score of each model for some studies, int [studies] with repeats.
+        count: number of studies.
+        resamples: number of bootstrap samples.
+        seed: random seed.
     """
     rng = np.random.default_rng(seed)
     rows = [rng.integers(count, size=count) for _ in range(resamples)]

@@ -1,8 +1,7 @@
-"""Two models on the same studies: how far apart, and whether the difference could be chance."""
+"""Compare two models on the same studies, with intervals and p-values."""
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from cbedge.prompt import split_sections
 from training.clinical import Labels, clinical_scores, label_reports, paired_difference
 from training.datasets.iu_xray import clean_reference
+from training.records import drafts_of, read_drafts, table
 from training.scoring import PROTOCOL, score
 
 CLINICAL = {"finding_f1": "F1 of 13 findings, micro", "balanced_accuracy": "abnormal or normal, balanced accuracy"}
@@ -21,27 +21,26 @@ def compare_drafts(first: Path, second: Path, rows: tuple[str | None, str | None
     """Compare two rows of drafts, of one file or of two, on the studies that both have.
 
     Args:
-        first, second: JSON lines that ``evaluate --drafts`` wrote.
-        rows: whose drafts in each; ``None`` is the file's first.
+        first, second: JSON Lines files of ``evaluate --drafts``.
+        rows: name of the row in each file; ``None`` for the first.
 
     Returns:
-        A JSON-ready record: for each measure both values, the difference (first less second), its 95% interval by
-        bootstrap over studies, and the two-sided p-value.
+        A JSON-ready record: for each measure both values, the difference (first minus second), its 95% bootstrap
+        interval over studies, and the two-sided p-value.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is no drafts file, lacks the row, or the two share no study.
+        ValueError: a file is not a drafts file or lacks the row, or they have no study in common.
     """
-    drafts = [_read(path, row) for path, row in zip((first, second), rows, strict=True)]
-    names = [name for name, _ in drafts]
-    shared = [study for study in drafts[0][1] if study in drafts[1][1]]
+    sides = [_read(path, row) for path, row in zip((first, second), rows, strict=True)]
+    shared = [study for study in sides[0][1] if study in sides[1][1]]
     if not shared:
         raise ValueError(f"{first} and {second} have no study in common")
-    given = [[found[study] for study in shared] for _, found in drafts]
-    references = [reference for reference, _ in given[0]]
-    texts = [[text for _, text in side] for side in given]
+    references = [sides[0][1][study][0] for study in shared]
+    texts = [[found[study][1] for study in shared] for _, found in sides]
     measures = _ngram_differences(texts, references) | _clinical_differences(texts, references)
-    return {"first": names[0], "second": names[1], "studies": len(shared), "measures": measures, "protocol": PROTOCOL}
+    names = {"first": sides[0][0], "second": sides[1][0]}
+    return names | {"studies": len(shared), "measures": measures, "protocol": PROTOCOL}
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -52,31 +51,21 @@ def to_markdown(record: dict[str, Any]) -> str:
         "",
         f"{record['studies']} studies. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
         "",
-        f"| | {first} | {second} | difference (95% interval) | p |",
-        "| --- |" + " --- |" * 4,
     ]
+    rows = []
     for name, m in record["measures"].items():
         span = f"{m['difference']:+.3f} ({m['low']:+.3f} to {m['high']:+.3f})"
-        lines.append(f"| {name} | {m['first']:.3f} | {m['second']:.3f} | {span} | {m['p']:.3f} |")
+        rows.append((name, f"{m['first']:.3f}", f"{m['second']:.3f}", span, f"{m['p']:.3f}"))
+    lines += table(("", first, second, "difference (95% interval)", "p"), rows)
     return "\n".join(lines) + "\n"
 
 
 def _read(path: Path, row: str | None) -> tuple[str, dict[str, tuple[str, str]]]:
-    """The row's name, and study → (findings of the reference, findings of the draft)."""
-    found = {}
-    name = row
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            given = json.loads(line)
-            name = name or next(iter(given["drafts"]))
-            if name not in given["drafts"]:
-                raise ValueError(f"{path} has no drafts of {name!r}; it has: {', '.join(given['drafts'])}")
-            found[given["study_id"]] = given["findings"], split_sections(given["drafts"][name])[0]
-        except (KeyError, TypeError, StopIteration, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}, line {number}, is not what evaluate --drafts wrote ({error})") from None
-    if not found:
-        raise ValueError(f"{path} holds no drafts")
-    return name or "", found
+    """The row's name, and study → findings of reference and draft."""
+    rows = read_drafts(path)
+    name, drafts = drafts_of(path, rows, row)
+    pairs = [(r["findings"], split_sections(draft)[0]) for r, draft in zip(rows, drafts, strict=True)]
+    return name, dict(zip([r["study_id"] for r in rows], pairs, strict=True))
 
 
 def _ngram_differences(texts: list[list[str]], references: list[str]) -> dict[str, dict[str, float]]:

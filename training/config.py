@@ -1,4 +1,4 @@
-"""The settings of a training run, read from YAML: one frozen dataclass for the run and one for each stage."""
+"""The settings of a training run, read from YAML: one dataclass for the run and one for each stage."""
 
 from dataclasses import field
 from pathlib import Path
@@ -29,47 +29,46 @@ class LoraSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class Stage:
-    """One stage: what is trained, by which losses, and how.
+    """One stage: which parts are trained, with which losses, and how.
 
     Attributes:
-        name: also the name of the stage's folder in the run.
-        train: parts trained in full: of ``qformer``, ``query_tokens``, ``projection``.
-        lora: adapters added and trained in this stage; they stay, frozen, in the later ones. A later stage with the
-            same settings goes on training them.
-        losses: weight of each loss: ``contrastive``, ``tags``, ``words`` (no language model), ``language``.
-        image_blind: the language model reads prompt and report alone; no image is loaded. Alone it makes an image-blind
-            model; before the others, a language model that already knows how reports are worded.
-        learning_rate: peak, for full parts; ``lora_learning_rate`` for adapters.
+        name: name of the stage, and of its folder in the run.
+        train: parts that are trained in full.
+        lora: adapters that this stage adds and trains. Later stages keep them frozen, or train them further with the
+            same settings.
+        losses: weight of each loss; only ``language`` runs the language model.
+        image_blind: the language model reads only prompt and report; no image is loaded. As the only stage, it makes an
+            image-blind model; as an earlier stage, it teaches the language model the wording of reports.
+        learning_rate: peak, for parts trained in full; ``lora_learning_rate`` for adapters.
         schedule: after ``warmup_steps``: ``cosine`` or ``linear`` to a tenth of the peak, or ``constant``.
-        gradient_checkpointing: compute activations again in the backward pass: less memory, about a third more time.
-        batch_size: studies a forward pass; ``accumulate`` passes make one optimizer step.
-        cached_views: 0 encodes augmented images anew at every step; K > 0 caches K views of each image once (the first
-            as it is, the others augmented), for stages in which the vision encoder is frozen.
-        start_cross_attention: before the first step, start the Q-Former's new cross-attention from the spread of the
-            cached features (see :func:`training.stages.start_cross_attention`).
-        prior_dropout: probability of withholding indication and comparison, each on its own.
-        tell_findings: tags that the prompt may tell (``Seen: cardiomegaly, effusion.``); none where empty. In training
-            they come from the curated tags with some noise, at inference from the Q-Former's tag head, whose thresholds
-            are chosen on validation studies when the stage ends.
-        tell_share: share of training studies that are told anything.
-        tell_from: ``tags`` (what people tagged) or ``report`` (what the report's findings name, read by
-            :mod:`training.findings`: then the language model learns to write all that it is told, and nothing else).
-        openings: finding → the sentence that opens a draft where the finding is told; none where empty. It should say
-            no more than the finding's name does: nothing is known of side or size.
-        open_share: share of the studies told such a finding whose report begins with that sentence in training too, its
-            own words on the finding left out (:mod:`training.openings`).
-        learn: ``own``, the study's own report, or ``consensus``, the one that agrees most with the reports of studies
-            whose indication reads alike, behind the sentences of what is told (:mod:`training.consensus`).
-        lateral: the lateral radiograph is read beside the frontal one, where a study has it; the image embeddings of
-            both go to the language model, and the tag head's logits are averaged.
-        lateral_dropout: probability of withholding it, so that a frontal radiograph alone stays familiar.
-        splits: studies to learn from; ``extra`` has impressions only.
-        validate_every: steps between validations; 0 validates at each epoch's end. The last step is always validated.
-        select_by: ``language`` (lowest validation loss), ``cider`` (highest CIDEr of greedy drafts of validation
-            studies) or ``tags`` (highest mean AUC of the tag head) keeps the best weights seen and ends the stage with
-            them; empty ends it with the last.
-        patience: validations without a better one after which the stage stops early; 0 never stops it.
-        abnormal_weight: how often an abnormal study is drawn, against a normal one.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        batch_size: studies per forward pass; ``accumulate`` passes make one optimizer step.
+        cached_views: 0 encodes newly augmented images at every step; K > 0 encodes K views of each image once (the
+            first without augmentation), for stages with a frozen vision encoder.
+        start_cross_attention: initialize the Q-Former's new cross-attention from the statistics of the cached features
+            (see :func:`training.stages.start_cross_attention`).
+        prior_dropout: probability of withholding the indication, and independently the comparison.
+        tell_findings: findings that the prompt may list (``Seen: cardiomegaly, effusion.``). In training they come from
+            curated tags with some noise, at inference from the Q-Former's tag head, whose thresholds are chosen on
+            validation studies when the stage ends.
+        tell_share: share of training studies whose prompt has this line.
+        tell_from: source of these findings in training: ``tags`` (curated), or ``report`` (found in the report by
+            :mod:`training.findings`, so that the language model learns to write all listed findings and no others).
+        openings: finding → the sentence that opens a draft with this finding. It must not say more than the finding's
+            name does, because side and size are not known.
+        open_share: share of the training studies with such a finding whose report begins with that sentence instead of
+            its own words on the finding (:mod:`training.openings`).
+        learn: the training target: ``own``, the study's own report; or ``consensus``, the opening sentences and the
+            report that agrees most with those of studies with a similar indication (:mod:`training.consensus`).
+        lateral: read the lateral radiograph of a study too. The language model gets the image embeddings of both, and
+            the tag head's logits are averaged.
+        lateral_dropout: probability of withholding it, so that the model also learns from a frontal radiograph alone.
+        splits: splits for training; ``extra`` has impressions only.
+        validate_every: steps between validations; 0 for one per epoch. The last step is always validated.
+        select_by: keep the best weights by ``language`` (lowest validation loss), ``cider`` (highest CIDEr of drafts of
+            validation studies) or ``tags`` (highest mean AUC of the tag head); empty keeps the last weights.
+        patience: number of validations without improvement that ends the stage; 0 for no limit.
+        abnormal_weight: how often an abnormal study is sampled, relative to a normal one.
     """
 
     name: str
@@ -106,11 +105,11 @@ class Stage:
 
     @model_validator(mode="after")
     def _check(self) -> "Stage":
-        told, opened, alone = self.tell_findings, self.open_share, set(self.losses) == {"language"}
+        listed, opened, alone = self.tell_findings, self.open_share, set(self.losses) == {"language"}
         needed = "tags" if self.select_by == "tags" else "language"
-        require(told or not opened, "open_share needs tell_findings: only prompted findings open a report")
-        require("language" in self.losses or not told, "tell_findings needs the language loss: they are in its prompt")
-        fits = bool(told and alone and not opened)
+        require(listed or not opened, "open_share needs tell_findings: only prompted findings open a report")
+        require("language" in self.losses or not listed, "tell_findings needs the language loss: its prompt has them")
+        fits = bool(listed and alone and not opened)
         require(fits or self.learn == "own", "learn consensus needs tell_findings, language loss alone, no open_share")
         require(not self.select_by or needed in self.losses, f"select_by {self.select_by} needs the {needed} loss")
         require(self.select_by or not self.patience, "patience needs select_by, which says what is better")
@@ -124,20 +123,20 @@ class Stage:
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """A whole run: where the model begins, the data, where the result goes, and the stages in order.
+    """A whole run: base model, data, output folder and stages.
 
     Attributes:
         base: one of :data:`training.base.BASES`, with its ``base_options``; or a checkpoint folder or a hub name.
-        data: folder of IU X-RAY or MIMIC-CXR-JPG.
+        data: folder of a collection.
         output: the run's folder.
-        stages: in order; none leaves the base as it is.
-        seed: of every random choice.
+        stages: in order.
+        seed: random seed.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: of the arithmetic: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
-        base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). What is trained is fp32.
-        validation_studies: so many, at most, of the validation split are looked at in each validation, the first ones.
-        shard: with several processes, each keeps but a part of the language model's frozen weights (FSDP), for a model
-            that no single GPU holds.
+        precision: of computations: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
+        base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). Trained weights are fp32.
+        validation_studies: maximum number of validation studies, the first ones of the split.
+        shard: with several processes, each keeps only a part of the language model's frozen weights (FSDP), for a model
+            that does not fit on one GPU.
     """
 
     base: str

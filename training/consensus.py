@@ -1,14 +1,13 @@
-"""Reports to learn that agree most with what is written of studies like the one at hand.
+"""Consensus reports: training targets that agree most with the reports of similar studies.
 
-Greedy decoding writes a likely report, and of many wordings of the same thing the likeliest one is rarely the nearest
-to the others. The report that agrees most, on the average, with those that may be written instead is the minimum Bayes
-risk one (Kumar and Byrne 2004); a model that learns such reports writes them greedily, in one pass (MBR finetuning,
-Finkelstein et al. 2023). What may be written instead is taken from the training studies whose indication and
-comparison read alike: they were worded by the same hands.
+Greedy decoding writes a probable report, but among many wordings of the same content the most probable one is rarely
+close to the others. The report with the highest mean agreement with the possible ones minimizes the Bayes risk (Kumar
+and Byrne 2004); a model that is trained on such reports writes them greedily (MBR finetuning, Finkelstein et al. 2023).
+The possible reports are those of training studies with a similar indication and comparison.
 
-What the image shows stays with the image. The sentences that open a draft say what is told
-(:mod:`cbedge.findings.image_findings`); what follows them is taken from other studies, and of those nothing that
-affirms a finding, or that speaks of one which was told.
+Findings come from the image only. The opening sentences state the findings in the prompt
+(:mod:`cbedge.findings.image_findings`). The sentences after them come from other studies; they affirm no finding and
+mention none of those in the prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, T
 
 from cbedge.findings.image_findings import any_of
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
-from training.batches import told_findings
+from training.batches import prompted_findings
 from training.datasets import Study
 from training.ontology import DENIALS, TAG_FINDINGS
 from training.openings import Sentence, read_sentences
@@ -33,10 +32,10 @@ from training.openings import Sentence, read_sentences
 SHARPNESS = 10.0
 WORD_WEIGHT = 2.0
 RECALL_WEIGHT = 0.85  # METEOR's
-TOLD_DISTANCE = 1.0
-# Told of these, an impression does not go on that nothing is acute.
+PROMPT_DISTANCE = 1.0
+# With one of these, the impression must not continue that nothing is acute.
 ACUTE = frozenset({"effusion", "opacity", "congestion", "fracture", "pneumothorax"})
-# Words that say more of a finding than that it is there: nothing tells them.
+# Words that say more about a finding than that it is present, which is not known.
 _UNKNOWN = re.compile(
     r"\b(left|right|bilateral|bibasilar|basilar|upper|middle|lower|small|tiny|large|mild(ly)?|minimal(ly)?|moderate(ly)?"
     r"|severe(ly)?|marked(ly)?|slight(ly)?|trace|stable|unchanged|new|interval|increased|decreased|improved|chronic)\b",
@@ -45,7 +44,7 @@ _UNKNOWN = re.compile(
 
 
 class Pool:
-    """Texts to choose from, and how well each agrees with what is written of the known studies."""
+    """Candidate texts, and the agreement of each with the texts of the known studies."""
 
     def __init__(self, rows: Sequence[list[Sentence]], others: Sequence[str]):
         unique = {_join(row): row for row in rows if row}
@@ -53,22 +52,24 @@ class Pool:
         self.agreement = Agreement([*unique], others).matrix if unique else np.zeros((0, len(others)), np.float32)
 
     def best(self, weights: np.ndarray) -> int | None:
-        """The text with the highest expected agreement, for the weights of the known studies; ``None`` of no text."""
+        """The text with the highest mean agreement for some weights of the known studies; ``None`` without texts."""
         return int((self.agreement @ weights).argmax()) if self.rows else None
 
 
 class ConsensusReports:
-    """What a model learns to write of a training study, instead of the study's own report.
+    """Training targets that replace the studies' own reports.
 
     Attributes:
-        studies: those that have a say.
-        rest, impression: findings and impressions to choose from, which affirm nothing.
-        reports_with: in how many of their sections each sentence is found.
+        studies: the studies whose reports are compared.
+        rest, impression: candidate findings and impressions that affirm no finding.
+        reports_with: number of sections with each sentence.
 
     Args:
-        studies: training studies; of more than ``most`` a part is drawn, which the same ``seed`` draws again.
-        names: findings that may be told.
-        sentences: finding → the sentence that opens a draft where it is told.
+        studies: training studies.
+        names: findings that the prompt may list.
+        sentences: finding → the sentence that opens a draft.
+        seed: random seed of the sample.
+        most: maximum number of studies; more are sampled.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ConsensusReports:
         kept = [s for s in drawn if s.tags[0] >= 0 and split_sections(s.target)[0]]
         self.sentences, self.studies = sentences, kept
         self._rows = {study.study_id: i for i, study in enumerate(kept)}
-        self._told = [frozenset(told_findings(s.tags, names) or ()) for s in kept]
+        self._prompted = [frozenset(prompted_findings(s.tags, names) or ()) for s in kept]
         sections = [split_sections(s.target) for s in kept]
         written, impressions = (read_sentences([pair[i] for pair in sections]) for i in (0, 1))
         self._reader = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), lowercase=False, sublinear_tf=True)
@@ -91,51 +92,50 @@ class ConsensusReports:
         self.rest = Pool(rest, [_join(row) for row in rest])
         self.impression = Pool([r for r in impressions if not _affirmed(r)], [pair[1] for pair in sections])
         self.reports_with = Counter(text for row in (*written, *impressions) for text in {s.text for s in row})
-        unopened = [i for i, told in enumerate(self._told) if told and not self._opened(told)]
+        unopened = [i for i, prompted in enumerate(self._prompted) if prompted and not self._opened(prompted)]
         whole = [row for row in (written[i] for i in unopened) if _affirmed(row) and not _knows_more(row)]
         self._whole = Pool(whole, findings)
 
-    def _opened(self, told: Iterable[str]) -> list[str]:
-        return [name for name in told if self.sentences.get(name)]
+    def _opened(self, prompted: Iterable[str]) -> list[str]:
+        return [name for name in prompted if self.sentences.get(name)]
 
-    def __call__(self, study: Study, context: ClinicalContext, told: Sequence[str] | None) -> tuple[str, str]:
-        """What the report begins with, and what goes on after it.
+    def __call__(self, study: Study, context: ClinicalContext, prompted: Sequence[str] | None) -> tuple[str, str]:
+        """The opening and the rest of a study's target.
 
         Args:
-            study: whose report it would be; it has no say in it.
-            context: what the prompt says of it.
-            told: findings that the prompt tells.
+            study: the study; its own report is not compared.
+            context: the clinical context in the prompt.
+            prompted: findings in the prompt, or ``None``.
 
         Returns:
-            An empty beginning and the study's own report where nothing is told of it or no other study is known.
+            An empty opening and the study's own report if ``prompted`` is ``None`` or no other study is known.
         """
-        if told is None or self._contexts is None or len(self._told) < 2:
+        if prompted is None or self._contexts is None or len(self._prompted) < 2:
             return "", study.target
         weights = self.weights(study, context)
-        wanted = frozenset(told)
-        nearer = weights * np.exp([-TOLD_DISTANCE * len(wanted ^ other) for other in self._told])
+        wanted = frozenset(prompted)
+        nearer = weights * np.exp([-PROMPT_DISTANCE * len(wanted ^ other) for other in self._prompted])
         weights, nearer = (w.astype(np.float32) / w.sum() for w in (weights, nearer))
-        opened = self._opened(told)
-        told_of = frozenset(finding for name in told for finding in TAG_FINDINGS.get(name, ()))
-        whole = bool(told and not opened and self._whole.rows)
+        opened = self._opened(prompted)
+        mentioned = frozenset(finding for name in prompted for finding in TAG_FINDINGS.get(name, ()))
+        whole = bool(prompted and not opened and self._whole.rows)
         pool = self._whole if whole else self.rest
         chosen = pool.best(nearer if whole else weights)
         if chosen is None:
             return "", study.target
-        denied = any_of([DENIALS.get(name, "") for name in told])
-        rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & told_of or (denied and denied.search(s.text)))]
+        denied = any_of([DENIALS.get(name, "") for name in prompted])
+        rest = [
+            s for s in pool.rows[chosen] if whole or not (s.spoken & mentioned or (denied and denied.search(s.text)))
+        ]
         seen = [s.text for s in rest if s.affirmed] if whole else [self.sentences[name] for name in opened]
-        closing = None if ACUTE.intersection(told) else self.impression.best(weights)
+        closing = None if ACUTE.intersection(prompted) else self.impression.best(weights)
         words = " ".join([*seen, *([] if closing is None else [_join(self.impression.rows[closing])])]) or None
-        begun = "".join(build_opening([self.sentences[name] for name in opened]))
+        opening = "".join(build_opening([self.sentences[name] for name in opened]))
         target = build_target(_join(rest), words)
-        return begun, f" {target.removeprefix('FINDINGS: ')}" if begun else target
+        return opening, f" {target.removeprefix('FINDINGS: ')}" if opening else target
 
     def weights(self, study: Study, context: ClinicalContext) -> np.ndarray:
-        """How much each of :attr:`studies` has to say of what is written under a context, but the study itself.
-
-        float32 [studies], not scaled.
-        """
+        """The weight of each of :attr:`studies` in a context, float32 [studies], not normalized; 0 for the study."""
         assert self._contexts is not None
         alike = (self._reader.transform([_text_of(context)]) @ self._contexts.T).toarray()[0]
         weights = np.exp(SHARPNESS * alike)
@@ -161,11 +161,11 @@ def _knows_more(row: Sequence[Sentence]) -> bool:
 
 
 class Agreement:
-    """How well each of some texts agrees with others: ROUGE-L's F1, and the shared words by their rarity.
+    """Agreement of texts with others: F1 of ROUGE-L, plus the shared words weighted by rarity.
 
     Args:
         texts: candidates.
-        others: what they are to agree with.
+        others: texts to compare them with.
 
     Attributes:
         matrix: float32 [texts, others].

@@ -1,4 +1,4 @@
-"""What a score must be read against: reports written without reading the radiograph, or by copying another's."""
+"""Controls for scores: reports that do not use the study's own radiograph, and drafts from changed inputs."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ _CANDIDATES = 300
 
 
 def best_constant(train_reports: list[str], seed: int = 0) -> str:
-    """The train report with the highest mean ROUGE-L to all others, among 300 candidates drawn at random."""
+    """The training report with the highest mean ROUGE-L to all others, among 300 random candidates."""
     rng = np.random.default_rng(seed)
     distinct = sorted({r for r in train_reports if r})
     candidates = [distinct[i] for i in rng.permutation(len(distinct))[:_CANDIDATES]]
@@ -23,7 +23,7 @@ def best_constant(train_reports: list[str], seed: int = 0) -> str:
 
 
 def neighbours(queries: np.ndarray, train: np.ndarray, count: int = CONSENSUS) -> np.ndarray:
-    """Rows of the ``count`` train images nearest by cosine of standardized features: int [queries, count]."""
+    """Indices of the ``count`` nearest training images by cosine of standardized features: int [queries, count]."""
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     queries, train = (queries - mean) / deviation, (train - mean) / deviation
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
@@ -37,24 +37,24 @@ def consensus(reports: list[str]) -> str:
 
 
 def swapped(studies: list[Study], seed: int = 0) -> list[Request]:
-    """Every study with another study's images and its own indication: a random cycle, so that no image stays."""
+    """Every study with the images of another study and its own indication."""
     order = np.random.default_rng(seed).permutation(len(studies))
     donor = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}
     return [Request(studies[donor[i]].image, s.context, studies[donor[i]].lateral) for i, s in enumerate(studies)]
 
 
 def withheld(studies: list[Study]) -> list[Request]:
-    """Every study with its own image and neither indication nor comparison."""
+    """Every study with its own images, without indication and comparison."""
     return [Request(s.image, replace(s.context, indication=None, comparison=None), s.lateral) for s in studies]
 
 
 def blank(studies: list[Study]) -> list[Request]:
-    """Every study with a uniformly grey image and its own context."""
+    """Every study with uniformly grey images and its own context."""
     grey = np.full((_BLANK_SIDE, _BLANK_SIDE), 0.5, np.float32)
     frontal, lateral = (Radiograph(grey, view, f"blank {view}") for view in ("frontal", "lateral"))
     return [Request(frontal, s.context, lateral if s.lateral else None) for s in studies]
 
 
 def own(studies: list[Study]) -> list[Request]:
-    """Every study as it is."""
+    """Every study unchanged."""
     return [Request(s.image, s.context, s.lateral) for s in studies]

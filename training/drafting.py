@@ -154,7 +154,7 @@ class RuntimeEncoder:
         batch_size: radiographs per call.
     """
 
-    def __init__(self, drafter: RuntimeDrafter, batch_size: int = 16):
+    def __init__(self, drafter: Drafter, batch_size: int = 16):
         self.generator, self.batch_size = drafter.generator, batch_size
 
     def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:

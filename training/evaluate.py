@@ -1,4 +1,4 @@
-"""Score a model on IU X-RAY's test split (R2Gen's), with the controls that say what the scores mean."""
+"""Score a model on the test split of IU X-RAY (R2Gen's), with controls."""
 
 import json
 import platform
@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,7 +20,8 @@ from training.drafting import Drafter, Encoder, Request
 from training.labelers import Chexbert, outside_scores
 from training.ontology import TAGS
 from training.probes import KINDS, probe, represent
-from training.scoring import METRICS, PROTOCOL, score
+from training.records import table
+from training.scoring import METRICS, PROTOCOL, Scores, score
 
 CLINICAL = {
     "balanced_accuracy": "abnormal or normal, balanced accuracy",
@@ -50,63 +50,34 @@ def evaluate(
     """Draft, score, and compare with controls.
 
     Args:
-        data: IU X-RAY's folder.
-        drafters: each gets a row; the first also gets the swapped-image, blank-image and withheld-indication controls.
-            None at all leaves the image-blind model's row.
-        encoder: a run or a bundle, for the retrieval controls and the linear probe; ``None`` leaves those out.
+        data: folder of IU X-RAY.
+        drafters: each gets a row; the first also gets the controls with swapped images, blank images and withheld
+            indications. It may be empty if there is an image-blind model.
+        encoder: a run or a bundle, for the retrieval controls and the linear probes; ``None`` for neither.
         split: ``test`` or ``val``.
+        limit: maximum number of studies, for a trial; the record says so.
+        seed: random seed of the swap and of the constant report's candidates.
         image_blind: a model that was trained without images, for its row.
-        limit: only the first so many studies (for a trial; the result says so).
-        seed: of the swap and of the constant's candidates.
-        drafts_file: JSON lines of every draft beside its reference (data that must stay out of the repository).
-        console: where progress is shown.
-        chexbert, radgraph: labelers whose weights the user has, see :mod:`training.labelers`.
+        drafts_file: JSON Lines file for all drafts and references; it must stay out of the repository.
+        console: for the progress bar.
+        chexbert, radgraph: labelers with their weights, see :mod:`training.labelers`.
 
     Returns:
-        A JSON-ready record: ``scores``, ``looks`` (empty without drafters), ``clinical``, ``outside``, ``probe``,
-        ``protocol`` and provenance.
+        A JSON-ready record with ``scores``, ``looks``, ``clinical``, ``outside``, ``probe`` and provenance.
     """
-    console = console or Console(stderr=True)
     studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
-    train = [s for s in read_studies(data, ("train",)) if s.findings]
     references = [clean_reference(s.findings) for s in studies]
-    train_reports = [clean_reference(s.findings) for s in train]
-    texts: dict[str, list[str]] = {}
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for drafter in drafters:
-            texts[drafter.name] = _draft(drafter, own(studies), drafter.name, progress)
-        if image_blind is not None:
-            texts[image_blind.name] = _draft(image_blind, own(studies), image_blind.name, progress)
-        for main in drafters[:1]:
-            texts["images swapped"] = _draft(main, swapped(studies, seed), f"{main.name}, images swapped", progress)
-            texts["blank image"] = _draft(main, blank(studies), f"{main.name}, blank image", progress)
-            bare = withheld(studies)
-            texts["indication withheld"] = _draft(main, bare, f"{main.name}, indication withheld", progress)
-            if (templates := main.templates(own(studies))) is not None:
-                free = main.freely()
-                texts["without template"] = _draft(free, own(studies), f"{main.name}, without template", progress)
-                texts["template alone"] = templates
+    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+        texts = _draft_all(drafters, image_blind, studies, seed, progress)
         if drafts_file:
             _write_drafts(drafts_file, studies, texts)
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
-        findings = {row: [clean_reference(split_sections(t)[0]) for t in drafts] for row, drafts in texts.items()}
-        probed: dict[str, Any] = {}
-        constant = best_constant(train_reports, seed)
-        findings["constant"] = [constant] * len(studies)
-        if encoder is not None:
-            near, probed = _look(encoder, train, studies, data, progress)
-            findings["nearest image"] = [train_reports[row[0]] for row in near]
-            findings["consensus of 25"] = [consensus([train_reports[i] for i in row]) for row in near]
+        findings = {row: [clean_reference(text) for text in drafts] for row, drafts in drafted.items()}
+        controls, probed = _controls(encoder, studies, data, seed, progress)
+        findings |= controls
     scores = {row: score(drafts, references) for row, drafts in findings.items()}
     clinical = _clinical(studies, findings | drafted)
-    looks = {}
-    for main in drafters[:1]:
-        pair = (main.name, "images swapped")
-        looks = {
-            "cider_lost_on_swap": _lost(*(scores[row].corpus["CIDEr"] for row in pair)),
-            "finding_f1_lost_on_swap": _lost(*(clinical["scores"][row]["finding_f1"][0] for row in pair)),
-        }
     return {
         "split": split,
         "studies": len(studies),
@@ -115,7 +86,7 @@ def evaluate(
         "seed": seed,
         "scores": {row: s.corpus for row, s in scores.items()},
         "intervals": {row: s.intervals() for row, s in scores.items()},
-        "looks": looks,
+        "looks": _lost_on_swap(drafters, scores, clinical),
         "clinical": clinical,
         "outside": outside_scores(findings | drafted, [s.findings for s in studies], chexbert, radgraph),
         "probe": probed,
@@ -125,82 +96,59 @@ def evaluate(
     }
 
 
-def write_record(record: dict[str, Any], markdown: str, stem: Path) -> None:
-    """Write a record and its tables as ``<stem>.json`` and ``<stem>.md``."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
-
-
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as tables."""
     limited = " (limited: a trial, not the whole split)" if record["limited"] else ""
+    intervals = record["intervals"]
+    scores = [
+        (row, *(_with_interval(s[m], intervals[row].get(m)) for m in METRICS)) for row, s in record["scores"].items()
+    ]
     lines = [
         f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}",
         "",
         f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
         "",
-        "| | " + " | ".join(METRICS) + " |",
-        "| --- |" + " --- |" * len(METRICS),
-        *[
-            f"| {row} | " + " | ".join(_with_interval(s[m], record["intervals"][row].get(m)) for m in METRICS) + " |"
-            for row, s in record["scores"].items()
-        ],
+        *table(("", *METRICS), scores),
         "",
         *_looks(record["looks"]),
-        "## Findings that drafts name",
-        "",
-        "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
-        f"{record['clinical']['abnormal_studies']} of {record['clinical']['studies']}). 95% bootstrap intervals.",
-        "",
-        "| | " + " | ".join(CLINICAL.values()) + " |",
-        "| --- |" + " --- |" * len(CLINICAL),
-    ]
-    for row, scores in record["clinical"]["scores"].items():
-        lines.append(f"| {row} | " + " | ".join(_interval(scores[name]) for name in CLINICAL) + " |")
-    main = next(iter(record["clinical"]["by_finding"]))
-    reader = record["clinical"]["reader"]
-    lines += [
-        "",
-        f"By finding, {main}:",
-        "",
-        "| | precision | recall | F1 | positives |",
-        "| --- |" + " --- |" * 4,
-        *[
-            f"| {label} | {s['precision']:.2f} | {s['recall']:.2f} | {s['f1']:.2f} | {s['positives']} |"
-            for label, s in record["clinical"]["by_finding"][main].items()
-        ],
-        "",
-        f"The reader of findings, on these studies' own reports against curated tags: abnormal precision "
-        f"{reader['abnormal']['precision']:.2f}, recall {reader['abnormal']['recall']:.2f}; over {len(TAGS) - 1} tags "
-        f"micro precision {reader['micro']['precision']:.2f}, recall {reader['micro']['recall']:.2f}. The references' "
-        "findings sections alone name an abnormality in "
-        f"{record['clinical']['reference']['sensitivity']:.1%} of abnormal studies and in "
-        f"{1 - record['clinical']['reference']['specificity']:.1%} of normal ones.",
+        *_clinical_tables(record["clinical"]),
     ]
     if record["outside"]:
         names = list(next(iter(record["outside"].values())))
-        lines += [
-            "",
-            "## By the field's labelers",
-            "",
-            "| | " + " | ".join(names) + " |",
-            "| --- |" + " --- |" * len(names),
-        ]
-        for row, values in record["outside"].items():
-            lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+        rows = [(row, *(f"{values[name]:.3f}" for name in names)) for row, values in record["outside"].items()]
+        lines += ["", "## By the field's labelers", "", *table(("", *names), rows)]
     if record["probe"]:
-        lines += [
-            "",
-            "## Linear probes of the image side, AUC",
-            "",
-            "| | " + " | ".join(KINDS.values()) + " | positives |",
-            "| --- |" + " --- |" * (len(KINDS) + 1),
-        ]
-        for tag, values in record["probe"].items():
-            areas = " | ".join(f"{values[kind]:.3f}" for kind in KINDS)
-            lines.append(f"| {tag} | {areas} | {values['positives']} |")
+        rows = [(tag, *(f"{v[kind]:.3f}" for kind in KINDS), v["positives"]) for tag, v in record["probe"].items()]
+        lines += ["", "## Linear probes of the image side, AUC", "", *table(("", *KINDS.values(), "positives"), rows)]
     return "\n".join(lines) + "\n"
+
+
+def _clinical_tables(clinical: dict[str, Any]) -> list[str]:
+    rows = [(row, *(_interval(scores[name]) for name in CLINICAL)) for row, scores in clinical["scores"].items()]
+    main = next(iter(clinical["by_finding"]))
+    found = [
+        (label, f"{s['precision']:.2f}", f"{s['recall']:.2f}", f"{s['f1']:.2f}", s["positives"])
+        for label, s in clinical["by_finding"][main].items()
+    ]
+    reader, reference = clinical["reader"], clinical["reference"]
+    return [
+        "## Findings that drafts name",
+        "",
+        "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
+        f"{clinical['abnormal_studies']} of {clinical['studies']}). 95% bootstrap intervals.",
+        "",
+        *table(("", *CLINICAL.values()), rows),
+        "",
+        f"By finding, {main}:",
+        "",
+        *table(("", "precision", "recall", "F1", "positives"), found),
+        "",
+        f"The labeler of findings, on the reports of these studies compared with curated tags: abnormal precision "
+        f"{reader['abnormal']['precision']:.2f}, recall {reader['abnormal']['recall']:.2f}; over {len(TAGS) - 1} tags "
+        f"micro precision {reader['micro']['precision']:.2f}, recall {reader['micro']['recall']:.2f}. The findings "
+        f"sections of the references alone name an abnormality in {reference['sensitivity']:.1%} of abnormal and in "
+        f"{1 - reference['specificity']:.1%} of normal ones.",
+    ]
 
 
 def _looks(looks: dict[str, float]) -> list[str]:
@@ -218,29 +166,61 @@ def _with_interval(value: float, ends: list[float] | None) -> str:
     return f"{value:.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
-def _lost(whole: float, left: float) -> float:
-    return (whole - left) / whole if whole else 0.0
+def _lost_on_swap(drafters: list[Drafter], scores: dict[str, Scores], clinical: dict[str, Any]) -> dict[str, float]:
+    """The shares of CIDEr and of the findings' F1 that swapped images cost; empty without drafters."""
+    if not drafters:
+        return {}
+    pair = (drafters[0].name, "images swapped")
+    ciders = [scores[row].corpus["CIDEr"] for row in pair]
+    f1s = [clinical["scores"][row]["finding_f1"][0] for row in pair]
+    lost = [(whole - left) / whole if whole else 0.0 for whole, left in (ciders, f1s)]
+    return {"cider_lost_on_swap": lost[0], "finding_f1_lost_on_swap": lost[1]}
 
 
-def _draft(drafter: Drafter, requests: list[Request], title: str, progress: Progress) -> list[str]:
-    task = progress.add_task(title, total=len(requests))
-    return drafter.draft(requests, lambda count: progress.advance(task, count))
+def _draft_all(
+    drafters: list[Drafter], image_blind: Drafter | None, studies: list[Study], seed: int, progress: Progress
+) -> dict[str, list[str]]:
+    """The drafts of each row of the table."""
+    rows: list[tuple[str, Drafter, list[Request]]] = [(one.name, one, own(studies)) for one in drafters]
+    if image_blind is not None:
+        rows.append((image_blind.name, image_blind, own(studies)))
+    template_alone: dict[str, list[str]] = {}
+    for main in drafters[:1]:
+        rows.append(("images swapped", main, swapped(studies, seed)))
+        rows.append(("blank image", main, blank(studies)))
+        rows.append(("indication withheld", main, withheld(studies)))
+        if (templates := main.templates(own(studies))) is not None:
+            rows.append(("without template", main.freely(), own(studies)))
+            template_alone["template alone"] = templates
+    texts = {}
+    for row, drafter, requests in rows:
+        task = progress.add_task(row if row == drafter.name else f"{drafter.name}, {row}", total=len(requests))
+        texts[row] = drafter.draft(requests, partial(progress.advance, task))
+    return texts | template_alone
 
 
-def _look(
-    encoder: Encoder, train: list[Study], studies: list[Study], data: Path, progress: Progress
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Nearest train images of every study, and the linear probes."""
-    groups = {"train": train, "val": [s for s in read_studies(data, ("val",)) if s.findings], "studied": studies}
+def _controls(
+    encoder: Encoder | None, studies: list[Study], data: Path, seed: int, progress: Progress
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Findings that are not drafted: constant, and from the nearest training images; and the linear probes."""
+    train, val = ([s for s in read_studies(data, (split,)) if s.findings] for split in ("train", "val"))
+    reports = [clean_reference(s.findings) for s in train]
+    rows = {"constant": [best_constant(reports, seed)] * len(studies)}
+    if encoder is None:
+        return rows, {}
+    groups = {"train": train, "val": val, "studied": studies}
     seen = {}
     for name, group in groups.items():
         task = progress.add_task(f"encoding {name} images", total=len(group))
         seen[name] = represent(encoder, group, partial(progress.advance, task))
-    return neighbours(seen["studied"]["vision"], seen["train"]["vision"]), probe(seen, groups)
+    near = neighbours(seen["studied"]["vision"], seen["train"]["vision"])
+    rows["nearest image"] = [reports[row[0]] for row in near]
+    rows["consensus of 25"] = [consensus([reports[i] for i in row]) for row in near]
+    return rows, probe(seen, groups)
 
 
 def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
-    """Findings that drafts name against those that references name, and abnormality against curated tags."""
+    """Compare the findings that drafts and references name, and abnormality with curated tags."""
     references, _, abnormal = label_known(studies, [s.findings for s in studies])
     labels = {row: label_known(studies, drafts)[0] for row, drafts in findings.items()}
     return {

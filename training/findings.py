@@ -1,8 +1,8 @@
-"""Which findings a report names and which it denies: the clinical reading behind precision, recall and F1.
+"""Find the findings that a report names, and whether it denies them; used for precision, recall and F1.
 
-Phrases (``finding_phrases.yaml``, most from radlabels) are matched with spaCy, and NegEx (Chapman et al., J Biomed
-Inform 2001;34:301-310, by negspacy) tells the denied ones. How well this reads is measured against the tags that
-people gave (:func:`training.clinical.validate`), and stated wherever its scores are.
+spaCy matches phrases (``finding_phrases.yaml``, most from radlabels), and NegEx (Chapman et al., J Biomed Inform
+2001;34:301-310; negspacy) recognizes denied ones. Every record of scores says how well this agrees with curated tags
+(:func:`training.clinical.validate`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _FILLERS = [
     "contour",
     "chronically",
 ]
-# Beside NegEx's own clinical terms: how radiologists deny.
+# Negations in addition to NegEx's clinical terms.
 _DENYING = [
     "clear of",
     "free of",
@@ -113,12 +113,12 @@ _DENYING = [
 
 @dataclass(frozen=True)
 class Mention:
-    """One place where a report names a finding.
+    """A mention of a finding in a report.
 
     Attributes:
-        finding: CheXpert's name in capitals, or another group's in lower case (``hyperinflation``, ``spine``...).
-        start, end: characters of the report.
-        denied: whether the report says that it is absent.
+        finding: CheXpert's name, or that of another group in lower case (``hyperinflation``, ``spine``...).
+        start, end: character positions in the report.
+        denied: whether the report denies the finding.
     """
 
     finding: str
@@ -128,7 +128,7 @@ class Mention:
 
 
 def find_mentions(reports: Iterable[str]) -> Iterator[list[Mention]]:
-    """The mentions in each report, in the order of the text.
+    """The mentions in each report, in text order.
 
     Raises:
         ImportError: spaCy or negspacy is not installed.
@@ -138,14 +138,14 @@ def find_mentions(reports: Iterable[str]) -> Iterator[list[Mention]]:
 
 
 def positive_findings(reports: Iterable[str]) -> list[frozenset[str]]:
-    """The findings of each report that it names and does not deny, groups beyond CheXpert's included."""
+    """The findings that each report affirms, including those outside CheXpert's."""
     return [frozenset(m.finding for m in mentions if not m.denied) for mentions in find_mentions(reports)]
 
 
 def chexpert_labels(findings: frozenset[str]) -> frozenset[str]:
-    """Positive findings → those of CheXpert's 14; ``No Finding`` where nothing but devices is named.
+    """Positive findings → CheXpert's labels; ``No Finding`` if there are none except devices.
 
-    As in CheXpert (Irvin et al., AAAI 2019), findings outside the 14 do not take ``No Finding`` away.
+    As in CheXpert (Irvin et al., AAAI 2019), findings outside the 14 do not remove ``No Finding``.
     """
     named = findings & frozenset(CHEXPERT_FINDINGS)
     return named if named - {"Support Devices"} else named | {NO_FINDING}
@@ -181,7 +181,7 @@ def _pattern(nlp: Language, phrase: str) -> list[dict]:
 
 
 def read_tags(reports: Sequence[str]) -> np.ndarray:
-    """The tags that reports name, as a reader without the radiograph finds them, bool [reports, TAGS]."""
+    """The tags that reports affirm, bool [reports, TAGS]."""
     found = positive_findings(reports)
     rows = [[bool(f) if tag == "abnormal" else not f.isdisjoint(TAG_FINDINGS[tag]) for tag in TAGS] for f in found]
     return np.array(rows, bool).reshape(-1, len(TAGS))

@@ -1,8 +1,8 @@
-"""The field's own labelers, for those who have their weights: CheXbert's 14 labels, and RadGraph F1.
+"""Standard labelers, if their weights are available: CheXbert's 14 labels, and RadGraph F1.
 
-Neither's weights may be handed on, so a user points to them. CheXbert (Smit et al., EMNLP 2020) is BERT with one
-classifier a label; RadGraph F1 (Delbrouck et al. 2022) compares the entities and relations that the RadGraph model
-(Jain et al., NeurIPS 2021) reads in draft and reference, by the package ``radgraph``.
+Their weights may not be redistributed, so the user gives their paths. CheXbert (Smit et al., EMNLP 2020) is BERT with
+one classifier per label. RadGraph F1 (Delbrouck et al. 2022, package ``radgraph``) compares the entities and relations
+that the RadGraph model (Jain et al., NeurIPS 2021) finds in draft and reference.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ class Chexbert:
     """Labels reports with CheXbert's published weights.
 
     Args:
-        weights: ``chexbert.pth`` as its authors ship it; read as tensors alone, no code in it runs.
-        tokenizer: folder of ``bert-base-uncased``'s tokenizer; default is the mini configuration's Q-Former's, of the
-            same vocabulary.
-        cache: where base weights are kept.
+        weights: ``chexbert.pth``, as published; only tensors are read, no code in it runs.
+        tokenizer: folder of the tokenizer of ``bert-base-uncased``; default is the mini model's Q-Former tokenizer,
+            which has the same vocabulary.
+        cache: cache folder for base weights.
+        batch_size: reports per batch.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no CheXbert, or the tokenizer has another vocabulary.
+        ValueError: the file is not CheXbert's, or the tokenizer has another vocabulary.
     """
 
     def __init__(self, weights: Path, tokenizer: Path | None = None, cache: Path = DEFAULT_CACHE, batch_size: int = 32):
@@ -98,7 +99,7 @@ class Chexbert:
     def label(self, reports: Sequence[str]) -> Labels:
         """The 14 labels of each report, in the order of :data:`training.findings.LABELS`.
 
-        A label counts where CheXbert says positive or uncertain, as the field's factual scores count it.
+        A label is present if CheXbert's class is positive or uncertain, as usual for factual scores.
         """
         rows = []
         for start in range(0, len(reports), self.batch_size):
@@ -120,13 +121,14 @@ class Chexbert:
 
 
 def radgraph_f1(drafts: Sequence[str], references: Sequence[str], folder: Path) -> dict[str, float]:
-    """RadGraph F1: ``simple`` (entities), ``partial`` (with whether they have a relation), ``complete``.
+    """RadGraph F1: ``simple`` (entities), ``partial`` (and whether they have a relation), ``complete``.
 
     Args:
-        folder: that holds ``radgraph/`` with the unpacked model (``config.json``, ``weights.th``, ``vocabulary/``).
+        drafts, references: one each per study.
+        folder: contains ``radgraph/`` with the unpacked model (``config.json``, ``weights.th``, ``vocabulary/``).
 
     Raises:
-        FileNotFoundError: the model is not there; nothing is downloaded.
+        FileNotFoundError: the model is missing; nothing is downloaded.
         ImportError: the package ``radgraph`` is not installed.
     """
     missing = [name for name in _RADGRAPH_FILES if not (Path(folder) / "radgraph" / name).exists()]
@@ -144,7 +146,7 @@ def radgraph_f1(drafts: Sequence[str], references: Sequence[str], folder: Path) 
 def outside_scores(
     drafts: dict[str, list[str]], references: list[str], chexbert: Chexbert | None, radgraph: Path | None
 ) -> dict[str, dict[str, float]]:
-    """For every row of drafts what the labelers at hand say of it; nothing where there is none."""
+    """The scores of each row of drafts by the available labelers; empty without labelers."""
     found: dict[str, dict[str, float]] = {row: {} for row in drafts}
     if chexbert is not None:
         truth = chexbert.label(references)

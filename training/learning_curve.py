@@ -1,7 +1,6 @@
-"""Whether more studies would help: what a linear probe reads off a frozen image side, learnt on parts of train.
+"""Measure whether more studies would help: linear probes of a frozen image encoder, fitted to parts of the train split.
 
-The frozen base's features are the same for every part, so the curve shows the studies' share alone. The features of a
-model that was trained on all of them would not do.
+The encoder must not be trained on these studies: only then do the features not depend on their number.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from training.datasets import Study
 from training.datasets.iu_xray import read_studies
 from training.drafting import Encoder
 from training.probes import KINDS, Representation, probe, represent
+from training.records import table
 
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 _SHOWN = ("abnormal", "cardiomegaly", "effusion", "mean")
@@ -33,21 +33,21 @@ def learning_curve(
     seed: int = 0,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """AUC of :func:`training.probes.probe` by how many train studies it learns from.
+    """AUC of :func:`training.probes.probe` for different numbers of training studies.
 
     Args:
         seen, studies: as :func:`training.probes.probe` takes them: splits ``train``, ``val`` and ``studied``.
         kinds: of :data:`training.probes.KINDS`.
-        repeats: draws of each part of the train split; the whole is one.
-        seed: of the draws.
-        advance: told of each draw that is done.
+        repeats: random samples of each fraction of the train split; one for the whole split.
+        seed: random seed.
+        advance: called after each sample with 1.
 
     Returns:
-        For each of :data:`FRACTIONS`: ``studies``; and by kind and tag (and ``mean``, over the tags that every draw
-        could learn) the mean AUC of the draws and its standard deviation.
+        For each of :data:`FRACTIONS`, the number of ``studies``; and for each kind and tag (and ``mean``, over the tags
+        that every sample allows) the mean AUC of the samples and its standard deviation.
 
     Raises:
-        ValueError: no tag has enough positives in every draw.
+        ValueError: no tag has enough positives in every sample.
     """
     rng = np.random.default_rng(seed)
     whole = len(studies["train"])
@@ -63,7 +63,7 @@ def learning_curve(
         drawn.append((count, found))
     known = set.intersection(*(set(tags) for _, found in drawn for tags in found))
     if not known:
-        raise ValueError(f"{whole} train studies are too few: no tag has enough positives in every part of them")
+        raise ValueError(f"{whole} train studies are too few: no tag has enough positives in every sample")
     points = []
     for count, found in drawn:
         point: dict[str, Any] = {"studies": count}
@@ -83,18 +83,18 @@ def measure(
     limit: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """The learning curve of an image side on IU X-RAY, pixels beside it: a JSON-ready record.
+    """The learning curve of an image encoder and of raw pixels on IU X-RAY, as a JSON-ready record.
 
     Args:
-        encoder: a model that has not learnt from these studies.
+        encoder: a model that was not trained on these studies.
         data: IU X-RAY's folder.
-        split: that is probed, ``test`` or ``val``; strengths are chosen on ``val``.
+        split: split for the AUC, ``test`` or ``val``; the regularization is chosen on ``val``.
         repeats: see :func:`learning_curve`.
-        limit: only the first so many studies of each split (for a trial; the record says so).
-        console: where progress is shown.
+        limit: maximum number of studies per split, for a trial; the record says so.
+        console: for the progress bar.
 
     Raises:
-        ValueError: no tag has enough positives in every part of the train split.
+        ValueError: no tag has enough positives in every sample of the train split.
     """
     splits = {"train": "train", "val": "val", "studied": split}
     groups = {name: [s for s in read_studies(data, (of,)) if s.findings][:limit] for name, of in splits.items()}
@@ -118,28 +118,24 @@ def measure(
 
 
 def to_markdown(record: dict[str, Any]) -> str:
-    """The curve as a table, mean AUC of the draws with their standard deviation."""
+    """The curve as a table: mean AUC of the samples with its standard deviation."""
     points = record["points"]
     limited = " (limited: a trial, not the whole splits)" if record["limited"] else ""
     lines = [
         f"# Would more studies help?{limited}",
         "",
-        f"{record['date']}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, learnt on parts "
-        f"of the train split ({record['repeats']} draws of each), AUC on {record['studies']} {record['split']} studies "
-        f"± standard deviation of the draws. Command: `{record.get('command', 'unknown')}`",
+        f"{record['date']}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, fitted to parts "
+        f"of the train split ({record['repeats']} samples each), AUC on {record['studies']} {record['split']} studies "
+        f"± standard deviation of the samples. Command: `{record.get('command', 'unknown')}`",
         "",
     ]
     for kind in record["kinds"]:
         tags = list(points[-1][kind])
-        lines += [
-            f"## {KINDS[kind]}",
-            "",
-            "| train studies | " + " | ".join(tags) + " |",
-            "| --- |" + " --- |" * len(tags),
-        ]
+        rows = []
         for point in points:
             values = (f"{mean:.3f}" + (f" ± {spread:.3f}" if spread else "") for mean, spread in point[kind].values())
-            lines.append(f"| {point['studies']} | " + " | ".join(values) + " |")
+            rows.append((point["studies"], *values))
+        lines += [f"## {KINDS[kind]}", "", *table(("train studies", *tags), rows)]
         lines.append("")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What a stage writes down while it trains: rows of losses, their plot, files that are whole or not there."""
+"""Logs of a stage: CSV files of losses and their plot; and atomic writing."""
 
 import csv
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
-    """Add one row to a CSV, with a header where it is new."""
+    """Append one row to a CSV file; a new file gets a header."""
     new = not path.is_file()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(row))
@@ -18,7 +18,7 @@ def append_row(path: Path, row: dict[str, float]) -> None:
 
 
 def cut_rows(path: Path, last_step: int) -> None:
-    """Drop the rows of a CSV that come after a step: a resumed run writes them again."""
+    """Remove the rows of a CSV file after a step; a resumed run writes them again."""
     if path.is_file():
         with open(path, encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -29,7 +29,7 @@ def cut_rows(path: Path, last_step: int) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in its place."""
+    """Write a file with ``write`` beside ``path``, then rename it."""
     partial = path.with_suffix(path.suffix + ".partial")
     write(partial)
     os.replace(partial, path)

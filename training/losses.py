@@ -1,9 +1,11 @@
-"""What the Q-Former learns from without a language model: pairs, tags, and the report's words.
+"""The losses of a stage.
 
-- contrastive: image-text contrast (Li et al., BLIP-2, 2023), queries and text through the Q-Former apart.
-- tags: query i says whether curated tag i is present, so that each finding has a place of its own.
-- words: the projected queries, read against the language model's own word embeddings, say which words the report
-  holds; so the projection lands where the language model already reads.
+Three of them train the Q-Former without the language model:
+
+- contrastive: image-text contrast (Li et al., BLIP-2, 2023); the Q-Former encodes image and text separately.
+- tags: query i predicts curated tag i, so each finding has its own query.
+- words: similarity of projected queries and the language model's word embeddings predicts the words of the report, so
+  the projection maps into the language model's embedding space.
 """
 
 import torch
@@ -21,13 +23,14 @@ from training.views import by_study, mean_by_study
 
 
 class AlignmentHeads(nn.Module):
-    """The small trained parts that only training needs; a bundle does not hold them.
+    """The small heads of these losses, for training only.
 
     Args:
         hidden: width of the Q-Former.
-        num_tags: curated tags, at most the number of queries.
-        word_ids: int64 [W], the language model's tokens that the words loss asks for.
-        word_frequency: float [W], share of training reports that hold each; starts the bias.
+        num_tags: number of curated tags, at most the number of queries.
+        word_ids: tokens of the words loss, int64 [W].
+        word_frequency: share of training reports with each token, float [W]; initializes the bias.
+        embed: width of the contrastive embeddings.
     """
 
     word_ids: Tensor
@@ -44,27 +47,31 @@ class AlignmentHeads(nn.Module):
         self.register_buffer("word_ids", word_ids)
 
     def tag_logits(self, queries: Tensor) -> Tensor:
-        """[B, Q, H] Q-Former output → [B, tags]; tag i is read off query i."""
+        """Q-Former output [B, Q, H] → [B, tags]; tag i is predicted from query i."""
         return (queries[:, : len(self.tag_bias)] * self.tag_weight).sum(-1) + self.tag_bias
 
     @torch.no_grad()
     def start_from(self, head: FindingHead) -> None:
-        """Take over what a trained head says of its findings; it must read each off its tag's query."""
+        """Copy a trained finding head, whose findings must use the queries of their tags.
+
+        Raises:
+            ValueError: it uses other queries.
+        """
         rows = [TAGS.index(name) for name in head.findings.names if name in TAGS]
         if rows != list(head.queries):
-            raise ValueError("the checkpoint's finding head reads other findings, or off other queries, than the tags'")
+            raise ValueError("the checkpoint's finding head has other findings than the tags, or uses other queries")
         self.tag_weight[rows], self.tag_bias[rows] = head.weight, head.bias
 
     def finding_head(self, findings: ImageFindings) -> FindingHead:
-        """The tag head of these findings alone, as a bundle and a drafter need it."""
+        """The tag head, restricted to some findings."""
         rows = [TAGS.index(name) for name in findings.names]
         weight, bias = self.tag_weight.detach().float().cpu()[rows], self.tag_bias.detach().float().cpu()[rows]
         return FindingHead(tuple(rows), weight.clone(), bias.clone(), findings)
 
     @staticmethod
     def tags_loss(logits: Tensor, tags: Tensor) -> Tensor:
-        """Binary cross-entropy of logits [B, tags] over 0/1 of the same shape, without those not known (-1); as most
-        tags are rare, positives weigh thrice."""
+        """Binary cross-entropy of logits [B, tags] for tags [B, tags]: 0, 1 or -1 (unknown). Positives have three times
+        the weight, because most tags are rare."""
         weight = torch.full((tags.shape[1],), 3.0, device=tags.device)
         weight[0] = 1.0
         known = tags >= 0
@@ -74,14 +81,16 @@ class AlignmentHeads(nn.Module):
         return (losses * known).sum() / known.sum().clamp_min(1)
 
     def contrastive_loss(self, queries: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Symmetric InfoNCE in all processes' batch; a study is as similar to a text as its most similar query.
+        """Symmetric InfoNCE over the batches of all processes; the similarity of a study is that of its most similar
+        query.
 
         Args:
-            queries: [B, Q, H], and which of them are there, bool [B, Q]; the first always is.
-            text: [B, R, H], of the report.
+            queries: [B, Q, H].
+            there: which queries exist, bool [B, Q]; the first one always does.
+            text: the encoded report, [B, R, H].
             text_mask: [B, R].
         """
-        queries = torch.where(there.unsqueeze(-1), queries, queries[:, :1])  # a query twice changes no maximum
+        queries = torch.where(there.unsqueeze(-1), queries, queries[:, :1])  # a repeated query changes no maximum
         image = functional.normalize(self.image_projection(queries).float(), dim=-1)
         mask = text_mask.unsqueeze(-1)
         pooled = (text * mask).sum(1) / mask.sum(1)
@@ -90,14 +99,21 @@ class AlignmentHeads(nn.Module):
         similarity = torch.einsum("iqd,jd->ijq", image, text_embed).max(-1).values / self.log_temperature.exp()
         labels = torch.arange(len(similarity), device=similarity.device)
         cross_entropy = functional.cross_entropy
-        smoothing = 0.1  # many reports say the same
+        smoothing = 0.1  # many reports have the same content
         return 0.5 * (
             cross_entropy(similarity, labels, label_smoothing=smoothing)
             + cross_entropy(similarity.T, labels, label_smoothing=smoothing)
         )
 
     def words_loss(self, projected: Tensor, there: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
-        """[B, Q, D] projected queries and which are there, [V, D] word embeddings, [B, W] 0/1 words of the report."""
+        """Binary cross-entropy for the words of the report.
+
+        Args:
+            projected: projected queries, [B, Q, D].
+            there: which queries exist, bool [B, Q].
+            embedding: word embeddings, [V, D].
+            targets: 0 or 1 for each word, [B, W].
+        """
         words = functional.normalize(embedding[self.word_ids].float(), dim=-1)
         scores = torch.einsum("bqd,wd->bqw", projected.float(), words)
         scores = scores.masked_fill(~there.unsqueeze(-1), -torch.inf)
@@ -106,7 +122,7 @@ class AlignmentHeads(nn.Module):
 
 
 def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float = 0.9) -> tuple[Tensor, Tensor]:
-    """Tokens in at least ``lowest`` and at most a share ``highest`` of the reports: (ids [W], share of reports [W])."""
+    """Tokens in at least ``lowest`` reports and at most a share ``highest`` of them: ids [W], share of reports [W]."""
     counts: dict[int, int] = {}
     for ids in token_ids:
         for token in set(ids):
@@ -117,12 +133,12 @@ def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float
 
 
 class StageLosses(nn.Module):
-    """Every loss of a stage in one forward pass, each as (mean, how many things the mean is over).
+    """All losses of a stage in one forward pass, each as (mean, number of items in the mean).
 
     Args:
-        parts: the model and its tokenizers.
-        heads: those that only training needs.
-        stage: what is wanted.
+        parts: the model.
+        heads: heads for training.
+        stage: the stage.
     """
 
     def __init__(self, parts: ModelAndTokenizers, heads: AlignmentHeads, stage: Stage):
@@ -131,7 +147,7 @@ class StageLosses(nn.Module):
         self.parts = parts
 
     def forward(self, batch: Batch, encoded: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """The losses of a batch whose images are encoder features already (``encoded``) or pixels."""
+        """The losses of a batch whose images are vision features (``encoded``) or pixels."""
         model, heads, wanted = self.model, self.heads, self.stage.losses
         words = (batch.labels != -100).sum()
         if self.stage.image_blind:
@@ -159,9 +175,9 @@ class StageLosses(nn.Module):
         return losses
 
     def _all_queries(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[N, Q, D] of images → every query of each study [B, V Q, D], and which of them are there [B, V Q]."""
+        """[N, Q, D] of images → the queries of each study [B, V Q, D], and which of them exist [B, V Q]."""
         stacked, there = by_study(output, len(batch.tags), batch.laterals)
-        if self.stage.lateral and stacked.shape[1] == 1:  # processes gather batches of one shape
+        if self.stage.lateral and stacked.shape[1] == 1:  # all processes must gather the same shape
             stacked = torch.cat([stacked, torch.zeros_like(stacked)], 1)
             there = torch.cat([there, torch.zeros_like(there)], 1)
         return stacked.flatten(1, 2), there.repeat_interleave(output.shape[1], 1)

@@ -1,4 +1,4 @@
-"""The findings that are looked for, read from ``ontology.yaml``: a new one is one entry there."""
+"""The findings, read from ``ontology.yaml``; a new finding is one entry there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PATH = Path(__file__).with_name("ontology.yaml")
 
 @dataclass(frozen=True)
 class Finding:
-    """One entry; see the head of the file for what its fields mean.
+    """One entry; the head of the file explains its fields.
 
     Raises:
-        ValueError: a field has another type.
+        ValueError: a field has the wrong type.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Finding:
                 value = tuple(map(str, value))
                 object.__setattr__(self, field.name, value)
             if field.name != "name" and not isinstance(value, wanted):
-                raise ValueError(f"{PATH.name}: {field.name} of {self.name} is no {wanted.__name__}")
+                raise ValueError(f"{PATH.name}: {field.name} of {self.name} must be a {wanted.__name__}")
 
 
 def read_ontology(path: Path = PATH) -> dict[str, Finding]:
-    """The findings by name, in the order of the file, the parts of their denials filled in.
+    """The findings by name, in the order of the file; references in denials are replaced.
 
     Raises:
-        ValueError: an entry has an unknown field, or one of another type.
+        ValueError: an entry has an unknown field, or one of the wrong type.
     """
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     parts: dict[str, str] = {}
@@ -54,7 +54,7 @@ def read_ontology(path: Path = PATH) -> dict[str, Finding]:
             text = text.replace(f"<{name}>", f"(?:{part})")
         return text
 
-    for name, text in values["parts"].items():  # a part may hold the ones before it
+    for name, text in values["parts"].items():  # a part may refer to earlier ones
         parts[name] = fill(text)
     known = {field.name for field in fields(Finding)} - {"name"}
     findings = {}

@@ -1,9 +1,9 @@
-"""Reports to learn that go on where fixed sentences have opened them, as drafts are written.
+"""Training reports that begin with the opening sentences of drafts.
 
-A draft begins with a sentence for each finding that is told, and the language model goes on
-(:mod:`cbedge.findings.image_findings`). One that never saw such a beginning takes up its usual template after it, says
-the same again, or denies it. So a report is given the same beginning here, and its own words on those findings are left
-out.
+A draft begins with a sentence for each image finding, and the language model continues
+(:mod:`cbedge.findings.image_findings`). A language model that was never trained on such openings continues with its
+usual report, repeats the finding, or denies it. So training reports get the same opening, without their own sentences
+on these findings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.ontology import DENIALS, ONTOLOGY, TAG_FINDINGS, TAGS
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a report: the findings that it speaks of, and those of them that it does not deny."""
+    """A sentence of a report, the findings that it mentions, and those of them that it affirms."""
 
     text: str
     spoken: frozenset[str]
@@ -42,17 +42,17 @@ def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
 
 
 def with_denials(findings: ImageFindings) -> ImageFindings:
-    """The same findings, with what contradicts and what excludes each by the ontology."""
+    """The same findings, with contradictions and exclusions from the ontology."""
     pairs = [(name, other) for name in findings.names for other in ONTOLOGY[name].excludes if other in findings.names]
     return replace(findings, denials=tuple(DENIALS.get(name, "") for name in findings.names), excludes=tuple(pairs))
 
 
 class Opener:
-    """Opens reports of training studies.
+    """Gives training reports an opening.
 
     Args:
-        sentences: finding → the sentence that opens a draft where it is told.
-        share: of the studies that are told such a finding, how many are opened.
+        sentences: finding → its opening sentence.
+        share: share of the studies with such a finding in the prompt whose report gets an opening.
     """
 
     def __init__(self, sentences: dict[str, str], share: float):
@@ -60,29 +60,29 @@ class Opener:
         self._read: dict[str, list[Sentence]] = {}
 
     def __call__(
-        self, study: Study, told: Sequence[str] | None, tags: Sequence[int], rng: np.random.Generator
+        self, study: Study, prompted: Sequence[str] | None, tags: Sequence[int], rng: np.random.Generator
     ) -> tuple[str, str]:
-        """What the report begins with, and what is left of it to be learnt, with the space between them.
+        """The opening, and the rest of the report, which starts with a space.
 
         Args:
-            study: whose report it is.
-            told: findings that the prompt tells.
-            tags: 1, 0 or -1 for each of :data:`~training.datasets.studies.TAGS`: only what is so opens a report.
-            rng: of chance.
+            study: the study.
+            prompted: findings in the prompt.
+            tags: 1, 0 or -1 for each of :data:`~training.ontology.TAGS`; only present findings open a report.
+            rng: random generator.
 
         Returns:
-            An empty text and the target as it is where nothing opens it.
+            An empty opening and the unchanged target if no finding opens the report.
         """
-        names = [name for name in told or () if self.sentences.get(name) and name in TAGS]
+        names = [name for name in prompted or () if self.sentences.get(name) and name in TAGS]
         names = [name for name in names if tags[TAGS.index(name)] == 1]
         findings, impression = split_sections(study.target)
         if not names or not findings or "FINDINGS:" not in study.target or rng.random() >= self.share:
             return "", study.target
         said = frozenset(finding for name in names for finding in TAG_FINDINGS[name])
         kept = [s.text for s in self._sentences(study, findings) if not s.spoken & said or s.affirmed - said]
-        begun = "".join(build_opening([self.sentences[name] for name in names]))
+        opening = "".join(build_opening([self.sentences[name] for name in names]))
         rest = build_target(" ".join(kept), impression).removeprefix("FINDINGS: ")
-        return begun, f" {rest}"
+        return opening, f" {rest}"
 
     def _sentences(self, study: Study, findings: str) -> list[Sentence]:
         if study.study_id not in self._read:

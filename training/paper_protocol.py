@@ -1,13 +1,12 @@
-"""The protocol nearest to ClinicalBLIP's figures: findings with impression, METEOR by nltk, ROUGE by rouge-score.
+"""The protocol closest to ClinicalBLIP's: findings with impression, nltk's METEOR, ROUGE by rouge-score.
 
 Ji et al. (JMIR Form Res 2024;8:e32690) report METEOR .570 and ROUGE .534 on IU X-RAY and do not name implementations.
-nltk's METEOR (stems and WordNet synonyms, weighed to recall) gives about twice what the Java one of R2Gen's line of
-work does, so the two must not be compared.
+nltk's METEOR (stems and WordNet synonyms, weighted towards recall) is about twice that of the Java implementation of
+R2Gen and its successors, so the two must not be compared.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 from cbedge.prompt import split_sections
 from training.controls import best_constant
 from training.datasets.iu_xray import clean_reference, read_studies
+from training.records import read_drafts, table
 from training.scoring import Scores
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ PROTOCOL = (
     "findings with impression, lower case, no punctuation but the full stop; METEOR by nltk (WordNet 3.0), ROUGE-1 and "
     "ROUGE-L F1 by rouge-score with stemming; means over studies, 95% bootstrap intervals"
 )
-# WordNet's 45 lexicographer files (lexnames(5WN)), in order: a file that Debian's wordnet-base leaves out.
+# WordNet's 45 lexicographer files (lexnames(5WN)), in order; Debian's wordnet-base lacks this file.
 _LEXNAMES = (
     "adj.all",
     "adj.pert",
@@ -87,11 +87,11 @@ def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
     """WordNet 3.0 for nltk, from a folder of its files or, without one, from nltk's own data.
 
     Args:
-        folder: such as ``/usr/share/wordnet`` of Debian's ``wordnet-base``; what it lacks is made in ``scratch``.
-        scratch: an empty folder that outlives the reader.
+        folder: such as ``/usr/share/wordnet`` of Debian's ``wordnet-base``; missing files are created in ``scratch``.
+        scratch: an empty folder that exists as long as the reader.
 
     Raises:
-        FileNotFoundError: WordNet is not there; the message says how to get it.
+        FileNotFoundError: WordNet is missing; the message says how to get it.
     """
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -109,7 +109,7 @@ def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
     for name in ("data.noun", "index.noun", "noun.exc"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {folder}: give the folder of WordNet 3.0's files")
-    place = scratch / "corpora" / "wordnet"  # where nltk looks, and it reads from its own data folders alone
+    place = scratch / "corpora" / "wordnet"  # nltk reads from its own data folders only
     place.mkdir(parents=True)
     for path in (p for p in folder.iterdir() if p.is_file()):
         shutil.copyfile(path, place / path.name)
@@ -119,7 +119,7 @@ def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
             (place / name).write_text(content)
     nltk.data.path.insert(0, str(scratch))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that other languages are not there
+        warnings.simplefilter("ignore")  # about missing languages
         return WordNetCorpusReader(nltk.data.find("corpora/wordnet"), None)
 
 
@@ -127,13 +127,14 @@ def score_like_paper(drafts: list[str], references: list[str], wordnet: WordNetC
     """METEOR (Banerjee and Lavie 2005, nltk), ROUGE-1 and ROUGE-L (Lin 2004, rouge-score) of whole reports.
 
     Args:
-        drafts, references: cleaned, one each a study.
+        drafts, references: cleaned, one each per study.
+        wordnet: see :func:`open_wordnet`.
 
     Raises:
         ValueError: the lists are empty or of different length.
     """
     if not drafts or len(drafts) != len(references):
-        raise ValueError(f"{len(drafts)} drafts against {len(references)} references: give as many of each")
+        raise ValueError(f"{len(drafts)} drafts for {len(references)} references: give the same number of each")
     from nltk.translate.meteor_score import meteor_score
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -155,23 +156,17 @@ def score_like_paper(drafts: list[str], references: list[str], wordnet: WordNetC
 def evaluate_drafts(
     drafts: Path, data: Path, wordnet: Path | None, progress: Callable[[str], None] = lambda row: None
 ) -> dict[str, Any]:
-    """Score every row of a drafts file that ``evaluate --drafts`` wrote, beside the best constant report of train.
+    """Score every row of a file of ``evaluate --drafts``, and the best constant report of the train split.
 
     Raises:
         FileNotFoundError: the file, the data or WordNet is missing.
-        ValueError: the file is no drafts file.
+        ValueError: the file is not a drafts file.
     """
-    rows = []
-    for number, line in enumerate(Path(drafts).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append((clean_reference(f"{row['findings']} {row['impression']}"), row["drafts"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{drafts}, line {number}, is not what evaluate --drafts wrote ({error})") from None
-    references = [reference for reference, _ in rows]
+    rows = read_drafts(drafts)
+    references = [clean_reference(f"{row['findings']} {row['impression']}") for row in rows]
     train = read_studies(data, ("train",))
     constant = best_constant([clean_reference(f"{s.findings} {s.impression}") for s in train])
-    texts = {name: [_whole(given[name]) for _, given in rows] for name in rows[0][1]} if rows else {}
+    texts = {name: [_whole(row["drafts"][name]) for row in rows] for name in (rows[0]["drafts"] if rows else ())}
     texts["constant"] = [constant] * len(rows)
     record: dict[str, Any] = {"protocol": PROTOCOL, "studies": len(rows), "paper": PAPER, "scores": {}, "intervals": {}}
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,25 +180,22 @@ def evaluate_drafts(
 
 
 def to_markdown(record: dict[str, Any]) -> str:
-    """The record as a table, the paper's figures in its last row."""
+    """The record as a table, with the paper's figures in the last row."""
     names = ("METEOR", "ROUGE-1", "ROUGE-L")
     lines = [
         f"# Near the paper's protocol: {record['studies']} studies",
         "",
         f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
         "",
-        "| | " + " | ".join(names) + " |",
-        "| --- |" + " --- |" * len(names),
     ]
+    rows = []
     for row, scores in record["scores"].items():
         ends = record["intervals"][row]
-        cells = (f"{scores[name]:.3f} ({ends[name][0]:.3f}–{ends[name][1]:.3f})" for name in names)
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        rows.append((row, *(f"{scores[name]:.3f} ({ends[name][0]:.3f}–{ends[name][1]:.3f})" for name in names)))
     paper = record["paper"]
-    lines.append(
-        f"| ClinicalBLIP as published | {paper['METEOR']:.3f} | {paper['ROUGE']:.3f} (which ROUGE is not said) | |"
-    )
-    return "\n".join(lines) + "\n"
+    rouge = f"{paper['ROUGE']:.3f} (which ROUGE is not said)"
+    rows.append(("ClinicalBLIP as published", f"{paper['METEOR']:.3f}", rouge, ""))
+    return "\n".join([*lines, *table(("", *names), rows)]) + "\n"
 
 
 def _whole(draft: str) -> str:

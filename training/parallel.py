@@ -1,12 +1,12 @@
-"""Several processes that train one model: what each takes of a batch, and how their losses make one loss.
+"""Train one model with several processes.
 
-Processes are started by ``accelerate launch`` or ``torchrun --nproc-per-node 4 -m training run …``; gradients are
-averaged by torch's DistributedDataParallel. Losses are weighed by what each process's share counts, so that their
-average is the loss that one process would have found for the whole batch.
+``accelerate launch`` or ``torchrun --nproc-per-node 4 -m training run …`` starts the processes; torch's
+DistributedDataParallel averages gradients. Losses are weighted by the number of items in each process's share, so that
+their average equals the loss of one process for the whole batch.
 
-Where the language model is too large for one GPU, its layers are sharded (torch's FSDP2): each process keeps a part of
-every frozen weight, and a layer's weights are gathered for the moment that it runs. What is trained, adapters and image
-parts, is small and whole in every process.
+If the language model is too large for one GPU, its layers are sharded (torch's FSDP2): each process keeps a part of
+every frozen weight, and a layer's weights are gathered while it runs. Trained parts and adapters are small and not
+sharded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of this run; alone, every method does nothing but what its name says.
+    """The processes of this run; a single process needs no communication.
 
     Args:
-        device: ``cpu`` or ``cuda``, as chosen; with several processes each gets its own GPU.
+        device: ``cpu`` or ``cuda``; with several processes, each gets its own GPU.
     """
 
     def __init__(self, device: torch.device):
-        # Validation with drafts runs in one process while the others wait: longer than a default time-out.
+        # Validation with drafts runs in one process while the others wait, longer than the default timeout.
         handlers = [
             DistributedDataParallelKwargs(find_unused_parameters=True),
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
@@ -45,7 +45,7 @@ class Processes:
         self.sharded = False
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Run an action in the main process, then in the others, which find what it has written."""
+        """Run an action in the main process, then in the others, which can use the files that it wrote."""
         with self.accelerator.main_process_first():
             return action()
 
@@ -64,12 +64,10 @@ class Processes:
         return values[0]
 
     def shard(self, language_model: nn.Module) -> tuple[int, int]:
-        """Keep but this process's part of the weights of each layer; alone, all of them.
-
-        Done once, before adapters are added: they stay whole.
+        """Keep only this process's part of the weights of each layer. Call it once, before adapters are added.
 
         Returns:
-            Bytes of the language model's weights, and of those that this process keeps.
+            Bytes of the language model's weights, and of the part that this process keeps.
         """
         whole = sum(p.numel() * p.element_size() for p in language_model.parameters())
         if self.count == 1:
@@ -88,17 +86,17 @@ class Processes:
         return whole, sum(p.numel() * p.element_size() for p in local)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients over processes where :meth:`wrap` does not see to it."""
+        """Average gradients over processes if the model is sharded; otherwise :meth:`wrap` does it."""
         if not self.sharded:
             return
         for parameter in parameters:
-            if parameter.grad is None:  # not used here, but perhaps elsewhere
+            if parameter.grad is None:  # unused in this process, but perhaps not in others
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= self.count
 
     def validating(self, action: Callable[[], Any]) -> None:
-        """Run an action that reads with the language model: in the main process, or in all where it is sharded."""
+        """Run an action that uses the language model: in the main process, or in all if it is sharded."""
         if self.sharded:
             action()
             self.accelerator.wait_for_everyone()
@@ -109,23 +107,23 @@ class Processes:
         """This process's part of a batch.
 
         Raises:
-            ValueError: the batch cannot be dealt evenly.
+            ValueError: the batch cannot be divided evenly.
         """
         if len(rows) % self.count:
-            raise ValueError(f"a batch of {len(rows)} cannot be dealt to {self.count} processes: change batch_size")
+            raise ValueError(f"a batch of {len(rows)} cannot be split among {self.count} processes: change batch_size")
         return rows[self.rank :: self.count]
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module as it is to be called: gradients of its parameters are averaged over processes, but where it is
-        sharded; see :meth:`average_gradients`."""
+        """The module, wrapped so that gradients are averaged over processes; unchanged if the model is sharded, see
+        :meth:`average_gradients`."""
         return module if self.count == 1 or self.sharded else self.accelerator.prepare_model(module)
 
     def without_sync(self, module: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-        """Leave gradients unaveraged, in all but the last of accumulated passes."""
+        """Do not average gradients, in all but the last of accumulated passes."""
         return self.accelerator.no_sync(module) if wanted and self.count > 1 and not self.sharded else nullcontext()
 
     def weigh(self, mean: Tensor, count: Tensor) -> Tensor:
-        """A share's mean over ``count`` things, scaled so that its average over processes is the mean over them all."""
+        """Scale a mean over ``count`` items so that its average over processes is the mean over all items."""
         if self.count == 1:
             return mean
         total = self.accelerator.reduce(count.detach().clone().float(), "sum")
@@ -137,7 +135,8 @@ class Processes:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """[B, …] of each process → [processes · B, …], with gradients; alone, or without gradients, the tensor itself."""
+    """[B, …] of each process → [processes · B, …], with gradients; the tensor itself for one process or without
+    gradients."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or not torch.is_grad_enabled():
         return tensor

@@ -1,7 +1,6 @@
-"""What is checked before a run writes anything: the data's files, its splits, and that every loss has something to
-learn.
+"""Checks before a run writes any file: the data and its splits, and that each loss can learn something.
 
-Each fault is one line that names the file and, where there is one, the line.
+Each error is one line that names the file and, if possible, the line in it.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from training.datasets.studies import Record
 from training.ontology import TAGS
 from training.validation import LEAST_POSITIVES
 
-_LEARNT = frozenset({"train", "extra"})
+_TRAINED = frozenset({"train", "extra"})
 
 
 @dataclass
 class Checked:
-    """What a run goes on with.
+    """The result of the checks.
 
     Attributes:
-        record: of the data, see :func:`training.datasets.provenance.data_record`.
-        stages: the run's, without findings that validation studies cannot give a threshold.
-        notes: what the user must know, one sentence each.
+        record: the data's record, see :func:`training.datasets.provenance.data_record`.
+        stages: the stages, without findings for which no threshold can be chosen.
+        notes: notes for the user, one sentence each.
     """
 
     record: dict[str, str]
@@ -41,7 +40,7 @@ class Checked:
 
 @dataclass
 class _Counts:
-    """Studies of some kind, and of each tag how many have it and how many do not, int [2, TAGS]."""
+    """The number of studies, and for each tag the number with and without it, int [2, TAGS]."""
 
     studies: int = 0
     tags: np.ndarray = field(default_factory=lambda: np.zeros((2, len(TAGS)), int))
@@ -52,25 +51,25 @@ class _Counts:
         self.tags += np.stack([values == 1, values == 0])
 
     @property
-    def told_apart(self) -> np.ndarray:
-        """Tags that some studies have and others have not, bool [TAGS]."""
+    def varies(self) -> np.ndarray:
+        """Tags that some studies have and others do not have, bool [TAGS]."""
         return self.tags.min(0) > 0
 
 
 def check_run(config: RunConfig, processes: int = 1) -> Checked:
-    """See that a run can learn, before a model is loaded or a file is written.
+    """Check that a run can learn, before a model is loaded or a file is written.
 
     Args:
         config: the run.
-        processes: that share a batch.
+        processes: number of processes that share a batch.
 
     Raises:
-        FileNotFoundError: the folder holds no known collection.
+        FileNotFoundError: the folder has no known collection.
         ValueError: a file, a split or a stage cannot be used; the message names it.
     """
     notes = _check_records(config)
-    learnt = dict.fromkeys(split for stage in config.stages for split in stage.splits)
-    counts = {split: _Counts() for split in (*learnt, "val")}
+    used = dict.fromkeys(split for stage in config.stages for split in stage.splits)
+    counts = {split: _Counts() for split in (*used, "val")}
     val = _Counts()
 
     def counted():  # type: ignore[no-untyped-def]
@@ -90,7 +89,7 @@ def check_run(config: RunConfig, processes: int = 1) -> Checked:
                 "-m training data check"
             )
     if record["tags"] != "given":
-        notes.append(f"Tags are {record['tags']}: no tags are given there.")
+        notes.append(f"Tags are {record['tags']}, because the data have none.")
     stages = tuple(_check_stage(stage, config, counts, val, processes, notes) for stage in config.stages)
     return Checked(record, stages, notes)
 
@@ -105,33 +104,33 @@ def _check_stage(
         train.tags = train.tags + counts[split].tags
     if not any(stage.losses.values()):
         raise ValueError(f"{where}: every loss has weight 0: nothing can be learned")
-    if stage.losses.get("tags") and not train.told_apart.any():
+    if stage.losses.get("tags") and not train.varies.any():
         raise ValueError(
             f"{where}: the tags loss cannot learn anything: no finding is present in some of the {train.studies:,} "
             "training studies and absent in others"
         )
     if stage.losses.get("contrastive") and min(stage.batch_size * processes, train.studies) < 2:
         raise ValueError(f"{where}: the contrastive loss cannot learn from one study at a time: raise batch_size")
-    if stage.select_by == "tags" and not (val.tags[0] >= LEAST_POSITIVES)[val.told_apart].any():
+    if stage.select_by == "tags" and not (val.tags[0] >= LEAST_POSITIVES)[val.varies].any():
         raise ValueError(
             f"{where}: select_by tags needs a finding with {LEAST_POSITIVES} positive validation studies and a negative"
         )
     if not stage.tell_findings:
         return stage
-    if not val.told_apart[0]:
+    if not val.varies[0]:
         missing = "abnormal" if not val.tags[0, 0] else "normal"
         raise ValueError(
             f"{where}: tell_findings needs a threshold for 'abnormal', but none of the {val.studies:,} validation "
             f"studies is known to be {missing}"
         )
-    tags_learnt = any("tags" in one.losses for one in config.stages)
-    usable = val.told_apart & (train.told_apart if tags_learnt else True)
+    trains_tags = any("tags" in one.losses for one in config.stages)
+    usable = val.varies & (train.varies if trains_tags else True)
     kept = tuple(name for name in stage.tell_findings if usable[TAGS.index(name)])
     left = [name for name in stage.tell_findings if name not in kept]
     if left:
         notes.append(
-            f"{where}: not reported by the model, since no threshold can be chosen (no positive or no negative "
-            f"{'training or ' if tags_learnt else ''}validation study): {', '.join(left)}."
+            f"{where}: the model will not report these findings, because no threshold can be chosen (no positive or "
+            f"no negative {'training or ' if trains_tags else ''}validation study): {', '.join(left)}."
         )
     if not kept:
         raise ValueError(f"{where}: none of tell_findings has a positive and a negative validation study")
@@ -139,11 +138,11 @@ def _check_stage(
 
 
 def _check_records(config: RunConfig) -> list[str]:
-    """Check the studies of a collection that is read from files of the user's own; returns notes."""
+    """Check the studies of a collection in the user's own files; returns notes."""
     folder = Path(config.data)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}; give the folder of studies.jsonl as --data")
-    if mimic_cxr.is_mimic_cxr(folder):  # has its own splits by patient, and too many images to read them twice
+    if mimic_cxr.is_mimic_cxr(folder):  # it has splits by patient, and too many images to read them twice
         return []
     tally = Tally()
     images: dict[Path, str] = {}
@@ -154,16 +153,16 @@ def _check_records(config: RunConfig) -> list[str]:
     for record in open_records(folder, tally)[1]:
         place = record.place or f"{folder}, study {record.study_id}"
         if record.missing:
-            raise ValueError(f"{place}: there is no image {record.missing[0].name}: add it, or take it out of the line")
+            raise ValueError(f"{place}: image {record.missing[0].name} is missing: add it, or remove it from the line")
         for view in record.images:
             before = images.setdefault(view.file, place)
             if before != place:
-                raise ValueError(f"{place}: image {view.file.name} is also that of {before}: one study may have it")
+                raise ValueError(f"{place}: image {view.file.name} also belongs to {before}: keep it in one study")
         if record.patient is not None:
             other = patients.setdefault(record.patient, record)
             if _side(other.split) != _side(record.split):
                 raise ValueError(
-                    f"{place}: its patient is in split {record.split}, and in {other.split} in "
+                    f"{place}: its patient is in split {record.split}, but in {other.split} in "
                     f"{other.place.rsplit(', ', 1)[-1]}: put all studies of a patient into one split"
                 )
         if record.split in wanted:
@@ -179,11 +178,11 @@ def _check_records(config: RunConfig) -> list[str]:
 
 
 def _side(split: str) -> str:
-    return "train" if split in _LEARNT else split
+    return "train" if split in _TRAINED else split
 
 
 def _check_images(files: list[tuple[Path, str]]) -> None:
-    """Decode every image once: one that cannot be read would stop the run hours later."""
+    """Decode every image once, because an unreadable one would stop the run hours later."""
 
     def fault(one: tuple[Path, str]) -> str | None:
         try:
@@ -200,6 +199,6 @@ def _check_images(files: list[tuple[Path, str]]) -> None:
 
 
 def earlier_records(config: RunConfig) -> list[dict[str, str]]:
-    """The training data that the run's starting point, and the run itself until now, record."""
+    """The records of the training data of the base model and of the run so far."""
     places = [config.output] + ([Path(config.base)] if Path(config.base).is_dir() else [])
     return [record for place in reversed(places) for record in load_training_data(place) or []]

@@ -1,4 +1,4 @@
-"""How much of each finding can be read, by a linear probe, off pixels, off the vision encoder, and off the Q-Former."""
+"""Linear probes: how well each finding can be predicted from pixels, vision encoder and Q-Former."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def represent(
     advance: Callable[[int], None] = lambda count: None,
     kinds: Sequence[str] = tuple(KINDS),
 ) -> Representation:
-    """Views of every study's image, each float32 [studies, D]: those of ``kinds``.
+    """Representations of every study's image, each float32 [studies, D].
 
-    ``pixels``: the radiograph scaled down; ``vision``: class token and mean of patches; ``qformer``: the output of all
-    queries, which no indication has touched.
+    Args:
+        encoder: the image side of a model.
+        studies: the studies.
+        advance: called with the number of encoded studies.
+        kinds: ``pixels``: the downscaled radiograph; ``vision``: class token and mean of patches; ``qformer``: the
+            output of all queries.
     """
     rows: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     for start in range(0, len(studies), encoder.batch_size):
@@ -56,16 +60,17 @@ def probe(
     least_positives: int = 5,
     kinds: Sequence[str] = tuple(KINDS),
 ) -> dict[str, dict[str, float]]:
-    """AUC of each tag: logistic regression on the 256 main directions, learnt on train, strength chosen on validation.
+    """AUC of each tag: logistic regression on 256 principal components, fitted to ``train``, with the regularization
+    chosen on ``val``.
 
     Args:
         seen: :func:`represent` of the splits ``train``, ``val`` and ``studied``.
-        studies: the same splits' studies.
-        least_positives: a tag with fewer in any split is left out.
-        kinds: of :data:`KINDS`, those to probe.
+        studies: the studies of these splits.
+        least_positives: a tag with fewer positives in any split is left out.
+        kinds: of :data:`KINDS`.
 
     Returns:
-        tag → AUC for each kind on ``studied``, and ``positives`` there.
+        tag → AUC of each kind on ``studied``, and number of ``positives`` there.
     """
     labels = {name: np.array([s.tags for s in group]) for name, group in studies.items()}
     reduced = {kind: _reduce({name: seen[name][kind] for name in seen}) for kind in kinds}
@@ -88,7 +93,7 @@ def _small(pixels: np.ndarray) -> np.ndarray:
 
 
 def _reduce(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Standardize and project on the main directions of train: still linear, and a probe then takes a moment."""
+    """Standardize and project on the principal components of ``train``; a linear probe is then fast."""
     from sklearn.decomposition import PCA
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -107,8 +112,6 @@ def _auc(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> float:
     best = (-1.0, 0.5)
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=500).fit(inputs["train"], labels["train"])
-        chosen, told = (
-            float(roc_auc_score(labels[name], model.decision_function(inputs[name]))) for name in ("val", "studied")
-        )
-        best = max(best, (chosen, told))
+        areas = [float(roc_auc_score(labels[n], model.decision_function(inputs[n]))) for n in ("val", "studied")]
+        best = max(best, (areas[0], areas[1]))
     return best[1]

@@ -107,6 +107,6 @@ def open_run(
         parts.tokenizer.backend_tokenizer.save(str(Path(folder, TOKENIZER)))
         parts.qformer_tokenizer.backend_tokenizer.save(str(Path(folder, QFORMER_TOKENIZER)))
         generator = ReportGenerator(Bundle(Path(folder), manifest), "fp32", backend, recent_studies=0)
-    held = generator.resources
-    held.phrasebook, held.lexicon, held.templates = resources.phrasebook, resources.lexicon, resources.templates
+    target = generator.resources
+    target.phrasebook, target.lexicon, target.templates = resources.phrasebook, resources.lexicon, resources.templates
     return generator

@@ -1,4 +1,4 @@
-"""The field's n-gram scores."""
+"""The usual n-gram scores of reports."""
 
 import shutil
 from contextlib import redirect_stdout
@@ -17,7 +17,7 @@ PROTOCOL = (
 
 
 def cider(drafts: list[str], references: list[str]) -> float:
-    """CIDEr alone, which needs no Java; arguments as of :func:`score`."""
+    """CIDEr only, which needs no Java; arguments as in :func:`score`."""
     from pycocoevalcap.cider.cider import Cider
 
     wanted = {i: [reference] for i, reference in enumerate(references)}
@@ -30,8 +30,8 @@ class Scores:
     """N-gram scores of a list of drafts.
 
     Attributes:
-        corpus: metric → the score of all drafts together, as the field reports it.
-        studies: metric → float [studies]; their mean is the corpus score for ROUGE-L and CIDEr and near it for METEOR.
+        corpus: metric → score of all drafts together, as it is usually reported.
+        studies: metric → float [studies]; the mean equals the corpus score for ROUGE-L and CIDEr, almost for METEOR.
     """
 
     corpus: dict[str, float]
@@ -51,7 +51,7 @@ class Scores:
 
 @cache
 def _meteor() -> Any:
-    """One METEOR for all rows of a table: its Java process takes longer to begin than to score them."""
+    """One METEOR for all rows, because its Java process takes longer to start than to score them."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     return Meteor()
@@ -61,18 +61,18 @@ def score(drafts: list[str], references: list[str]) -> Scores:
     """BLEU-1..4 (Papineni 2002), METEOR (Denkowski and Lavie 2014, Java), ROUGE-L (Lin 2004), CIDEr (Vedantam 2015).
 
     Args:
-        drafts, references: cleaned by :func:`clean_reference`, one each a study.
+        drafts, references: cleaned by :func:`~training.datasets.iu_xray.clean_reference`, one each per study.
 
     Raises:
-        RuntimeError: there is no Java for METEOR.
+        RuntimeError: METEOR needs Java, which is not installed.
         ValueError: the lists are empty or of different length.
     """
     if not drafts or len(drafts) != len(references):
         raise ValueError(
-            f"{len(drafts)} drafts against {len(references)} references: give as many of each, at least one"
+            f"{len(drafts)} drafts for {len(references)} references: give the same number of each, at least one"
         )
     if shutil.which("java") is None:
-        raise RuntimeError("METEOR runs in Java and there is no java command: install a Java runtime (11 or newer)")
+        raise RuntimeError("METEOR needs Java, but there is no java command: install a Java runtime (11 or newer)")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -91,7 +91,7 @@ def score(drafts: list[str], references: list[str]) -> Scores:
 
 
 def rouge_matrix(reports: list[str], others: list[str]) -> list[list[float]]:
-    """ROUGE-L F1 of every report with every other: [reports, others]."""
+    """ROUGE-L F1 of every pair of reports: [reports, others]."""
     from rapidfuzz.distance import LCSseq
 
     words = [r.split() for r in reports]

@@ -1,4 +1,4 @@
-"""What a stage does to the model: which parts are trained, where adapters go, and the forward passes of its losses."""
+"""Prepare a model for a stage, save and load what a stage trains, and run the forward passes of its losses."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _PARTS = {"qformer": "qformer.", "query_tokens": "query_tokens", "projection": "
 
 
 def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> None:
-    """Freeze everything, add the stage's LoRA adapters, and unfreeze what the stage trains, which becomes fp32."""
+    """Freeze the model, add the stage's LoRA adapters, and unfreeze the parts that the stage trains, in fp32."""
     model.requires_grad_(False)
     if stage.lateral:
         model.config.reads_lateral = True
@@ -34,29 +34,29 @@ def prepare_stage(model: InstructBlipForConditionalGeneration, stage: Stage) -> 
         )
         attribute = _ADAPTED[stage.lora.part]
         part = getattr(model, attribute)
-        if isinstance(part, PeftModel):  # an earlier stage's adapters, to be trained on
+        if isinstance(part, PeftModel):  # the adapters of an earlier stage are trained further
             part.set_requires_grad(part.active_adapter, True)
         else:
             setattr(model, attribute, get_peft_model(part, settings))
     for name, parameter in model.named_parameters():
         if any(name.startswith(_PARTS[part]) for part in stage.train):
             parameter.requires_grad_(True)
-        if parameter.requires_grad:  # a step of the optimizer is lost in bf16's 8 bits
+        if parameter.requires_grad:  # bf16 is too coarse for the optimizer's steps
             parameter.data = parameter.data.float()
 
 
 @torch.no_grad()
 def start_cross_attention(model: InstructBlipForConditionalGeneration, features: Tensor, seed: int) -> None:
-    """Start new cross-attention so that it sees the image from the first step.
+    """Initialize new cross-attention so that it uses the image from the first step.
 
-    A vision encoder's features have a few directions that dwarf all others and say the same of every image; weights
-    drawn blindly hand on little else. Here keys and values read standardized features, so every direction counts alike,
-    and the output is scaled to be heard beside what it is added to.
+    A few directions of a vision encoder's features are much larger than all others and almost the same for all images.
+    With the usual initialization, keys and values would contain little else. So they are initialized for standardized
+    features, and the output for the scale of the residual that it is added to.
 
     Args:
-        model: its Q-Former's cross-attention is drawn anew, in place.
-        features: float [N, P, H], the vision encoder's for some radiographs.
-        seed: of the draw.
+        model: its Q-Former's cross-attention is initialized in place.
+        features: vision features of some radiographs, float [N, P, H].
+        seed: random seed.
     """
     mean, deviation = features.mean((0, 1)), features.flatten(0, 1).std(0) + 1e-6
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def start_cross_attention(model: InstructBlipForConditionalGeneration, features:
 def trainable_groups(
     model: InstructBlipForConditionalGeneration, heads: nn.Module, stage: Stage
 ) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer: parts trained in full, adapters, and the heads that only training needs."""
+    """Parameter groups for the optimizer: parts trained in full, adapters, and the heads for training only."""
     full = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     lora = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
     groups = [{"params": full, "lr": stage.learning_rate}, {"params": lora, "lr": stage.lora_learning_rate}]
@@ -85,7 +85,7 @@ def trainable_groups(
 
 
 def save_trained(model: InstructBlipForConditionalGeneration, stage: Stage, folder: Path) -> None:
-    """Write what a stage trained: full parts as ``trained.safetensors``, adapters in peft's format."""
+    """Save what a stage trained: full parts as ``trained.safetensors``, adapters in peft's format."""
     full = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -96,23 +96,23 @@ def save_trained(model: InstructBlipForConditionalGeneration, stage: Stage, fold
     if stage.lora:
         getattr(model, _ADAPTED[stage.lora.part]).save_pretrained(folder / "adapters" / stage.lora.part)
     if stage.lateral:
-        (folder / _LATERAL).write_text("lateral radiographs are read as well\n", encoding="utf-8")
+        (folder / _LATERAL).write_text("lateral radiographs are read too\n", encoding="utf-8")
 
 
 def load_trained(
     model: InstructBlipForConditionalGeneration, folder: Path, adapted: tuple[str, ...] = tuple(_ADAPTED)
 ) -> None:
-    """Put a finished stage's parts and adapters into the model (which is adapted where it is not yet).
+    """Load a finished stage's parts and adapters into the model.
 
     Args:
-        model: is changed.
-        folder: of the stage.
-        adapted: parts whose adapters are wanted, of ``vision`` and ``language``.
+        model: modified in place.
+        folder: folder of the stage.
+        adapted: parts whose adapters are loaded, of ``vision`` and ``language``.
     """
     if (folder / "trained.safetensors").is_file():
         unexpected = model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False).unexpected_keys
         if unexpected:
-            raise ValueError(f"{folder} does not fit this model: it holds {unexpected[:3]}")
+            raise ValueError(f"{folder} does not fit this model: unexpected {unexpected[:3]}")
     if (folder / _LATERAL).is_file():
         model.config.reads_lateral = True
     for part_name in adapted:
@@ -132,7 +132,7 @@ def encode_images(model: InstructBlipForConditionalGeneration, pixels: Tensor) -
 def query_image(
     model: InstructBlipForConditionalGeneration, features: Tensor, instruction_ids: Tensor, instruction_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Features and instruction → (Q-Former output of the queries [B, Q, H], the same projected [B, Q, D])."""
+    """Features and instruction → the Q-Former's output [B, Q, H] and its projection [B, Q, D]."""
     queries = model.query_tokens.expand(len(features), -1, -1)
     mask = torch.cat([torch.ones(queries.shape[:2], dtype=torch.long, device=features.device), instruction_mask], 1)
     output = model.qformer(
@@ -147,14 +147,15 @@ def embed_inputs(
     projected: Tensor | None,
     laterals: Tensor | None = None,
 ) -> Tensor:
-    """Token embeddings [B, L, D] with the projected queries in the place of the image placeholders.
+    """Token embeddings [B, L, D], with the projected queries in place of the image placeholders.
 
     Args:
-        model: whose embeddings are meant.
+        model: the model.
         input_ids: int64 [B, L].
-        projected: [N, Q, D], of the studies' frontal radiographs and then of the lateral ones; ``None`` where
-            ``input_ids`` hold no placeholders and are embedded as they are.
-        laterals: int64 [N - B], the study of each lateral radiograph; a study that has one has twice the placeholders.
+        projected: [N, Q, D] of the frontal radiographs, followed by the lateral ones; ``None`` if ``input_ids`` has no
+            placeholders.
+        laterals: int64 [N - B], the study index of each lateral radiograph. Such a study has twice as many
+            placeholders.
     """
     if projected is None:
         return model.get_input_embeddings()(input_ids)
@@ -167,7 +168,7 @@ def embed_inputs(
 
 
 def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
-    """Mean cross-entropy of the report's tokens, given the prompt and, where ``projected`` is one, the image."""
+    """Mean cross-entropy of the report's tokens, given the prompt and, unless ``projected`` is ``None``, the image."""
     model = parts.model
     if not model.config.use_decoder_only_language_model:
         return _sequence_to_sequence_loss(parts, batch, projected)
@@ -177,7 +178,7 @@ def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | N
     hidden = base.get_decoder()(
         inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
-    # Logits over the whole vocabulary are dear: they are computed for the report's tokens alone.
+    # Logits over the whole vocabulary are expensive, so they are computed for the report's tokens only.
     labels = batch.labels[:, 1:]
     wanted = labels != -100
     logits = base.get_output_embeddings()(hidden[:, :-1][wanted])
@@ -185,7 +186,7 @@ def language_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | N
 
 
 def _sequence_to_sequence_loss(parts: ModelAndTokenizers, batch: Batch, projected: Tensor | None) -> Tensor:
-    """The encoder (Flan-T5's) reads image and prompt, the decoder writes the report."""
+    """The same for an encoder-decoder (Flan-T5): the encoder reads image and prompt, the decoder the report."""
     reports = batch.labels != -100
     prompt_length = int((batch.attention_mask.bool() & ~reports).sum(1).max())
     prompt_mask = (batch.attention_mask.bool() & ~reports)[:, :prompt_length].long()

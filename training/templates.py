@@ -1,10 +1,10 @@
 """Templates of normal reports in the wording of the training studies, and the classifier that chooses one.
 
-They are chosen so that the best of them for each study agrees most with what is written of studies whose indication
-reads alike (:mod:`training.consensus`): a facility location problem, solved greedily (Nemhauser et al. 1978). None
-holds a sentence that fewer than :data:`SHARED` training reports have, and the sentences of none are those of a report,
-of any split: each is a normal report in which one sentence is left out, added, or said in another way. So no template
-is a report of the collection, whose licence (CC BY-NC-ND) lets nobody hand out its parts.
+They are chosen so that the best template for each study agrees most with the reports of studies with a similar
+indication (:mod:`training.consensus`): a facility location problem, solved greedily (Nemhauser et al. 1978). Every
+sentence of a template occurs in at least :data:`SHARED` training reports. No template has the findings of a report of
+any split: each is a normal report in which one sentence is removed, added or replaced. So no template is a report of
+the collection, whose licence (CC BY-NC-ND) forbids to distribute parts of it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from training.openings import Sentence
 
 # Chosen on validation studies (docs/research/index.md).
 COUNT = 48
-STRENGTH = 20.0  # of the classifier: the inverse of its L2 penalty
-ADDED = 60  # commonest sentences, which may be added
-REPLACED = 4  # of them, which may stand for another that speaks of the same
-COMPOSED = 4000  # templates to choose among
-SHARED = 3  # reports that a template's sentence is found in, at the least
-WITHHELD_WEIGHT = 0.3  # of a context with indication or comparison withheld, in learning the classifier
-# What compares with an earlier study or counts images, which no template knows; and slips of the pen.
+STRENGTH = 20.0  # inverse of the classifier's L2 penalty
+ADDED = 60  # number of most common sentences that may be added
+REPLACED = 4  # number of them that may replace a sentence on the same topic
+COMPOSED = 4000  # candidate templates
+SHARED = 3  # minimum number of reports with a template's sentence
+WITHHELD_WEIGHT = 0.3  # sample weight of a context with withheld indication or comparison
+# Comparisons with earlier studies and counts of images, which a template cannot know; and typing errors.
 _OF_ONE_STUDY = re.compile(
     r"\b(stable|unchanged|new|interval|increased|decreased|improved|again|previous|prior|otherwise)\b|\d|\.\.", re.I
 )
@@ -51,26 +51,26 @@ _TOPICS = {
         "bones": r"bon[ey]|osseous|rib|spine|skelet|fracture|thorax",
         "other": r"diaphragm|soft tissue|nodule|mass|trachea|adenopathy",
     }.items()
-}  # of a sentence: one is added on a topic that the template passes over
+}  # a sentence is added only on a topic that the template lacks
 
 
 def templates_of(findings: ImageFindings, data: Path) -> Templates | None:
-    """The templates of the training studies at ``data``, for a model that is told such findings; ``None`` where their
-    reports share no normal sentences."""
+    """The templates of the training studies at ``data``, for a model with these findings; ``None`` if the reports share
+    no normal sentences."""
     sentences = dict(zip(findings.names, findings.openings, strict=False))
     reports = ConsensusReports(read_studies(data, ("train",)), findings.names[1:], sentences)
     return learn_templates(reports, [record.findings or "" for record in records(data)])
 
 
 def learn_templates(reports: ConsensusReports, findings: Iterable[str]) -> Templates | None:
-    """Compose templates of the sentences of reports, and learn which is usual for a context.
+    """Compose templates from sentences of reports, and train the classifier that chooses one for a context.
 
     Args:
         reports: training reports.
-        findings: of every report of the collection: no template has the sentences of one.
+        findings: the findings of all reports of the collection, which no template may have.
 
     Returns:
-        ``None`` where too few sentences are shared to compose any.
+        ``None`` if too few sentences are shared.
     """
     taken = {sentence_set(text) for text in findings}
     usual, closing = (
@@ -97,15 +97,15 @@ def learn_templates(reports: ConsensusReports, findings: Iterable[str]) -> Templ
 
 
 def sentence_set(findings: str) -> frozenset[str]:
-    """The sentences of findings, normalized, in no order: what a template must not have in common with a report."""
+    """The normalized sentences of findings, without order, to compare a template with a report."""
     return frozenset(filter(None, (normalize(sentence) for sentence in split_text(findings))))
 
 
 def check_templates(texts: Iterable[str], taken: Collection[frozenset[str]]) -> None:
-    """See that no template has the findings of a report.
+    """Check that no template has the findings of a report.
 
     Raises:
-        ValueError: one has.
+        ValueError: a template has.
     """
     for text in texts:
         if sentence_set(split_sections(text)[0]) in taken:
@@ -115,7 +115,7 @@ def check_templates(texts: Iterable[str], taken: Collection[frozenset[str]]) -> 
 def _compose(
     rows: Sequence[list[Sentence]], reports: ConsensusReports, taken: Collection[frozenset[str]]
 ) -> list[list[Sentence]]:
-    """Normal reports with one sentence less, more or other, that are nobody's report."""
+    """Normal reports with one sentence removed, added or replaced, none of which equals a report."""
     counts = Counter({s: reports.reports_with[s.text] for row in rows for s in row})
     topics = {s: frozenset(t for t, words in _TOPICS.items() if words.search(s.text)) for s in counts}
     common = [s for s, _ in counts.most_common(ADDED)]
@@ -139,8 +139,8 @@ def _is_usual(sentence: Sentence, reports: ConsensusReports) -> bool:
 
 
 def _examples(reports: ConsensusReports) -> tuple[list[ClinicalContext], np.ndarray, np.ndarray]:
-    """Contexts, whole and with parts withheld; how much each study has to say there, float32 [contexts, studies], of
-    sum 1; and how much each context counts."""
+    """Contexts, complete and with withheld parts; the weight of each study, float32 [contexts, studies], with sum 1;
+    and the sample weight of each context."""
     contexts, counts, rows = [], [], []
     for study in reports.studies:
         whole = replace(study.context, view=None)
@@ -158,7 +158,7 @@ def _examples(reports: ConsensusReports) -> tuple[list[ClinicalContext], np.ndar
 
 
 def _cover(agreement: np.ndarray, count: int) -> list[int]:
-    """Rows of a matrix [candidates, columns] whose largest value in each column adds up to most, chosen greedily."""
+    """Choose rows of a matrix [candidates, columns] greedily to maximize the sum of the columns' largest values."""
     best = np.full(agreement.shape[1], agreement.min(), np.float32)
     chosen: list[int] = []
     while len(chosen) < min(count, len(agreement)):
@@ -171,7 +171,7 @@ def _cover(agreement: np.ndarray, count: int) -> list[int]:
 
 
 def _learn(contexts: Sequence[ClinicalContext], labels: np.ndarray, counts: np.ndarray, texts: list[str]) -> Templates:
-    """The classifier: multinomial logistic regression on hashed runs of characters."""
+    """Train the classifier: multinomial logistic regression on hashed character n-grams."""
     weights, bias = np.zeros((BUCKETS, len(texts)), np.float32), np.full(len(texts), -1e6, np.float32)
     known = np.unique(labels)
     if len(known) == 1:

@@ -1,4 +1,4 @@
-"""Load what a run has trained: the checkpoint it began with, and its stages' parts and adapters."""
+"""Load a run: its base model, and the parts and adapters that its stages trained."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from training.stages import load_trained
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The finished stages of a run, in order; or the folder itself where it is one finished stage.
+    """The finished stages of a run, in order; or the folder itself if it is one finished stage.
 
     Raises:
         FileNotFoundError: the folder is neither, or a stage of the run is not finished.
@@ -25,12 +25,12 @@ def stage_folders(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} is neither a run nor a finished stage of one") from None
     for stage in stages:
         if not (folder / stage["name"] / "finished").is_file():
-            raise FileNotFoundError(f"stage {stage['name']} of {folder} is not finished: train it to its end")
+            raise FileNotFoundError(f"stage {stage['name']} of {folder} is not finished: resume the run")
     return [folder / stage["name"] for stage in stages]
 
 
 def checkpoint_of(folder: Path) -> str:
-    """Where a run began: its own ``base/`` where it was assembled, or the checkpoint that its configuration names.
+    """The base model of a run: its folder ``base/`` if it was assembled, else the checkpoint of its configuration.
 
     Args:
         folder: a run, or one stage of it.
@@ -47,17 +47,17 @@ def checkpoint_of(folder: Path) -> str:
 
 
 def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side: bool = False) -> ModelAndTokenizers:
-    """Load a checkpoint and what training put on it, adapters not yet merged.
+    """Load a checkpoint with the trained parts and adapters of stages; adapters are not merged.
 
     Args:
-        checkpoint: an InstructBLIP folder or hub name, or ``mini``.
-        adapters: folders of finished stages, in order; or the folder of a run, which stands for all of its stages.
-        cache: where base weights are kept.
-        image_side: of the language model read one layer alone, without adapters: a large one may not fit in memory.
+        checkpoint: an InstructBLIP folder or hub name, or one of :data:`training.base.BASES`.
+        adapters: folders of finished stages, in order; the folder of a run means all of its stages.
+        cache: cache folder for base weights.
+        image_side: load only a part of the language model, without adapters; a large one may not fit into memory.
 
     Raises:
-        FileNotFoundError: a folder holds no finished stage.
-        ValueError: what it holds does not fit the checkpoint.
+        FileNotFoundError: a folder has no finished stage.
+        ValueError: a stage does not fit the checkpoint.
     """
     stages = [stage for folder in adapters for stage in stage_folders(folder)]
     parts = load_model(checkpoint, cache, image_side=image_side)
@@ -71,7 +71,7 @@ def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side:
 
 
 def merge_adapters(parts: ModelAndTokenizers) -> None:
-    """Put every adapter into the weights, in place; the model is plain transformers' again."""
+    """Merge all adapters into the weights, in place; the result is a plain transformers model."""
     for name in ("vision_model", "language_model"):
         part = getattr(parts.model, name)
         if isinstance(part, PeftModel):

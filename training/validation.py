@@ -1,5 +1,4 @@
-"""What a stage measures on validation studies: its losses, how well findings are told apart, and from which score on a
-finding is told."""
+"""Validation of a stage: its losses, the AUC of findings, and their thresholds."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +7,7 @@ import torch
 
 from cbedge.findings.image_findings import ImageFindings, scores_of
 from training.base import ModelAndTokenizers
-from training.batches import Batch, ToldTags, collate, load_pixels, retarget, told_findings
+from training.batches import Batch, StudyTags, collate, load_pixels, prompted_findings, retarget
 from training.config import Stage
 from training.consensus import ConsensusReports
 from training.datasets import Study
@@ -16,21 +15,22 @@ from training.losses import AlignmentHeads, StageLosses
 from training.ontology import TAGS
 from training.stages import encode_images, query_image
 
-LATERAL_SHARES = (0.25, 0.75)  # beside equal shares
-LEAST_GAIN = 0.005  # of AUC, for shares that are not equal
-LEAST_POSITIVES = 3  # fewer studies with a finding say nothing of how well it is told apart
+LATERAL_SHARES = (0.25, 0.75)  # candidates besides equal shares
+LEAST_GAIN = 0.005  # of AUC, for unequal shares
+LEAST_POSITIVES = 3  # studies with a finding, for an AUC
 
 
 class Validation:
-    """Validation studies, as a stage sees them: their own images, full context, nothing withheld.
+    """Measures a model on validation studies, with full context and nothing withheld.
 
     Args:
         parts: the model in training.
-        stage: what is measured: its losses.
-        studies: of the validation split.
-        device: of the model.
-        autocast: the stage's arithmetic.
-        consensus: what the stage learns instead of the studies' own reports; ``None`` where it learns those.
+        stage: the stage, for its losses.
+        studies: studies of the validation split.
+        device: the model's device.
+        autocast: precision of the computations.
+        batch_size: studies per batch.
+        consensus: the reports to learn instead of the studies' own, or ``None``.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Validation:
     ):
         self.parts, self.stage, self.studies = parts, stage, studies
         self.device, self.autocast, self.batch_size = device, autocast, batch_size
-        self.told_tags = ToldTags(stage.tell_from)
+        self.study_tags = StudyTags(stage.tell_from)
         self.consensus = consensus
 
     @torch.inference_mode()
     def measure(self, losses: StageLosses) -> dict[str, float]:
-        """Mean of each loss, findings told as they are; AUC of the tag head for the first tags and on average."""
+        """Mean of each loss, and AUC of the tag head for the first tags and on average."""
         self.parts.model.eval()
         totals: dict[str, list[float]] = {}
         for batch in self._batches():
@@ -62,14 +62,14 @@ class Validation:
         return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses.heads))
 
     def tag_scores(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the tag head, both views alike, and tags (1, 0 or -1), both [studies, tags]."""
+        """Scores of the tag head, averaged over views, and tags (1, 0 or -1), both [studies, tags]."""
         views, tags = self.tag_logits(heads)
         return scores_of(np.nanmean(views, 1)), tags
 
     @torch.inference_mode()
     def tag_logits(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of the tag head off the frontal and the lateral radiograph, [studies, 2, tags], NaN where a study has
-        no lateral one; and tags (1, 0 or -1), [studies, tags]."""
+        """Logits of the tag head for frontal and lateral radiograph, [studies, 2, tags], NaN for a missing lateral one;
+        and tags (1, 0 or -1), [studies, tags]."""
         self.parts.model.eval()
         logits, tags = [], []
         for batch in self._batches():
@@ -96,17 +96,17 @@ class Validation:
             files = [s.image for s in studies] + [studies[i].lateral for i in laterals]
             images = torch.from_numpy(np.stack([load_pixels(file, self.parts.preprocessing) for file in files if file]))
         names = self.stage.tell_findings
-        seen = [told_findings(tags, names) for tags in self.told_tags(studies)] if names else [None] * len(studies)
-        begun: list[str] = []
+        seen = [prompted_findings(tags, names) for tags in self.study_tags(studies)] if names else [None] * len(studies)
+        openings: list[str] = []
         if self.consensus is not None:
-            told = zip(studies, seen, strict=True)
-            begun, studies = retarget(studies, [self.consensus(s, s.context, names) for s, names in told])
+            pairs = zip(studies, seen, strict=True)
+            openings, studies = retarget(studies, [self.consensus(s, s.context, names) for s, names in pairs])
         contexts = [s.context for s in studies]
-        return collate(self.parts, studies, contexts, images, seen, laterals, begun).to(self.device)
+        return collate(self.parts, studies, contexts, images, seen, laterals, openings).to(self.device)
 
 
 def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
-    """Area under the ROC curve for the first four tags, and the mean over all that have enough positives."""
+    """Area under the ROC curve for the first four tags, and the mean over all tags with enough positives."""
     from sklearn.metrics import roc_auc_score
 
     areas = {}
@@ -121,32 +121,33 @@ def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
 def choose_findings(
     validation: Validation, heads: AlignmentHeads, names: tuple[str, ...], openings: dict[str, str]
 ) -> ImageFindings:
-    """Thresholds of the findings to tell, and how views are joined; see :func:`choose_thresholds`."""
+    """Thresholds of findings, and weights of the two views; see :func:`choose_thresholds`."""
     return choose_thresholds(*validation.tag_logits(heads), names, openings)
 
 
 def choose_thresholds(
     views: np.ndarray, tags: np.ndarray, names: tuple[str, ...], openings: dict[str, str]
 ) -> ImageFindings:
-    """Thresholds from the logits of :meth:`Validation.tag_logits`, float [studies, 2, TAGS], and tags (1, 0 or -1),
-    [studies, TAGS].
+    """Choose thresholds of findings, and the weight of the lateral radiograph.
 
-    ``openings`` are the sentences of findings that open a draft. Where studies have lateral radiographs, those weigh as
-    much as the frontal ones; but for a finding that another of :data:`LATERAL_SHARES` tells apart better by
-    :data:`LEAST_GAIN`, so much.
+    The threshold of ``abnormal``, without which no other finding counts, has the best balanced accuracy. The threshold
+    of another finding is such that it is reported as often as it occurs; most are too rare to choose more. A finding
+    without a positive or without a negative validation study is left out. The lateral radiograph has the same weight as
+    the frontal one, unless another of :data:`LATERAL_SHARES` improves a finding's AUC by :data:`LEAST_GAIN`.
 
-    A finding without a positive or without a negative validation study has no threshold and is left out.
-
-    The gate, ``abnormal``, is where balanced accuracy is best. A finding behind it is told in as many studies as have
-    it: most are too rare for more to be chosen, and a language model that is told much says little of it.
+    Args:
+        views: logits of :meth:`Validation.tag_logits`, float [studies, 2, TAGS].
+        tags: 1, 0 or -1, [studies, TAGS].
+        names: the findings.
+        openings: finding → the sentence that opens a draft.
 
     Raises:
         ValueError: no validation study is known to be abnormal, or none to be normal.
     """
-    told_apart = (tags == 1).any(0) & (tags == 0).any(0)
-    if not told_apart[0]:
-        raise ValueError("no threshold for 'abnormal': validation studies must be abnormal in part and normal in part")
-    names = tuple(name for name in names if told_apart[TAGS.index(name)])
+    varies = (tags == 1).any(0) & (tags == 0).any(0)
+    if not varies[0]:
+        raise ValueError("no threshold for 'abnormal': some validation studies must be abnormal and some normal")
+    names = tuple(name for name in names if varies[TAGS.index(name)])
     known = (TAGS[0], *names)
     columns = [TAGS.index(name) for name in known]
     paired = not np.isnan(views[:, 1]).all()
@@ -163,7 +164,7 @@ def choose_thresholds(
 
 
 def _joined(views: np.ndarray, share: float) -> np.ndarray:
-    """Logits of one finding, [studies, 2], as those of the studies, [studies]."""
+    """Logits of one finding and both views, [studies, 2] → [studies]."""
     return np.where(np.isnan(views[:, 1]), views[:, 0], (1 - share) * views[:, 0] + share * views[:, 1])
 
 

@@ -1,20 +1,20 @@
-"""Studies of one or two radiographs: a batch holds every frontal one first, then the lateral ones that there are."""
+"""Batches of studies with one or two radiographs: all frontal radiographs first, then the lateral ones."""
 
 import torch
 from torch import Tensor
 
 
 def by_study(rows: Tensor, count: int, laterals: Tensor) -> tuple[Tensor, Tensor]:
-    """Images' rows, put together by study.
+    """Group the rows of images by study.
 
     Args:
-        rows: [N, ...], of ``count`` studies' frontal radiographs and then of the lateral ones.
-        count: B.
-        laterals: int64 [N - B], the study of each lateral radiograph.
+        rows: [N, ...] of the frontal radiographs, followed by the lateral ones.
+        count: number of studies, B.
+        laterals: int64 [N - B], the study index of each lateral radiograph.
 
     Returns:
-        [B, V, ...], zero where a study has no lateral radiograph, and which of them are there, bool [B, V]; V is 1
-        where no study has one, else 2.
+        [B, V, ...], zero for a missing lateral radiograph; and which radiographs exist, bool [B, V]. V is 1 if no
+        study has a lateral radiograph, else 2.
     """
     there = torch.ones(count, 1, dtype=torch.bool, device=rows.device)
     if not len(laterals):
@@ -25,6 +25,6 @@ def by_study(rows: Tensor, count: int, laterals: Tensor) -> tuple[Tensor, Tensor
 
 
 def mean_by_study(rows: Tensor, count: int, laterals: Tensor) -> Tensor:
-    """The same [N, ...], averaged over the radiographs of each study: [B, ...]."""
+    """[N, ...] → the mean over the radiographs of each study, [B, ...]."""
     stacked, there = by_study(rows, count, laterals)
     return stacked.sum(1) / there.sum(1).reshape(count, *[1] * (rows.dim() - 1))

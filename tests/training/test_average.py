@@ -28,10 +28,10 @@ def test_the_mean_of_runs_sees_and_writes_as_they_do(tiny_run: Path, tiny_data: 
     again = call_cli(
         "training", "average", "--run", tiny_run, "--run", tiny_run, "--data", tiny_data, "--out", mean_folder
     )
-    assert again.returncode and "exists already" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode and "already exists" in again.stderr and "Traceback" not in again.stderr
 
 
-@pytest.mark.parametrize(("stranger", "reason"), [(False, "two runs or more"), (True, "they began with")])
+@pytest.mark.parametrize(("stranger", "reason"), [(False, "two or more runs"), (True, "they started from")])
 def test_what_has_no_mean_is_refused(stranger: bool, reason: str, tiny_run: Path, tiny_data: Path, tmp_path: Path):
     more = []
     if stranger:

@@ -141,7 +141,7 @@ def test_the_kaggle_pair_is_read(tmp_path: Path):
     first, second = records
     assert first.images[0].view == "frontal" and first.indication == "cough, fever"
     assert first.tags[TAGS.index("cardiomegaly")] == 1 and second.tags[0] == 0
-    assert tally.dropped["image: named by a report, not on disk"] == 3
+    assert tally.dropped["image: in a report, but not on disk"] == 3
 
 
 def test_r2gens_annotation_alone_is_read_and_its_gaps_are_said(tmp_path: Path):
@@ -171,7 +171,7 @@ def test_mimic_is_joined_and_what_is_dropped_is_counted(mimic: Path, tmp_path: P
     tally = build_index(mimic, tmp_path / "index" / "mimic.sqlite")
     assert tally.found["study"] == 4
     assert tally.dropped["study: no frontal radiograph on disk"] == 1
-    assert tally.dropped["study: a report without findings and without impression"] == 1
+    assert tally.dropped["study: report without findings and impression"] == 1
     assert tally.dropped["image: view not given"] == 3
     studies = open_studies(mimic, ("train", "val"), cache=tmp_path / "index")
     assert [(s.study_id, s.split) for s in studies] == [("s50000000", "train"), ("s50000003", "val")]

@@ -35,7 +35,7 @@ def test_a_new_finding_is_one_entry(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"), [("denail: x", "unknown field 'denail'"), ("opening: [a]", "opening of cyst is no str")]
+    ("entry", "told"), [("denail: x", "unknown field 'denail'"), ("opening: [a]", "opening of cyst must be a str")]
 )
 def test_a_wrong_entry_is_named(entry: str, told: str, tmp_path: Path):
     path = tmp_path / "ontology.yaml"

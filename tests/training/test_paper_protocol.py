@@ -36,7 +36,9 @@ def test_a_drafts_file_is_scored_beside_the_constant(wordnet, tiny_data: Path, t
     from training.paper_protocol import evaluate_drafts
 
     drafts = tmp_path / "drafts.jsonl"
-    rows = [{"findings": f, "impression": i, "drafts": {"own": f"FINDINGS: {f} IMPRESSION: {i}"}} for f, i in REPORTS]
+    known = {"study_id": "s", "tags": []}
+    pairs = [({"findings": f, "impression": i}, f"FINDINGS: {f} IMPRESSION: {i}") for f, i in REPORTS]
+    rows = [known | reference | {"drafts": {"own": draft}} for reference, draft in pairs]
     drafts.write_text("\n".join(map(json.dumps, rows)))
     folder = WORDNET if (WORDNET / "data.noun").is_file() else None
     record = evaluate_drafts(drafts, tiny_data, folder)

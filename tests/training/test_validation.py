@@ -5,7 +5,7 @@ import pytest
 
 from cbedge.findings.image_findings import OTHER
 from cbedge.prompt import ClinicalContext
-from training.batches import ToldTags, told_findings
+from training.batches import StudyTags, prompted_findings
 from training.datasets.studies import Study
 from training.ontology import TAGS
 from training.validation import choose_thresholds, tag_auc
@@ -24,11 +24,11 @@ def tags_of(*present: str, unknown: bool = False) -> list[int]:
 
 
 def test_curated_tags_are_told_in_the_form_of_inference():
-    assert told_findings(tags_of("abnormal", "effusion", "spine"), NAMES) == ("effusion",)
-    assert told_findings(tags_of("abnormal", "spine"), NAMES) == (OTHER,)
-    assert told_findings(tags_of(), NAMES) == ()
-    assert told_findings(tags_of(unknown=True), NAMES) is None
-    assert told_findings(tags_of("abnormal", "effusion"), ()) is None
+    assert prompted_findings(tags_of("abnormal", "effusion", "spine"), NAMES) == ("effusion",)
+    assert prompted_findings(tags_of("abnormal", "spine"), NAMES) == (OTHER,)
+    assert prompted_findings(tags_of(), NAMES) == ()
+    assert prompted_findings(tags_of(unknown=True), NAMES) is None
+    assert prompted_findings(tags_of("abnormal", "effusion"), ()) is None
 
 
 def test_what_the_report_itself_names_can_be_told():
@@ -41,16 +41,16 @@ def test_what_the_report_itself_names_can_be_told():
         "FINDINGS: The lungs are clear.",
         "",
     )
-    source = ToldTags("report")
-    told = [told_findings(tags, NAMES) for tags in source([study(text) for text in texts])]
+    source = StudyTags("report")
+    told = [prompted_findings(tags, NAMES) for tags in source([study(text) for text in texts])]
     assert told == [("cardiomegaly",), ("effusion",), (), None]
     assert source([study(texts[0])])[0] == source([study(texts[0])])[0]
-    assert ToldTags("tags")([study(texts[0])]) == [tuple(tags_of("hernia"))]
+    assert StudyTags("tags")([study(texts[0])]) == [tuple(tags_of("hernia"))]
 
 
 def test_training_withholds_and_distorts_a_little():
     rng = np.random.default_rng(0)
-    told = [told_findings(tags_of("abnormal", "effusion"), NAMES, 0.8, rng) for _ in range(2000)]
+    told = [prompted_findings(tags_of("abnormal", "effusion"), NAMES, 0.8, rng) for _ in range(2000)]
     assert sum(t is None for t in told) == pytest.approx(400, abs=60)
     assert sum(t == ("effusion",) for t in told) > 1300
     assert any(t == (OTHER,) for t in told) and any(t and "cardiomegaly" in t for t in told)
@@ -90,6 +90,6 @@ def test_the_view_that_shows_a_finding_better_weighs_more():
 
 def test_unknown_tags_count_for_nothing():
     tags = np.full((20, len(TAGS)), -1.0)
-    with pytest.raises(ValueError, match="abnormal in part and normal in part"):
+    with pytest.raises(ValueError, match="some validation studies must be abnormal and some normal"):
         choose_thresholds(frontal(np.full(tags.shape, 0.5)), tags, NAMES, {})
     assert tag_auc(np.full(tags.shape, 0.5), tags) == {}

@@ -16,7 +16,7 @@ from transformers import (
 from training.base.parts import ModelAndTokenizers, load_finding_head
 from training.processor import load_preprocessing
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are on a hub alone
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are only on a hub
 _IMAGE_TOKEN = "<image>"  # InstructBlipProcessor's
 
 
@@ -38,9 +38,9 @@ def load_checkpoint(base: str, precision: str = "fp32", image_side: bool = False
     if image_side:
         options["config"] = _with_one_layer(base)
     model = InstructBlipForConditionalGeneration.from_pretrained(base, **options)
-    model.language_model.is_loaded_in_4bit = precision == "nf4"  # peft asks the part that it adapts
+    model.language_model.is_loaded_in_4bit = precision == "nf4"  # peft reads it from the part that it adapts
     for module in model.modules() if precision == "nf4" else ():
-        # bitsandbytes packs weights anew on such CPUs when a model is evaluated; no gradient passes them after that.
+        # On such CPUs bitsandbytes repacks weights in evaluation mode, and no gradient flows through them after that.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -58,8 +58,8 @@ def load_checkpoint(base: str, precision: str = "fp32", image_side: bool = False
 
 @torch.no_grad()
 def _image_token_id(model: InstructBlipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The placeholder of image embeddings. Early releases have none and get ``<image>``, as their processor adds it;
-    the model gets a row for it, the mean of all others, which is never the likeliest token."""
+    """The placeholder of image embeddings. Early releases have none and get ``<image>``, as their processor adds it.
+    Its embedding is the mean of all others, so that it is never the most probable token."""
     config = model.config
     if config.image_token_id is None:
         tokenizer.add_tokens([AddedToken(_IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)

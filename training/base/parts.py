@@ -22,10 +22,10 @@ _FINDING_HEAD = "finding_head"
 
 @dataclass(frozen=True)
 class FindingHead:
-    """Reads findings off the Q-Former's output, one query a finding.
+    """A linear head that scores findings, each from one query of the Q-Former's output.
 
     Attributes:
-        queries: which query each finding is read off, int [T].
+        queries: index of each finding's query, int [T].
         weight: float [T, H]; ``bias``: float [T].
         findings: names and thresholds, in the same order.
     """
@@ -41,12 +41,12 @@ class FindingHead:
         return (output[:, list(self.queries)].float() * weight).sum(-1) + bias
 
     def read(self, output: Tensor, count: int | None = None, laterals: Tensor | None = None) -> list[tuple[str, ...]]:
-        """Q-Former output [N, Q, H] → for each study the findings to tell.
+        """Q-Former output [N, Q, H] → the present findings of each study.
 
         Args:
-            output: of the frontal radiographs of ``count`` studies, and then of the lateral ones.
-            count: of studies; ``None`` where all are frontal.
-            laterals: int64 [N - count], the study of each lateral radiograph.
+            output: of the frontal radiographs of ``count`` studies, followed by the lateral ones.
+            count: number of studies; ``None`` if there are only frontal radiographs.
+            laterals: int64 [N - count], the study index of each lateral radiograph.
         """
         logits = self.logits(output).detach().cpu()
         if count is None or laterals is None or not len(laterals):
@@ -58,18 +58,18 @@ class FindingHead:
 
 @dataclass
 class ModelAndTokenizers:
-    """A model with what encodes its text.
+    """A model with its tokenizers, preprocessing and finding head.
 
     Attributes:
-        model: the InstructBLIP model, fp32 unless loaded otherwise.
+        model: the InstructBLIP model.
         tokenizer: the language model's.
         qformer_tokenizer: the Q-Former's.
-        image_token_id: the placeholder in ``input_ids`` that image embeddings replace.
-        finding_head: what is seen in the image and told in the prompt; ``None`` where the model is not told.
-        preprocessing: how pixels become the vision encoder's input.
+        image_token_id: placeholder in ``input_ids`` that image embeddings replace.
+        finding_head: scores the findings that the prompt lists; ``None`` for a model without finding scores.
+        preprocessing: settings of the preprocessing.
 
     Raises:
-        ValueError: the vision encoder reads images of another size.
+        ValueError: preprocessing gives another image size than the vision encoder reads.
     """
 
     model: InstructBlipForConditionalGeneration
@@ -88,12 +88,12 @@ class ModelAndTokenizers:
 
     @property
     def reads_lateral(self) -> bool:
-        """Whether the model was trained to read a lateral radiograph beside the frontal one."""
+        """Whether the model was trained to read a lateral radiograph together with the frontal one."""
         return bool(getattr(self.model.config, "reads_lateral", False))
 
     def save(self, folder: Path) -> None:
-        """Write the model, both tokenizers and the preprocessing settings to ``folder`` in transformers' InstructBLIP
-        layout, and the head."""
+        """Write the model, tokenizers and preprocessing to ``folder`` in transformers' InstructBLIP layout, and the
+        finding head."""
         self.model.save_pretrained(folder)
         save_preprocessing(self.preprocessing, self.model.config.num_query_tokens, folder)
         self.tokenizer.save_pretrained(folder)
@@ -119,14 +119,14 @@ class Base:
 
 
 def save_finding_head(head: FindingHead, folder: Path) -> None:
-    """Write what is told of the image: ``finding_head.safetensors`` and ``finding_head.json``."""
+    """Write ``finding_head.safetensors`` and ``finding_head.json``."""
     save_file({"weight": head.weight, "bias": head.bias}, folder / f"{_FINDING_HEAD}.safetensors")
     values = asdict(head.findings) | {"queries": head.queries}
     (folder / f"{_FINDING_HEAD}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def load_finding_head(folder: Path) -> FindingHead | None:
-    """What :func:`save_finding_head` wrote, or ``None`` where nothing is told."""
+    """Read what :func:`save_finding_head` wrote; ``None`` if there is none."""
     path = folder / f"{_FINDING_HEAD}.json"
     if not path.is_file():
         return None

@@ -19,10 +19,10 @@ COLLECTIONS: list[Collection] = [MIMIC_CXR, IU_XRAY]
 
 
 def find_collection(folder: Path) -> Collection:
-    """The collection that a folder holds.
+    """The collection in a folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no known collection.
+        FileNotFoundError: there is no such folder, or it has no known collection.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -37,23 +37,23 @@ def find_collection(folder: Path) -> Collection:
 def open_studies(
     folder: Path, splits: tuple[str, ...], limit: int | None = None, cache: Path = INDEX_CACHE
 ) -> Sequence[Study]:
-    """The studies of some splits that have a frontal radiograph and a report to learn, of whatever collection it is.
+    """The studies of some splits with a frontal radiograph and a usable report.
 
     Args:
-        folder: of one of :data:`COLLECTIONS`.
+        folder: folder of one of :data:`COLLECTIONS`.
         splits: of ``train``, ``val``, ``test``, ``extra``.
-        limit: only the first so many.
-        cache: where the index of a large collection is kept.
+        limit: maximum number of studies.
+        cache: cache folder for the index of a large collection.
 
     Raises:
-        FileNotFoundError: the folder holds no known collection.
-        ValueError: a file of it is damaged.
+        FileNotFoundError: the folder has no known collection.
+        ValueError: a file is damaged.
     """
     return find_collection(folder).studies(Path(folder), splits, limit, cache)
 
 
 def find_provenance(folder: Path) -> Provenance:
-    """Where the data in a folder come from: ``dataset.json``, else a recognised collection's own, else unnamed.
+    """The provenance of the data in a folder: from ``dataset.json``, else of a recognized collection, else unnamed.
 
     Raises:
         ValueError: ``dataset.json`` or a file of the collection is damaged.
@@ -71,8 +71,8 @@ def open_records(folder: Path, tally: Tally, cache: Path = INDEX_CACHE) -> tuple
     """The collection's name and its records; ``tally`` is complete once they are exhausted.
 
     Raises:
-        FileNotFoundError: the folder holds no known collection.
-        ValueError: a file of it is damaged.
+        FileNotFoundError: the folder has no known collection.
+        ValueError: a file is damaged.
     """
     collection = find_collection(folder)
     return find_provenance(folder).name, collection.records(Path(folder), tally, cache)

@@ -1,4 +1,4 @@
-"""``python -m training data check``: what of a collection was found, joined and dropped, and why."""
+"""``python -m training data check``: report what was found and dropped in a collection."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MAX_WORDS = 200
 
 @dataclass
 class Summary:
-    """Counts over the studies that training would see.
+    """Counts of the studies for training.
 
     Attributes:
-        collection: its name.
-        tally: what reading met.
-        studies: split → studies with a frontal radiograph.
-        given: ``findings``, ``impression``, ``indication``, ``comparison``, ``lateral`` → studies that have it.
-        labels: split → how many studies have each tag (present, and known to be either).
-        words: split → how many targets have so many words, index 0 to :data:`MAX_WORDS` (longer ones in the last).
+        collection: name of the collection.
+        tally: counts of found and dropped files.
+        studies: split → number of studies with a frontal radiograph.
+        given: ``findings``, ``impression``, ``indication``, ``comparison``, ``lateral`` → number of studies with it.
+        labels: split → number of studies with each tag present, and with each tag known, int [2, TAGS].
+        words: split → histogram of the number of words per target; the last bin has longer ones.
     """
 
     collection: str
@@ -40,12 +40,12 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """Studies of all splits."""
+        """Number of studies of all splits."""
         return self.studies.total()
 
 
 def summarize(folder: Path, cache: Path = INDEX_CACHE) -> Summary:
-    """Read a whole collection once, study by study.
+    """Read a collection once, study by study.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`training.datasets.open_records`.
@@ -59,7 +59,7 @@ def summarize(folder: Path, cache: Path = INDEX_CACHE) -> Summary:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Show a summary as tables."""
+    """Print a summary as tables."""
     table = Table("split", "studies", title=f"{summary.collection}: studies with a frontal radiograph", min_width=40)
     for split in SPLITS:
         if summary.studies[split]:

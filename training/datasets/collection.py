@@ -1,4 +1,4 @@
-"""What a collection of radiographs and reports offers."""
+"""Interface of a collection of radiographs and reports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Collection:
     """One collection.
 
     Attributes:
-        files: the files by which a folder of it is known, for messages.
-        provenance: of the collection as released.
-        is_in: whether a folder holds it.
-        is_recognised: whether what a folder holds is the release itself, not other data in its layout.
-        studies: folder, splits, limit and cache folder → the studies that have a frontal radiograph and a report.
-        records: folder, tally and cache folder → all its records; the tally is complete once they are exhausted.
+        files: names of its files, for messages.
+        provenance: provenance of the released collection.
+        is_in: whether a folder has this collection or other data in its layout.
+        is_recognised: whether a folder has the released collection itself.
+        studies: folder, splits, limit and cache folder → the studies with a frontal radiograph and a report.
+        records: folder, tally and cache folder → all records; the tally is complete once they are exhausted.
     """
 
     files: str

@@ -1,4 +1,4 @@
-"""The IU X-RAY collection (Open-i), in each of the layouts that people have it in.
+"""The IU X-RAY collection (Open-i), in four layouts.
 
 Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310. CC BY-NC-ND 4.0: never copied into this repository.
 """
@@ -26,128 +26,31 @@ PROVENANCE = Provenance(
     "Demner-Fushman et al., J Am Med Inform Assoc 2016;23(2):304-310",
     population="Adults of one American health network, English reports from the years before 2013.",
 )
-# Study → start of the SHA-256 of its findings (lower case, letters and digits): by these the collection is recognised.
-_FINGERPRINTS = {
-    "CXR65": "91fa22c44345",
-    "CXR98": "754d6f31c013",
-    "CXR168": "8bce3b57c15b",
-    "CXR185": "b81503c2e297",
-    "CXR186": "8250629313ad",
-    "CXR212": "219ae22b4946",
-    "CXR307": "a130ea300108",
-    "CXR328": "35ce6f69f0aa",
-    "CXR392": "5f6601816301",
-    "CXR431": "f25989c88125",
-    "CXR470": "43e79d740307",
-    "CXR496": "7ddbf8166a5f",
-    "CXR513": "28a97746259a",
-    "CXR515": "14fb81421756",
-    "CXR582": "5814fee0fdef",
-    "CXR628": "d371ff341771",
-    "CXR631": "f95c1a0d32b8",
-    "CXR680": "3dc6ee2653fa",
-    "CXR722": "bbdb76c1f18c",
-    "CXR728": "9b040a76c76d",
-    "CXR764": "aa7996786dfc",
-    "CXR780": "375353d69877",
-    "CXR826": "0d4de7ff3b47",
-    "CXR833": "758b35e7a73a",
-    "CXR914": "f1013002307b",
-    "CXR927": "f2e7bcd200e2",
-    "CXR965": "6c5101d3463e",
-    "CXR1019": "3c6bed18258a",
-    "CXR1027": "e6156985ac89",
-    "CXR1048": "772f7f9bb890",
-    "CXR1193": "bb519e9c41f4",
-    "CXR1229": "17809736fb72",
-    "CXR1243": "d78500aedaaf",
-    "CXR1378": "ff65642acc6d",
-    "CXR1410": "215b1cd9be0f",
-    "CXR1456": "5d39c0a30001",
-    "CXR1458": "cd5e77af7810",
-    "CXR1484": "500ed544886c",
-    "CXR1515": "bee429a4fea8",
-    "CXR1524": "1580f15ad2d6",
-    "CXR1553": "327512982128",
-    "CXR1580": "506cca6f8b9a",
-    "CXR1631": "daa8fbda6ea1",
-    "CXR1677": "e2016b5b401f",
-    "CXR1737": "38e723960529",
-    "CXR1867": "fe2241232de0",
-    "CXR2030": "7143c75ac299",
-    "CXR2052": "a116f1ce754a",
-    "CXR2066": "154d53f6e358",
-    "CXR2088": "2f97dff99838",
-    "CXR2211": "de823a3f6cf5",
-    "CXR2223": "7e3e0c036198",
-    "CXR2276": "9813a430178d",
-    "CXR2350": "f80e59873418",
-    "CXR2426": "3acefe9483dd",
-    "CXR2467": "757a7a34030e",
-    "CXR2491": "a130ea300108",
-    "CXR2506": "c9af6174dfc5",
-    "CXR2511": "4c5b2a733497",
-    "CXR2555": "6dc1e88d9ca1",
-    "CXR2558": "d6159720a427",
-    "CXR2644": "13f6ad9cac29",
-    "CXR2721": "c2c1c5193417",
-    "CXR2730": "d8ad8a19e66e",
-    "CXR2787": "c243e3481196",
-    "CXR2871": "07903e150d79",
-    "CXR2893": "c9837523a1ee",
-    "CXR2919": "996ec55e934f",
-    "CXR2954": "a45ae404291f",
-    "CXR2998": "1355d4492677",
-    "CXR3047": "35ce6f69f0aa",
-    "CXR3124": "907f3bbe1c3b",
-    "CXR3126": "b86d6bd6fe5c",
-    "CXR3168": "0909c9316412",
-    "CXR3211": "17cad812e3c6",
-    "CXR3354": "86e86fd25326",
-    "CXR3437": "e2c9d9838487",
-    "CXR3451": "b863d3d914d4",
-    "CXR3470": "9ce46d8abd7e",
-    "CXR3485": "06ac888c8a35",
-    "CXR3551": "aba617331368",
-    "CXR3608": "af1c2f4f6c73",
-    "CXR3625": "1c6522f5c775",
-    "CXR3637": "4ef3c5b96f6a",
-    "CXR3641": "e45efe5827e2",
-    "CXR3693": "90857094cf33",
-    "CXR3699": "b13eecf3c095",
-    "CXR3733": "3e8015b55327",
-    "CXR3753": "a4197928179f",
-    "CXR3840": "f190127089d3",
-    "CXR3849": "bd40e2570396",
-    "CXR3854": "3c81020b48e7",
-    "CXR3941": "4884e0bceb3f",
-    "CXR3970": "c9837523a1ee",
-    "CXR3972": "753d2ddf08bb",
-    "CXR3995": "d21cbab8f271",
-}
+# Study → start of the SHA-256 of its findings (lower case, letters and digits), to recognize the collection.
+_FINGERPRINTS = json.loads(Path(__file__).with_name("iu_xray_fingerprints.json").read_text(encoding="utf-8"))
 _LEAST_RECOGNISED = 3
 _OPTIONAL = ("problems", "mesh_major", "mesh_automatic")
 
 
 def is_iu_xray(folder: Path) -> bool:
-    """Whether a folder holds IU X-RAY in a layout that is known here."""
+    """Whether a folder has IU X-RAY in a known layout."""
     return _layout(Path(folder)) is not None
 
 
 def read_studies(folder: Path, splits: tuple[str, ...]) -> list[Study]:
-    """Read the studies of some splits; those without a frontal radiograph are left out.
+    """Read the studies of some splits that have a frontal radiograph.
 
     A study without tags gets those that its report names (:func:`training.datasets.studies.derive_tags`).
 
     Raises:
-        FileNotFoundError: the folder holds none of the known layouts.
+        FileNotFoundError: the folder has no known layout.
         ValueError: a file is damaged; the message names it and the line.
     """
     return derive_tags(studies_of(records(folder), splits))
 
 
 def is_recognised(folder: Path) -> bool:
-    """Whether a folder's reports are those of IU X-RAY: at least three of a sample are there, and none differs."""
+    """Whether a folder's reports are those of IU X-RAY: at least three of a sample are present, and none differs."""
     same = 0
     for record in records(folder):
         wanted = _FINGERPRINTS.get(record.study_id.split("_")[0])
@@ -161,22 +64,21 @@ def is_recognised(folder: Path) -> bool:
 
 
 def records(folder: Path, tally: Tally | None = None) -> Iterator[Record]:
-    """The collection's studies, in any of four layouts, told by what is in the folder:
+    """The collection's studies, in any of four layouts, which are recognized by their files:
 
-    - ``studies.jsonl`` and ``images/``: one study a line (``study_id``, ``split``, ``images`` with ``file`` and
-      ``view``, ``findings`` or ``impression`` or both; where known ``indication``, ``comparison``, ``patient_id``, and
+    - ``studies.jsonl`` and ``images/``: one study per line (``study_id``, ``split``, ``images`` with ``file`` and
+      ``view``, ``findings`` or ``impression`` or both; optional ``indication``, ``comparison``, ``patient_id``, and
       tags as ``problems``, ``mesh_major``, ``mesh_automatic``);
-    - ``indiana_reports.csv`` and ``indiana_projections.csv`` (Kaggle), with ``images/images_normalized/`` or the PNGs
-      anywhere below;
-    - ``annotation.json`` (R2Gen) and ``images/``: findings only, no indication, no tags; image 0 is taken as frontal;
-    - the Open-i release: XML reports and PNGs anywhere below. Its reports do not say the view of an image: put Kaggle's
-      ``indiana_projections.csv`` beside them.
+    - ``indiana_reports.csv`` and ``indiana_projections.csv`` (Kaggle), with PNGs in any subfolder;
+    - ``annotation.json`` (R2Gen) and ``images/``: findings only, no indication, no tags; image 0 counts as frontal;
+    - the Open-i release: XML reports and PNGs in any subfolder. Its reports do not say the view of an image; Kaggle's
+      ``indiana_projections.csv`` in the folder does.
 
-    The last two have no word about R2Gen's splits unless its ``annotation.json`` lies beside them; else a hash of the
-    study's name deals 70% to train, 10% to val and 20% to test, and figures do not compare with published ones.
+    R2Gen's splits come from its ``annotation.json`` in the folder. Without it, a hash of the study's name assigns 70%
+    to train, 10% to val and 20% to test, and scores do not compare with published ones.
 
     Raises:
-        FileNotFoundError: the folder holds none of these.
+        FileNotFoundError: the folder has none of these.
         ValueError: a file is damaged; the message names it.
     """
     reader = _layout(Path(folder))
@@ -214,7 +116,7 @@ def _jsonl(folder: Path, tally: Tally) -> Iterator[Record]:
                 continue
             record = _jsonl_record(text, folder, where, tally)
             if (before := seen.setdefault(record.study_id, number)) != number:
-                raise ValueError(f"{where}: study_id {record.study_id!r} is that of line {before} too: remove one")
+                raise ValueError(f"{where}: study_id {record.study_id!r} also occurs in line {before}: remove one")
             tally.found["study"] += 1
             yield record
 
@@ -230,20 +132,20 @@ def _jsonl_record(text: str, folder: Path, where: str, tally: Tally) -> Record:
         if key not in row:
             raise ValueError(f"{where}: {key!r} is missing")
     if "findings" not in row and "impression" not in row:
-        raise ValueError(f"{where}: 'findings' and 'impression' are missing; give the report under one or both")
+        raise ValueError(f"{where}: 'findings' and 'impression' are missing; give the report in one or both")
     for key in ("indication", "comparison", "findings", "impression"):
         if not isinstance(row.get(key), str | None):
-            raise ValueError(f"{where}: {key} is neither a text nor null")
+            raise ValueError(f"{where}: {key} must be a string or null")
     for key in _OPTIONAL:
         values = row.get(key) or []
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{where}: {key} is not a list of texts")
+            raise ValueError(f"{where}: {key} must be a list of strings")
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: unknown split {row['split']!r}; known: {', '.join(SPLITS)}")
     try:
         images = [View(folder / "images" / image["file"], image.get("view")) for image in row["images"]]
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{where}: images is not a list of objects with file and view") from None
+        raise ValueError(f"{where}: images must be a list of objects with file and view") from None
     for image in images:
         if image.view not in ("frontal", "lateral", None):
             raise ValueError(f"{where}: unknown view {str(image.view)[:20]!r}; give frontal or lateral, or null")
@@ -267,7 +169,7 @@ def _jsonl_record(text: str, folder: Path, where: str, tally: Tally) -> Record:
 def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
     views = _projections(folder)
     if not views:
-        raise FileNotFoundError(f"no {PROJECTIONS} in {folder}: it belongs to indiana_reports.csv and names the images")
+        raise FileNotFoundError(f"no {PROJECTIONS} in {folder}: it names the images of indiana_reports.csv")
     by_study: dict[str, list[str]] = {}
     for name in views:
         by_study.setdefault(name.split("_")[0], []).append(name)
@@ -299,10 +201,10 @@ def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
         try:
             root = ElementTree.parse(path).getroot()
         except ElementTree.ParseError as error:
-            raise ValueError(f"{path} is not valid XML ({error}): fetch it again") from None
+            raise ValueError(f"{path} is not valid XML ({error}): download it again") from None
         name = root.find("uId")
         if name is None:
-            tally.dropped["file: XML that is no report"] += 1
+            tally.dropped["file: XML without a report"] += 1
             continue
         text = {a.get("Label", ""): (a.text or "").strip() for a in root.iter("AbstractText")}
         images = []
@@ -325,8 +227,8 @@ def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
 
 
 def _r2gen(folder: Path, tally: Tally) -> Iterator[Record]:
-    tally.notes.append("R2Gen's annotation.json has findings alone: no indication, comparison, impression or tags.")
-    tally.notes.append("Image 0 of a study is taken as frontal, image 1 as lateral.")
+    tally.notes.append("R2Gen's annotation.json has only findings: no indication, comparison, impression or tags.")
+    tally.notes.append("Image 0 of a study counts as frontal, image 1 as lateral.")
     for split, rows in _annotation(folder).items():
         for row in rows:
             images = [
@@ -354,14 +256,14 @@ def _splits(folder: Path, tally: Tally) -> Callable[[str], str]:
         known = {row["id"].split("_")[0]: split for split, rows in _annotation(folder).items() for row in rows}
         return lambda study_id: known.get(study_id, "extra")
     tally.notes.append(
-        f"No {ANNOTATION} (R2Gen's splits): studies are dealt 70/10/20 by a hash of their name, and scores do not "
+        f"No {ANNOTATION} (R2Gen's splits): a hash of their name assigns studies 70/10/20 to splits, and scores do not "
         "compare with published ones."
     )
     return hashed_split
 
 
 def hashed_split(study_id: str) -> str:
-    """Deal a study to ``train`` (70%), ``val`` (10%) or ``test`` (20%) by SHA-256 of its name: the same everywhere."""
+    """Assign a study to ``train`` (70%), ``val`` (10%) or ``test`` (20%) by the SHA-256 of its name."""
     share = int.from_bytes(hashlib.sha256(study_id.encode()).digest()[:4], "big") / 2**32
     return "train" if share < 0.7 else "val" if share < 0.8 else "test"
 
@@ -381,11 +283,11 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
         try:
             missing = [name for name in wanted if name not in (reader.fieldnames or ())]
             if missing:
-                raise ValueError(f"{path} lacks the column {missing[0]!r}: take Kaggle's file as it is")
+                raise ValueError(f"{path} lacks the column {missing[0]!r}: use Kaggle's unchanged file")
             for row in reader:
                 if any(row[name] is None for name in wanted):
                     raise ValueError(
-                        f"{path}, line {reader.line_num}, has too few columns: take Kaggle's file as it is"
+                        f"{path}, line {reader.line_num}, has too few columns: use Kaggle's unchanged file"
                     )
                 yield row
         except (UnicodeDecodeError, csv.Error) as error:
@@ -400,12 +302,12 @@ def _png_files(folder: Path) -> dict[str, Path]:
 def _present(images: list[View], tally: Tally) -> tuple[View, ...]:
     present = tuple(image for image in images if image.file.is_file())
     tally.found["image"] += len(present)
-    tally.dropped["image: named by a report, not on disk"] += len(images) - len(present)
+    tally.dropped["image: in a report, but not on disk"] += len(images) - len(present)
     return present
 
 
 def study_tags(problems: list[str]) -> tuple[int, ...]:
-    """The curated problems of a study as one 0/1 for each tag; -1 for all where nothing was curated."""
+    """The curated problems of a study as tags: 0 or 1 each, or -1 for all if there are none."""
     names = [problem.lower() for problem in problems]
     if not names or all(name.startswith("no indexing") for name in names):
         return (-1,) * len(TAGS)
@@ -416,10 +318,10 @@ def study_tags(problems: list[str]) -> tuple[int, ...]:
 
 
 def clean_reference(report: str) -> str:
-    """R2Gen's cleaning of an IU X-RAY report (Chen et al., EMNLP 2020), by which the field's scores are computed.
+    """Clean an IU X-RAY report by R2Gen's rules (Chen et al., EMNLP 2020), which published scores use.
 
-    Runs of full stops are folded, list numbers dropped, text lowered, and everything but words, digits and the full
-    stop between sentences removed.
+    Repeated full stops and list numbers are removed, text is lower-cased, and only words, digits and the full stops
+    between sentences are kept.
     """
     text = re.sub(r"\.{2,}", ".", report.replace("..", "."))
     text = re.sub(r"(^|\. | )\d\. ", r"\1", text)

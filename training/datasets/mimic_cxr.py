@@ -1,8 +1,8 @@
-"""MIMIC-CXR-JPG as PhysioNet ships it, with the free-text reports of MIMIC-CXR, read as a stream.
+"""MIMIC-CXR-JPG in PhysioNet's layout, with the free-text reports of MIMIC-CXR.
 
 Johnson et al., Sci Data 2019;6:317 (MIMIC-CXR) and arXiv:1901.07042 (MIMIC-CXR-JPG). The tables are joined once into an
-SQLite index on disk, so memory stays the same for 400 or 377,110 images. The index holds report text: keep it where the
-data may lie.
+SQLite index on disk, so memory does not depend on the number of images. The index contains report text, so it must be
+protected like the data.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ CREATE TABLE tally (kind TEXT, name TEXT, count INTEGER);
 
 
 def is_mimic_cxr(folder: Path) -> bool:
-    """Whether a folder holds the tables of MIMIC-CXR-JPG."""
+    """Whether a folder has the tables of MIMIC-CXR-JPG."""
     return _table(Path(folder), "split") is not None
 
 
 def is_recognised(folder: Path) -> bool:
-    """Whether a folder's split table is PhysioNet's own: it names all 377,110 images."""
+    """Whether a folder's split table is PhysioNet's, with all 377,110 images."""
     path = _table(Path(folder), "split")
     return path is not None and sum(1 for _ in _rows(path, TABLES["split"])) == IMAGES
 
@@ -81,9 +81,9 @@ def is_recognised(folder: Path) -> bool:
 def parse_report(text: str) -> dict[str, str]:
     """The sections of a free-text report: ``findings``, ``impression``, ``indication``, ``comparison``.
 
-    A heading is a line's beginning up to a colon, in capitals (or one of the known headings in any case). Of a section
-    that occurs twice (an addendum) the first is kept. "FINDINGS AND IMPRESSION" counts as findings. Text under no
-    heading or an unknown one ("WET READ") is left out.
+    A heading is the start of a line up to a colon, in capitals (or a known heading in any case). If a section occurs
+    twice (an addendum), the first one is kept. "FINDINGS AND IMPRESSION" counts as findings. Text without a heading, or
+    with an unknown one ("WET READ"), is left out.
     """
     marks = [m for m in _HEADING.finditer(text) if m[1].isupper() or m[1].upper().strip() in _BY_HEADING]
     sections: dict[str, str] = {}
@@ -96,10 +96,9 @@ def parse_report(text: str) -> dict[str, str]:
 
 
 def build_index(folder: Path, index: Path, tally: Tally | None = None) -> Tally:
-    """Join the tables and the reports of a tree into ``index``; what is there of the same tree is opened instead.
+    """Join tables and reports of a folder into ``index``; an existing index is opened.
 
-    A study is kept when it has an image with a known view on disk and a report with findings or an impression; with one
-    of the two sections it is kept as it is, with neither it is dropped.
+    A study is kept if it has a frontal image on disk and a report with findings or an impression.
 
     Raises:
         FileNotFoundError: a table or every report is missing.
@@ -109,7 +108,7 @@ def build_index(folder: Path, index: Path, tally: Tally | None = None) -> Tally:
     paths = {name: _table(folder, name) for name in TABLES}
     for name, path in paths.items():
         if path is None:
-            raise FileNotFoundError(f"no {PREFIX}{name}.csv.gz in {folder}: it ships with MIMIC-CXR-JPG")
+            raise FileNotFoundError(f"no {PREFIX}{name}.csv.gz in {folder}: it is part of MIMIC-CXR-JPG")
     if index.is_file():
         return _read_tally(index, tally)
     index.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +140,7 @@ def build_index(folder: Path, index: Path, tally: Tally | None = None) -> Tally:
 
 
 def index_path(folder: Path, cache: Path) -> Path:
-    """Where the index of a tree is kept: named after the tables' place, sizes and dates."""
+    """The path of a folder's index, named after the tables' paths, sizes and dates."""
     key = hashlib.sha256()
     for name in TABLES:
         path = _table(Path(folder), name)
@@ -152,7 +151,7 @@ def index_path(folder: Path, cache: Path) -> Path:
 
 
 def records(index: Path, folder: Path) -> Iterator[Record]:
-    """Every record of an index, one after another."""
+    """The records of an index."""
     base = sqlite3.connect(index)
     try:
         for (value,) in base.execute("SELECT value FROM record ORDER BY row"):
@@ -162,16 +161,16 @@ def records(index: Path, folder: Path) -> Iterator[Record]:
 
 
 class IndexedStudies(Sequence[Study]):
-    """The studies of some splits with a frontal radiograph and something to learn, read from the index one at a time.
+    """The studies of some splits with a frontal radiograph and a usable report, read from the index one at a time.
 
     Args:
-        index: what :func:`build_index` wrote.
-        folder: the tree.
+        index: an index of :func:`build_index`.
+        folder: folder of the collection.
         splits: of ``train``, ``val``, ``test``.
 
     Attributes:
-        lengths: characters of each study's target.
-        abnormal: 1 where a study is known to be abnormal.
+        lengths: number of characters of each target.
+        abnormal: 1 for each study that is known to be abnormal, else 0.
     """
 
     def __init__(self, index: Path, folder: Path, splits: tuple[str, ...]):
@@ -207,10 +206,10 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[dict[str, str]]:
             reader = csv.DictReader(file)
             missing = [name for name in wanted if name not in (reader.fieldnames or ())]
             if missing:
-                raise ValueError(f"{path} lacks the column {missing[0]!r}: take PhysioNet's file as it is")
+                raise ValueError(f"{path} lacks the column {missing[0]!r}: use PhysioNet's unchanged file")
             yield from reader
     except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): fetch it again") from None
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): download it again") from None
 
 
 def _join(base: sqlite3.Connection, paths: dict[str, Path], tally: Tally) -> None:
@@ -257,12 +256,12 @@ def _records(base: sqlite3.Connection, folder: Path, tally: Tally) -> Iterator[R
             if VIEWS.get(position or "") is None:
                 tally.dropped[f"image: view {position or 'not given'}"] += 1
             elif not file.is_file():
-                tally.dropped["image: in the tables, not on disk"] += 1
+                tally.dropped["image: in the tables, but not on disk"] += 1
             else:
                 tally.found["image"] += 1
                 views.append(View(file, VIEWS[position]))
                 rank[dicom_id] = (VIEWS[position], position != "PA")
-        # The first frontal view is the one that is read: a PA film before an AP one, as it shows the heart's true size.
+        # The first frontal view is used: PA before AP, because it shows the heart's true size.
         views.sort(key=lambda view: rank[view.file.stem])
         if not any(view.view == "frontal" for view in views):
             tally.dropped["study: no frontal radiograph on disk"] += 1
@@ -274,10 +273,10 @@ def _records(base: sqlite3.Connection, folder: Path, tally: Tally) -> Iterator[R
             tally.dropped["study: no report on disk"] += 1
             continue
         if not sections.get("findings") and not sections.get("impression"):
-            tally.dropped["study: a report without findings and without impression"] += 1
+            tally.dropped["study: report without findings and impression"] += 1
             continue
         if group[0][5] is None:
-            tally.dropped["label: study is not in the chexpert table (study kept)"] += 1
+            tally.dropped["label: study not in the chexpert table (study kept)"] += 1
         tags = tuple(int(t) for t in (group[0][5] or unlabelled).split())
         yield Record(
             f"s{study}",
@@ -292,7 +291,7 @@ def _records(base: sqlite3.Connection, folder: Path, tally: Tally) -> Iterator[R
 
 
 def chexpert_tags(row: dict[str, str]) -> tuple[int, ...]:
-    """One row of the CheXpert table as tags: 1 present, 0 absent or not mentioned, -1 uncertain or not among the 14."""
+    """A row of the CheXpert table as tags: 1 present, 0 absent or not mentioned, -1 uncertain or not among the 14."""
     tags = []
     for tag in TAGS:
         if tag == "abnormal":

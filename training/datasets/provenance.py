@@ -1,8 +1,8 @@
-"""Where training data come from: what a model card says of them, taken from the data and never guessed.
+"""Provenance of training data, for the model card.
 
-A folder may hold ``dataset.json`` with ``name`` and, where known, ``licence``, ``source``, ``citation``, ``detail`` and
-``population``. A collection that this repository knows is recognised by its content, not by its file names. Data that
-say nothing of themselves are unnamed.
+A folder may have ``dataset.json`` with ``name`` and optional ``licence``, ``source``, ``citation``, ``detail`` and
+``population``. Known collections are recognized by their content, not by file names. All other data are unnamed;
+nothing is guessed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ NO_LICENCE = "not stated"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a collection says of itself; every text but the name may be empty.
+    """Provenance of a collection; all texts except the name may be empty.
 
     Attributes:
-        name: of the collection.
-        licence: of the data.
-        source: where they come from, such as an address or a department.
-        citation: of the article that describes them.
-        detail: which part of the collection is trained on.
-        population: whose radiographs they are, for the card's limits.
+        name: name of the collection.
+        licence: licence of the data.
+        source: source of the data, such as an address or a department.
+        citation: the article that describes them.
+        detail: the part of the collection that is used.
+        population: the patients, for the limitations in the model card.
     """
 
     name: str
@@ -44,15 +44,15 @@ class Provenance:
 
 
 def unnamed(folder: Path) -> Provenance:
-    """The provenance of data that say nothing of themselves; only the folder's own name is used."""
+    """The provenance of unknown data, named after their folder."""
     return Provenance(f"unnamed data at {Path(folder).resolve().name}")
 
 
 def read_dataset_json(folder: Path) -> Provenance | None:
-    """What ``dataset.json`` beside the data says; ``None`` where there is none.
+    """Read ``dataset.json`` of a folder; ``None`` if there is none.
 
     Raises:
-        ValueError: the file is no JSON object of these texts, or has no name.
+        ValueError: the file is not a JSON object with these strings, or has no name.
     """
     path = Path(folder) / DATASET
     if not path.is_file():
@@ -68,23 +68,23 @@ def read_dataset_json(folder: Path) -> Provenance | None:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
         if not isinstance(value, str):
-            raise ValueError(f"{path}: {key} is not a text: put it in quotes")
+            raise ValueError(f"{path}: {key} must be a string: put it in quotes")
     if not values.get("name", "").strip():
-        raise ValueError(f"{path} has no name: say what the collection is called")
+        raise ValueError(f"{path} has no name: give the name of the collection")
     given = {key: " ".join(value.split()) for key, value in values.items()}
     return Provenance(**{key: value for key, value in given.items() if value})
 
 
 def data_record(provenance: Provenance, studies: Iterable[Study]) -> dict[str, str]:
-    """What a run records of the studies that it uses, and what the manifest and the card carry.
+    """The record of a run's data, for manifest and model card.
 
     Args:
-        provenance: of the collection.
-        studies: those learned from and those validated on.
+        provenance: provenance of the collection.
+        studies: studies for training and validation.
 
     Returns:
-        The texts of :class:`Provenance`; ``splits``; ``studies``, their number; ``study_list_sha256``, over one line
-        ``SPLIT STUDY_ID`` for each study, sorted; and ``tags``: ``given``, or how many were derived from report text.
+        The texts of :class:`Provenance`; ``splits``; ``studies``, their number; ``study_list_sha256`` of the sorted
+        lines ``SPLIT STUDY_ID``; and ``tags``: ``given``, or how many were derived from report text.
     """
     counts: Counter[str] = Counter()
     lines, derived = [], 0
@@ -100,13 +100,13 @@ def data_record(provenance: Provenance, studies: Iterable[Study]) -> dict[str, s
 
 
 def save_training_data(records: list[dict[str, str]], folder: Path) -> None:
-    """Write the records of :func:`data_record` into a checkpoint's or a run's folder."""
+    """Write records of :func:`data_record` into the folder of a checkpoint or a run."""
     text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
     (Path(folder) / TRAINING_DATA).write_text(text, encoding="utf-8")
 
 
 def load_training_data(folder: Path) -> list[dict[str, str]] | None:
-    """What :func:`save_training_data` wrote; ``None`` where there is none.
+    """Read what :func:`save_training_data` wrote; ``None`` if there is none.
 
     Raises:
         ValueError: the file is damaged.
@@ -122,5 +122,5 @@ def load_training_data(folder: Path) -> list[dict[str, str]] | None:
 
 
 def merged(records: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """The records without repetition, in their order."""
+    """The records in their order, without duplicates."""
     return [dict(items) for items in dict.fromkeys(tuple(record.items()) for record in records)]

@@ -1,4 +1,4 @@
-"""What every collection is read into: records as they are on disk, and studies that a model can learn from."""
+"""Records of a collection as they are on disk, and studies for training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from cbedge.prompt import ClinicalContext, build_target
 from training.findings import read_tags
 from training.ontology import TAGS
 
-# What the tag head learns, in order. A collection says of each 1 (present), 0 (absent) or -1 (not known).
 SPLITS = ("train", "val", "test", "extra")
 
-_DERIVED: dict[str, tuple[int, ...]] = {}  # target → tags: a collection is opened several times in a run
+_DERIVED: dict[str, tuple[int, ...]] = {}  # target → tags, because a run opens its collection several times
 _MARK = re.compile(r"X{3,}|_{2,}")
 _SENTENCE = re.compile(r"(?<=[.?!])(?<!\bDr\.)\s+")
 
 
 @dataclass(frozen=True)
 class View:
-    """One image of a study: its file, and ``frontal``, ``lateral`` or ``None`` where nobody says."""
+    """One image of a study: its file, and ``frontal``, ``lateral`` or ``None`` (unknown)."""
 
     file: Path
     view: str | None
@@ -31,18 +30,18 @@ class View:
 
 @dataclass(frozen=True)
 class Record:
-    """One study as its collection ships it.
+    """One study of a collection, unchanged.
 
     Attributes:
-        study_id: the collection's name for it.
+        study_id: identifier in the collection.
         split: ``train``, ``val``, ``test`` or ``extra``.
-        images: those that are on disk.
-        indication, comparison, findings, impression: as written, de-identification marks included.
-        tags: 1, 0 or -1 for each of :data:`TAGS`.
-        place: file and line, where the collection has one file of studies.
-        patient: the collection's name for the patient, where it has one.
-        missing: images that are named and not on disk.
-        tags_given: whether the collection says anything about tags; where not, they are read from the report.
+        images: the images on disk.
+        indication, comparison, findings, impression: as written, with de-identification marks.
+        tags: 1 (present), 0 (absent) or -1 (unknown) for each of :data:`~training.ontology.TAGS`.
+        place: file and line, if the collection has one file of studies.
+        patient: identifier of the patient in the collection, if any.
+        missing: images that are not on disk.
+        tags_given: whether the collection has tags; otherwise they are derived from the report.
     """
 
     study_id: str
@@ -64,17 +63,17 @@ class Study:
     """One study with a frontal radiograph.
 
     Attributes:
-        study_id: the collection's name for it.
+        study_id: identifier in the collection.
         split: ``train``, ``val``, ``test`` or ``extra``.
         image: path of the frontal radiograph.
-        lateral: path of the lateral radiograph, where the study has one.
-        context: indication, comparison and view, cleaned as at inference.
-        target: ``FINDINGS: … IMPRESSION: …`` to be learnt, empty where nothing is left of the report.
-        findings: the findings as written, marks included: the reference of the evaluation.
+        lateral: path of the lateral radiograph, or ``None``.
+        context: indication, comparison and view, cleaned as in inference.
+        target: the training target, ``FINDINGS: … IMPRESSION: …``; may be empty.
+        findings: the findings as written, with marks; the reference in evaluation.
         impression: as written.
-        tags: 1, 0 or -1 (not known) for each of :data:`TAGS`.
-        tags_given: ``False`` where the collection says nothing about tags.
-        tags_derived: the tags were read from the report.
+        tags: 1, 0 or -1 (unknown) for each of :data:`~training.ontology.TAGS`.
+        tags_given: whether the collection has tags.
+        tags_derived: whether the tags were derived from the report.
     """
 
     study_id: str
@@ -97,7 +96,7 @@ class Study:
 
 @dataclass
 class Tally:
-    """What reading a collection met: counts of what was found, of what was dropped and why, and assumptions made."""
+    """Counts of what was found and of what was dropped in a collection, and notes about assumptions."""
 
     found: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -105,7 +104,7 @@ class Tally:
 
 
 def studies_of(records: Iterator[Record], splits: tuple[str, ...], tally: Tally | None = None) -> Iterator[Study]:
-    """The records of some splits as studies; one without a frontal radiograph is dropped and counted."""
+    """The records of some splits as studies; those without a frontal radiograph are dropped and counted."""
     tally = tally or Tally()
     for record in records:
         if record.split not in splits:
@@ -118,12 +117,12 @@ def studies_of(records: Iterator[Record], splits: tuple[str, ...], tally: Tally 
             continue
         study = make_study(record, frontal)
         if not study.target:
-            tally.dropped["report: nothing left to learn from (study kept for its image)"] += 1
+            tally.dropped["report: no usable text (study kept for its image)"] += 1
         yield study
 
 
 def make_study(record: Record, image: Path) -> Study:
-    """One record as a study whose frontal radiograph is ``image``; the first lateral one joins it."""
+    """A record as a study with the frontal radiograph ``image`` and the first lateral one."""
     return Study(
         study_id=record.study_id,
         split=record.split,
@@ -141,10 +140,9 @@ def make_study(record: Record, image: Path) -> Study:
 
 
 def derive_tags(studies: Iterable[Study]) -> list[Study]:
-    """The studies; those of which no tag is given get the tags that their report names.
+    """The studies; those without given tags get the tags that their report names (:mod:`training.findings`).
 
-    :mod:`training.findings` reads the reports. A tag that a report does not name is 0. A study without a report keeps
-    unknown tags.
+    A tag that a report does not name is 0. A study without a report keeps unknown tags.
     """
     listed = list(studies)
     rows = [i for i, study in enumerate(listed) if not study.tags_given and study.target]
@@ -157,11 +155,11 @@ def derive_tags(studies: Iterable[Study]) -> list[Study]:
 
 
 def clean_report(text: str | None) -> str | None:
-    """Make a report section fit to be learnt: the model must never print a de-identification mark.
+    """Remove de-identification marks from a report section, because the model must never write one.
 
     The marks are IU X-RAY's ``XXXX`` and MIMIC-CXR's ``___``. ``x-XXXX`` is the word x-ray and is restored. Any other
-    sentence that holds a mark is dropped whole, since what is left of it misleads ("no XXXX of a pleural effusion").
-    ``None`` where nothing is left.
+    sentence with a mark is dropped, because the rest misleads ("no XXXX of a pleural effusion"). ``None`` if no
+    sentence is left.
     """
     text = re.sub(r"\b([Xx])-XXXX", r"\1-ray", text or "")
     sentences = [s for s in _SENTENCE.split(re.sub(r"\s+", " ", text).strip()) if s and not _MARK.search(s)]
@@ -172,5 +170,5 @@ def clean_report(text: str | None) -> str | None:
 def _context(name: str, text: str | None) -> str | None:
     try:
         return getattr(ClinicalContext(**{name: text}), name)
-    except ContextError:  # nothing but marks, or longer than any indication is
+    except ContextError:  # only marks, or too long for an indication
         return None

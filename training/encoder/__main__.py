@@ -1,7 +1,7 @@
 """``python -m training.encoder CONFIG.yaml``: train the vision encoder alone, on films of several hospitals.
 
-A run is resumed by the same command. It stops at a time of the day, after some minutes, or when it is told to
-(SIGTERM), always with its state saved; a run that was killed goes on from the last saved state.
+The same command resumes a run. A run stops at a time of day, after some minutes, or on SIGTERM, and saves its state
+first; a run that was killed resumes from the last saved state.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def main_command(
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU), fp32 or bf16.")] = "auto",
 ) -> None:
     """Train, or pack."""
-    begun = time.time()
+    begin = time.time()
     if threads:
         torch.set_num_threads(threads)
     settings = read_config(config, epochs=epochs)
-    deadline = stop_time(begun, minutes, until)
+    deadline = stop_time(begin, minutes, until)
     if fit and deadline == math.inf:
         raise ValueError("--fit needs --minutes or --until")
     if data is not None:
@@ -94,10 +94,10 @@ def _progress(done: int, total: int) -> None:
 
 
 def stop_time(now: float, minutes: float | None, until: str | None) -> float:
-    """When to stop, as :func:`time.time` counts; infinite where nothing is given.
+    """The time to stop, as :func:`time.time` counts; infinite without a limit.
 
     Raises:
-        ValueError: ``until`` is no HH:MM.
+        ValueError: ``until`` is not HH:MM.
     """
     ends = [math.inf]
     if minutes is not None:

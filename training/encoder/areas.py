@@ -1,4 +1,4 @@
-"""How well findings are told apart: area under the ROC curve of each."""
+"""AUC of each finding."""
 
 from __future__ import annotations
 

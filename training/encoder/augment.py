@@ -1,7 +1,8 @@
-"""Change films as hospitals differ: geometry, contrast, sharpness, noise, borders, lines, markers, compression.
+"""Augmentation for differences between hospitals: geometry, contrast, sharpness, noise, borders, lines, markers,
+compression.
 
-Everything works on whole batches of tensors, on a CPU or a GPU. All chance comes from one generator, so a seed gives
-the same films again. Films are never mirrored, since sides mean something.
+It works on whole batches of tensors, on a CPU or a GPU. All random numbers come from one generator, so a seed gives the
+same films. Films are never mirrored, because sides matter.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Augmenter:
     """Augments batches of films.
 
     Args:
-        size: rows and columns of what comes out.
-        strength: 1 as designed; less makes every change smaller and rarer.
+        size: rows and columns of the output.
+        strength: 1 is the default; less makes every change smaller and rarer.
     """
 
     def __init__(self, size: int, strength: float = 1.0):
@@ -41,7 +42,7 @@ class Augmenter:
 
         Args:
             images: the films.
-            generator: of all chance, on the same device.
+            generator: random generator on the same device.
         """
         chance = _Chance(len(images), generator, self.strength)
         for _ in range(3):
@@ -62,7 +63,7 @@ class Augmenter:
 
 
 class _Chance:
-    """Random numbers for a batch, each shaped [B, 1, 1, 1] unless a shape is given."""
+    """Random numbers for a batch, [B, 1, 1, 1] unless a shape is given."""
 
     def __init__(self, count: int, generator: torch.Generator, strength: float):
         self.count, self.device, self.generator, self.strength = count, generator.device, generator, strength
@@ -123,7 +124,7 @@ def _draw_disc(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _draw_letter(images: Tensor, chance: _Chance) -> Tensor:
-    """A marker of the side, L or R, anywhere: its place must not tell anything."""
+    """A side marker, L or R, at a random position, so that the position has no meaning."""
     side = images.shape[-1]
     letter = torch.tensor([[[int(c) for c in row] for row in glyph] for glyph in _GLYPHS], device=images.device)
     zoom = 2 + int(torch.rand(1, generator=chance.generator, device=images.device) < 0.5)
@@ -148,7 +149,7 @@ def _change_curve(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _change_local_contrast(images: Tensor, chance: _Chance) -> Tensor:
-    """More or less contrast of small structures against their surroundings."""
+    """More or less contrast of small structures with their surroundings."""
     small = functional.avg_pool2d(images, 8)
     wide = functional.avg_pool2d(small, 5, 1, 2, count_include_pad=False)
     wide = functional.interpolate(wide, size=images.shape[-2:], mode="bilinear", align_corners=False)
@@ -156,7 +157,7 @@ def _change_local_contrast(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _collimate(images: Tensor, chance: _Chance) -> Tensor:
-    """A turned rectangle stays; what lies outside of it becomes dark, or seldom bright."""
+    """Darken, or rarely brighten, everything outside a rotated rectangle."""
     x, y = _grid(images)
     angle = chance.uniform(-0.12, 0.12)
     turned = (x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin())
@@ -170,7 +171,7 @@ def _collimate(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _move(images: Tensor, size: int, chance: _Chance) -> Tensor:
-    """Rotation to 15°, scale, aspect ratio, shift; padding on two sides for some; resized to ``size``."""
+    """Rotation up to 15°, scaling, aspect ratio, shift; sometimes padding on two sides; resized to ``size``."""
     angle = chance.around(0, math.pi / 12)
     angle = torch.where(chance.pick(0.7), angle, 0.25 * angle).flatten()
     zoom = chance.around(0.97, 0.17).flatten()
@@ -191,18 +192,18 @@ def _move(images: Tensor, size: int, chance: _Chance) -> Tensor:
 
 
 def _blur(images: Tensor, chance: _Chance) -> Tensor:
-    """Gaussian blur, each film its own."""
+    """Gaussian blur, different for each film."""
     sigma = chance.uniform(0.3, 1.6)[:, :, 0]
     line = torch.arange(-4, 5, device=images.device).view(1, 1, -1)
     kernel = torch.exp(-0.5 * (line / sigma) ** 2)
     kernel = kernel / kernel.sum(-1, keepdim=True)
-    row = images.transpose(0, 1)  # [1, B, S, S]: one group a film
+    row = images.transpose(0, 1)  # [1, B, S, S]: one group per film
     row = functional.conv2d(row, kernel.unsqueeze(2), padding=(0, 4), groups=len(images))
     return functional.conv2d(row, kernel.unsqueeze(3), padding=(4, 0), groups=len(images)).transpose(0, 1)
 
 
 def _coarsen(images: Tensor, chance: _Chance) -> Tensor:
-    """A detector with fewer pixels."""
+    """A lower resolution."""
     factor = 0.5 + 0.4 * float(torch.rand(1, generator=chance.generator, device=images.device))
     shape = images.shape[-2:]
     coarse = functional.interpolate(images, scale_factor=factor, mode="bilinear", antialias=True, align_corners=False)
@@ -210,7 +211,7 @@ def _coarsen(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _add_noise(images: Tensor, chance: _Chance) -> Tensor:
-    """Noise of the detector: fine or grainy, the same everywhere or stronger where the film is bright."""
+    """Detector noise: fine or grainy, uniform or stronger in bright areas."""
     fine = chance.normal(images)
     grainy = functional.avg_pool2d(fine, 3, 1, 1) * 3
     noise = torch.where(chance.uniform(0, 1) < 0.4, grainy, fine)
@@ -219,7 +220,7 @@ def _add_noise(images: Tensor, chance: _Chance) -> Tensor:
 
 
 def _compress(images: Tensor, chance: _Chance) -> Tensor:
-    """Lossy compression as JPEG does it: blocks of 8 x 8, cosine transform, quantization."""
+    """Lossy compression like JPEG: blocks of 8 x 8, cosine transform, quantization."""
     count, _, side, _ = images.shape
     pad = -side % 8
     padded = functional.pad(images, (0, pad, 0, pad), mode="replicate") if pad else images

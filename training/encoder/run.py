@@ -1,4 +1,4 @@
-"""Train the encoder: balanced batches, validation after each epoch, state that survives being killed."""
+"""Train the encoder: balanced batches, regular validation, and a saved state to resume from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.encoder.films import COLLECTIONS, SPLITS, VIEWS, Films
 from training.encoder.model import EncoderWithHead, build_model, parameter_groups, save_weights
 from training.encoder.sampling import Sampler
 
-# What is validated, and whether its mean AUC takes part in choosing the best weights.
+# Validation groups, and those whose mean AUC selects the best weights.
 VALIDATED = {"iu_val": ("iu_xray", "frontal"), "iu_val_lateral": ("iu_xray", "lateral"), "nih_val": ("nih", "frontal")}
 CHOSEN_BY = ("iu_val", "nih_val")
 _FIT_AT = 120  # steps after which the length of the schedule is fitted
@@ -38,14 +38,14 @@ class EncoderRun:
     Args:
         config: settings.
         films: decoded films.
-        start: the weights to start from; without a head, it is fitted to the encoder's features first.
-        folder: of the run.
-        device: where to train.
+        start: initial weights; if they have no head, it is fitted to the encoder's features first.
+        folder: folder of the run.
+        device: device for training.
         bf16: whether matrices are multiplied in bfloat16.
-        report: told one line now and then.
+        report: called with one line of text.
 
     Raises:
-        ValueError: the folder holds a run of other settings.
+        ValueError: the folder has a run of other settings.
         cbedge.errors.OutputError: another process trains in the folder.
     """
 
@@ -73,7 +73,7 @@ class EncoderRun:
         )
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self.sampler = Sampler(films, config)
-        on_gpu = self.device.type == "cuda"  # all films are small beside a GPU's memory
+        on_gpu = self.device.type == "cuda"  # all films fit into a GPU's memory
         self.pixels = torch.from_numpy(np.array(films.pixels)).to(self.device) if on_gpu else None
         self.augmenter = Augmenter(config.image_size, config.augment)
         self.total = max(1, round(config.epochs * self.sampler.steps_per_epoch))
@@ -97,13 +97,13 @@ class EncoderRun:
         max_steps: int | None = None,
         fit: bool = False,
     ) -> None:
-        """Train until the schedule ends, the deadline, ``SIGTERM`` or ``max_steps`` more steps; the state is saved.
+        """Train until the end of the schedule, the deadline, ``SIGTERM`` or ``max_steps`` more steps; save the state.
 
         Args:
             deadline: as :func:`time.time` counts.
-            pause_file: while this file exists, nothing is computed.
-            max_steps: steps of this call.
-            fit: set the schedule's length, once, by the speed of the first steps, so that it ends at the deadline.
+            pause_file: training pauses while this file exists.
+            max_steps: maximum number of steps of this call.
+            fit: set the length of the schedule once, from the speed of the first steps, to end at the deadline.
         """
         self._pause_file, self._deadline = pause_file, deadline
         if not self._resumed:
@@ -116,18 +116,18 @@ class EncoderRun:
             interval = self.config.validate_every or self.sampler.steps_per_epoch
             while not self.finished and self.step < last and not self._stopped:
                 self._wait()
-                begun = time.time()
+                start = time.time()
                 if self._stopped:
                     break
-                if begun >= deadline:
-                    self.report("the time is up")
+                if start >= deadline:
+                    self.report("time limit reached")
                     break
                 self._train_step()
-                seconds.append(time.time() - begun)
+                seconds.append(time.time() - start)
                 if fit and self.step == _FIT_AT and len(seconds) >= _FIT_AT:
                     left = max(0.0, deadline - time.time())
                     self.total = self.step + max(1, int(0.85 * left / float(np.mean(seconds[_FIT_AT // 4 :]))))
-                    self.report(f"{self.total} steps fit into the time")
+                    self.report(f"{self.total} steps fit into the time limit")
                 if self.step % interval == 0 or self.finished:
                     self._validate(float(np.mean(seconds[-interval:])))
                 if time.time() - saved > 60 * self.config.save_minutes:
@@ -191,7 +191,7 @@ class EncoderRun:
 
     @torch.inference_mode()
     def _features(self, model: EncoderWithHead, rows: np.ndarray) -> Tensor:
-        """Features of films as they are, float32 [rows, 2H]."""
+        """Features of films without augmentation, float32 [rows, 2H]."""
         model.eval()
         found, size, count = [], self.config.image_size, 32 if self.device.type == "cpu" else 256
         for begin in range(0, len(rows), count):
@@ -204,15 +204,15 @@ class EncoderRun:
         return torch.cat(found)
 
     def _fit_head(self) -> dict[str, Any]:
-        """Fit the head to the features of the starting encoder, so that the first steps do not spoil the encoder.
+        """Fit the head to the initial encoder's features, so that the first steps do not damage the encoder.
 
         Returns:
-            What :meth:`_areas` finds with the weight decay that has the highest mean AUC.
+            The result of :meth:`_areas` for the weight decay with the highest mean AUC.
         """
-        begun = time.time()
+        start = time.time()
         rows = np.flatnonzero(self.films.split == SPLITS.index("train"))
         features, view = self._features(self.model, rows).clone(), self._view(rows)
-        self.report(f"features of {len(rows)} films in {time.time() - begun:.0f} s")
+        self.report(f"features of {len(rows)} films in {time.time() - start:.0f} s")
         labels = torch.from_numpy(self.films.labels[rows].astype(np.float32)).to(self.device)
         weight = torch.zeros(len(rows), device=self.device)
         shares = {name: share for name, share in self.config.shares.items() if share > 0}
@@ -246,14 +246,14 @@ class EncoderRun:
                 self.model.head.bias.copy_(head.bias - (head.weight / std) @ mean)
             result = self._areas(self.model, seen)
             found.append((result, decay, self.model.head.weight.clone(), self.model.head.bias.clone()))
-            self.report(f"head alone, weight decay {decay}: mean AUC {result['mean']:.4f}")
+            self.report(f"head only, weight decay {decay}: mean AUC {result['mean']:.4f}")
         result, decay, best_weight, best_bias = max(found, key=lambda row: row[0]["mean"])
         with torch.no_grad():
             self.model.head.weight.copy_(best_weight)
             self.model.head.bias.copy_(best_bias)
         for name, value in self.model.state_dict().items():
             self.averaged[name].copy_(value)
-        self.report(f"head fitted to {len(rows)} films in {time.time() - begun:.0f} s, weight decay {decay}")
+        self.report(f"head fitted to {len(rows)} films in {time.time() - start:.0f} s, weight decay {decay}")
         return result
 
     def _areas(
@@ -301,10 +301,8 @@ class EncoderRun:
             for n in VALIDATED
             if n in result
         ]
-        told = "" if loss is None else f"loss {loss:.4f}, "
-        self.report(
-            f"epoch {epoch:.2f}, step {self.step}/{self.total}: {told}{', '.join(parts)}{' *' if better else ''}"
-        )
+        parts = [*([] if loss is None else [f"loss {loss:.4f}"]), *parts]
+        self.report(f"epoch {epoch:.2f}, step {self.step}/{self.total}: {', '.join(parts)}{' *' if better else ''}")
 
     def _check_config(self) -> None:
         path = self.folder / "config.json"
@@ -314,8 +312,7 @@ class EncoderRun:
             changed = sorted(key for key in values if key not in _FREE and old.get(key) != values[key])
             if changed:
                 raise ValueError(
-                    f"{self.folder.name} holds a run with another {changed[0]}: give another folder, or "
-                    "the settings of that run"
+                    f"{self.folder.name} has a run with another {changed[0]}: give another folder, or its settings"
                 )
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -348,14 +345,14 @@ class EncoderRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.averaged = state["averaged"]
         self.step, self.best, self.losses = state["step"], state["best"], state["losses"]
-        if state["epochs"] == self.config.epochs:  # else the schedule is to be longer or shorter
+        if state["epochs"] == self.config.epochs:  # otherwise the schedule gets another length
             self.total = state["total"]
         self._cut_log()
         self.report(f"resumed at step {self.step} of {self.total}")
         return True
 
     def _cut_log(self) -> None:
-        """Drop log lines after the saved step: they are written again."""
+        """Remove log lines after the saved step; they are written again."""
         path = self.folder / "log.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()

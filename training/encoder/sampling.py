@@ -1,4 +1,4 @@
-"""Which films a step trains on: as many of each collection and view as the settings say."""
+"""Sample the films of each step, with fixed shares of collections and views."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from training.encoder.films import COLLECTIONS, SPLITS, VIEWS, Films
 
 
 class Sampler:
-    """Draws balanced batches. What a step draws depends on the seed and the step alone.
+    """Samples balanced batches, which depend only on the seed and the step.
 
     Args:
         films: all films.
         config: shares, batch size, seed.
 
     Raises:
-        ValueError: no training film belongs to one of the shares.
+        ValueError: a share has no training film.
     """
 
     def __init__(self, films: Films, config: EncoderConfig):
@@ -30,7 +30,7 @@ class Sampler:
                 raise ValueError(f"unknown share {name!r}: give collection/view, such as iu_xray/frontal")
             rows = films.rows(collection, "train", view)
             if not len(rows):
-                raise ValueError(f"no training film for the share {name}: give its folder, or leave the share out")
+                raise ValueError(f"no training film for the share {name}: give its folder, or remove the share")
             positives = films.labels[rows] == 1
             rare = positives[:, positives.sum(0) <= config.rare].any(1)
             self.groups.append(np.concatenate([rows, rows[rare]]))
