@@ -105,7 +105,7 @@ class TorchDrafter(Drafter):
         parts: the trained model, on its device.
         name: name of the row in the table.
         image_blind: the model was trained without images, and no image is read.
-        resources: what its bundle would hold of the training reports.
+        resources: the parts that its bundle would have, see :class:`~training.run_bundle.ReportResources`.
     """
 
     def __init__(

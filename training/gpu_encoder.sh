@@ -1,14 +1,14 @@
 #!/bin/bash
-# Train the vision encoder from a pack of films, within some minutes, and leave the results in small files.
+# Train the vision encoder from a pack of films within some minutes, and write the results to small files.
 #
 #   training/gpu_encoder.sh PACK OUT [MINUTES] [CONFIG] [OPTIONS...]
 #
-# PACK is what `python -m training.encoder CONFIG --iu-xray … --nih … --start … --pack PACK` wrote. The machine needs
-# the folders training/ and cbedge/ (without cbedge/models), the pack, PyTorch, transformers and scikit-learn, and no
-# network. OUT gets log.jsonl, config.json and the best weights in half precision, in pieces of 15 MB; put them
+# `python -m training.encoder CONFIG --iu-xray … --nih … --start … --pack PACK` writes PACK. The machine needs the
+# folders training/ and cbedge/ (without cbedge/models), the pack, PyTorch, transformers, pydantic and scikit-learn, and
+# no network. OUT gets log.jsonl, config.json and the best weights in half precision, in pieces of 15 MB; put them
 # together with `cat OUT/best.safetensors.?? > best.safetensors`, and start another run from that file with --start.
-# MINUTES (default 9) is for everything but the last half minute; the schedule is fitted to it. The same command runs
-# on a CPU (give few minutes): it is the dry run.
+# MINUTES (default 9) includes everything except the last half minute; the schedule is fitted to it. The same command
+# runs on a CPU; use a few minutes for a dry run.
 set -euo pipefail
 pack=$1 out=$2 minutes=${3:-9} config=${4:-training/configs/encoder_gpu.yaml}
 shift $(($# < 4 ? $# : 4))

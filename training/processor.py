@@ -1,8 +1,8 @@
 """Preprocessing settings of a checkpoint, in the files of transformers' ``InstructBlipProcessor``.
 
-A checkpoint's ``preprocessor_config.json`` (or the ``image_processor`` in its ``processor_config.json``, where
-transformers 5 writes it) says how images become pixel values. A checkpoint without either has the mini model's
-settings; what transformers has no key for stands in the same file under ``cbedge``.
+A checkpoint's ``preprocessor_config.json`` (or ``image_processor`` in its ``processor_config.json``, as transformers 5
+writes it) has the settings. A checkpoint without either file has the mini model's settings. Settings without a key in
+transformers are in the same file under ``cbedge``.
 """
 
 import json
@@ -19,7 +19,7 @@ PROCESSOR_CONFIG = "processor_config.json"
 _OWN = "cbedge"
 _OWN_SETTINGS = ("resize_dtype", "colour", "value_range")
 _IMAGE_PROCESSORS = ("BlipImageProcessor", "BlipImageProcessorFast", "BlipImageProcessorPil")
-_DEFAULTS = {  # of BlipImageProcessor, where a key is missing
+_DEFAULTS = {  # BlipImageProcessor's, for missing keys
     "do_resize": True,
     "size": {"height": 384, "width": 384},
     "resample": 3,
@@ -32,14 +32,14 @@ _DEFAULTS = {  # of BlipImageProcessor, where a key is missing
 
 
 def load_preprocessing(base: str | Path, image_size: int) -> Preprocessing:
-    """The settings of a checkpoint's image processor; the mini model's where it has none.
+    """The settings of a checkpoint's image processor; the mini model's if it has none.
 
     Args:
         base: a checkpoint's folder or hub name.
-        image_size: that the vision encoder reads.
+        image_size: rows and columns of the vision encoder's input.
 
     Raises:
-        ValueError: the settings give images of another size, or ask for what is not supported; the message names it.
+        ValueError: the settings give another image size, or are not supported.
         OSError: a file is not valid JSON or cannot be fetched.
     """
     nested = _read(base, PROCESSOR_CONFIG).get("image_processor")
@@ -64,7 +64,7 @@ def from_image_processor(values: dict[str, Any]) -> Preprocessing:
     """Settings from the JSON of a ``BlipImageProcessor``.
 
     Raises:
-        ValueError: another image processor, or a setting that is not supported.
+        ValueError: another image processor, or an unsupported setting.
     """
     kind = values.get("image_processor_type")
     if kind is not None and kind not in _IMAGE_PROCESSORS:
@@ -74,7 +74,7 @@ def from_image_processor(values: dict[str, Any]) -> Preprocessing:
         if values.get(key):
             raise ValueError(f"{key} of the image processor is not supported; set it to false")
     if not chosen["do_resize"]:
-        raise ValueError("do_resize of the image processor is false; set it to true: films come in every size")
+        raise ValueError("do_resize of the image processor is false; set it to true, because films have all sizes")
     own = {key: value for key, value in (values.get(_OWN) or {}).items() if key in _OWN_SETTINGS}
     resample = int(chosen["resample"])
     names = {int(filter_): name for name, filter_ in RESAMPLING.items()}
@@ -91,7 +91,7 @@ def from_image_processor(values: dict[str, Any]) -> Preprocessing:
 
 
 def save_preprocessing(settings: Preprocessing, num_query_tokens: int, folder: Path) -> None:
-    """Write ``preprocessor_config.json`` and ``processor_config.json``, which ``InstructBlipProcessor`` reads too."""
+    """Write ``preprocessor_config.json`` and ``processor_config.json``, which ``InstructBlipProcessor`` can read."""
     values: dict[str, Any] = {
         "image_processor_type": "BlipImageProcessor",
         "processor_class": "InstructBlipProcessor",
@@ -114,7 +114,7 @@ def save_preprocessing(settings: Preprocessing, num_query_tokens: int, folder: P
 
 
 def _read(base: str | Path, name: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint; empty where it has none."""
+    """A JSON file of a checkpoint; empty if it has none."""
     path = cached_file(str(base), name, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return {}
@@ -128,7 +128,7 @@ def _read(base: str | Path, name: str) -> dict[str, Any]:
 
 
 def _square(size: Any) -> int:
-    """Rows and columns of a square ``size``, in any form that transformers reads."""
+    """Rows and columns of a square ``size``, in any form that transformers accepts."""
     if isinstance(size, int):
         return size
     if isinstance(size, list | tuple):

@@ -25,7 +25,7 @@ from training.templates import templates_of
 
 @dataclass(frozen=True)
 class ReportResources:
-    """What a bundle holds of the training reports. A draft without one of them is written without it.
+    """The parts of a bundle that are made from training reports; each is optional.
 
     Attributes:
         phrasebook: guesses the next tokens, which changes no draft.
@@ -79,7 +79,7 @@ def open_run(
 
     Args:
         parts: the model, in evaluation mode and on its device; its adapters need not be merged.
-        resources: what its bundle would hold of the training reports.
+        resources: the parts that its bundle would have.
         image_blind: the model was trained without images.
     """
     head = None if image_blind else parts.finding_head
