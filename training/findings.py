@@ -39,76 +39,6 @@ CHEXPERT_FINDINGS = (
 )
 NO_FINDING = "No Finding"
 LABELS = (NO_FINDING, *CHEXPERT_FINDINGS)
-_PHRASES = Path(__file__).with_name("finding_phrases.yaml")
-_FILLERS = [
-    "the",
-    "a",
-    "an",
-    "of",
-    "in",
-    "is",
-    "are",
-    "at",
-    "within",
-    "to",
-    "left",
-    "right",
-    "bilateral",
-    "mild",
-    "mildly",
-    "moderate",
-    "moderately",
-    "minimal",
-    "minimally",
-    "slight",
-    "slightly",
-    "severe",
-    "severely",
-    "marked",
-    "markedly",
-    "small",
-    "large",
-    "also",
-    "again",
-    "remains",
-    "appears",
-    "be",
-    "stable",
-    "somewhat",
-    "silhouette",
-    "size",
-    "and/or",
-    "borderline",
-    "lateral",
-    "posterior",
-    "thoracic",
-    "lung",
-    "thickened",
-    "sized",
-    "shadow",
-    "contour",
-    "chronically",
-]
-# Negations in addition to NegEx's clinical terms.
-_DENYING = [
-    "clear of",
-    "free of",
-    "without",
-    "negative for",
-    "no evidence of",
-    "no definite",
-    "no focal",
-    "no acute",
-    "no",
-    "absence of",
-    "rather than",
-    "nor",
-    "resolution of",
-    "resolved",
-    "not",
-    "unremarkable for",
-    "normal without",
-]
 
 
 @dataclass(frozen=True)
@@ -160,22 +90,28 @@ def _pipeline() -> Language:
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer", config={"punct_chars": [".", "?", "!", ";"]})
     ruler: Any = nlp.add_pipe("entity_ruler", config={"overwrite_ents": True})
-    phrases = yaml.safe_load(_PHRASES.read_text(encoding="utf-8"))
+    phrases, words = (_read_yaml(f"{name}.yaml") for name in ("finding_phrases", "phrase_words"))
     ruler.add_patterns(
         [
-            {"label": finding, "pattern": _pattern(nlp, phrase)}
+            {"label": finding, "pattern": _pattern(nlp, phrase, words["fillers"])}
             for finding, sources in phrases.items()
             for phrase in (p for source in sources.values() for p in source)
         ]
     )
     terms = termset("en_clinical")
-    terms.add_patterns({"preceding_negations": _DENYING, "following_negations": ["has resolved", "have resolved"]})
+    terms.add_patterns(
+        {"preceding_negations": words["negations"], "following_negations": ["has resolved", "have resolved"]}
+    )
     nlp.add_pipe("negex", config={"neg_termset": terms.get_patterns()})
     return nlp
 
 
-def _pattern(nlp: Language, phrase: str) -> list[dict]:
-    filler = {"LOWER": {"IN": _FILLERS}, "OP": "*"}
+def _read_yaml(name: str) -> Any:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def _pattern(nlp: Language, phrase: str, fillers: list[str]) -> list[dict]:
+    filler = {"LOWER": {"IN": fillers}, "OP": "*"}
     words = [{"LOWER": token.lower_} for token in nlp.tokenizer(phrase)]
     return [part for word in words for part in (word, filler)][:-1]
 

@@ -17,25 +17,9 @@ from torch import nn
 
 from training.clinical import Labels, clinical_scores
 from training.fetch import BASE_PARTS, DEFAULT_CACHE, fetch_base
-from training.findings import LABELS, NO_FINDING
+from training.findings import CHEXPERT_FINDINGS, LABELS, NO_FINDING
 
-# The order of CheXbert's classifiers.
-_HEADS = (
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-    NO_FINDING,
-)
+_HEADS = (*CHEXPERT_FINDINGS, NO_FINDING)  # the order of CheXbert's classifiers
 _POSITIVE, _UNCERTAIN = 1, 3
 _MAX_TOKENS = 512
 _RADGRAPH_FILES = ("config.json", "weights.th", "vocabulary")

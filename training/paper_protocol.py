@@ -32,55 +32,8 @@ PROTOCOL = (
     "findings with impression, lower case, no punctuation but the full stop; METEOR by nltk (WordNet 3.0), ROUGE-1 and "
     "ROUGE-L F1 by rouge-score with stemming; means over studies, 95% bootstrap intervals"
 )
-# WordNet's 45 lexicographer files (lexnames(5WN)), in order; Debian's wordnet-base lacks this file.
-_LEXNAMES = (
-    "adj.all",
-    "adj.pert",
-    "adv.all",
-    "noun.Tops",
-    "noun.act",
-    "noun.animal",
-    "noun.artifact",
-    "noun.attribute",
-    "noun.body",
-    "noun.cognition",
-    "noun.communication",
-    "noun.event",
-    "noun.feeling",
-    "noun.food",
-    "noun.group",
-    "noun.location",
-    "noun.motive",
-    "noun.object",
-    "noun.person",
-    "noun.phenomenon",
-    "noun.plant",
-    "noun.possession",
-    "noun.process",
-    "noun.quantity",
-    "noun.relation",
-    "noun.shape",
-    "noun.state",
-    "noun.substance",
-    "noun.time",
-    "verb.body",
-    "verb.change",
-    "verb.cognition",
-    "verb.communication",
-    "verb.competition",
-    "verb.consumption",
-    "verb.contact",
-    "verb.creation",
-    "verb.emotion",
-    "verb.motion",
-    "verb.perception",
-    "verb.possession",
-    "verb.social",
-    "verb.stative",
-    "verb.weather",
-    "adj.ppl",
-)
-_PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+# WordNet's 45 lexicographer files (lexnames(5WN)); Debian's wordnet-base lacks this file.
+_LEXNAMES = Path(__file__).with_name("wordnet_lexnames.tsv")
 
 
 def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
@@ -113,8 +66,7 @@ def open_wordnet(folder: Path | None, scratch: Path) -> WordNetCorpusReader:
     place.mkdir(parents=True)
     for path in (p for p in folder.iterdir() if p.is_file()):
         shutil.copyfile(path, place / path.name)
-    lines = [f"{i:02}\t{name}\t{_PARTS[name.split('.')[0]]}" for i, name in enumerate(_LEXNAMES)]
-    for name, content in (("lexnames", "\n".join(lines) + "\n"), ("index.sense", "")):
+    for name, content in (("lexnames", _LEXNAMES.read_text()), ("index.sense", "")):
         if not (place / name).exists():
             (place / name).write_text(content)
     nltk.data.path.insert(0, str(scratch))
