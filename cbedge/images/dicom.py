@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbedge.errors import ContextError, RadiographError
+from cbedge.images.dicom_display import display_values
 from cbedge.images.dicom_file import INDICATIONS, decodable, parse_dicom, silence_pydicom
 from cbedge.images.dicom_header import UNREADABLE
 from cbedge.images.dicom_pixels import (
@@ -19,7 +20,6 @@ from cbedge.images.dicom_pixels import (
     check_pixels,
     crop_box,
     decode_pixels,
-    display_values,
     integer,
     padding_mask,
     repair_pixel_attributes,

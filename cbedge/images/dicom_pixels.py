@@ -1,7 +1,7 @@
-"""Convert DICOM pixel data to displayed values: bit depth, modality and VOI transform, padding, inversion.
+"""Decode DICOM pixel data to stored values: checks of the header, bit depth, sign, padding.
 
 Missing or invalid header attributes are replaced by defaults, with a warning that names the attribute. An image is
-refused only if its pixels cannot be decoded.
+refused only if its pixels cannot be decoded. :mod:`cbedge.images.dicom_display` maps stored values to displayed ones.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import numpy as np
 
 from cbedge.errors import RadiographError
 from cbedge.images.codestream import Codestream, CodestreamError, check_run_lengths, read_jpeg, read_jpeg2000
-from cbedge.images.intensity import Transform, blocks, stretch
-from cbedge.images.memory import kept_bytes, reduction
+from cbedge.images.intensity import blocks
+from cbedge.images.memory import kept_bytes
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 _MOST_STRAY = 0.05  # fraction of pixels above BitsStored that may be an overlay; with more, BitsStored is wrong
-_LUT_ITEMS = 65536
 _DECODER_BYTES = 4  # per sample, used by pylibjpeg's decoders in addition to their output
 
 
@@ -193,36 +192,6 @@ def crop_box(padded: np.ndarray) -> tuple[slice, slice]:
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None, warnings: Warnings) -> np.ndarray:
-    """Displayed values: after modality and VOI transform, stretched to the image's own range, inverted if the header
-    says so.
-
-    Args:
-        dataset: the header.
-        values: from :func:`stored_values`.
-        film: which pixels are not padding, bool [rows, columns]; ``None`` for all.
-        warnings: collects transforms that could not be applied.
-
-    Returns:
-        float32 in 0..1, padding black; very large images are reduced as in
-        :attr:`cbedge.images.radiograph.Radiograph.pixels`.
-    """
-    rows, columns = values.shape
-    return stretch(
-        values,
-        film,
-        transform=_transform(dataset, values, warnings),
-        inverted=_is_inverted(dataset),
-        factor=reduction(rows, columns, 4),
-    )
-
-
-def _is_inverted(dataset: Dataset) -> bool:
-    """Whether small values are bright: MONOCHROME1, or Presentation LUT Shape INVERSE."""
-    shape = str(dataset.get("PresentationLUTShape") or "").strip(" \0").upper()
-    return dataset.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE"
-
-
 def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
     """Check before decoding that the pixel data match the header.
 
@@ -318,96 +287,3 @@ def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
     bits = 8 * decoded.dtype.itemsize
     found %= 1 << bits
     return found - (1 << bits) if decoded.dtype.kind == "i" and found >= 1 << (bits - 1) else found
-
-
-def _transform(dataset: Dataset, values: np.ndarray, warnings: Warnings) -> Transform:
-    """Modality and VOI transform for these values."""
-    modality = _modality(dataset, warnings)
-    voi = _voi(dataset, warnings)
-    if voi is None:
-        return modality
-
-    def both(levels: np.ndarray) -> np.ndarray:
-        return voi(modality(levels))
-
-    lowest, highest = math.inf, -math.inf
-    for rows in blocks(values):
-        shown = both(values[rows].astype(np.float64))
-        lowest, highest = min(lowest, shown.min()), max(highest, shown.max())
-        if highest > lowest:
-            return both
-    warnings.add("WindowCenter", "maps the whole image to one value; the image's own range was used")
-    return modality
-
-
-def _modality(dataset: Dataset, warnings: Warnings) -> Transform:
-    table = _lut(dataset, "ModalityLUTSequence", warnings)
-    if table is not None:
-        return lambda values: _looked_up(values, *table)
-    slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
-    if "RescaleSlope" in dataset and not slope:
-        warnings.add("RescaleSlope", "is empty or invalid; 1 was used")
-    if "RescaleIntercept" in dataset and intercept is None:
-        warnings.add("RescaleIntercept", "is empty or invalid; 0 was used")
-    return lambda values: values * (slope or 1.0) + (intercept or 0.0)
-
-
-def _voi(dataset: Dataset, warnings: Warnings) -> Transform | None:
-    """The first VOI LUT or the first valid window; ``None`` if the header has neither."""
-    table = _lut(dataset, "VOILUTSequence", warnings)
-    if table is not None:
-        return lambda values: _looked_up(values, *table)
-    if "WindowCenter" not in dataset and "WindowWidth" not in dataset:
-        return None
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        warnings.add("VOILUTFunction", "is unknown; LINEAR was used")
-        function = "LINEAR"
-    for position in range(64):
-        centre, width = (number(dataset, name, position) for name in ("WindowCenter", "WindowWidth"))
-        if centre is None and width is None:
-            break
-        if centre is None or width is None or width <= 0:
-            continue
-        return _window(function, centre, width)
-    warnings.add("WindowWidth", "has no valid window; the image's own range was used")
-    return None
-
-
-def _window(function: str, centre: float, width: float) -> Transform:
-    if function == "SIGMOID":
-        return lambda values: 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -60, 60)))
-    if function == "LINEAR" and width >= 1:
-        centre, width = centre - 0.5, max(width - 1, 1e-3)
-    return lambda values: np.clip((values - centre) / width + 0.5, 0, 1)
-
-
-def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarray] | None:
-    """A sequence's first lookup table, as (first value mapped, float64 table); ``None`` if it is invalid."""
-    sequence = dataset.get(name)
-    if not sequence:
-        return None
-    try:
-        item = sequence[0]
-        count, first, bits = (int(value) for value in item.LUTDescriptor)
-        first = first - 65536 if first > 32767 and dataset.PixelRepresentation == 1 else first
-        count = count or _LUT_ITEMS
-        data = item.LUTData
-        if isinstance(data, bytes | bytearray):
-            narrow = len(data) < 2 * count and (bits <= 8 or len(data) in (count, count + 1))
-            table = np.frombuffer(data[: len(data) if narrow else len(data) // 2 * 2], "u1" if narrow else "<u2")
-        else:
-            table = np.atleast_1d(np.asarray(data, np.int64)) % 65536
-        table = table[:count].astype(np.float64)
-        if not table.size or np.ptp(table) == 0:
-            raise ValueError("an empty table")
-    except Exception:
-        warnings.add(name, "has no valid table and was ignored")
-        return None
-    if len(table) < count:
-        warnings.add(name, "is shorter than declared; its last value was used for the rest")
-    return first, table
-
-
-def _looked_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
-    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]
