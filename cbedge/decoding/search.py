@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -46,14 +47,11 @@ def decode(
         stats: updated in place.
         opening: initial tokens of the draft, already read; processors and constraint see them.
     """
-    stats = SpeculationStats() if stats is None else stats
-    guess_length = guess_length or GuessLength()
+    stats, guess_length = stats or SpeculationStats(), guess_length or GuessLength()
     written = [*opening]
     most = len(opening) + max_new_tokens
 
-    def choose(row: np.ndarray) -> Token:
-        return _choose(row, written, sampler, processors, constraint)
-
+    choose = partial(_choose, written=written, sampler=sampler, processors=processors, constraint=constraint)
     if max_new_tokens <= 0:
         return
     token = choose(logits)
@@ -68,13 +66,7 @@ def decode(
         length, start = decoder.length, perf_counter()
         rows = decoder.append([token.id, *guesses])
         seconds = perf_counter() - start
-        chosen = [choose(rows[0])]
-        for row, guess in zip(rows[1:], guesses, strict=True):
-            if chosen[-1].id != guess or guess in stop_ids:
-                break
-            written.append(guess)
-            chosen.append(choose(row))
-        *accepted, token = chosen
+        *accepted, token = _verified(rows, guesses, written, stop_ids, choose)
         decoder.rewind(length + 1 + len(accepted))
         stats.passes += 1
         if guesser:  # forced tokens count as guesses that hold
@@ -83,6 +75,27 @@ def decode(
             if not forced:
                 guess_length.learn(len(guesses), len(accepted), seconds)
         yield from accepted
+
+
+def _verified(
+    rows: np.ndarray,
+    guesses: Sequence[int],
+    written: list[int],
+    stop_ids: Sequence[int],
+    choose: Callable[[np.ndarray], Token],
+) -> list[Token]:
+    """The tokens that the model chooses: a prefix of the guesses, which is added to ``written``, and one more.
+
+    Args:
+        rows: float32 [1 + guesses, V], logits after the last written token and after each guess.
+    """
+    chosen = [choose(rows[0])]
+    for row, guess in zip(rows[1:], guesses, strict=True):
+        if chosen[-1].id != guess or guess in stop_ids:
+            break
+        written.append(guess)
+        chosen.append(choose(row))
+    return chosen
 
 
 def beam_search(

@@ -141,15 +141,7 @@ def plan_draft(
     parsed = resources.parse(wording) if wording else Template((), (), True)
     content, warnings = _sections(parsed, bool(wording), not chosen, [*openings.values()], present, manifest)
     affirming = bool(content.findings and present and not openings)
-    first = SectionPlan(
-        codec.headings[0],
-        codec.encode_sentences(content.findings),
-        MAX_FREE if not content.findings else MAX_FREE_IN_TEMPLATE if affirming else 0,
-        tuple(openings.values()),
-    )
-    second = SectionPlan(
-        codec.headings[1], codec.encode_sentences(content.impression), 0 if content.impression else MAX_FREE
-    )
+    first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
     texts = [text for text in (context.indication, context.comparison) if text]
     words = resources.token_texts.extended([*texts, *openings.values(), *parsed.findings, *parsed.impression])
     needed = sum(map(len, (*codec.headings, *first.sentences, *second.sentences))) + len(opening) + EXTRA_TOKENS
@@ -180,6 +172,16 @@ def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCode
         for token_id in codec.encode(text):
             tokens.append(DraftToken(stream.step(token_id), scores[name], name, token_id))
     return tuple(tokens)
+
+
+def _section_plans(
+    content: Template, openings: tuple[str, ...], affirming: bool, codec: TextCodec
+) -> tuple[SectionPlan, SectionPlan]:
+    """Findings and impression. A section without a template's sentences is free."""
+    findings, impression = map(codec.encode_sentences, (content.findings, content.impression))
+    free_after_template = MAX_FREE_IN_TEMPLATE if affirming else 0
+    first = SectionPlan(codec.headings[0], findings, free_after_template if findings else MAX_FREE, openings)
+    return first, SectionPlan(codec.headings[1], impression, 0 if impression else MAX_FREE)
 
 
 def _sections(

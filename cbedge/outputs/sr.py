@@ -15,6 +15,7 @@ from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, left_out
 from cbedge.report import DRAFT_STATEMENT, Report
 
 if TYPE_CHECKING:
+    from highdicom.sr.value_types import ContentItem
     from pydicom import Dataset
 
 _MANUFACTURER = "cbedge"
@@ -129,7 +130,6 @@ def _series_number(header: Dataset) -> int:
 def _content(report: Report, study: StudyHeader) -> Dataset:
     """The content tree: model, draft statement, notes, sections, finding scores."""
     from highdicom.sr import (
-        CodeContentItem,
         CodedConcept,
         ContainerContentItem,
         ContentSequence,
@@ -137,14 +137,9 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         NumContentItem,
         RelationshipTypeValues,
         TextContentItem,
-        UIDRefContentItem,
     )
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import generate_uid
 
-    contains, context = RelationshipTypeValues.CONTAINS, RelationshipTypeValues.HAS_OBS_CONTEXT
-    modifier, inferred = RelationshipTypeValues.HAS_CONCEPT_MOD, RelationshipTypeValues.INFERRED_FROM
-    dcm = codes.DCM
+    contains, inferred = RelationshipTypeValues.CONTAINS, RelationshipTypeValues.INFERRED_FROM
     comment = CodedConcept("121106", "DCM", "Comment")
 
     def image() -> ImageContentItem:
@@ -162,21 +157,7 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         container.ContentSequence = ContentSequence([item])
         return container
 
-    # The UID is derived from the model, so that two drafts of a model have the same observer.
-    observer = generate_uid(entropy_srcs=[report.model, report.model_version, report.variant])
-    items = [
-        CodeContentItem(
-            CodedConcept("121049", "DCM", "Language of Content Item and Descendants"),
-            CodedConcept("en", "RFC5646", "English"),
-            modifier,
-        ),
-        CodeContentItem(CodedConcept("121005", "DCM", "Observer Type"), dcm.Device, context),
-        UIDRefContentItem(CodedConcept("121012", "DCM", "Device Observer UID"), observer, context),
-        TextContentItem(CodedConcept("121013", "DCM", "Device Observer Name"), _MANUFACTURER, context),
-        TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
-        TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
-        TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
-    ]
+    items = _observer_context(report)
     comments = [DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)]
     items += [TextContentItem(comment, text, contains) for text in comments]
     if report.findings:
@@ -196,6 +177,29 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
     root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
     root.ContentSequence = ContentSequence(items)
     return root
+
+
+def _observer_context(report: Report) -> list[ContentItem]:
+    """Content items for the language and for the observer, a device that is the same for all drafts of a model."""
+    from highdicom.sr import CodeContentItem, CodedConcept, RelationshipTypeValues, TextContentItem, UIDRefContentItem
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    context, modifier = RelationshipTypeValues.HAS_OBS_CONTEXT, RelationshipTypeValues.HAS_CONCEPT_MOD
+    observer = generate_uid(entropy_srcs=[report.model, report.model_version, report.variant])
+    return [
+        CodeContentItem(
+            CodedConcept("121049", "DCM", "Language of Content Item and Descendants"),
+            CodedConcept("en", "RFC5646", "English"),
+            modifier,
+        ),
+        CodeContentItem(CodedConcept("121005", "DCM", "Observer Type"), codes.DCM.Device, context),
+        UIDRefContentItem(CodedConcept("121012", "DCM", "Device Observer UID"), observer, context),
+        TextContentItem(CodedConcept("121013", "DCM", "Device Observer Name"), _MANUFACTURER, context),
+        TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
+        TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
+        TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
+    ]
 
 
 def _scores(report: Report) -> list[tuple[str, float]]:
