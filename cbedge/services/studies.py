@@ -22,7 +22,17 @@ from cbedge.images.radiograph import printable
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".dcm", ".dicom"})
 _SYSTEM_FOLDERS = frozenset({"@eadir", "#recycle", "$recycle.bin", "__macosx", "system volume information"})
-_DELIMITERS = (",", ";", "\t")
+_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods", ".json", ".jsonl", ".ndjson", ".xml"})
+_BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_WORKBOOK = "an Excel or OpenDocument workbook"
+_OTHER_FORMATS = {b"PK": _WORKBOOK, b"\xd0\xcf\x11\xe0": _WORKBOOK, b"{": "JSON", b"[": "JSON", b"<": "XML or HTML"}
+_DELIMITERS = (",", ";", "\t", "|")
 _MAX_CSV_BYTES = 256 * 2**20
 
 
@@ -113,9 +123,10 @@ def join_views(items: Sequence[Item]) -> list[Item]:
 def find_studies(studies: str, documents: Path | None = None) -> Found:
     """The radiographs that a folder (with its subfolders), a pattern such as ``films/*.png``, a file or a table names.
 
-    In a folder, files with an image suffix and all DICOM files are used. A table is a ``.csv`` file (separated by
-    commas, semicolons or tabs) with a column ``image`` (paths relative to the table's folder) and optionally ``id``,
-    ``indication``, ``comparison``, ``view`` and ``lateral`` (also a path).
+    In a folder, files with an image suffix and all DICOM files are used. A table is a ``.csv``, ``.tsv`` or ``.txt``
+    file (separated by commas, semicolons, tabs or vertical bars, in UTF-8 or UTF-16). Its first line names the columns:
+    ``image`` (paths relative to the table's folder) and optionally ``id``, ``indication``, ``comparison``, ``view`` and
+    ``lateral`` (also a path).
 
     Args:
         studies: the folder, pattern, file or table.
@@ -130,7 +141,7 @@ def find_studies(studies: str, documents: Path | None = None) -> Found:
     try:
         if path.is_dir():
             found = _read_folder(path, documents)
-        elif path.suffix.lower() in (".csv", ".tsv"):
+        elif path.suffix.lower() in _TABLE_SUFFIXES and not _may_be_image(path):
             found = Found(_read_table(path))
         else:
             found = _read_file_or_pattern(path, studies, documents)
@@ -206,17 +217,24 @@ def _may_be_image(path: Path) -> bool:
 
 
 def _decode_table(data: bytes, name: str) -> str:
-    marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-    encoding = next((encoding for mark, encoding in marks.items() if data.startswith(mark)), "utf-8")
+    kind = next((kind for start, kind in _OTHER_FORMATS.items() if data.lstrip().startswith(start)), None)
+    if kind:
+        raise RadiographError(f"{name} is {kind}, not a table of text: save it as CSV (UTF-8)")
+    bare = "utf-16-le" if data[1:2] == b"\0" else "utf-16-be" if data[:1] == b"\0" else "utf-8"
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), bare)
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding).rstrip("\x1a")  # DOS ends a text with Ctrl-Z
     except UnicodeDecodeError:
-        raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV in UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # Windows; Excel's CSV (Macintosh)
+        raise RadiographError(f"{name} is not valid {encoding.upper()}: save it as CSV (UTF-8)") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # Windows; Excel's CSV (Macintosh)
+    if "\0" in text:
+        number = text.count("\n", 0, text.index("\0")) + 1
+        raise RadiographError(f"{name}, line {number}, has a NUL character: save the table again as CSV (UTF-8)")
+    return text.lstrip("\ufeff")
 
 
 def _header(text: str, name: str) -> tuple[str, list[str]]:
-    """The delimiter and the column names, in lower case."""
+    """The delimiter and the column names, in lower case, from the first line."""
     first = text.partition("\n")[0]
     for delimiter in _DELIMITERS:
         cells = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
@@ -224,7 +242,10 @@ def _header(text: str, name: str) -> tuple[str, list[str]]:
         if "image" in columns:
             break
     else:
-        raise RadiographError(f"{name} has no column image; possible columns are: {', '.join(COLUMNS)}")
+        raise RadiographError(
+            f"{name} has no column image in its first line, which must name the columns; possible columns are: "
+            f"{', '.join(COLUMNS)}"
+        )
     while columns and not columns[-1]:  # some programs end every line with delimiters
         columns.pop()
     unknown = [column for column in columns if column not in COLUMNS]
@@ -242,40 +263,49 @@ def _read_table(path: Path) -> list[Item]:
     try:
         if path.stat().st_size > _MAX_CSV_BYTES:
             raise RadiographError(f"{name} is larger than {_MAX_CSV_BYTES // 2**20} MB: split it")
-        text = _decode_table(path.read_bytes(), name).lstrip("\ufeff")
-        hint = text[:4].lower() == "sep="  # a line that gives spreadsheet programs the delimiter
-        text = text.partition("\n")[2] if hint else text
-        delimiter, columns = _header(text, name)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-        next(reader)
-        rows = [(reader.line_num + hint, row) for row in reader if any(cell.strip() for cell in row)]
+        text = _decode_table(path.read_bytes(), name)
     except FileNotFoundError:
         raise RadiographError(f"no such file: {name}; check the path") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise RadiographError(f"{name} cannot be read as a table ({error}): save it as CSV in UTF-8") from None
+    hint = text[:4].lower() == "sep="  # a line that gives spreadsheet programs the delimiter
+    text = text.partition("\n")[2] if hint else text
+    delimiter, columns = _header(text, name)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     items = []
-    for number, row in rows:
-        while len(row) > len(columns) and not row[-1].strip():
-            row.pop()
-        if len(row) != len(columns):
-            raise RadiographError(
-                f"{name}, line {number}, has {len(row)} cells for {len(columns)} columns: put text with a "
-                f"{'tab' if delimiter == chr(9) else delimiter} in quotes"
-            )
-        cells = {column: cell.strip() for column, cell in zip(columns, row, strict=True)}
-        image, lateral = cells["image"], cells.get("lateral")
-        if not image:
-            raise RadiographError(f"{name}, line {number}, has no image path: add it, or remove the line")
-        if "\0" in image or "\0" in (lateral or ""):
-            raise RadiographError(f"{name}, line {number}, has a path with a NUL character: correct it")
-        texts = {column: cells.get(column) or None for column in ("indication", "comparison", "view")}
-        items.append(
-            Item(
-                cells.get("id") or image,
-                path.parent / _path(image),
-                **texts,
-                lateral=path.parent / _path(lateral) if lateral else None,
-                paths=(image, lateral or ""),
-            )
-        )
+    try:
+        next(reader)
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                cells = _cells(row, columns, delimiter, f"{name}, line {reader.line_num + hint},")
+                items.append(_table_item(cells, path.parent))
+    except csv.Error as error:
+        raise RadiographError(
+            f"{name}, line {reader.line_num + hint}, cannot be read ({error}): save the table again as CSV (UTF-8)"
+        ) from None
     return items
+
+
+def _cells(row: list[str], columns: list[str], delimiter: str, line: str) -> dict[str, str]:
+    """The cells of a row, by column."""
+    while len(row) > len(columns) and not row[-1].strip():
+        row.pop()
+    if len(row) != len(columns):
+        shown = "tab" if delimiter == "\t" else delimiter
+        remedy = f"put text with a {shown} in quotes" if len(row) > len(columns) else "add the missing ones"
+        raise RadiographError(f"{line} has {len(row)} cells for {len(columns)} columns: {remedy}")
+    cells = {column: cell.strip() for column, cell in zip(columns, row, strict=True)}
+    if not cells["image"]:
+        raise RadiographError(f"{line} has no image path: add it, or remove the line")
+    return cells
+
+
+def _table_item(cells: dict[str, str], folder: Path) -> Item:
+    image, lateral = cells["image"], cells.get("lateral")
+    return Item(
+        cells.get("id") or image,
+        folder / _path(image),
+        cells.get("indication") or None,
+        cells.get("comparison") or None,
+        cells.get("view") or None,
+        folder / _path(lateral) if lateral else None,
+        (image, lateral or ""),
+    )
