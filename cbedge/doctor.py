@@ -16,7 +16,7 @@ from typing import Literal
 from cbedge.bench import drawn_chest
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.cores import cpu_quota
-from cbedge.errors import CbedgeError
+from cbedge.errors import CbedgeError, install_extra
 from cbedge.machine import machine
 
 State = Literal["ok", "warning", "fault"]
@@ -34,7 +34,7 @@ class Check:
         name: what was checked.
         state: ``ok``; ``warning``: drafts still work; ``fault``: they do not.
         found: the result in words.
-        remedy: what to type or do; empty if nothing.
+        remedy: what to type or do; empty if nothing, or if ``found`` is an error message, which says it.
     """
 
     name: str
@@ -55,7 +55,7 @@ def examine(model: Path | None = None) -> Iterator[Check]:
     try:
         bundle = open_bundle(model)
     except CbedgeError as error:
-        yield Check("model", "fault", *_split(error))
+        yield Check("model", "fault", str(error))
     if bundle is not None:
         yield _files(bundle)
     if runtime.state == "fault" or bundle is None:
@@ -78,10 +78,10 @@ def _runtime() -> Check:
         check_runtime()
         import onnxruntime
     except CbedgeError as error:
-        return Check("onnxruntime", "fault", *_split(error))
+        return Check("onnxruntime", "fault", str(error))
     except ImportError as error:
         return Check(
-            "onnxruntime", "fault", f"it cannot be imported ({error})", 'pip install --force-reinstall "cbedge[cpu]"'
+            "onnxruntime", "fault", f"it cannot be imported ({error})", "pip install --force-reinstall onnxruntime"
         )
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return Check("onnxruntime", "ok", f"{onnxruntime.__version__}, built for {providers}")
@@ -120,7 +120,7 @@ def _files(bundle: Bundle) -> Check:
     try:
         bundle.verify()
     except CbedgeError as error:
-        return Check("model", "fault", *_split(error))
+        return Check("model", "fault", str(error))
     manifest = bundle.manifest
     size = sum(record.size for record in manifest.files.values()) / 1e6
     return Check(
@@ -140,7 +140,7 @@ def _cuda(model: Path | None) -> Iterator[Check]:
             "draft on cuda",
             "warning",
             f"this machine has a GPU ({gpu}), but the CPU build of ONNX Runtime is installed",
-            'pip uninstall -y onnxruntime && pip install "cbedge[gpu]"',
+            f"pip uninstall -y onnxruntime, then {install_extra('gpu')}",
         )
 
 
@@ -165,24 +165,14 @@ def _tried(name: str, attempt: Callable[[], str], failure: State) -> Check:
     try:
         return Check(name, "ok", attempt())
     except CbedgeError as error:
-        return Check(name, failure, *_split(error))
+        return Check(name, failure, str(error))
     except Exception as error:  # the runtime may raise anything; the user must see it
         return Check(
             name,
             failure,
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            "update the driver and: pip install --upgrade --force-reinstall cbedge",
+            "update the driver of the device, and install cbedge again",
         )
-
-
-def _split(error: CbedgeError) -> tuple[str, str]:
-    """Split an error message into what is wrong and what to do."""
-    text = str(error)
-    for mark in ("; type: ", ": "):
-        found, cut, remedy = text.rpartition(mark)
-        if cut:
-            return found, remedy
-    return text, ""
 
 
 def _free_memory_gb() -> float | None:

@@ -1,6 +1,14 @@
 """Errors that cbedge raises. Each message says what is wrong, with what, and what to do."""
 
 
+def install_extra(extra: str) -> str:
+    """What to type to install an extra such as ``serve``: in a clone, or from a folder of wheels."""
+    return (
+        f'pip install -c constraints.txt ".[{extra}]" in the clone, or from a folder of wheels: '
+        f'pip install --no-index --find-links FOLDER "cbedge[{extra}]"'
+    )
+
+
 class CbedgeError(Exception):
     """Base class of every expected failure. ``exit_code`` is the exit code of the command line."""
 

@@ -1,6 +1,6 @@
 """An operator for MONAI Deploy, in an application that drafts the chest radiographs of a folder.
 
-``pip install monai-deploy-app-sdk "cbedge[cpu,hospital]"``, then
+``pip install monai-deploy-app-sdk`` and, in the clone, ``pip install -c constraints.txt ".[cpu,hospital]"``; then
 ``python examples/monai_operator.py --input FOLDER --output FOLDER``: every CR or DX image's draft is written there as a
 DICOM Structured Report. Behind the SDK's own DICOMSeriesSelectorOperator, which needs MONAI and torch beside it, emit
 ``series.get_sop_instances()[0].get_native_sop_instance()`` saved to bytes in the place of :class:`FolderOperator`.

@@ -1,6 +1,6 @@
 """A script for the PACS side: fetch a study's radiographs from the PACS, draft each, send the drafts back.
 
-``pip install "cbedge[cpu,hospital]"``, then
+In the clone, ``pip install -c constraints.txt ".[cpu,hospital]"``, then
 ``python examples/pacs_drafts.py PACS@10.0.0.5:104 STUDY_INSTANCE_UID --aet CBEDGE``. It asks by C-GET, so the PACS
 needs no way back to this machine, but must know the title. ``cbedge listen`` is the service that waits for radiographs.
 """

@@ -16,6 +16,7 @@ from cbedge.backends.kv_cache import bind_cache, empty_cache, to_ortvalue
 from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.backends.provider import Provider
 from cbedge.bundles.manifest import FOR_GPUS
+from cbedge.errors import install_extra
 
 if TYPE_CHECKING:
     from cbedge.backends.ort import OnnxBackend
@@ -168,12 +169,12 @@ CUDA = Provider(
     name="CUDAExecutionProvider",
     new_decoder=CudaDecoder,
     install=(
-        "CUDA was requested, but the installed ONNX Runtime is the CPU build; type: "
-        'pip uninstall -y onnxruntime && pip install "cbedge[gpu]", or give --device cpu'
+        "CUDA was requested, but the installed ONNX Runtime is the CPU build: give --device cpu, or type: "
+        f"pip uninstall -y onnxruntime, then {install_extra('gpu')}"
     ),
     failure=(
-        "CUDA was requested, but ONNX Runtime could not start it: check the NVIDIA driver (nvidia-smi) and type: "
-        'pip install "cbedge[gpu]" for the CUDA and cuDNN libraries, or give --device cpu'
+        "CUDA was requested, but ONNX Runtime could not start it: give --device cpu, or check the NVIDIA driver "
+        f"(nvidia-smi) and install CUDA and cuDNN; type: {install_extra('gpu')}"
     ),
     memory="cuda",
     variants=FOR_GPUS,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cbedge.errors import DeviceError
+from cbedge.errors import DeviceError, install_extra
 
 if TYPE_CHECKING:
     from cbedge.backends.ort import OnnxBackend
@@ -56,11 +56,11 @@ def check_runtime() -> None:
     """
     present = [name for name in ("onnxruntime", "onnxruntime-gpu") if is_installed(name)]
     if not present:
-        raise DeviceError('ONNX Runtime is not installed; type: pip install "cbedge[cpu]" (or "cbedge[gpu]" for CUDA)')
+        raise DeviceError(f"ONNX Runtime is not installed; type (for CUDA: gpu instead of cpu) {install_extra('cpu')}")
     if len(present) == 2:
         raise DeviceError(
             "onnxruntime and onnxruntime-gpu are both installed, which does not work; type: "
-            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "cbedge[gpu]" (or "cbedge[cpu]")'
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then (for CUDA: gpu instead of cpu) " + install_extra("cpu")
         )
 
 

@@ -6,15 +6,15 @@ To add one, write a module that creates a :class:`~cbedge.backends.provider.Prov
 from cbedge.backends.ort_cuda import CUDA
 from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.backends.provider import Provider, check_runtime
-from cbedge.errors import DeviceError
+from cbedge.errors import DeviceError, install_extra
 
 CPU = Provider(
     device="cpu",
     name="CPUExecutionProvider",
     new_decoder=OnnxDecoder,
-    install='the installed ONNX Runtime has no CPU kernels: pip install "cbedge[cpu]"',
+    install=f"the installed ONNX Runtime has no CPU kernels; type: {install_extra('cpu')}",
     is_repeatable=True,
-    failure='ONNX Runtime could not start on the CPU: pip install --force-reinstall "cbedge[cpu]"',
+    failure="ONNX Runtime could not start on the CPU; type: pip install --force-reinstall onnxruntime",
 )
 PROVIDERS = {provider.device: provider for provider in (CUDA, CPU)}  # ``auto`` selects the first one that can run
 DEVICES = ("auto", *sorted(PROVIDERS))

@@ -7,7 +7,7 @@ import typer
 
 from cbedge.cli.options import Device, Model, Template, Variant
 from cbedge.cli.terminal import keep_to_template
-from cbedge.errors import OutputError
+from cbedge.errors import OutputError, install_extra
 
 
 def listen(
@@ -34,9 +34,7 @@ def listen(
         from cbedge.services.delivery import Peer
         from cbedge.services.dicom_node import ListenSettings, run_listener
     except ImportError as error:
-        raise OutputError(
-            f'cbedge listen needs the package {error.name}; type: pip install "cbedge[hospital]"'
-        ) from None
+        raise OutputError(f"cbedge listen needs the package {error.name}; type: {install_extra('hospital')}") from None
     from cbedge.api import ReportGenerator
     from cbedge.outputs import check_format
 

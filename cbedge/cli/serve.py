@@ -6,7 +6,7 @@ import typer
 
 from cbedge.cli.options import Device, Model, Template, Variant
 from cbedge.cli.terminal import keep_to_template
-from cbedge.errors import OutputError
+from cbedge.errors import OutputError, install_extra
 
 
 def serve(
@@ -42,7 +42,7 @@ def serve(
         from cbedge.services.http import check_exposure, run_server
         from cbedge.services.http_queue import ServeSettings
     except ImportError as error:
-        raise OutputError(f'cbedge serve needs the package {error.name}; type: pip install "cbedge[serve]"') from None
+        raise OutputError(f"cbedge serve needs the package {error.name}; type: {install_extra('serve')}") from None
     check_exposure(host, token)
     from cbedge.api import ReportGenerator
 

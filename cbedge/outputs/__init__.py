@@ -4,6 +4,6 @@ SR and FHIR documents are marked preliminary and unverified, and name the model 
 installed with the extra ``hospital``.
 """
 
-from cbedge.outputs.registry import FORMATS, SCHEMA, Format, check_format, check_source, render
+from cbedge.outputs.registry import BATCH_SCHEMA, FORMATS, SCHEMA, Format, check_format, check_source, render
 
-__all__ = ["FORMATS", "SCHEMA", "Format", "check_format", "check_source", "render"]
+__all__ = ["BATCH_SCHEMA", "FORMATS", "SCHEMA", "Format", "check_format", "check_source", "render"]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbedge.errors import OutputError
+from cbedge.errors import OutputError, install_extra
 from cbedge.report import Report
 
 SCHEMA = Path(__file__).parent / "report.schema.json"
+BATCH_SCHEMA = SCHEMA.with_name("batch.schema.json")
 Source = Path | bytes | None
 
 
@@ -59,7 +60,7 @@ def check_format(name: str) -> None:
             importlib.import_module(package)
     except ImportError as error:
         raise OutputError(
-            f'--format {name} needs the package {error.name}; type: pip install "cbedge[hospital]"'
+            f"--format {name} needs the package {error.name}; type: {install_extra('hospital')}"
         ) from None
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from cbedge.api import ReportGenerator
 from cbedge.decoding import Decoding
-from cbedge.errors import CbedgeError, OutputError
+from cbedge.errors import CbedgeError, OutputError, install_extra
 from cbedge.file_names import safe_name
 from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
 from cbedge.images.radiograph import printable
@@ -261,7 +261,7 @@ def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Itera
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise OutputError("Parquet needs pyarrow; type: pip install pyarrow") from None
+        raise OutputError(f"--parquet needs the package pyarrow; type: {install_extra('batch')}") from None
     rows = [
         {k: json.dumps(v) if isinstance(v, dict | list) else _valid(v) for k, v in line.items()}
         for line in read_lines(lines)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import pytest
 from conftest import call_cli, needs_default_model
 from fastapi.testclient import TestClient
 from golden.drafts import FOLDER
@@ -73,6 +75,12 @@ def test_batch_lines(tmp_path: Path, snapshot: SnapshotAssertion):
     done = call_cli("cbedge.cli.main", "batch", tmp_path, "--out", tmp_path / "drafts.jsonl", *MODEL)
     assert done.returncode == 3, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "drafts.jsonl").read_text(encoding="utf-8").splitlines()]
+    schema = json.loads(call_cli("cbedge.cli.main", "schema", "--batch").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for line in lines:
+        jsonschema.validate(line, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**line, "unknown": 1}, schema)
     assert "".join(f"status {line['status']}\n{as_lines(line)}\n" for line in lines) == snapshot
 
 
