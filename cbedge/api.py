@@ -19,6 +19,7 @@ from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources, check_template
 from cbedge.drafting.recent import Recent
+from cbedge.drafting.templates import Template
 from cbedge.errors import CbedgeError, ContextError
 from cbedge.findings.reading import ImageReading
 from cbedge.images.film_check import FilmCheck
@@ -109,7 +110,7 @@ class ReportGenerator:
         self.resources = DraftingResources(bundle, backend.vocabulary)
         self.film_check = FilmCheck.load(bundle.folder, bundle.manifest.files, bundle.manifest.reads_lateral)
         self._guess_length = GuessLength()
-        self._house_template: str | None = None
+        self._house_template: Template | None = None
 
     @classmethod
     def from_pretrained(
@@ -254,7 +255,7 @@ class ReportGenerator:
             accept_any_image=request.accept_any_image,
         )
 
-    def _checked_template(self, template: str) -> str:
+    def _checked_template(self, template: str) -> Template:
         return check_template(self.bundle.manifest, template, self.resources.codec)
 
     def _decoding_of(self, decoding: Decoding | Mapping[str, Any] | None) -> Decoding:

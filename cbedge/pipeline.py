@@ -26,6 +26,7 @@ from cbedge.drafting.plan import DraftingResources, DraftPlan, plan_draft
 from cbedge.drafting.query import query_films
 from cbedge.drafting.recent import CachedStudy, Recent
 from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.drafting.templates import Template
 from cbedge.errors import DraftError
 from cbedge.findings.reading import ImageReading, interpret
 from cbedge.images.film_check import FilmCheck
@@ -77,7 +78,7 @@ class Study:
     context: ClinicalContext
     indication_source: str | None
     notes: tuple[str, ...]
-    template: str | None
+    template: Template | None
     max_new_tokens: int | None
     decoding: Decoding
     accept_any_image: bool

@@ -42,10 +42,10 @@ def test_no_sentence_of_a_normal_template_states_an_abnormality():
 def test_an_abnormality_that_no_score_points_to_is_warned_of():
     manifest = open_bundle().manifest
     template = parse_template("Heart normal. There is a large effusion. No fracture.\nIMPRESSION: Effusion.")
-    kept, warnings = _sections(template, True, False, (), (), manifest)
+    kept, warnings = _sections(template, False, (), (), manifest)
     assert kept == template
     assert [warning.split(":")[0] for warning in warnings] == [
         f"The template's sentence {text!r} states effusion, which the image scores do not point to"
         for text in ("There is a large effusion.", "Effusion.")
     ]
-    assert _sections(template, True, False, (), ("effusion",), manifest)[1] == []
+    assert _sections(template, False, (), ("effusion",), manifest)[1] == []

@@ -19,7 +19,7 @@ from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.decoding import Decoding
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.drafting.plan import plan_draft
-from cbedge.drafting.templates import Templates
+from cbedge.drafting.templates import Templates, parse_template
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext
@@ -180,6 +180,28 @@ def test_a_draft_keeps_to_the_template_that_is_given_or_usual(generator: ReportG
     assert "spleen" not in house.generate(chest_png, template="Lungs are clear.", max_new_tokens=160).text
 
 
+def test_what_a_template_loses_is_a_warning_of_each_draft(generator: ReportGenerator, chest_png: Path):
+    template = "The lungs are clear.\nIMPRESSION: Normal chest.\nSigned by Jo Smith"
+    house = copy(generator)
+    house.keep_to(template)
+    for report in (generator.generate(chest_png, template=template), house.generate(chest_png)):
+        assert "Line 3 of the template has what looks like a signature: this sentence was left out." in report.warnings
+        assert "Smith" not in report.to_json()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "النتائج: القلب طبيعي. الرئتان صافيتان.",
+        "ממצאים: הלב תקין.\nרושם: תקין.",
+        "所見：心拡大なし。胸水なし。\n印象：異常なし。",
+    ],
+)
+def test_a_template_in_another_script_is_refused(generator: ReportGenerator, template: str):
+    with pytest.raises(ContextError, match="the template is in another language, whose script drafts do not support"):
+        copy(generator).keep_to(template)
+
+
 @pytest.mark.parametrize("abnormal", [False, True])
 def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
     generator: ReportGenerator, chest_png: Path, abnormal: bool
@@ -212,7 +234,7 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
         resources.templates = Templates([template], np.zeros((8, 1), np.float32), np.zeros(1, np.float32))
         scores = {name: 0.9 for name in present}
         reading = ImageReading(np.zeros((1, 1, 1), np.float32), present, scores, np.zeros(1, np.float32))
-        given = None if usual else template
+        given = None if usual else parse_template(template)
         plan = plan_draft(reading, ClinicalContext(), Decoding(), told.bundle.manifest, resources, given)
         begun = plan.opening_ids
         return resources.codec.decode([*begun, *plan.constraint.forced(begun)]), plan.warnings

@@ -235,6 +235,61 @@ def test_invisible_characters_are_removed_and_joiners_of_persian_stay():
     assert parse_template("قلب نمی\u200cباشد.").findings == ("قلب نمی\u200cباشد.",)
 
 
+PRIVATE = {
+    "a signature": [
+        "Electronically signed by Dr. Jo Smith on 01/02/2024 at 14:55.",
+        "Dictated by: Jo Smith MD",
+        "/s/ Jo Smith",
+        "Signed: Jo Smith",
+        "Read by: JS",
+        "Radiologist: Jo Smith",
+        "Dr. Jo Smith",
+        "Jo Smith, M.D.",
+        "Firmado por Jo Smith",
+        "gez. Jo Smith",
+    ],
+    "patient data": [
+        "Patient: John Doe, DOB 01/02/1950, MRN 123456.",
+        "Patient's name: Doe",
+        "Accession #: A-77",
+        "Sex: F",
+        "No change in Mrs. Doe.",
+        "Referring physician: Jo Smith",
+        "This is a 64-year-old woman.",
+    ],
+    "a date": ["Compared with 01/02/2024.", "Date 2024-01-02.", "Seen on 2 January 2024.", "As of Mar 3, 2023."],
+    "an identifier or an address": ["Call 555-1234.", "Mail jo.smith@hospital.example.", "Order 12345678."],
+}
+
+
+@pytest.mark.parametrize(("kind", "line"), [(kind, line) for kind, lines in PRIVATE.items() for line in lines])
+def test_what_holds_for_one_study_or_person_is_left_out_and_told_without_its_text(kind: str, line: str):
+    told = f"of the template has what looks like {kind}: this sentence was left out."
+    for text, number in (
+        (f"{line}\nFINDINGS: Lungs clear.\nIMPRESSION: Normal chest.", 1),
+        (f"FINDINGS: Lungs clear.\nIMPRESSION: Normal chest.\n\n{line}", 4),
+        (f"Lungs clear. {line}\nIMPRESSION: Normal chest.", 1),
+    ):
+        template = parse_template(text)
+        assert (template.findings, template.impression) == (("Lungs clear.",), ("Normal chest.",))
+        assert template.left_out == (f"Line {number} {told}",)
+
+
+def test_a_signature_of_several_lines_is_left_out_up_to_the_next_sentence():
+    template = parse_template("Lungs clear.\nSigned by\nJo Smith\nGeneral Hospital\nHeart normal.\nSkeleton normal")
+    assert template.findings == ("Lungs clear.", "Heart normal.", "Skeleton normal.")
+    assert [told.split(" of ")[0] for told in template.left_out] == ["Line 2", "Line 3", "Line 4"]
+
+
+def test_headings_of_one_study_are_told_if_they_have_text():
+    template = parse_template("INDICATION: Cough.\nHISTORY:\nTECHNIQUE\nPA view\nCOMPARISON:\n\nFINDINGS: Lungs clear.")
+    assert template.findings == ("Lungs clear.",)
+    assert template.left_out == (
+        "The template's INDICATION (line 1) holds for one study only and was left out.",
+        "The template's TECHNIQUE (line 3) holds for one study only and was left out.",
+    )
+
+
 @given(st.lists(st.sampled_from([*PROSE.split(". "), *FORM.splitlines()]), min_size=1, max_size=12))
 def test_a_template_that_was_read_reads_the_same_again(lines: list[str]):
     try:

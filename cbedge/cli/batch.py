@@ -96,7 +96,7 @@ def batch(
 
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
-        drafted_by += f" template {hashlib.sha256(wording.encode()).hexdigest()[:8]}"
+        drafted_by += f" template {hashlib.sha256(wording.text.encode()).hexdigest()[:8]}"
     drafted_by += " no template" if no_template else ""
     drafted_by += f" max new tokens {max_new_tokens}" if max_new_tokens is not None else ""
     drafted_by += f" documents {form}" if documents else ""  # a finished draft without its document is not resumed

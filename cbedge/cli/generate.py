@@ -68,14 +68,16 @@ def generate(
     _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
-    from cbedge.drafting.templates import read_template
+    from cbedge.drafting.templates import parse_template
     from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import ClinicalContext
 
     ClinicalContext(indication, comparison, view)
     if template and no_template:
         raise ContextError("--template and --no-template cannot be combined: give one of them")
-    wording = read_template(read_text_file(template)) if template else None
+    wording = read_text_file(template) if template else None
+    if wording is not None:
+        parse_template(wording)
     chosen: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,

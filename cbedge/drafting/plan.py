@@ -16,6 +16,7 @@ from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.drafting.template_checks import refuse_other_script
 from cbedge.drafting.templates import Template, Templates, parse_template
 from cbedge.errors import ContextError
 from cbedge.findings.image_findings import AnyPattern
@@ -112,7 +113,7 @@ def plan_draft(
     settings: Decoding,
     manifest: Manifest,
     resources: DraftingResources,
-    template: str | None = None,
+    template: Template | None = None,
     max_new_tokens: int | None = None,
 ) -> DraftPlan:
     """Plan one draft.
@@ -134,18 +135,17 @@ def plan_draft(
     present = reading.findings or ()
     openings = findings.open(present) if findings and present else {}
     opening = _opening(openings, reading.scores, codec)
-    kept = template if settings.keep_to_template else None
+    given = template if settings.keep_to_template else None
     default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
-    chosen = kept or (default if not present else None)
-    wording = kept or default
-    parsed = resources.parse(wording) if wording else Template((), (), True)
-    content, warnings = _sections(parsed, bool(wording), not chosen, [*openings.values()], present, manifest)
+    parsed = given or (resources.parse(default) if default else Template((), (), True))
+    chosen = given.text if given else default if not present else None
+    content, warnings = _sections(parsed, not chosen, [*openings.values()], present, manifest)
     affirming = bool(content.findings and present and not openings)
     first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
     texts = [text for text in (context.indication, context.comparison) if text]
     words = resources.token_texts.extended([*texts, *openings.values(), *parsed.findings, *parsed.impression])
     needed = sum(map(len, (*codec.headings, *first.sentences, *second.sentences))) + len(opening) + EXTRA_TOKENS
-    default_limit = max(manifest.decoding["max_new_tokens"], needed if kept else 0)
+    default_limit = max(manifest.decoding["max_new_tokens"], needed if given else 0)
     limit = min(MAX_NEW_TOKENS, default_limit) if max_new_tokens is None else max_new_tokens
     opening = opening[:limit]
     opening_ids = [token.token_id for token in opening]
@@ -160,8 +160,8 @@ def plan_draft(
         affirming=affirming,
         max_new_tokens=limit,
         template=chosen,
-        template_source="given" if kept else "model" if chosen else None,
-        warnings=tuple(warnings if kept else ()),
+        template_source="given" if given else "model" if chosen else None,
+        warnings=(*given.left_out, *warnings) if given else (),
     )
 
 
@@ -186,7 +186,6 @@ def _section_plans(
 
 def _sections(
     template: Template,
-    exists: bool,
     impression_only: bool,
     opening: Sequence[str],
     present: Sequence[str],
@@ -233,18 +232,19 @@ def _sections(
             "The template is not in English, so its sentences could not be checked against the image scores, which "
             f"point to {', '.join(present)}. Check each sentence."
         )
-    impression = [*opening, *impression] if exists else []
+    impression = [*opening, *impression] if template.findings else []
     return Template(tuple(findings), tuple(impression), template.english), warnings
 
 
-def check_template(manifest: Manifest, text: str, codec: TextCodec) -> str:
+def check_template(manifest: Manifest, text: str, codec: TextCodec) -> Template:
     """Parse and check a user's template for a bundle; see :func:`cbedge.drafting.templates.parse_template`.
 
     Raises:
-        ContextError: the text is not a normal report, the tokenizer cannot represent it, it is too long, or the model
-            has no image scores to check it against.
+        ContextError: the text is not a normal report, its script is not supported, the tokenizer cannot represent it,
+            it is too long, or the model has no image scores to check it against.
     """
     template = parse_template(text)
+    refuse_other_script((*template.findings, *template.impression))
     if manifest.image_findings is None:
         raise ContextError(f"{manifest.name} has no image scores to check a template against: leave the template out")
     count = EXTRA_TOKENS
@@ -259,4 +259,4 @@ def check_template(manifest: Manifest, text: str, codec: TextCodec) -> str:
         raise ContextError(
             f"the template has {count - EXTRA_TOKENS} tokens; the limit is {MAX_NEW_TOKENS - EXTRA_TOKENS}: shorten it"
         )
-    return template.text
+    return template

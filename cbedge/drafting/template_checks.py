@@ -1,0 +1,121 @@
+"""Checks of a template's text: what is no normal report, what must not be copied into a draft, and the language."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from cbedge.drafting.template_text import WORDS, section_of
+from cbedge.errors import ContextError
+from cbedge.prompt import SPECIAL_TOKEN
+
+_STATE = (
+    r"(?:normal|abnormal|unremarkable|clear|sharp|blunted|intact|enlarged|increased|decreased|dilated|widened|none|no|"
+    r"yes|not|with|without|absent|present|mild|mildly|moderate|severe|small|large|is|are|shows?)"
+)
+_BLANK = re.compile(
+    r"_{2,}|X{3,}|\*{2,}|\.{3,}|…|\?{2,}|\[[^\]\n]*\]|<[A-Za-z][^<>|\n]{0,40}>|\$?\{+[^{}\n]*\}+|\$\w[^$\n]{0,40}\$|"
+    rf"%\w+%|@\w+@|[☐☑☒□▢◻⬜]|\b{_STATE}\s*/\s*{_STATE}\b|\b(?:normal|clear|none?)/[^\W\d_]+\b(?!\s*:)",
+    re.IGNORECASE,
+)
+_FORMATS = {
+    "RTF": re.compile(r"\\rtf\d?|\\par\b"),
+    "HTML": re.compile(r"</\w+>|<(?:p|br|b|i|u|div|span|html|li|ul|table)\b[^<>]*>|&(?:[a-z]{2,8}|#x?\w+);", re.I),
+    "JSON": re.compile(r'^\s*[{\[]\s*["{\[\]}]|"\w+"\s*:'),
+    "CSV": re.compile(r'^"?\w+"?[,;]"|^\w+([,;])\w+(?:\1\w+)*\s*\n\w+\1', re.MULTILINE),
+    "a table": re.compile(r"(?<!<)\|(?!>)|\S\t+\S+\t+\S"),
+    "a comment": re.compile(r"^\s*(?://|/\*|;)", re.MULTILINE),
+    "an escape sequence": re.compile(r"\\\S{0,4}"),
+}
+_FILE_NAME = re.compile(
+    r"[^\n]*\.(?:txt|text|md|docx?|odt|rtf|pdf|html?|json|ya?ml|csv|xml|dcm)|(?:~|\.{0,2}/|[A-Za-z]:[\\/])[^\n]*|"
+    r"[^\s\u2e80-\uffff]*"
+)
+# Words of languages in which "no" is a word too; without one of them, "no" is taken as English.
+_ROMANCE = re.compile(
+    r"\b(se|hay|del?|la|el|l[oae]s?|sin|con|y|il|gli|di|e|non|nel|d[ao]|[es]em|com|derrame|coraz[oó]n|pulmones|cuore|"
+    r"polmoni|versamento|coração|pulmões)\b",
+    re.IGNORECASE,
+)
+_ENGLISH_SHARE = 0.25
+_SIGNED = (
+    "(?:signed|authenticated|dictated|transcribed|typed|reported|interpreted|approved|verified|finali[sz]ed|reviewed|"
+    "read)"
+)
+_MONTH = (
+    "(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
+    "nov(?:ember)?|dec(?:ember)?)"
+)
+# What holds for one study or person only: how it is called, and how a sentence with it looks.
+_PRIVATE = {
+    "a signature": (
+        r"(?:^|\s)/s/",
+        rf"\b(?:electronically|digitally) {_SIGNED}\b",
+        rf"^(?:signed|signature|{_SIGNED} ?(?:by\b|:))",
+        r"^(?:(?:attending|reporting|staff) )?(?:radiologist|physician|consultant|resident)(?: name)?\s*[:.,]",
+        r"^(?:gez\.|unterzeichnet|diktiert|befundet von|signé|dicté|firmado|dictado|firmato|assinado)(?!\w)",
+        r"^(?:dr|prof)\.? \w",
+        r"\b(?-i:M\.?D|FRCR|MBBS|FACR|FRANZCR)\b\W*$",
+    ),
+    "patient data": (
+        r"^(?:patient|patientin|paciente|paziente|pt|name|nombre|nom|age|sex|gender|geb|address)(?:'?s)?"
+        r"(?: (?:name|id|no|number|age|sex))?\.?\s*[:：#]",
+        r"^(?:referring|ordering|requesting) \w+\s*[:：]",
+        r"(?-i:\b(?:Mr|Mrs|Ms|Herr|Frau)\.? [A-Z])",
+        r"\b(?:MRN|DOB|SSN|accession|date of birth|medical record|geburtsdatum|\d{1,3}[- ]years?[- ]old)\b",
+    ),
+    "a date": (
+        r"\b\d{1,2}([/.-])\d{1,2}\1\d{2,4}\b",
+        r"\b\d{4}-\d{1,2}-\d{1,2}\b",
+        rf"\b{_MONTH}\.? (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\d{{4}}\b",
+    ),
+    "an identifier or an address": (r"\d{6}", r"\b\d{3}[- ]\d{4}\b", r"\S@\S", "https?:"),
+}
+_PRIVATE_PATTERNS = {kind: [re.compile(p, re.IGNORECASE) for p in patterns] for kind, patterns in _PRIVATE.items()}
+
+
+def private_content(sentence: str) -> str | None:
+    """What a sentence looks like that holds for one study or person only, such as ``a signature``; else ``None``."""
+    return next((kind for kind, found in _PRIVATE_PATTERNS.items() if any(p.search(sentence) for p in found)), None)
+
+
+def is_english(sentences: Iterable[str]) -> bool:
+    """Whether sentences are English, by their share of frequent English words."""
+    words = re.findall(r"[^\W\d_]+", " ".join(sentences).lower())
+    english = WORDS["english"] if _ROMANCE.search(" ".join(words)) else WORDS["english"] | {"no"}
+    return sum(word in english for word in words) >= _ENGLISH_SHARE * max(1, len(words))
+
+
+def refuse_other_script(sentences: Iterable[str]) -> None:
+    """Check that a template is written from left to right with an alphabet, so that drafts can follow it.
+
+    Raises:
+        ContextError: most letters are of another script, such as Arabic, Hebrew or Chinese.
+    """
+    alphabets = [unicodedata.name(c, "").partition(" ")[0] for c in "".join(sentences) if c.isalpha()]
+    known = sum(name in ("LATIN", "GREEK", "CYRILLIC") for name in alphabets)
+    if 2 * known < len(alphabets):
+        raise ContextError(
+            "the template is in another language, whose script drafts do not support: give a normal report in English "
+            "or in another language with Latin letters"
+        )
+
+
+def refuse_what_is_no_report(text: str) -> None:
+    """Refuse a file name, another format than plain text, and what is left to fill in or to choose."""
+    if _FILE_NAME.fullmatch(text.strip()) and re.search(r"\w", text) and not text.endswith((".", ":")):
+        raise ContextError("the template is a file name or a single word: give the text of a normal report")
+    for name, pattern in _FORMATS.items():
+        if found := pattern.search(text):
+            quoted = " ".join(found.group().split())[:20]
+            raise ContextError(
+                f"the template has {name} ({quoted}): give the sentences of a normal report as plain text"
+            )
+    for blank in _BLANK.finditer(text):
+        if SPECIAL_TOKEN.fullmatch(blank.group()) and blank.group().startswith("["):
+            continue
+        if section_of(blank.group().strip("[] "), True) is None:
+            raise ContextError(
+                f"the template has a blank to fill in ({blank.group()[:20]}): fill it in, or remove the sentence"
+            )
