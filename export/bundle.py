@@ -15,9 +15,6 @@ from cbedge.backends import Backend, open_backend
 from cbedge.backends.int8 import Table
 from cbedge.bundles.bundle import (
     CARD,
-    FILM_VIEW,
-    GATE,
-    LATERAL_GATE,
     PHRASEBOOK,
     QFORMER_TOKENIZER,
     TEMPLATES,
@@ -28,6 +25,8 @@ from cbedge.bundles.bundle import (
 )
 from cbedge.bundles.manifest import Manifest, Shapes, Variant
 from cbedge.decoding.phrasebook import Phrasebook
+from cbedge.images.film_view import FILM_VIEW
+from cbedge.images.gate import GATE, LATERAL_GATE
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate

@@ -12,9 +12,10 @@ import onnx
 import yaml
 
 from cbedge.backends import open_backend
-from cbedge.bundles.bundle import CARD, FILM_VIEW, PHRASEBOOK, TEMPLATES, WORDS, Bundle, write_bundle
+from cbedge.bundles.bundle import CARD, PHRASEBOOK, TEMPLATES, WORDS, Bundle, write_bundle
 from cbedge.bundles.manifest import IN_INT8, Manifest, Variant
 from cbedge.findings.image_findings import ImageFindings
+from cbedge.images.film_view import FILM_VIEW
 from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view

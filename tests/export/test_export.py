@@ -172,6 +172,7 @@ def test_a_tied_embedding_is_stored_once_and_read_right(tmp_path: Path):
     assert np.abs(rows - table).max() <= np.abs(table).max() / 8 + 1e-6
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_a_line_a_step_and_a_table(tiny_checkpoint: Path, tmp_path: Path):
     out = tmp_path / "bundle"
     done = run_cli("export", "--checkpoint", tiny_checkpoint, "--out", out, "--variant", "int4", COLUMNS="100")

@@ -23,6 +23,7 @@ def test_cells_differ_in_stages_and_priors_and_in_nothing_else(tiny_config: Path
     assert cell_config(config, Cell("both", True), tmp_path).stages == config.stages
 
 
+@pytest.mark.slow
 @needs_java
 def test_the_ablation_trains_scores_and_goes_on(tiny_config: Path, tiny_data: Path, tmp_path: Path):
     arguments = (

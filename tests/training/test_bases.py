@@ -48,15 +48,19 @@ stages:
   - name: vision
     train: [qformer, query_tokens, projection]
     losses: {tags: 1.0}
+    epochs: 0.2
     batch_size: 4
   - name: language
     train: [projection]
-    lora: {part: language, r: 4, alpha: 8, targets: [q_proj, v_proj]}
+    lora: {part: language, r: 16, alpha: 64, targets: [q_proj, v_proj, up_proj, down_proj, lm_head]}
     losses: {language: 1.0}
+    lora_learning_rate: 0.03
+    epochs: 20
     batch_size: 4
 """
 
 
+@pytest.mark.slow
 def test_a_new_base_model_is_one_file_and_one_entry(
     tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -74,7 +78,7 @@ def test_a_new_base_model_is_one_file_and_one_entry(
 
     config, run, out = tmp_path / "run.yaml", tmp_path / "run", tmp_path / "bundle"
     config.write_text(RUN, encoding="utf-8")
-    options = ["--data", tiny_data, "--cache", tiny_checkpoint, "--max-steps", 2]
+    options = ["--data", tiny_data, "--cache", tiny_checkpoint, "--max-steps", 20]
     done = call_cli("training", "run", "--config", config, "--output", run, *options)
     assert done.returncode == 0, done.stderr
     text = json.loads((run / "base" / "config.json").read_text())["text_config"]

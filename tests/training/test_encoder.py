@@ -255,6 +255,7 @@ def test_a_pack_brings_films_and_weights_to_another_machine(
         read_pack(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script for GPU machines, which run Linux")
 def test_the_gpu_script_leaves_the_best_weights_in_pieces(films: Films, start: dict[str, torch.Tensor], tmp_path: Path):
     write_pack(films, start, tmp_path / "pack")

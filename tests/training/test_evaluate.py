@@ -60,6 +60,7 @@ def test_controls_change_the_image_or_the_indication_and_nothing_else(tiny_data:
         assert request.context.indication is None and request.context.view == "frontal"
 
 
+@pytest.mark.slow
 @needs_java
 def test_evaluate_writes_every_row_and_keeps_what_is_there(
     tiny_data: Path, tiny_run: Path, tiny_bundle: Path, tmp_path: Path
