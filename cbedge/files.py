@@ -195,6 +195,14 @@ def lock_file(path: Path, busy: str) -> FileLock:
     return lock
 
 
+def unlock_file(lock: FileLock) -> None:
+    """Release a lock and remove its file, first the name, so that no other process can lock a file without a name:
+    filelock tries again when that happens. On Windows, where open files cannot be removed, filelock removes it."""
+    with suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
 def lock_path(path: Path) -> Path:
     """The lock file of a file: in the same folder, with a hidden name."""
     name = f".{path.name}.lock"

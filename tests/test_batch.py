@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbedge import CbedgeError, RadiographError
+from cbedge import CbedgeError, OutputError, RadiographError
 from cbedge.file_names import safe_name
 from cbedge.files import lock_file, lock_path
 from cbedge.services import batch
-from cbedge.services.studies import find_studies, join_views
+from cbedge.services.studies import Item, find_studies, join_views
 
 
 @pytest.fixture
@@ -280,7 +280,8 @@ def test_drafts_among_the_films_are_not_drafted_again(tiny_bundle: Path, tmp_pat
         if studies == tmp_path:
             done = run_batch(tiny_bundle, studies, tmp_path / "out.jsonl", *options)
             assert done.returncode == 0, done.stderr
-    assert len(found.skipped) == 1 and (tmp_path / "drafts" / "a.dcm.dcm").exists()
+    assert len(found.skipped) == 1 and (tmp_path / "drafts" / "a.sr.dcm").exists()
+    assert not [*tmp_path.glob("**/*.lock")]
     with pytest.raises(RadiographError, match="--documents is the folder of the radiographs"):
         find_studies(str(tmp_path), tmp_path / "drafts" / "..")
 
@@ -395,6 +396,23 @@ def test_each_draft_is_a_file_of_its_own_too(tiny_bundle: Path, films: Path, tmp
     taken = run_batch(tiny_bundle, films / "more", tmp_path / "other.jsonl", "--documents", documents)
     assert taken.returncode == 7 and "already has files" in taken.stderr
     assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("form", "names", "documents"),
+    [
+        ("sr", ["a.dcm", "a.png", "b"], ["a.sr.dcm", "a.png.sr.dcm", "b.sr.dcm"]),
+        ("text", ["a.dcm", "a.png"], ["a.dcm.txt", "a.png.txt"]),
+        ("fhir", ["a.dcm", "a.json"], ["a.dcm.fhir.json", "a.fhir.json"]),
+    ],
+)
+def test_documents_have_names_of_their_own(form: str, names: list[str], documents: list[str], tmp_path: Path):
+    items = [Item(name, tmp_path / name) for name in names]
+    files = batch.Documents(tmp_path / "drafts", form)
+    assert [files.path(item).name for item in items] == documents
+    files.check(items, [])
+    with pytest.raises(OutputError, match="is given as two outputs"):
+        files.check([*items, Item(names[0].removesuffix(".dcm"), tmp_path / "x"), Item(names[0], tmp_path / "y")], [])
 
 
 def test_a_format_that_a_radiograph_cannot_have_fails_by_line(tiny_bundle: Path, films: Path, tmp_path: Path):

@@ -41,7 +41,7 @@ class Format:
 FORMATS = {
     "text": Format("cbedge.outputs.plain:write_text", "text/plain", ".txt"),
     "json": Format("cbedge.outputs.plain:write_json", "application/json", ".json"),
-    "sr": Format("cbedge.outputs.sr:write", "application/dicom", ".dcm", "highdicom", "cbedge.outputs.sr:check"),
+    "sr": Format("cbedge.outputs.sr:write", "application/dicom", ".sr.dcm", "highdicom", "cbedge.outputs.sr:check"),
     "fhir": Format("cbedge.outputs.fhir:write", "application/fhir+json", ".fhir.json", "fhir.resources"),
 }
 

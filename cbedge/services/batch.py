@@ -19,7 +19,7 @@ from cbedge.api import ReportGenerator
 from cbedge.decoding import Decoding
 from cbedge.errors import CbedgeError, OutputError, install_extra
 from cbedge.file_names import safe_name
-from cbedge.files import check_output, lock_file, lock_path, open_atomically, write_output
+from cbedge.files import check_output, lock_file, lock_path, open_atomically, unlock_file, write_output
 from cbedge.images.radiograph import printable
 from cbedge.outputs import FORMATS, check_source, render
 from cbedge.report import Report
@@ -57,8 +57,9 @@ class Documents:
     form: str
 
     def path(self, item: Item) -> Path:
-        """The file of one draft."""
-        return self.folder / f"{safe_name(item.id)}{FORMATS[self.form].suffix}"
+        """The file of one draft, named after the radiograph: ``a.png.txt``, but ``a.sr.dcm`` for ``a.dcm``."""
+        suffix = FORMATS[self.form].suffix
+        return self.folder / f"{safe_name(item.id.removesuffix(Path(suffix).suffix))}{suffix}"
 
     def check(self, items: Iterable[Item], inputs: Iterable[Path], outputs: Iterable[Path] = ()) -> None:
         """Check that no draft would overwrite an input of the batch or another of its outputs.
@@ -71,7 +72,7 @@ class Documents:
         Raises:
             OutputError: a draft would.
         """
-        names = {os.path.realpath(path) for path in outputs}
+        names = {os.path.normcase(os.path.realpath(path)) for path in outputs}
         read = {identity for path in inputs if (identity := _identity(path)) is not None}
         for target in [self.folder / _OWNER, *map(self.path, items)]:
             if _identity(target) in read:
@@ -79,8 +80,12 @@ class Documents:
                     f"{printable(str(target))} is an input file, and inputs are never overwritten: give another folder "
                     "for --documents"
                 )
-            if os.path.realpath(target) in names:
-                raise OutputError(f"{printable(str(target))} is given as two outputs: give another --documents folder")
+            name = os.path.normcase(os.path.realpath(target))
+            if name in names:
+                raise OutputError(
+                    f"{printable(str(target))} is given as two outputs: give another --documents folder, or other ids"
+                )
+            names.add(name)
 
     def prepare(self, out: Path, force: bool) -> None:
         """Create the folder, or open the one that the same batch created: a file in it names the batch's output.
@@ -190,7 +195,7 @@ def run_batch(
         try:
             return _run_locked(items, out, model, draft, retry_failed, progress)
         finally:
-            lock.release()
+            unlock_file(lock)
     except OSError as error:
         raise OutputError(
             f"cannot write {out.name}: {error.strerror}; finished drafts are kept, run the command again to resume"
