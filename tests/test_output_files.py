@@ -118,7 +118,10 @@ def test_a_console_that_lacks_letters_gets_escapes(letters: str, tmp_path: Path)
             "LC_ALL": "C.UTF-8",
         },
     )
-    assert "no model bundle at Modell-\\u0416\\u2713 (manifest.json is missing)\n" in done.stdout
+    assert (
+        "no model bundle at Modell-\\u0416\\u2713 (manifest.json is missing): give the folder of an exported bundle\n"
+        in done.stdout
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 
