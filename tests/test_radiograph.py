@@ -65,6 +65,7 @@ def test_path_bytes_image_and_array_agree(chest_png):
         (b"not an image at all", "not a supported image"),
         (encoded(Image.fromarray(CHEST), "PNG")[:5000], "damaged or truncated"),
         (encoded(Image.fromarray(CHEST), "JPEG")[:3000], "damaged or truncated"),
+        (encoded(Image.fromarray(CHEST), "JPEG")[:-2], "damaged or truncated"),  # without its end-of-image marker
         (encoded(Image.fromarray(np.full((64, 64), 7, np.uint8)), "PNG"), "blank"),
         (encoded(Image.fromarray(CHEST[:8, :8]), "PNG"), "the minimum is 32 x 32"),
     ],
