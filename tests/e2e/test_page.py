@@ -1,5 +1,6 @@
 """The page that cbedge serve shows, in a real browser. Needs a Chromium and the package playwright."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page, tiny_bundle
         EXAMPLES / "chest_pa.png", indication="cough", accept_any_image=True
     )
     assert page.text_content("#unsure") == "\n".join(report.notes())
-    answer = report.to_dict()  # the page shows its rounded scores
+    answer = json.loads(report.to_json())  # the page shows its rounded scores
     for name, score in answer["finding_scores"].items():
         line = f"{name}{score:.2f} (threshold {answer['finding_thresholds'][name]:.2f})"
         assert line in page.text_content("#findings")
