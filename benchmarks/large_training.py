@@ -23,7 +23,7 @@ import yaml
 from benchmarks.common import EXAMPLE, ROOT, conditions, refuse_existing, start_module, typed, write_record
 from benchmarks.drawn_studies import write_collection
 from benchmarks.export_memory import watch
-from export.console import run
+from training.command_line import run
 
 CONFIG = ROOT / "training" / "configs" / "instructblip_vicuna_7b.yaml"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")

@@ -30,7 +30,7 @@ from benchmarks.peer_runners import RUNNERS, USUAL, Job, Run, Study, Task, read_
 from cbedge import open_bundle
 from cbedge.bundles.bundle import TOKENIZER
 from cbedge.prompt import ClinicalContext, build_prompt
-from export.console import run
+from training.command_line import run
 from training.datasets import open_studies
 
 INDICATION = "cough"

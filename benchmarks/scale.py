@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.common import refuse_existing, write_record
 from cbedge.machine import machine
-from export.console import run
+from training.command_line import run
 
 TOKENS, PROMPT = 100, 80  # of the report for which models are compared
 BATCHES = (1, 4, 16)

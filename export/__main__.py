@@ -14,10 +14,11 @@ from rich.table import Table
 
 from cbedge.bundles.bundle import check_target, open_bundle
 from export.bundle import DEFAULT_LICENCE, ModelInfo, Origin
-from export.console import Steps, Verbose, programs, run
+from export.console import Steps, Verbose, programs
 from export.parity import Parity, write_parity
 from export.pipeline import ExportSettings, export_model
 from export.vocabulary import COMMON
+from training.command_line import run
 from training.fetch import DEFAULT_CACHE
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")

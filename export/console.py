@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,19 +11,7 @@ from time import perf_counter
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
-
-from cbedge.errors import CbedgeError
-
-
-def run(app: typer.Typer) -> None:
-    """Run a command line; an expected failure is one line and a non-zero exit code."""
-    try:
-        app()
-    except (CbedgeError, ValueError, RuntimeError, OSError, yaml.YAMLError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 def programs(folder: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from cbedge.errors import OutputError
 from export.blockwise import Int4Settings, narrow_scales, quantize_language_model
 from export.bundle import ModelInfo, Origin, VariantFiles, describe, write_packed
-from export.console import Steps, Verbose, run
+from export.console import Steps, Verbose
 from export.embedding import write_embedding
 from export.graphs import build_decoder, export_image_graphs
 from export.half import to_half
@@ -31,6 +31,7 @@ from export.quantize import SUFFIX, quantize_image_side, settings_of
 from export.stitch import Stitcher, number_layers
 from export.tracing import DECODER, EMBED, HEAD, ExportError
 from training.base import ModelAndTokenizers
+from training.command_line import run
 from training.fetch import DEFAULT_CACHE
 from training.trained import load_adapted, merge_adapters
 

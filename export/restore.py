@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from cbedge.bundles.bundle import QFORMER_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from export.console import Verbose, run
+from export.console import Verbose
 from export.graph_weights import (
     Graph,
     RestoreError,
@@ -39,6 +39,7 @@ from export.graph_weights import (
 )
 from export.tracing import DECODER, EMBED, QFORMER, VISION
 from training.base import FindingHead, ModelAndTokenizers
+from training.command_line import run
 from training.datasets.provenance import save_training_data
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")

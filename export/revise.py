@@ -16,8 +16,9 @@ from typing import Annotated
 import typer
 
 from cbedge.bundles.bundle import check_target, open_bundle
-from export.console import Verbose, run
+from export.console import Verbose
 from export.revision import Revision
+from training.command_line import run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.errors import CbedgeError
+from training.command_line import run
 from training.fetch import DEFAULT_CACHE
 
 if TYPE_CHECKING:
     from training.base import ModelAndTokenizers
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 
 @app.command("fetch-base")
@@ -27,27 +33,6 @@ def fetch_base_command(
 
     for part in [part for base in BASES.values() for part in base.weights]:
         typer.echo(f"{part.name}: {fetch_base(part, cache)}")
-
-
-@app.command("average")
-def average_command(
-    run_folder: Annotated[list[Path], typer.Option("--run", help="Folder of a finished run; give two or more.")],
-    data: Annotated[Path, typer.Option(help="IU X-RAY's or MIMIC-CXR's folder, for its validation studies.")],
-    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
-    cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
-) -> None:
-    """Average the weights of runs that differ only in their seeds, and write a checkpoint (a model soup)."""
-    from training.average import average
-
-    if out.exists():
-        raise ValueError(f"{out} already exists: give another folder")
-    from training.datasets.provenance import load_training_data, merged, save_training_data
-
-    parts, areas = average(run_folder, data, cache)
-    parts.save(out)
-    save_training_data(merged(record for one in run_folder for record in load_training_data(one) or []), out)
-    shown = ", ".join(f"{name.removeprefix('auc_')} {area:.3f}" for name, area in areas.items())
-    typer.echo(f"checkpoint: {out}; AUC on validation studies: {shown}")
 
 
 data_app = typer.Typer(help="Inspect a data set before training.", no_args_is_help=True)
@@ -321,14 +306,5 @@ def _shown(argument: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 
 
-def main() -> None:
-    """Run the command line; an expected failure is one line and exit code 1."""
-    try:
-        app()
-    except (CbedgeError, ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

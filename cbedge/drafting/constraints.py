@@ -222,11 +222,6 @@ class DraftConstraint:
         text = self._text(token)
         return text[:1].isspace() and text[1:2].isalpha()
 
-    def between_sentences(self, written: Sequence[int]) -> bool:
-        """Whether the written text ends with a complete sentence or heading."""
-        state = self._state(tuple(written))
-        return not state.forced and state.ended
-
     def _state(self, written: tuple[int, ...]) -> _State:
         missing = 0
         while written[: len(written) - missing] not in self._states:

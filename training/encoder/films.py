@@ -16,12 +16,11 @@ from torch import Tensor
 
 from cbedge.files import write_atomically
 from cbedge.images.radiograph import load_radiograph
-from training.encoder.labels import FINDINGS, UNKNOWN, iu_labels, nih_labels
+from training.encoder.labels import FINDINGS, iu_labels, nih_labels
 
-COLLECTIONS = ("iu_xray", "nih", "hannover")
+COLLECTIONS = ("iu_xray", "nih")
 VIEWS = ("frontal", "lateral")
-SPLITS = ("train", "val", "unlabelled")
-PIECE_BYTES = 60_000_000
+SPLITS = ("train", "val")
 _IU_SPLITS = {"train": "train", "extra": "train", "val": "val"}
 
 
@@ -88,11 +87,6 @@ def list_films(folders: dict[str, Path], validation_share: float = 0.15) -> list
         films += _iu_films(folders["iu_xray"])
     if "nih" in folders:
         films += _nih_films(folders["nih"], validation_share)
-    if "hannover" in folders:
-        rows = _read_lines(folders["hannover"] / "films.jsonl")
-        blank = np.full(len(FINDINGS), UNKNOWN, np.int8)
-        images = folders["hannover"] / "images"
-        films += [Film("hannover", "unlabelled", "frontal", images / row["file"], blank) for row in rows]
     return films
 
 
@@ -172,19 +166,16 @@ def _columns(films: Sequence[Film]) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return labels, collection, split, np.array([VIEWS.index(film.view) for film in films], np.int8)
 
 
-def write_pack(films: Films, start: dict[str, Tensor], path: Path, quality: int = 80) -> list[Path]:
-    """Pack films and initial weights for another machine, in pieces of at most 60 MB.
+def write_pack(films: Films, start: dict[str, Tensor], path: Path, quality: int = 80) -> None:
+    """Pack films and initial weights into one file for another machine.
 
     Films become WebP images. Weight matrices are rounded to 8 bits with one scale per row.
 
     Args:
         films: decoded films.
         start: initial weights, name → tensor.
-        path: path of the pack; its pieces are ``path.00``, ``path.01`` and so on.
+        path: file to write.
         quality: WebP quality, 1 to 100.
-
-    Returns:
-        The pieces.
     """
     arrays: dict[str, np.ndarray] = {
         "labels": films.labels,
@@ -210,15 +201,7 @@ def write_pack(films: Films, start: dict[str, Tensor], path: Path, quality: int 
             arrays[f"weight/{name}"] = values
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    content = buffer.getvalue()
-    for old in sorted(path.parent.glob(f"{path.name}.[0-9][0-9]")):
-        old.unlink()
-    pieces = []
-    for number, begin in enumerate(range(0, len(content), PIECE_BYTES)):
-        piece = path.with_name(f"{path.name}.{number:02d}")
-        write_atomically(piece, content[begin : begin + PIECE_BYTES])
-        pieces.append(piece)
-    return pieces
+    write_atomically(path, buffer.getvalue())
 
 
 def read_pack(path: Path) -> tuple[Films, dict[str, Tensor]]:
@@ -228,10 +211,9 @@ def read_pack(path: Path) -> tuple[Films, dict[str, Tensor]]:
         FileNotFoundError: there is no such pack.
         ValueError: the pack has other findings.
     """
-    pieces = sorted(path.parent.glob(f"{path.name}.[0-9][0-9]"))
-    if not pieces:
-        raise FileNotFoundError(f"no {path.name}.00 in {path.parent}: write the pack with --pack first")
-    with np.load(io.BytesIO(b"".join(piece.read_bytes() for piece in pieces)), allow_pickle=False) as pack:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such pack: {path}; write it with --pack first")
+    with np.load(path, allow_pickle=False) as pack:
         if tuple(pack["findings"]) != FINDINGS:
             raise ValueError(f"{path.name} has other findings than this version: write it again with --pack")
         content, ends = pack["images"].tobytes(), pack["ends"]

@@ -80,8 +80,6 @@ class EncoderRun:
         self.step, self.best = 0, -1.0
         self.losses: list[Any] = [0.0, 0]  # sum and count of the steps since the last validation
         self.averaged = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self._pause_file: Path | None = None
-        self._deadline = math.inf
         self._stopped: list[int] = []
         self._resumed = self._load()
 
@@ -93,7 +91,6 @@ class EncoderRun:
     def train(
         self,
         deadline: float = math.inf,
-        pause_file: Path | None = None,
         max_steps: int | None = None,
         fit: bool = False,
     ) -> None:
@@ -101,11 +98,9 @@ class EncoderRun:
 
         Args:
             deadline: as :func:`time.time` counts.
-            pause_file: training pauses while this file exists.
             max_steps: maximum number of steps of this call.
             fit: set the length of the schedule once, from the speed of the first steps, to end at the deadline.
         """
-        self._pause_file, self._deadline = pause_file, deadline
         if not self._resumed:
             self._validate(0.0, None if self._has_head else self._fit_head())
             self._save()
@@ -115,10 +110,7 @@ class EncoderRun:
             last = self.total if max_steps is None else self.step + max_steps
             interval = self.config.validate_every or self.sampler.steps_per_epoch
             while not self.finished and self.step < last and not self._stopped:
-                self._wait()
                 start = time.time()
-                if self._stopped:
-                    break
                 if start >= deadline:
                     self.report("time limit reached")
                     break
@@ -136,13 +128,6 @@ class EncoderRun:
             self._save()
         finally:
             signal.signal(signal.SIGTERM, old)
-
-    def _wait(self) -> None:
-        """Sleep while the pause file exists, but not beyond the deadline or SIGTERM."""
-        while self._pause_file is not None and self._pause_file.exists():
-            if self._stopped or time.time() >= self._deadline:
-                break
-            time.sleep(0.5)
 
     def _train_step(self) -> None:
         scale = self._schedule(self.step)
@@ -195,7 +180,6 @@ class EncoderRun:
         model.eval()
         found, size, count = [], self.config.image_size, 32 if self.device.type == "cpu" else 256
         for begin in range(0, len(rows), count):
-            self._wait()
             images = self._images(rows[begin : begin + count])
             if images.shape[-1] != size:
                 images = functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
