@@ -33,7 +33,7 @@ OTHERS = "\n\n".join(f"python -m export.{name}: {text}" for name, text in progra
 
 Variants = Annotated[
     list[str] | None,
-    typer.Option(help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4, or all; repeatable, the first is default."),
+    typer.Option(help="fp32, fp16, int8, int4 (or q4), q4a8, q4f16, nf4 or all; repeatable, the first is the default."),
 ]
 Algorithm = Annotated[
     str | None,
@@ -57,8 +57,8 @@ def export(
     origin: Annotated[Path | None, typer.Option(help="JSON file with base_weights and training_data.")] = None,
     quality: Annotated[Path | None, typer.Option(help="JSON file written by `python -m training evaluate`.")] = None,
     data: Annotated[Path | None, typer.Option(help="IU X-RAY folder, to compare on 50 validation studies.")] = None,
-    vocabulary: Annotated[str, typer.Option(help="full; or domain: tokens of train reports and common ones.")] = "full",
-    common: Annotated[int, typer.Option(min=0, help="With domain, number of first merges that are kept.")] = COMMON,
+    vocabulary: Annotated[str, typer.Option(help="full; or domain: training reports' and common tokens.")] = "full",
+    common: Annotated[int, typer.Option(min=0, help="With domain: number of common merges to keep.")] = COMMON,
     no_repeat: Annotated[int, typer.Option(min=0, help="Drafts repeat no n-gram of this length; 0 allows all.")] = 0,
     stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter.")] = 0.0,
     block_size: Annotated[int, typer.Option(help="Block size of the language model: 32, 64 or 128.")] = 32,

@@ -20,7 +20,7 @@ def programs(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "\napp = typer.Typer(" in text and path.stem != "__main__":
-            about = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+            about = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
             found[path.stem] = about
     return found
 

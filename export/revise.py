@@ -1,11 +1,10 @@
-"""Change decoding, openings, templates, phrases, words, variants or quality of a bundle.
+"""Change a bundle: its opening sentences, templates, phrasebook, word list, variants, parity or quality.
 
-The quality of a model is measured on its bundle, so the figures come after the export, and the decoding is chosen by
-such figures. Neither needs the graphs to be written again: they stay as they are.
+The graphs stay as they are. The quality of a model is measured on its bundle and is therefore added after the export.
 
 Data folders are IU X-RAY or MIMIC-CXR-JPG. An empty file for --openings removes the openings. --phrases drafts each
-study twice. --film-view trains the classifier of lateral and mirrored images. --parity takes for example what
-export.restore wrote, and compares on the example radiograph without --parity-data.
+study twice. --film-view trains the classifier of lateral and mirrored images. --parity takes a checkpoint such as
+export.restore writes; without --parity-data it compares on the example radiograph.
 """
 
 from collections.abc import Callable
@@ -29,13 +28,15 @@ def revise(
     out: Annotated[Path, typer.Option(help="Folder of the new bundle; the same folder with --force.")],
     version: Annotated[str | None, typer.Option(help="Version of the model.", show_default="unchanged")] = None,
     openings: Annotated[Path | None, typer.Option(help="YAML file, finding: opening sentence.")] = None,
-    denials: Annotated[bool, typer.Option("--denials", help="Take contradictions from the ontology again.")] = False,
+    denials: Annotated[
+        bool, typer.Option("--denials", help="Take contradictions from training/ontology.yaml.")
+    ] = False,
     templates: Annotated[Path | None, typer.Option(help="IU X-RAY folder: templates from train reports.")] = None,
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Remove the templates.")] = False,
     phrases: Annotated[Path | None, typer.Option(help="Data folder: phrasebook from reports and own drafts.")] = None,
-    phrase_studies: Annotated[int | None, typer.Option(min=1, help="Largest number of these studies.")] = None,
+    phrase_studies: Annotated[int | None, typer.Option(min=1, help="Maximum number of studies for --phrases.")] = None,
     film_view: Annotated[Path | None, typer.Option(help="IU X-RAY folder: train the film view classifier.")] = None,
-    more_films: Annotated[list[Path] | None, typer.Option(help="More folders with films.jsonl; repeatable.")] = None,
+    more_films: Annotated[list[Path] | None, typer.Option(help="More folders for --film-view; repeatable.")] = None,
     words: Annotated[Path | None, typer.Option(help="Data folder: word list from train reports.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Keep only these variants, the first as default.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Add q4f16 for GPUs, on int4's weights.")] = False,

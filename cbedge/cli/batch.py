@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def batch(
     studies: Annotated[
-        str, typer.Argument(help="Folder, glob pattern, file, or .csv table with the columns image, id, indication...")
+        str, typer.Argument(help="Folder, glob pattern, file, or .csv table with a column image (others: see the docs)")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; an existing one is resumed.")],
     model: Model = None,
@@ -36,14 +36,14 @@ def batch(
     documents: Annotated[
         Path | None, typer.Option(help="Folder: also write each draft as a file of its own, in --format.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="Of --documents: text, json, sr or fhir.")] = "text",
+    form: Annotated[str, typer.Option("--format", help="For --documents: text, json, sr or fhir.")] = "text",
     pair_views: Annotated[
         bool, typer.Option("--pair-views", help="Draft the frontal and lateral DICOM files of a study together.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
     accept_any_image: AcceptAnyImage = False,
     parquet: Annotated[
-        Path | None, typer.Option(help="Also write a Parquet table to this file; needs pyarrow.")
+        Path | None, typer.Option(help="Also write a Parquet table to this file; needs the extra batch.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --parquet and --documents.")] = False,
 ) -> None:

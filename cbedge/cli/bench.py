@@ -30,7 +30,7 @@ def bench(
     no_speculative: Annotated[
         bool, typer.Option("--no-speculative", help="Turn off speculative decoding: one token per pass.")
     ] = False,
-    cold: Annotated[int, typer.Option(min=0, help="Also time this many runs of the command in new processes.")] = 0,
+    cold: Annotated[int, typer.Option(min=0, help="Also time this many cold starts, each in a new process.")] = 0,
     form: Annotated[str, typer.Option("--format", help="table, json, csv or md.")] = "table",
     compare: Annotated[Path | None, typer.Option(help="Older results (--format json) to compare with.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also plot the stages to this PNG; needs matplotlib.")] = None,

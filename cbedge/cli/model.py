@@ -13,7 +13,7 @@ def model(
     card: Annotated[bool, typer.Option("--card", help="Print the whole model card.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
 ) -> None:
-    """Describe the embedded model, and verify all its files."""
+    """Describe a model, and verify all its files."""
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import CARD, open_bundle
     from cbedge.bundles.manifest import MANIFEST

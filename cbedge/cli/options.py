@@ -22,7 +22,7 @@ Variant = Annotated[
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
-MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens in a draft.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum length of a draft in tokens.", show_default="model's")]
 
 AcceptAnyImage = Annotated[
     bool, typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph.")

@@ -88,5 +88,10 @@ def _say(line: str) -> None:
     typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()
