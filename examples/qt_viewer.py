@@ -92,9 +92,9 @@ class Viewer(QWidget):
         self.task.signals.failed.connect(self.end)
         QThreadPool.globalInstance().start(self.task)
 
-    def end(self, told: str) -> None:
+    def end(self, message: str) -> None:
         """Show what is to be known of the draft."""
-        self.status.setText(told)
+        self.status.setText(message)
         self.button.setEnabled(True)
 
 

@@ -159,7 +159,7 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, block: int) -> Rounded
     """
     rows, columns = weight.shape
     if columns % block:
-        raise ValueError(f"the width of a weight, {columns}, is no multiple of the block size {block}")
+        raise ValueError(f"the width of a weight, {columns}, is not a multiple of the block size {block}")
     power = np.diag(moments).copy()
     scales = _scales(weight, power, block)
     order = np.argsort(-power, kind="stable")

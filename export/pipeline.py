@@ -158,7 +158,7 @@ def _write_variants(
     copied = {*language.manifest.variants} if language else set()
     rounded: dict[str, Rounded] | None = None
     if int4.algorithm == "gptq" and data is not None and {"int4", "q4a8", "q4f16"} & {*wanted} - copied:
-        rounded = round_for(parts, data, int4, lambda *told: _report_tuning(steps, *told))
+        rounded = round_for(parts, data, int4, lambda *progress: _report_tuning(steps, *progress))
         steps.done("rounded", f"{len(rounded)} weights by GPTQ")
     for name in wanted:
         if name == "fp32":

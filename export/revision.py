@@ -80,7 +80,7 @@ class Revision:
         sentences = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         findings = self._findings("--openings")
         if not isinstance(sentences, dict) or not all(isinstance(text, str) for text in sentences.values()):
-            raise ValueError(f"{path} is no mapping of findings to sentences")
+            raise ValueError(f"{path} is not a mapping of findings to sentences")
         if unknown := [name for name in sentences if name not in findings.names]:
             raise ValueError(f"{path} has {unknown[0]!r}; {self.manifest.name} knows: {', '.join(findings.names)}")
         lines = tuple(sentences.get(name, "") for name in findings.names) if sentences else ()

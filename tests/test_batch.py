@@ -131,7 +131,7 @@ def test_another_model_does_not_mix_its_drafts_in(tiny_bundle: Path, films: Path
     out = tmp_path / "reports.jsonl"
     run_batch(tiny_bundle, films / "more", out)
     other = run_batch(tiny_bundle, films / "more", out, "--variant", "fp32")
-    assert other.returncode == 7 and f"was begun with tiny 0.1.0 {USUAL_VARIANT}" in other.stderr
+    assert other.returncode == 7 and f"was started with tiny 0.1.0 {USUAL_VARIANT}" in other.stderr
 
 
 def test_a_line_left_unfinished_is_drafted_again(tiny_bundle: Path, films: Path, tmp_path: Path):

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def batch(
-    studies: Annotated[
-        str, typer.Argument(help="Folder, glob pattern, file, or .csv table with a column image (others: see the docs)")
-    ],
+    studies: Annotated[str, typer.Argument(help="Folder, glob pattern, file, or .csv table.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; an existing one is resumed.")],
     model: Model = None,
     variant: Variant = None,
@@ -47,7 +45,10 @@ def batch(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --parquet and --documents.")] = False,
 ) -> None:
-    """Draft the reports of many radiographs. Run the same command again to resume after an interruption."""
+    """Draft the reports of many radiographs. Run the same command again to resume after an interruption.
+
+    A table has the column image, and may have id, indication, comparison, view and lateral.
+    """
     from dataclasses import replace
 
     from cbedge.images.radiograph import printable
@@ -56,7 +57,7 @@ def batch(
     from cbedge.services.studies import find_studies, join_views
 
     if template and no_template:
-        raise ContextError("--template and --no-template exclude each other: give one of them")
+        raise ContextError("--template and --no-template cannot be combined: give one of them")
     check_format(form)
     if form != "text" and documents is None:
         raise OutputError(f"--format {form} is for --documents: give a folder")

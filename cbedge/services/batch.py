@@ -293,7 +293,7 @@ def _open_lines(
     other = next((line["batch_model"] for line in lines if line["batch_model"] != model), None)
     if other is not None:
         raise OutputError(
-            f"{out.name} was begun with {other}, but this run uses {model}: use the same options, or another --out"
+            f"{out.name} was started with {other}, but this run uses {model}: use the same options, or another --out"
         )
     kept = {
         line["id"]: line
