@@ -89,9 +89,9 @@ def test_a_new_base_model_is_one_file_and_one_entry(
     bundle = Drafter(ReportGenerator.from_pretrained(out, "fp32", "cpu"), "bundle")
     assert [part["origin"] for part in bundle.generator.bundle.manifest.base_weights] == ["pocket"]
     parts = load_adapted(checkpoint_of(run), [run], tiny_checkpoint)
-    requests = own(open_studies(tiny_data, ("test",)))
+    requests = own(open_studies(tiny_data, ("train", "val", "test")))
     ours, theirs = (one.draft(requests, lambda count: None) for one in (bundle, TorchDrafter(parts)))
-    assert theirs == ours and any(ours)  # a random model may write an empty draft
+    assert theirs == ours and any(ours)  # a random model writes some empty drafts; which ones, depends on the threads
 
 
 def test_the_image_side_of_a_base_model_needs_a_small_language_model_only(
