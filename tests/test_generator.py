@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import EXAMPLES, USUAL_VARIANT, draw_chest, draw_lateral, needs_default_model
 from PIL import Image
@@ -295,6 +296,16 @@ def test_two_radiographs_that_are_no_frontal_and_lateral_one_of_a_study_are_refu
         one_view.stream(frontal, lateral=lateral)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="there is no GPU")
+def test_a_gpu_drafts_what_the_cpu_drafts(tiny_bundle: Path, chest_png: Path):
+    on_gpu, on_cpu = (
+        ReportGenerator.from_pretrained(tiny_bundle, "fp32", device).generate(chest_png) for device in ("cuda", "cpu")
+    )
+    assert (on_gpu.device, on_gpu.text, on_gpu.new_tokens) == ("cuda", on_cpu.text, on_cpu.new_tokens)
+    assert on_gpu.finding_scores == pytest.approx(on_cpu.finding_scores, abs=0.01)
+
+
 def test_fp32_and_int4_of_one_bundle_both_run(tiny_bundle: Path, chest_png: Path):
     exact = ReportGenerator.from_pretrained(tiny_bundle, variant="fp32", device="cpu")
     assert exact.generate(chest_png, max_new_tokens=4).variant == "fp32"
@@ -303,8 +314,6 @@ def test_fp32_and_int4_of_one_bundle_both_run(tiny_bundle: Path, chest_png: Path
 
 
 def test_cuda_is_never_replaced_silently(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch):
-    import onnxruntime
-
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime is built for CUDA")
     with pytest.raises(DeviceError, match=r"cbedge\[gpu\]"):
