@@ -288,6 +288,10 @@ def test_headings_of_one_study_are_told_if_they_have_text():
         "The template's INDICATION (line 1) holds for one study only and was left out.",
         "The template's TECHNIQUE (line 3) holds for one study only and was left out.",
     )
+    for findings in ("FINDINGS: Lungs clear.\nHeart normal.", "Findings\nLungs clear.\nFindings\nHeart normal."):
+        several = parse_template(f"INDICATION: Cough. Fever.\nSmoker.\n\nNo fall.\n{findings}")
+        assert several.findings == ("Lungs clear.", "Heart normal.")
+        assert several.left_out == template.left_out[:1]
 
 
 @given(st.lists(st.sampled_from([*PROSE.split(". "), *FORM.splitlines()]), min_size=1, max_size=12))

@@ -62,10 +62,10 @@ def parse_template(text: str) -> Template:
     """Parse a normal report: prose or a form, with any headings, labels, bullets or numbered items.
 
     Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) start that section. What
-    follows ``INDICATION:``, ``TECHNIQUE:`` and the like in their line is left out, for it is true of one study only, as
-    are sentences that look like a signature, a patient's data or a date. Any other label (``Lungs:``) stays in front of
-    its sentence. A line without a full stop gets one; bullets, Markdown marks and invisible characters are removed; and
-    a repeated sentence of a section is used once. No other character changes.
+    holds for one study or person only is left out: the text of ``INDICATION:``, ``TECHNIQUE:`` and the like, in their
+    line or up to the findings' heading, and sentences that look like a signature, a patient's data or a date. Any other
+    label (``Lungs:``) stays in front of its sentence. A line without a full stop gets one; bullets, Markdown marks and
+    invisible characters are removed; and a repeated sentence of a section is used once. No other character changes.
 
     Raises:
         ContextError: the template is not text, has no findings, is too long, is a file name or in another format than
@@ -100,16 +100,18 @@ def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], lis
     sections: tuple[list[str], list[str]] = ([], [])
     left_out: list[str] = []
     place, signed = 0, False
-    starts = [HEADING.match(f"{line}:") for _, line in lines]
-    concludes = any(start and section_of(start[1], False) == 1 for start in starts)
-    for number, line in lines:
-        passed_over = ""  # heading of what is not drafted
+    passed_over = ""  # heading of what is not drafted, with its line
+    starts = [section_of(start[1], False) if (start := HEADING.match(f"{line}:")) else None for _, line in lines]
+    concludes = 1 in starts
+    for index, (number, line) in enumerate(lines):
+        if 0 not in starts[index:]:  # else its text goes on up to the findings or to another label
+            passed_over = ""
         for sentence in split_text(line):
             heading = HEADING.match(sentence)
             name, rest = (heading[1], sentence[heading.end() :]) if heading else (sentence.rstrip(" .:："), "")
-            if heading:
-                passed_over = name if is_not_drafted(name) else ""
             section = section_of(name, bool(sections[0]) and not concludes)
+            if heading or section is not None:
+                passed_over = f"{name.upper()} (line {number})" if is_not_drafted(name) else ""
             place = place if section is None else section
             sentence = rest if section is not None or (heading and passed_over) else sentence
             complete = _ENDED.search(sentence)
@@ -117,9 +119,7 @@ def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], lis
             if not re.search(r"\w", sentence):
                 continue
             if passed_over:
-                left_out.append(
-                    f"The template's {passed_over.upper()} (line {number}) holds for one study only and was left out."
-                )
+                left_out.append(f"The template's {passed_over} holds for one study only and was left out.")
             elif kind := private_content(sentence) or ("a signature" if signed else None):
                 signed = kind == "a signature"
                 left_out.append(
