@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cbedge.files import check_output
 from training.command_line import run
 from training.fetch import DEFAULT_CACHE
 
@@ -54,8 +55,8 @@ def data_check_command(
     from training.datasets import INDEX_CACHE
     from training.datasets.check import plot_summary, print_summary, summarize
 
-    if plot and plot.exists() and not force:
-        raise ValueError(f"{plot} already exists: give --force to overwrite it, or another name")
+    if plot:
+        check_output(plot, force)
     summary = summarize(folder, index_cache or INDEX_CACHE)
     print_summary(summary, Console())
     if not summary.total:
@@ -225,8 +226,7 @@ def browse_command(
     """Write a page that shows drafts beside references and radiographs, errors first."""
     from training.browser import write_browser
 
-    if out.exists() and not force:
-        raise ValueError(f"{out} already exists: give --force to overwrite it, or another name")
+    check_output(out, force)
     typer.echo(f"{write_browser(drafts, data, row, out, limit)} studies: {out}")
 
 
@@ -296,8 +296,8 @@ def _check_split(split: str) -> None:
 
 def _check_results(output: Path, force: bool) -> None:
     for suffix in (".json", ".md"):
-        if output.with_suffix(suffix).exists() and not force:
-            raise ValueError(f"{output.with_suffix(suffix)} already exists: give --force to overwrite it")
+        if output.with_suffix(suffix).exists():
+            check_output(output.with_suffix(suffix), force)
 
 
 def _shown(argument: str) -> str:

@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from cbedge.files import write_atomically
 from cbedge.prompt import split_sections
 from training.clinical import label_known, with_intervals
 from training.config import RunConfig
 from training.controls import own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.drafting import TorchDrafter
-from training.logs import write_atomically
 from training.records import table
 from training.run_bundle import ReportResources
 from training.scoring import METRICS, score
@@ -94,7 +94,7 @@ def ablate(
             _share(here, output)
             folder = run(here, cache, max_steps)
             row = _score(folder, cell, config, cache, split, limit, console)
-            write_atomically(scored, lambda path, row=row: path.write_text(json.dumps(row), encoding="utf-8"))  # type: ignore[misc]
+            write_atomically(scored, json.dumps(row).encode())
         rows[cell.name] = json.loads(scored.read_text(encoding="utf-8"))
     return {
         "split": split,

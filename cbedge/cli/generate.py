@@ -22,7 +22,7 @@ def generate(
     image: Annotated[Path, typer.Argument(help="Chest radiograph: PNG, JPEG, TIFF, WebP or DICOM (CR, DX).")],
     indication: Annotated[str | None, typer.Option(help='Reason for the study in English, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
-    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="header's, or frontal")] = None,
+    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="from the header")] = None,
     template: Template = None,
     no_template: NoTemplate = False,
     lateral: Annotated[
