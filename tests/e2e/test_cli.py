@@ -157,4 +157,4 @@ def test_a_terminal_sees_the_draft_and_the_statement(tiny_bundle: Path, chest_pn
 
 def test_help_says_what_is_taken_where_nothing_is_given():
     told = cbedge("generate", "--help").stdout
-    assert "from the file" in told and "--no-template" in told
+    assert "from the header" in told and "--no-template" in told
