@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -288,10 +289,12 @@ def test_presentation_lut_shape_inverts_once():
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize(("value", "limit"), [(65535, None), (60000, 65535), (5000, None)])
-def test_padding_is_cut_off_and_is_no_part_of_the_range(photometric: str, value: int, limit: int | None):
+@pytest.mark.parametrize("border", [0, 1, 30, ((0, 3), (250, 0))])
+def test_padding_is_cut_off_and_is_no_part_of_the_range(photometric: str, value: int, limit: int | None, border: Any):
     plain = load_radiograph(make_dicom(PhotometricInterpretation=photometric)).pixels
-    padded = np.pad(CHEST, 30, constant_values=value)
-    padded[40:60, 35:45] = value  # and a hole in the film
+    holed = CHEST.copy()
+    holed[10:30, 5:15] = value
+    padded = np.pad(holed, border, constant_values=value)
     dataset = pydicom.dcmread(io.BytesIO(make_dicom(padded, PhotometricInterpretation=photometric)))
     dataset.add_new("PixelPaddingValue", "US", value)
     if limit:
