@@ -18,8 +18,9 @@ import onnx
 import typer
 from onnx import TensorProto, helper
 
-from cbedge.bundles.bundle import file_sha256, open_bundle
+from cbedge.bundles.bundle import open_bundle
 from cbedge.bundles.manifest import MANIFEST
+from cbedge.files import file_sha256
 
 app = typer.Typer(
     help=__doc__,

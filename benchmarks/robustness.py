@@ -26,6 +26,7 @@ from benchmarks.common import conditions, versions, write_record
 from benchmarks.mutations import KINDS, Input, make_input, plan
 from benchmarks.robustness_outcome import COUNTS, Failure, Outcome
 from benchmarks.robustness_routes import ListenRoute, ServeRoute, ServiceRoute, WorkerRoute
+from cbedge.cli.options import number
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 PACKAGES = ("numpy", "pillow", "pydicom", "onnxruntime", "pynetdicom", "fastapi", "uvicorn")
@@ -180,7 +181,7 @@ def main(
     inputs_from: Annotated[int, typer.Option(min=0, help="Number of the first input.")] = 0,
     only: Annotated[str | None, typer.Option(help=f"Only this kind: {', '.join(KINDS)}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for the Python API and the commands.")] = 2,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds after which an input counts as hanging.")] = 60,
+    limit: Annotated[float, number(1, 3600, "Seconds after which an input counts as hanging.")] = 60,
     keep: Annotated[Path | None, typer.Option(help="Folder for inputs that show a fault.")] = None,
     output: Annotated[Path | None, typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.")] = None,
 ) -> None:

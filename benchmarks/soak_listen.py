@@ -26,6 +26,7 @@ from pydicom.uid import generate_uid
 
 from benchmarks.common import TRACEBACK, conditions, free_port, write_record
 from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
+from cbedge.cli.options import number
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 GARBAGE = ("noise", "cut short", "no pixels", "another modality", "malformed study")
@@ -185,7 +186,7 @@ def main(
     objects: Annotated[int, typer.Option(min=100, help="Total number of C-STORE requests.")] = 5_000,
     peers: Annotated[int, typer.Option(min=1, help="Concurrent senders.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the objects.")] = 0,
-    limit: Annotated[float, typer.Option(min=1, help="Time limit in seconds.")] = 7200,
+    limit: Annotated[float, number(1, 1e6, "Time limit in seconds.")] = 7200,
     output: Annotated[Path | None, typer.Option(help="JSON file for the record; a table is written beside it.")] = None,
 ) -> None:
     """Run the soak and print or write the record; exit with 1 if an object is not accounted for."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import numbers
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
+from cbedge.arguments import check_count, check_names, check_type
 from cbedge.backends import Backend, choose_variant, open_backend
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources, check_template
-from cbedge.drafting.recent import Recent
+from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.templates import Template
-from cbedge.errors import CbedgeError, ContextError
+from cbedge.errors import CbedgeError, ContextError, memory_errors
 from cbedge.findings.reading import ImageReading
 from cbedge.images.film_check import FilmCheck
 from cbedge.images.radiograph import Radiograph, load_radiograph
@@ -30,6 +30,8 @@ from cbedge.report import Report
 
 if TYPE_CHECKING:
     from cbedge.images.radiograph import ImageSource
+
+MAX_THREADS = 1024
 
 
 class DraftOptions(TypedDict, total=False):
@@ -64,6 +66,9 @@ class DraftRequest:
             is not ``complete``. Default is the bundle's limit, or more if the template needs it.
         decoding: decoding settings; default is :attr:`~ReportGenerator.decoding`. A mapping changes some of them.
         accept_any_image: also draft from an image that does not look like a chest radiograph.
+
+    Raises:
+        ContextError: ``accept_any_image`` is neither ``True`` nor ``False``.
     """
 
     image: ImageSource
@@ -75,6 +80,12 @@ class DraftRequest:
     max_new_tokens: int | None = None
     decoding: Decoding | Mapping[str, Any] | None = None
     accept_any_image: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("accept_any_image", self.accept_any_image, (bool, np.bool_), "True or False")
+
+
+_FIELDS = [field.name for field in fields(DraftRequest)]
 
 
 class ReportGenerator:
@@ -128,23 +139,27 @@ class ReportGenerator:
             variant: a variant of the bundle, such as ``int4``; default depends on the machine
                 (:func:`cbedge.backends.choose_variant`).
             device: ``auto``, ``cpu`` or ``cuda``.
-            threads: CPU threads; default is one per core.
+            threads: CPU threads, 1 to 1,024; default is one per core.
             recent_studies: number of studies to cache in memory for repeated drafts, 0 to 64.
 
         Raises:
             BundleError: the bundle is missing, altered, of an unknown format, or lacks the variant.
-            ContextError: ``recent_studies`` is out of range.
-            DeviceError: ONNX Runtime is not installed, or CUDA was requested and is not available.
+            ContextError: ``threads`` or ``recent_studies`` is out of range.
+            DeviceError: ONNX Runtime is not installed, CUDA was requested and is not available, or memory ran out.
         """
-        bundle = open_bundle(model)
-        name, device = choose_variant(bundle, variant, device)  # reports a missing runtime before files are read
-        chosen = bundle.manifest.variants[name]
-        files = bundle.variant_files(chosen)
-        bundle.verify(files, sizes_alone=True)
-        with ThreadPoolExecutor(1) as pool:  # verify files while the graphs load, for a faster cold start
-            loading = pool.submit(open_backend, bundle, chosen, device, threads)
-            bundle.verify(files)
-            return cls(bundle, name, loading.result(), recent_studies)
+        if threads is not None:
+            check_count("threads", threads, 1, MAX_THREADS)
+        check_count("recent_studies", recent_studies, 0, MAX_RECENT_STUDIES)
+        with memory_errors():
+            bundle = open_bundle(model)
+            name, device = choose_variant(bundle, variant, device)  # reports a missing runtime before files are read
+            chosen = bundle.manifest.variants[name]
+            files = bundle.variant_files(chosen)
+            bundle.verify(files, sizes_alone=True)
+            with ThreadPoolExecutor(1) as pool:  # verify files while the graphs load, for a faster cold start
+                loading = pool.submit(open_backend, bundle, chosen, device, threads)
+                bundle.verify(files)
+                return cls(bundle, name, loading.result(), recent_studies)
 
     @property
     def decoding(self) -> Decoding:
@@ -170,11 +185,12 @@ class ReportGenerator:
 
         Args:
             image: the radiograph, or a whole request.
-            options: the other fields of :class:`DraftRequest`.
+            options: the other fields of :class:`DraftRequest`; they replace those of a whole request.
 
         Raises:
             RadiographError: an image cannot be read, or does not look like a chest radiograph.
-            ContextError: another field is invalid.
+            ContextError: another field is unknown or invalid.
+            DeviceError: memory ran out.
             DraftError: the model wrote an incomplete report.
         """
         stream = self.stream(image, **options)
@@ -191,14 +207,23 @@ class ReportGenerator:
         Returns:
             For each study, its report or the error that :meth:`generate` would raise.
 
+        Raises:
+            ContextError: ``requests`` is a single request, or cannot be iterated.
+
         Example:
             >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
         """
+        is_single = isinstance(requests, str | bytes | Mapping)
+        check_type("requests", requests, () if is_single else Iterable, "a sequence of requests")  # type: ignore[type-abstract]
         reports: list[Report | CbedgeError] = []
         for request in requests:
             try:
-                request = request if isinstance(request, DraftRequest) else DraftRequest(**request)
-                reports.append(self.generate(request))
+                check_type("a request", request, (DraftRequest, Mapping), "a DraftRequest or a mapping of its fields")
+                chosen = request if isinstance(request, Mapping) else {"image": request}
+                check_names("a request", chosen, _FIELDS)
+                if "image" not in chosen:
+                    raise ContextError("a request has no image: give the field image")
+                reports.append(self.generate(**chosen))
             except CbedgeError as error:
                 reports.append(error)
         return reports
@@ -217,8 +242,10 @@ class ReportGenerator:
         Input is checked in this call, except that the check whether the image looks like a chest radiograph runs with
         the first piece, because it needs the vision encoder.
         """
-        request = image if isinstance(image, DraftRequest) else DraftRequest(image, **options)
-        return ReportStream(self._engine(), self._study(request))
+        check_names("a request", options, _FIELDS)
+        request = replace(image, **options) if isinstance(image, DraftRequest) else DraftRequest(image, **options)
+        with memory_errors():
+            return ReportStream(self._engine(), self._study(request))
 
     def _engine(self) -> Engine:
         return Engine(
@@ -233,7 +260,8 @@ class ReportGenerator:
 
     def _study(self, request: DraftRequest) -> Study:
         """Check a request and load its radiographs."""
-        limit = check_max_new_tokens(request.max_new_tokens)
+        limit = request.max_new_tokens
+        limit = None if limit is None else check_count("max_new_tokens", limit, 1, MAX_NEW_TOKENS)
         context = ClinicalContext(request.indication, request.comparison, request.view)
         template = self._house_template if request.template is None else self._checked_template(request.template)
         films = [load_radiograph(request.image)]
@@ -262,14 +290,8 @@ class ReportGenerator:
         """The given settings; a mapping changes :attr:`decoding`; ``None`` is :attr:`decoding`."""
         if decoding is None or isinstance(decoding, Decoding):
             return decoding or self.decoding
-        if not isinstance(decoding, Mapping):
-            raise ContextError(
-                f"decoding must be a Decoding or a mapping of its settings, not {type(decoding).__name__}"
-            )
-        known = [field.name for field in fields(Decoding)]
-        unknown = [str(name) for name in decoding if name not in known]
-        if unknown:
-            raise ContextError(f"decoding has no setting {unknown[0][:40]!r}; it has: {', '.join(known)}")
+        check_type("decoding", decoding, Mapping, "a Decoding or a mapping of its settings")  # type: ignore[type-abstract]
+        check_names("decoding", decoding, [field.name for field in fields(Decoding)])
         return replace(self.decoding, **decoding)
 
     def _load_lateral(self, lateral: ImageSource, frontal: Radiograph, context: ClinicalContext) -> Radiograph:
@@ -368,22 +390,8 @@ class ReportStream(Iterator[str]):
         return patches.reshape(side, side)
 
     def _run(self, pieces: Generator[str, None, Report]) -> Iterator[str]:
-        self._report = yield from pieces
+        with memory_errors():
+            self._report = yield from pieces
 
     def _keep(self, reading: ImageReading) -> None:
         self._reading = reading
-
-
-def check_max_new_tokens(count: Any) -> int | None:
-    """Check a token limit; ``None`` stays ``None``.
-
-    Raises:
-        ContextError: it is not a whole number, or out of range.
-    """
-    if count is None:
-        return None
-    if isinstance(count, (bool, np.bool_)) or not isinstance(count, numbers.Integral):
-        raise ContextError(f"max_new_tokens must be a whole number, not {type(count).__name__}")
-    if not 1 <= int(count) <= MAX_NEW_TOKENS:
-        raise ContextError(f"max_new_tokens is {count}; give 1 to {MAX_NEW_TOKENS:,}")
-    return int(count)

@@ -1,5 +1,14 @@
 """Errors that cbedge raises. Each message says what is wrong, with what, and what to do."""
 
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MEMORY_WORDS = re.compile(
+    "bad.alloc|allocate memory|out of memory|failed to map segment|can't start new thread", re.IGNORECASE
+)
+
 
 def install_extra(extra: str) -> str:
     """What to type to install an extra such as ``serve``: in a clone, or from a folder of wheels."""
@@ -34,7 +43,7 @@ class BundleError(CbedgeError):
 
 
 class DeviceError(CbedgeError):
-    """ONNX Runtime is not installed correctly, or the requested device is not available."""
+    """ONNX Runtime is not installed correctly, the requested device is not available, or memory ran out."""
 
     exit_code = 6
 
@@ -49,3 +58,33 @@ class DraftError(CbedgeError):
     """The finished draft fails its last check: it is not a complete report and is not returned."""
 
     exit_code = 8
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Convert whatever an exhausted memory raises to one message.
+
+    Raises:
+        DeviceError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        reason = "not enough memory for this radiograph and model: close other programs or scale the radiograph down"
+        raise DeviceError(reason) from error
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that memory ran out.
+
+    Python, the operating system, the loader of libraries and ONNX Runtime each say so in their own way.
+    """
+    while error is not None:
+        words = "" if isinstance(error, CbedgeError) else str(error)  # theirs may hold the name of a file
+        is_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if isinstance(error, MemoryError) or is_system or _MEMORY_WORDS.search(words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

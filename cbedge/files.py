@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -85,6 +86,8 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
     Raises:
         OutputError: the output cannot be written there.
     """
+    if str(path) == "-":
+        raise OutputError("- is not a file name: give a name, or none where the default is standard output")
     number = None if regular else _descriptor(path)
     fault = windows_fault(path.name) if ON_WINDOWS else None
     if fault:
@@ -116,6 +119,24 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
         return
     if not replace:
         raise OutputError(f"{path} already exists: give --force to overwrite it, or another name")
+
+
+def check_distinct(outputs: Mapping[str, Path | None]) -> None:
+    """Check that no two outputs are the same file, under any spelling or link, or on a file system that ignores case.
+
+    Args:
+        outputs: option → path, or ``None`` if the option is not given.
+
+    Raises:
+        OutputError: two are the same.
+    """
+    seen: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        other = seen.setdefault(unicodedata.normalize("NFC", str(_target(path))).casefold(), option)
+        if other != option:
+            raise OutputError(f"{other} and {option} are the same file: give two different names, not only in case")
 
 
 def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Path] = ()) -> None:
@@ -154,6 +175,12 @@ def is_same_file(first: Path, second: Path) -> bool:
         return os.path.samefile(first, second)
     except (OSError, ValueError):
         return False
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

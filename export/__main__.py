@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cbedge.bundles.bundle import check_target, open_bundle
+from cbedge.cli.options import number
 from export.bundle import DEFAULT_LICENCE, ModelInfo, Origin
 from export.console import Steps, Verbose, programs
 from export.parity import Parity, write_parity
@@ -60,7 +61,7 @@ def export(
     vocabulary: Annotated[str, typer.Option(help="full; or domain: training reports' and common tokens.")] = "full",
     common: Annotated[int, typer.Option(min=0, help="With domain: number of common merges to keep.")] = COMMON,
     no_repeat: Annotated[int, typer.Option(min=0, help="Drafts repeat no n-gram of this length; 0 allows all.")] = 0,
-    stop_bias: Annotated[float, typer.Option(min=-20, max=20, help="Below 0: longer drafts; above 0: shorter.")] = 0.0,
+    stop_bias: Annotated[float, number(-20, 20, "Below 0: longer drafts; above 0: shorter.")] = 0.0,
     block_size: Annotated[int, typer.Option(help="Block size of the language model: 32, 64 or 128.")] = 32,
     algorithm: Algorithm = None,
     tune: Annotated[int, typer.Option(min=0, help="With gptq, steps that tune scales (8 s each, two cores).")] = 0,

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import platformdirs
 
-from cbedge.bundles.bundle import file_sha256
+from cbedge.files import file_sha256
 
 DEFAULT_CACHE = platformdirs.user_cache_path("cbedge") / "base"
 

@@ -105,7 +105,7 @@ class OnnxBackend:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised as well
         options.intra_op_num_threads = self.threads
         # Otherwise the threads of one graph spin for a while after a run and slow down the next graph.
         options.add_session_config_entry("session.force_spinning_stop", "1")

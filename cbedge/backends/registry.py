@@ -3,6 +3,7 @@
 To add one, write a module that creates a :class:`~cbedge.backends.provider.Provider`, and add an entry here.
 """
 
+from cbedge.arguments import check_type
 from cbedge.backends.ort_cuda import CUDA
 from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.backends.provider import Provider, check_runtime
@@ -27,6 +28,7 @@ def choose_device(name: str) -> str:
         DeviceError: the name is unknown, or the installed ONNX Runtime does not support the device.
     """
     check_runtime()
+    check_type("device", name, str, "text", DeviceError)
     if name not in DEVICES:
         raise DeviceError(f"unknown device {name[:20]!r}; give one of: {', '.join(DEVICES)}")
     if name == CPU.device:

@@ -3,7 +3,6 @@
 Opening verifies every file that a variant needs; writing is atomic. No file is a pickle.
 """
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -13,8 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cbedge.arguments import check_type
 from cbedge.bundles.manifest import MANIFEST, FileRecord, Manifest, Variant, read_manifest
 from cbedge.errors import BundleError, OutputError
+from cbedge.files import file_sha256
 from cbedge.images.film_view import FILM_VIEW
 from cbedge.images.gate import GATE, LATERAL_GATE
 
@@ -41,7 +42,8 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such variant.
         """
-        name = name or self.manifest.default_variant
+        name = self.manifest.default_variant if name is None else name
+        check_type("variant", name, str, "text", BundleError)
         if name not in self.manifest.variants:
             known = ", ".join(self.manifest.variants)
             raise BundleError(f"unknown variant {name[:40]!r}; {self.manifest.name} has: {known}")
@@ -79,12 +81,6 @@ class Bundle:
             raise BundleError(f"{name} in the bundle {self.folder} was altered or damaged: install or export it again")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def open_bundle(folder: Path | str | None = None) -> Bundle:
     """Read a bundle's manifest; :meth:`Bundle.verify` checks the files.
 
@@ -94,7 +90,9 @@ def open_bundle(folder: Path | str | None = None) -> Bundle:
     Raises:
         BundleError: there is no bundle, or its manifest is damaged or has an unsupported format or prompt version.
     """
-    path = DEFAULT_BUNDLE if folder is None else Path(folder)
+    folder = DEFAULT_BUNDLE if folder is None else folder
+    check_type("model", folder, (str, os.PathLike), "the path of a folder", BundleError)
+    path = Path(folder)
     return Bundle(path, read_manifest(path))
 
 

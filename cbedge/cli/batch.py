@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant
-from cbedge.cli.terminal import check_not_input, keep_to_template, print_error, read_text_file
+from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
+from cbedge.cli.terminal import keep_to_template, print_error, read_text_file
 from cbedge.errors import ContextError, OutputError, RadiographError
-from cbedge.files import check_output
+from cbedge.files import check_distinct, check_output
 
 if TYPE_CHECKING:
     from cbedge.services.batch import Tally
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def batch(
     studies: Annotated[str, typer.Argument(help="Folder, glob pattern, file, or .csv table.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write; an existing one is resumed.")],
+    out: Annotated[Path, written_file("JSON Lines file to write; an existing one is resumed.", "--out", "-o")],
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
@@ -41,7 +40,7 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
     accept_any_image: AcceptAnyImage = False,
     parquet: Annotated[
-        Path | None, typer.Option(help="Also write a Parquet table to this file; needs the extra batch.")
+        Path | None, written_file("Also write a Parquet table to this file; needs the extra batch.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --parquet and --documents.")] = False,
 ) -> None:
@@ -68,14 +67,13 @@ def batch(
     items = join_views(items) if pair_views else items
     inputs = [path for item in items for path in (item.image, item.lateral) if path is not None]
     inputs += [Path(studies), *([template] if template else [])]
-    check_not_input(out, inputs)
+    check_output(out, True, inputs, regular=True)
     files = None if documents is None else batch.Documents(documents, form)
     if files is not None:
         files.check(items, inputs, [out, *([parquet] if parquet else [])])
     if parquet is not None:
         check_output(parquet, force, [*inputs, out])
-        if os.path.realpath(parquet) == os.path.realpath(out):
-            raise OutputError("--parquet and --out are the same file: give two different files")
+        check_distinct({"--parquet": parquet, "--out": out})
     from cbedge.api import ReportGenerator
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import open_bundle

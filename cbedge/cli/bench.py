@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model
+from cbedge.cli.options import Device, Model, written_file
 from cbedge.cli.terminal import status_line
 from cbedge.errors import OutputError, RadiographError
-from cbedge.files import check_output, write_output
+from cbedge.files import check_distinct, check_output, write_output
 
 
 def bench(
@@ -33,9 +33,9 @@ def bench(
     cold: Annotated[int, typer.Option(min=0, help="Also time this many cold starts, each in a new process.")] = 0,
     form: Annotated[str, typer.Option("--format", help="table, json, csv or md.")] = "table",
     compare: Annotated[Path | None, typer.Option(help="Older results (--format json) to compare with.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also plot the stages to this PNG; needs matplotlib.")] = None,
+    plot: Annotated[Path | None, written_file("Also plot the stages to this PNG; needs matplotlib.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
+        Path | None, written_file("Write to this file instead of standard output.", "--output", "-o")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --plot.")] = False,
 ) -> None:
@@ -46,6 +46,7 @@ def bench(
         raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench_report.FORMATS)}")
     for target in filter(None, (output, plot)):
         check_output(target, force)
+    check_distinct({"--output": output, "--plot": plot})
     before = bench_report.read_record(compare) if compare else None
     paths = _paths(image or [], limit)
     names = [name for name in (variants or "").split(",") if name]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant
+from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
 from cbedge.cli.terminal import print_bytes, print_error, read_text_file
 from cbedge.errors import ContextError, OutputError
-from cbedge.files import check_output, write_output
+from cbedge.files import check_distinct, check_output, write_output
 
 if TYPE_CHECKING:
     from cbedge.report import Report
@@ -49,11 +49,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     accept_any_image: AcceptAnyImage = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to this file instead of standard output.")
+        Path | None, written_file("Write to this file instead of standard output.", "--output", "-o")
     ] = None,
-    heatmap: Annotated[
-        Path | None, typer.Option(help="Also write a heat map of the model's attention to this PNG.")
-    ] = None,
+    heatmap: Annotated[Path | None, written_file("Also write a heat map of the model's attention to this PNG.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --heatmap.")] = False,
 ) -> None:
     """Draft the report of one study."""
@@ -139,8 +137,7 @@ def _check_outputs(form: str, output: Path | None, heatmap: Path | None, force: 
         raise OutputError("a DICOM SR is binary and cannot be shown in a terminal: give --output FILE, or use a pipe")
     for target in filter(None, (output, heatmap)):
         check_output(target, force, sources)
-    if output is not None and output == heatmap:
-        raise OutputError("--output and --heatmap are the same file: give two different files")
+    check_distinct({"--output": output, "--heatmap": heatmap})
     if output is None and sys.__stdout__ is None:
         raise OutputError("standard output is closed: give --output FILE")
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model, Template, Variant
+from cbedge.cli.options import Device, Model, Template, Variant, number
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError, install_extra
 
@@ -23,9 +23,9 @@ def listen(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
-    retry: Annotated[float, typer.Option(min=0.1, help="Seconds until a failed delivery is first retried.")] = 5.0,
+    retry: Annotated[float, number(0.1, 600, "Seconds until a failed delivery is first retried.")] = 5.0,
     pair_wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for the other view of a study; 0 drafts every view alone.")
+        float, number(0, 86_400, "Seconds to wait for the other view of a study; 0 drafts every view alone.")
     ] = 10.0,
     template: Template = None,
 ) -> None:

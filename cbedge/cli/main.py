@@ -17,7 +17,7 @@ from cbedge.cli.model import model
 from cbedge.cli.schema import schema
 from cbedge.cli.serve import serve
 from cbedge.cli.terminal import discard_output, prepare_streams, print_error
-from cbedge.errors import CbedgeError, OutputError
+from cbedge.errors import CbedgeError, OutputError, memory_errors
 
 app = typer.Typer(
     help="Draft chest radiograph reports on one workstation, offline. Research use; not a medical device.",
@@ -64,23 +64,19 @@ def main() -> NoReturn:
 
 def _run() -> int:
     try:
-        try:
-            app()
-        except SystemExit as end:
+        with memory_errors():
+            try:
+                app()
+            except SystemExit as end:
+                sys.stdout.flush()
+                return end.code if isinstance(end.code, int) else int(end.code is not None)
             sys.stdout.flush()
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
-        sys.stdout.flush()
-        return 0
+            return 0
     except CbedgeError as error:
         print_error(f"cbedge: {error}")
         return error.exit_code
     except BrokenPipeError:
         raise
-    except MemoryError:
-        print_error(
-            "cbedge: not enough memory for this radiograph and model: close other programs or scale the radiograph down"
-        )
-        return 1
     except _Interrupted:
         print_error("cbedge: interrupted")
         return 130

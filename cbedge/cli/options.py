@@ -1,9 +1,41 @@
 """Options that several commands share."""
 
+import math
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from cbedge.errors import OutputError
+
+
+def number(least: float, most: float, help: str, **options: Any) -> Any:
+    """An option for a finite number from ``least`` to ``most``; also of the other command lines."""
+    return typer.Option(min=least, max=most, callback=_check_finite, help=help, **options)
+
+
+def _check_finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # NaN is not outside any range
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
+def output_file(text: str) -> Path:
+    """The path of an output. A slash at its end, which :class:`Path` drops, would mean a folder.
+
+    Raises:
+        OutputError: it names a folder.
+    """
+    if text.endswith(("/", os.sep)):
+        raise OutputError(f"{text} names a folder: give the name of a file")
+    return Path(text)
+
+
+def written_file(help: str, *names: str, **options: Any) -> Any:
+    """An option for an output file."""
+    return typer.Option(*names, parser=output_file, metavar="<path>", help=help, **options)
+
 
 Model = Annotated[Path | None, typer.Option("--model", "-m", help="Folder of a model bundle.", show_default="embedded")]
 

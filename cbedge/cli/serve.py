@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model, Template, Variant
+from cbedge.cli.options import Device, Model, Template, Variant, number
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError, install_extra
 
@@ -22,9 +22,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=0, help="Maximum number of waiting drafts; further requests get status 429.")
     ] = 8,
-    deadline: Annotated[float, typer.Option(min=1, help="Time limit for a draft, in seconds.")] = 60.0,
+    deadline: Annotated[float, number(1, 86_400, "Time limit for a draft, in seconds.")] = 60.0,
     max_mb: Annotated[int, typer.Option(min=1, help="Maximum size of a request, in MB.")] = 64,
-    idle: Annotated[float, typer.Option(min=0.1, help="Seconds of silence before a client is disconnected.")] = 10.0,
+    idle: Annotated[float, number(0.1, 3600, "Seconds of silence before a client is disconnected.")] = 10.0,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,15 +95,3 @@ def print_bytes(content: bytes) -> None:
     except OSError as error:
         discard_output()
         raise OutputError(f"cannot write to standard output: {error.strerror}; give --output FILE") from None
-
-
-def check_not_input(output: Path, inputs: Sequence[Path]) -> None:
-    """Check that an output file is not one of the inputs.
-
-    Raises:
-        OutputError: it is one of them.
-    """
-    from cbedge.files import is_same_file
-
-    if any(is_same_file(output, path) for path in inputs):
-        raise OutputError(f"{output} is an input file, and inputs are never overwritten: give another path")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cbedge.arguments import check_type
 from cbedge.errors import ContextError
 
 MAX_BEAMS = 8
@@ -47,12 +48,11 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty", "stop_bias"):
-            self._check_type(name, numbers.Real, "a number")
+            check_type(name, getattr(self, name), numbers.Real, "a number")
         for name in ("seed", "beams", "no_repeat"):
-            self._check_type(name, numbers.Integral, "a whole number")
+            check_type(name, getattr(self, name), numbers.Integral, "a whole number")
         for name in ("speculative", "keep_to_template"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ContextError(f"{name} must be True or False, not {type(getattr(self, name)).__name__}")
+            check_type(name, getattr(self, name), (bool, np.bool_), "True or False")
         ranges = (
             ("temperature", 0 <= self.temperature <= 5, "0 to 5"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -67,11 +67,6 @@ class Decoding:
                 raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
         if self.beams > 1 and self.temperature > 0:
             raise ContextError("beams and temperature cannot be combined: give one of them")
-
-    def _check_type(self, name: str, kind: type, wanted: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind):
-            raise ContextError(f"{name} must be {wanted}, not {type(value).__name__}")
 
     @property
     def is_greedy(self) -> bool:

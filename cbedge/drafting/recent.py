@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cbedge.arguments import check_count
 from cbedge.decoding import Decoder
-from cbedge.errors import ContextError
 
 if TYPE_CHECKING:
     from cbedge.findings.reading import QFormerOutput
@@ -61,13 +61,11 @@ class Recent:
         studies: maximum number of studies, 0 to :data:`MAX_RECENT_STUDIES`.
 
     Raises:
-        ContextError: ``studies`` is out of range.
+        ContextError: ``studies`` is no whole number, or out of range.
     """
 
     def __init__(self, studies: int):
-        if not 0 <= studies <= MAX_RECENT_STUDIES:
-            raise ContextError(f"the number of recent studies is {studies}; give 0 to {MAX_RECENT_STUDIES}")
-        self.studies = studies
+        self.studies = check_count("recent_studies", studies, 0, MAX_RECENT_STUDIES)
         self._studies: OrderedDict[Hashable, CachedStudy] = OrderedDict()
         self._lock = threading.Lock()
 

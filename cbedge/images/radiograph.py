@@ -198,6 +198,9 @@ def _from_dicom(film: "DicomFilm", digest: str, name: str) -> Radiograph:
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     name = "the array"
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise RadiographError(f"{name} has masked pixels: give them a value, such as array.filled(0)")
+    array = np.asarray(array)  # without the rules of subclasses such as np.matrix
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise RadiographError(f"{name} has shape {array.shape}; give [rows, columns] or [rows, columns, 3]")
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:

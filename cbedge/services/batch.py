@@ -6,7 +6,6 @@ line is removed. So only the current draft is lost, and none is written twice.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,9 +16,9 @@ from typing import IO, Any
 
 from cbedge.api import ReportGenerator
 from cbedge.decoding import Decoding
-from cbedge.errors import CbedgeError, OutputError, install_extra
+from cbedge.errors import CbedgeError, OutputError, install_extra, memory_errors
 from cbedge.file_names import safe_name
-from cbedge.files import check_output, lock_file, lock_path, open_atomically, unlock_file, write_output
+from cbedge.files import check_output, file_sha256, lock_file, lock_path, open_atomically, unlock_file, write_output
 from cbedge.images.radiograph import printable
 from cbedge.outputs import FORMATS, check_source, render
 from cbedge.report import Report
@@ -141,27 +140,25 @@ def draft_item(
         OutputError: a document cannot be written.
     """
     try:
-        if documents is not None:
-            check_source(documents.form, item.image)
-        report = generator.generate(
-            item.image,
-            indication=item.indication,
-            comparison=item.comparison,
-            view=item.view,
-            lateral=item.lateral,
-            max_new_tokens=max_new_tokens,
-            accept_any_image=accept_any_image,
-            decoding=decoding,
-        )
-        if documents is not None:
-            documents.write(item, report)
+        with memory_errors():
+            if documents is not None:
+                check_source(documents.form, item.image)
+            report = generator.generate(
+                item.image,
+                indication=item.indication,
+                comparison=item.comparison,
+                view=item.view,
+                lateral=item.lateral,
+                max_new_tokens=max_new_tokens,
+                accept_any_image=accept_any_image,
+                decoding=decoding,
+            )
+            if documents is not None:
+                documents.write(item, report)
     except OutputError:
         raise
     except CbedgeError as error:
         return {"status": "failed", "error": str(error)}
-    except MemoryError:
-        name = printable(item.image.name)
-        return {"status": "failed", "error": f"not enough memory for {name}: scale it down"}
     return {"status": "ok", **json.loads(report.to_json())}
 
 
@@ -331,8 +328,7 @@ def _is_current(line: dict[str, Any], item: Item | None, now: dict[str, Any] | N
 
 def _sha256(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return None
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
+from cbedge.cli.options import number
 from training.command_line import run
 from training.encoder.config import read_config
 from training.encoder.films import Films, decode_films, list_films, read_pack, write_pack
@@ -37,9 +38,9 @@ def main_command(
     pack: Annotated[Path | None, typer.Option(help="Write images and initial weights to this file, then exit.")] = None,
     data: Annotated[Path | None, typer.Option(help="Packed data to train on, instead of folders.")] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Length of the schedule in epochs; overrides the configuration.")
+        float | None, number(0, 10_000, "Length of the schedule in epochs; overrides the configuration.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time limit in minutes.")] = None,
+    minutes: Annotated[float | None, number(0, 100_000, "Time limit in minutes.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Fit the length of the schedule to the time limit.")] = False,
     max_steps: Annotated[int | None, typer.Option(help="Maximum number of steps, for trials.")] = None,
     threads: Annotated[int | None, typer.Option(help="Number of CPU threads.")] = None,
