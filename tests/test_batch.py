@@ -432,6 +432,10 @@ def test_the_two_views_of_a_study_become_one_item(tmp_path: Path):
     items = {item.id: item for item in join_views(find_studies(str(tmp_path)).items)}
     assert {*items} == {f"{name}.dcm" for name in "acdef"}, "a study with two frontal films is left as it is"
     assert items["a.dcm"].lateral == tmp_path / "b.dcm" and items["c.dcm"].lateral is None
+    lateral = pydicom.dcmread(tmp_path / "b.dcm")
+    lateral.PatientID = "SOMEBODY_ELSE"
+    lateral.save_as(tmp_path / "b.dcm")
+    assert all(item.lateral is None for item in join_views(find_studies(str(tmp_path)).items))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

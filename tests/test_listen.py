@@ -153,6 +153,47 @@ def test_one_image_sent_by_many_at_once_is_taken_from_each_and_drafted_once(list
     pacs.server.shutdown()
 
 
+def test_an_image_with_the_uid_of_another_study_is_not_taken_for_it(listen: Callable, film: Path, tmp_path: Path):
+    spool = tmp_path / "spool"
+    port, _ = listen(free_port())  # nobody takes the drafts
+    first, second, third = another(film), another(film), another(film)
+    uid = second.SOPInstanceUID = third.SOPInstanceUID = first.SOPInstanceUID
+    second.StudyInstanceUID, third.PatientID = "1.2.3", "SOMEBODY_ELSE"
+    assert send(port, first) == 0
+    wait_for(lambda: (spool / "outgoing" / f"{uid}.dcm").exists() and not list((spool / "incoming").iterdir()))
+    for other in (second, third, second):  # the last one is sent again
+        assert send(port, other) == 0xC000
+    assert send(port, first) == 0
+    wait_for(lambda: not list((spool / "incoming").iterdir()))
+    draft = pydicom.dcmread(spool / "outgoing" / f"{uid}.dcm")
+    assert (draft.StudyInstanceUID, draft.PatientID) == (first.StudyInstanceUID, first.PatientID)
+    kept = [pydicom.dcmread(path) for path in (spool / "failed").glob("*.dcm")]
+    assert {(d.StudyInstanceUID, d.PatientID) for d in kept} == {
+        (d.StudyInstanceUID, d.PatientID) for d in (second, third)
+    }
+    assert len(kept) == 2
+    for path in (spool / "failed").glob("*.txt"):
+        assert "also that of a radiograph of another study or patient" in path.read_text()
+    log = (tmp_path / "log").read_text()
+    assert log.count("moved to failed") == 3 and "SOMEBODY" not in log
+    (spool / "outgoing" / f"{uid}.dcm").unlink()  # delivered
+    assert send(port, second) == 0
+    wait_for(lambda: (spool / "outgoing" / f"{uid}.dcm").exists())
+    assert pydicom.dcmread(spool / "outgoing" / f"{uid}.dcm").StudyInstanceUID == "1.2.3"
+
+
+def test_a_failed_image_is_not_replaced_by_another_of_its_uid(listen: Callable, film: Path, tmp_path: Path):
+    failed = tmp_path / "spool" / "failed"
+    port, _ = listen(free_port())
+    for patient, count in (("A", 1), ("B", 2), ("A", 2), ("B", 2)):
+        dataset = pydicom.dcmread(film)
+        dataset.Modality, dataset.PatientID = "CT", patient
+        assert send(port, dataset) == 0
+        wait_for(lambda: not list((tmp_path / "spool" / "incoming").iterdir()))
+        assert len(list(failed.glob("*.dcm"))) == len(list(failed.glob("*.txt"))) == count
+    assert {pydicom.dcmread(path).PatientID for path in failed.glob("*.dcm")} == {"A", "B"}
+
+
 def test_a_spool_heals(listen: Callable, film: Path, tmp_path: Path):
     pacs_port = free_port()
     pacs = Pacs(pacs_port)
@@ -300,7 +341,7 @@ def test_a_round_trip_through_orthanc(listen: Callable, film: Path, tmp_path: Pa
 def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
     listen: Callable, tiny_bundle: Path, tmp_path: Path
 ):
-    listen(free_port())
+    port, _ = listen(free_port())
     arguments = (
         "cbedge.cli",
         "listen",
@@ -317,6 +358,10 @@ def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
     )
     second = run_cli(*arguments)
     assert second.returncode == 7 and "another cbedge listen" in second.stderr and "Traceback" not in second.stderr
+    for host, reason in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign"), ("a..b", "invalid")):
+        done = run_cli(*arguments, "--spool", tmp_path / "other", "--host", host, "--port", port)
+        assert done.returncode == 4 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"cbedge: cannot listen on {host}:{port}: {reason}"), done.stderr
     wrong = run_cli(*arguments, "--peer", "nonsense")
     assert wrong.returncode == 4 and "AET@host:port" in wrong.stderr
     with pytest.raises(ContextError):

@@ -1,3 +1,4 @@
+import json
 import select
 import socket
 import struct
@@ -195,6 +196,28 @@ def test_what_is_no_message_ends_its_connection_alone_and_is_one_line_in_the_log
     assert send(port, another(film)) == 0
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log and all(line.startswith("{") for line in log.splitlines())
+
+
+def test_titles_may_be_padded_and_unknown_ones_are_logged(listen: Callable, tmp_path: Path):
+    port, _ = listen(free_port())
+    for title in ("MODALITY", "MODALITY\0\0\0\0\0\0\0\0", "MODALITY \0", "  MODALITY"):
+        associate(port, calling=title).close()
+    associate(port, called="CBEDGE\0\0\0\0").close()
+    with socket.create_connection(("127.0.0.1", port)) as connection:  # byte by byte
+        for number in range(len(message := request(calling="MODALITY\0"))):
+            connection.sendall(message[number : number + 1])
+        assert answer(connection)[:1] == b"\2"
+    for titles in ({"calling": "STRANGER"}, {"calling": 'A"B'}, {"called": "OTHER"}):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(request(**titles))
+            assert answer(connection)[:1] == b"\3"
+    wait_for(lambda: (tmp_path / "log").read_text().count("was rejected") == 3)
+    told = [json.loads(line)["message"] for line in (tmp_path / "log").read_text().splitlines() if "reject" in line]
+    assert told == [
+        "an association of 'STRANGER' was rejected: its AE title is not among those of --known",
+        "an association of 'A\"B' was rejected: its AE title is not among those of --known",
+        "an association of 'MODALITY' was rejected: it calls 'OTHER', but this node is 'CBEDGE'",
+    ]
 
 
 def test_connections_that_say_nothing_keep_no_sender_out(listen: Callable, film: Path, tmp_path: Path):

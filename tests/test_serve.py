@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,20 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import EXAMPLES, draw_chest, run_cli, served
+from conftest import EXAMPLES, ROOT, draw_chest, run_cli, served
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
-from cbedge import ContextError, ReportGenerator
-from cbedge.services.http import check_exposure, create_app
+from cbedge import ContextError, ReportGenerator, errors
+from cbedge.services.http import _invalid_input, check_exposure, create_app
 from cbedge.services.http_queue import ServeSettings
 
 TOKEN = "a-token-of-some-length"
@@ -136,6 +139,12 @@ def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, v
         ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"),
         ([], {"max_new_tokens": "5"}, "unknown"),
         ([("indication", ("t", b"x" * 9000))], {}, "more than 4,000 bytes"),
+        ([], {"stream": "true", "format": "sr"}, "format sr cannot be combined"),
+        ([], {"heatmap": "true"}, "give stream=true"),
+        ([("indication", (None, b"c", "text/plain; charset=UTF-16"))], {}, "'indication' has the charset 'UTF-16'"),
+        ([("view", ("v", b"PA", "text/plain; charset=latin-1"))], {}, "'view' has the charset 'latin-1'"),
+        ([("indication", (None, b"Yw==", "text/plain", {"Content-Transfer-Encoding": "Base64"}))], {}, "'base64'"),
+        ([("lateral", ("l", b"x", "image/png", {"Content-Transfer-Encoding": "x"}))], {}, "Content-Transfer-Encoding"),
     ],
 )
 def test_a_form_that_is_not_understood_is_refused_by_name(
@@ -144,6 +153,31 @@ def test_a_form_that_is_not_understood_is_refused_by_name(
     sent = [("image", ("x", chest_png.read_bytes())), *files]
     answer = client.post("/v1/reports", files=sent, data=data)
     assert answer.status_code == 422 and told in answer.json()["detail"]
+
+
+def test_encodings_that_change_nothing_are_taken(client: TestClient, chest_png: Path):
+    plain = {"Content-Transfer-Encoding": "8bit"}
+    files = [
+        ("image", ("x", chest_png.read_bytes(), "image/png; charset=utf-16", {**plain})),
+        ("indication", (None, b"cough", 'text/plain; charset="UTF-8"', {**plain})),
+    ]
+    answer = client.post("/v1/reports", files=files, data={"stream": "true", "format": "json"})
+    assert answer.status_code == 200, answer.text
+    assert events(answer.text)[-1][1]["indication_source"] == "given"
+
+
+@pytest.mark.parametrize("path", ["/v1/reports", "/v1/model", "/metrics"])
+def test_what_no_route_reads_is_refused_by_name(client: TestClient, chest_png: Path, path: str):
+    def ask(**options: Any) -> httpx.Response:
+        image = {"files": {"image": chest_png.read_bytes()}} if path == "/v1/reports" else {}
+        return client.request("POST" if image else "GET", path, **image, **options)
+
+    for query, told in (("format=sr&b", "'format', 'b'"), ("view=PA&view=LL", "'view'"), ("a", "'a'")):
+        answer = ask(params=query)
+        assert answer.status_code == 422 and told in answer.json()["detail"], answer.text
+    answer = ask(headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 422 and "Content-Encoding 'gzip'" in answer.json()["detail"]
+    assert ask(headers={"Content-Encoding": "identity"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -327,6 +361,21 @@ def test_metrics_and_health(client: TestClient, chest_png: Path):
     assert client.get("/v1/model").json()["name"] == "tiny"
 
 
+def test_every_status_is_documented_with_the_errors_that_give_it(client: TestClient):
+    rows = (ROOT / "docs" / "integrating.md").read_text(encoding="utf-8").splitlines()
+    table = {int(row[2:5]): row for row in rows if re.match(r"\| [45]\d\d \|", row)}
+    described = client.get("/openapi.json").json()["paths"]["/v1/reports"]["post"]["responses"]
+    assert {*table} == {404, 405, *map(int, described)} - {200}
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cbedge" / "services").glob("http*.py"))
+    numbers = {*map(int, re.findall(r"\b[45]\d\d\b", code))}
+    assert numbers & {*HTTPStatus} <= {*table}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CbedgeError)]
+    for kind in kinds[1:]:
+        answer = asyncio.run(_invalid_input(None, kind("why")))
+        assert f"`{kind.__name__}`" in table[answer.status_code], kind
+        assert ("retry-after" in answer.headers) == (answer.status_code == 503)
+
+
 def test_the_page_needs_nothing_from_outside(client: TestClient):
     page = client.get("/")
     assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
@@ -367,6 +416,8 @@ def test_a_real_server_drafts_survives_rude_clients_and_ends_gracefully(server: 
     assert process.returncode in (0, -signal.SIGTERM), log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert any(isinstance(line["message"], dict) and line["message"]["outcome"] == "written" for line in lines)
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert all(time.tzinfo == UTC and abs(datetime.now(UTC) - time).seconds < 600 for time in times)
     for secret in ("secret", "CompressedSamples", "9RG1", "Traceback"):
         assert secret not in log
 
@@ -396,8 +447,11 @@ def test_connections_that_say_too_little_are_closed_and_keep_nobody_waiting(tiny
 
 def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.Popen], tiny_bundle: Path):
     port = server[0].rpartition(":")[2]
-    done = run_cli("cbedge.cli", "serve", "--port", port, "--model", tiny_bundle, "--device", "cpu")
-    assert done.returncode != 0 and "Traceback" not in done.stderr and port in done.stderr
+    for host, reason in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign"), ("a..b", "invalid")):
+        arguments = ("--host", host, "--port", port, "--model", tiny_bundle, "--device", "cpu")
+        done = run_cli("cbedge.cli", "serve", *arguments, CBEDGE_TOKEN=TOKEN)
+        assert done.returncode == 4 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"cbedge: cannot listen on {host}:{port}: {reason}"), done.stderr
 
 
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])

@@ -188,13 +188,19 @@ def test_text_of_a_form_is_utf_8_or_refused_by_name(
     server: tuple[int, subprocess.Popen], fields: list, status: int, told: str
 ):
     content = form(*fields)
-    for kind in ("multipart/form-data; boundary=b", "multipart/form-data; charset=utf-16; boundary=b"):
+    for kind in ("multipart/form-data; boundary=b", "multipart/form-data; charset=UTF-8; boundary=b"):
         answer = httpx.post(
             f"http://127.0.0.1:{server[0]}/v1/reports", content=content, headers={"content-type": kind}, timeout=60
         )
         assert answer.status_code == status
         if status != 200:
             assert told in answer.json()["detail"]
+
+
+def test_a_form_in_another_charset_is_refused_by_name(server: tuple[int, subprocess.Popen]):
+    request = post(BODY).replace(b"form-data;", b"form-data; charset=utf-16;")
+    answer = ask(server[0], request)
+    assert statuses(answer) == [422] and b"charset 'utf-16'" in answer
 
 
 @pytest.mark.parametrize("megabytes", [70, 300])

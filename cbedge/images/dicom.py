@@ -231,3 +231,11 @@ def _check_body_part(dataset: Dataset, found: Warnings) -> None:
 def header_view(dataset: Dataset) -> str | None:
     """The view in a header: ``frontal``, ``lateral`` or ``None``."""
     return view_of(dataset, Warnings()).name
+
+
+def study_and_patient(dataset: Dataset | None) -> tuple[str, str] | None:
+    """Study Instance UID and Patient ID (or an empty text) in a header; ``None`` if it has no study."""
+    if dataset is None:
+        return None
+    study, patient = (str(dataset.get(name) or "").strip() for name in ("StudyInstanceUID", "PatientID"))
+    return (study, patient) if study else None

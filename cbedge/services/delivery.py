@@ -17,6 +17,7 @@ from pynetdicom.sop_class import EnhancedSRStorage  # type: ignore[attr-defined]
 from pynetdicom.status import STORAGE_SERVICE_CLASS_STATUS
 
 from cbedge.errors import ContextError
+from cbedge.services.addresses import check_ae_title
 from cbedge.services.dicom_log import log
 from cbedge.services.spool import Spool, Version, machine_trouble, version_of
 
@@ -43,8 +44,9 @@ class Peer:
         """
         aet, _, address = text.partition("@")
         host, _, port = address.rpartition(":")
-        if not (0 < len(aet.strip()) <= 16 and host and port.isdigit() and 0 < int(port) < 65536):
-            raise ContextError(f"{text!r} is not a DICOM node; give AET@host:port, such as PACS@10.0.0.5:104")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise ContextError(f"{text!a} is not a DICOM node; give AET@host:port, such as PACS@10.0.0.5:104")
+        check_ae_title(aet, "--peer")
         return cls(aet.strip(), host, int(port))
 
 

@@ -25,6 +25,8 @@ MAX_QUEUED_MESSAGES = 64  # a correct peer waits for each answer
 MAX_CONNECTIONS = 400
 PDU_S = 20.0  # seconds from the first byte of a PDU to its last, and for each read
 _HEADER = struct.Struct(">BxL")  # type, length of the rest
+_ASSOCIATE_RQ = 1
+_TITLES = slice(4, 36)  # the two AE titles in the rest of an A-ASSOCIATE-RQ
 
 
 class PeerSocket(socket.socket):
@@ -38,6 +40,7 @@ class PeerSocket(socket.socket):
         super().__init__(fileno=connection.detach())
         self.settimeout(PDU_S)
         self._header = b""
+        self._kind = self._length = 0  # type of the PDU and length of the rest
         self._left = 0  # remaining bytes of the PDU
         self._due = 0.0
 
@@ -54,15 +57,22 @@ class PeerSocket(socket.socket):
             raise TimeoutError("the PDU is not complete in time")
         received = super().recv(min(size, self._left or _HEADER.size - len(self._header)), flags)
         if self._left:
+            start = self._length - self._left
             self._left -= len(received)
-            return received
+            return _padded_titles(received, start) if self._kind == _ASSOCIATE_RQ else received
         self._header += received
         if len(self._header) == _HEADER.size:
-            _, self._left = _HEADER.unpack(self._header)
-            self._header = b""
+            self._kind, self._length = _HEADER.unpack(self._header)
+            self._left, self._header = self._length, b""
             if self._left > MAX_PDU_BYTES:
                 raise ConnectionError("the PDU is too long")
         return received
+
+
+def _padded_titles(received: bytes, start: int) -> bytes:
+    """Part of an A-ASSOCIATE-RQ, its AE titles padded with spaces instead of NULs, which pynetdicom refuses."""
+    first, end = max(_TITLES.start - start, 0), max(_TITLES.stop - start, 0)
+    return received[:first] + received[first:end].replace(b"\0", b" ") + received[end:]
 
 
 class _Server(ThreadedAssociationServer):

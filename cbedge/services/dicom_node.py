@@ -26,12 +26,13 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from cbedge.api import ReportGenerator
-from cbedge.errors import CbedgeError, ContextError, RadiographError
+from cbedge.errors import CbedgeError, RadiographError
 from cbedge.file_names import safe_name
-from cbedge.images.dicom import header_view
+from cbedge.images.dicom import header_view, study_and_patient
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import is_uid
 from cbedge.outputs.sr import to_sr
+from cbedge.services.addresses import address_errors, check_ae_title
 from cbedge.services.delivery import RESCAN_S, Delivery, Peer
 from cbedge.services.dicom_guard import GuardedAE, ReceptionLimit
 from cbedge.services.dicom_log import log, log_to_stderr
@@ -79,6 +80,9 @@ class ListenSettings:
         max_waiting: maximum number of radiographs in the spool; more are rejected, and their sender keeps them.
         max_object_bytes: maximum size of a radiograph; the association is aborted before a larger one is in memory.
         max_received_bytes: maximum size of all radiographs that are being received.
+
+    Raises:
+        ContextError: an application entity title is invalid.
     """
 
     aet: str
@@ -94,6 +98,11 @@ class ListenSettings:
     max_object_bytes: int = 512 * 2**20
     max_received_bytes: int = 1024 * 2**20
 
+    def __post_init__(self) -> None:
+        check_ae_title(self.aet, "--aet")
+        for title in self.known:
+            check_ae_title(title, "--known")
+
 
 class Listener:
     """Receives radiographs, drafts reports and sends them, each in its own thread.
@@ -107,6 +116,7 @@ class Listener:
         self.generator, self.settings, self.spool = generator, settings, Spool(settings.spool)
         self._stop, self._arrived, self._ready = threading.Event(), threading.Event(), threading.Event()
         self._pair_wait = settings.pair_wait_s if generator.reads_lateral else 0.0
+        self._storing = threading.Lock()
         self._held: float | None = None  # seconds until a radiograph stops waiting for the other view
         self._threads: list[threading.Thread] = []
         self._server: Any = None
@@ -121,7 +131,7 @@ class Listener:
         """Start to listen.
 
         Raises:
-            ContextError: the address is in use.
+            ContextError: the address is invalid, in use, or not of this machine.
         """
         node = GuardedAE(self.settings.aet)
         node.require_calling_aet = list(self.settings.known)
@@ -132,12 +142,13 @@ class Listener:
         for kind in _IMAGES:
             node.add_supported_context(kind, _SYNTAXES)
         address = (self.settings.host, self.settings.port)
-        try:
-            handlers: Any = [(evt.EVT_C_STORE, self._receive), *self._reception.handlers()]
+        handlers: Any = [
+            (evt.EVT_C_STORE, self._receive),
+            (evt.EVT_REJECTED, self._log_rejection),
+            *self._reception.handlers(),
+        ]
+        with address_errors(*address):
             self._server = node.start_server(address, block=False, evt_handlers=handlers)
-        except OSError as error:
-            reason = f"cannot listen on {address[0]}:{address[1]}: {error.strerror}; give another --port"
-            raise ContextError(reason) from None
         for work in (self._draft_all, self._send_all):
             thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
             thread.start()
@@ -154,6 +165,17 @@ class Listener:
         self._ready.set()
         for thread in self._threads:
             thread.join(60)
+
+    def _log_rejection(self, event: evt.Event) -> None:
+        asked: Any = event.assoc.requestor.primitive
+        calling, called = asked.calling_ae_title.strip(), asked.called_ae_title.strip()
+        if called != self.settings.aet.strip():
+            reason = f"it calls {called!a}, but this node is {self.settings.aet.strip()!a}"
+        elif calling not in map(str.strip, self.settings.known):
+            reason = "its AE title is not among those of --known"
+        else:
+            reason = f"more than {MAX_ASSOCIATIONS} associations are open"
+        log(f"an association of {calling!a} was rejected: {reason}")
 
     def _receive(self, event: evt.Event) -> int:
         """Store a received radiograph on disk, then acknowledge it."""
@@ -175,7 +197,11 @@ class Listener:
                 log(f"{self.settings.max_waiting:,} radiographs are already waiting: another one was rejected")
                 return _NO_SPACE
             header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
-            self.spool.put(self.spool.incoming, f"{safe_name(uid)}.dcm", header, content)
+            with self._storing:  # no other image of this UID may be stored between the check and this one
+                if self._is_of_another_study(f"{safe_name(uid)}.dcm", header, content):
+                    log("a radiograph with the SOP Instance UID of one of another study was moved to failed")
+                    return _CANNOT_STORE
+                self.spool.put(self.spool.incoming, f"{safe_name(uid)}.dcm", header, content)
         except OSError as error:
             log(f"a radiograph could not be stored ({error.strerror}) and was rejected")
             return _NO_SPACE
@@ -186,6 +212,19 @@ class Listener:
             self._reception.kept(event.assoc, len(content))
         self._arrived.set()
         return _SUCCESS
+
+    def _is_of_another_study(self, name: str, *parts: bytes | memoryview) -> bool:
+        """Whether the spool has a radiograph or draft of this name, but of another study or patient; then the new
+        radiograph is put into ``failed``."""
+        places = (self.spool.incoming / name, self.spool.outgoing / name)  # in this order: drafts move on meanwhile
+        waiting = [study for place in places if (study := study_and_patient(read_header(place, needed=False)))]
+        new = study_and_patient(read_header(b"".join(parts), needed=False)) if waiting else None
+        if all(new and _is_same_study(new, study) for study in waiting):
+            return False
+        reason = "its SOP Instance UID is also that of a radiograph of another study or patient that waits here"
+        remedy = f"correct it at its source, or move it to the folder {self.spool.incoming.name} of the spool"
+        self.spool.put_aside(name, f"no draft: {reason}; {remedy}", *parts)
+        return True
 
     def _guarded(self, work: Callable[[], None]) -> None:
         while not self._stop.is_set():
@@ -300,13 +339,18 @@ class Listener:
             self._pause = self._delivery.run()
 
 
-def _study_and_view(path: Path) -> tuple[str | None, str | None]:
-    """Study UID and view of a radiograph; (None, None) if the header cannot be read, which drafting will report."""
+def _is_same_study(first: tuple[str, str], second: tuple[str, str]) -> bool:
+    """Whether study and patient are the same; a draft may lack the Patient ID, if the radiograph's was invalid."""
+    return first[0] == second[0] and (first[1] == second[1] or not (first[1] and second[1]))
+
+
+def _study_and_view(path: Path) -> tuple[tuple[str, str] | None, str | None]:
+    """Study and view of a radiograph; (None, None) if the header cannot be read, which drafting will report."""
     try:
         header = read_header(path)
         if header is None:
             return None, None
-        return str(header.get("StudyInstanceUID") or "") or None, header_view(header)
+        return study_and_patient(header), header_view(header)
     except Exception:  # damaged headers raise various exceptions
         return None, None
 

@@ -11,7 +11,6 @@ import base64
 import ipaddress
 import json
 import logging
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,22 +28,18 @@ from starlette.requests import ClientDisconnect
 from cbedge import __version__
 from cbedge.api import ReportGenerator, ReportStream
 from cbedge.bundles.bundle import CARD
-from cbedge.errors import BundleError, CbedgeError, ContextError, DeviceError, DraftError, RadiographError
+from cbedge.errors import CbedgeError, ContextError, DeviceError, DraftError, RadiographError
 from cbedge.images.heatmap import overlay, png
 from cbedge.images.radiograph import load_radiograph
 from cbedge.outputs import FORMATS, SCHEMA, check_format, check_source, render
 from cbedge.report import Report
-from cbedge.services.http_form import DraftForm, form_schema, open_form, read_form
+from cbedge.services.addresses import open_socket
+from cbedge.services.http_form import DraftForm, check_nothing_ignored, form_schema, open_form, read_form
 from cbedge.services.http_guard import LOOPBACK, RequestGuard, patient_protocol, token_check
 from cbedge.services.http_queue import Drafter, GivenUp, Metrics, Overloaded, ServeSettings
+from cbedge.services.json_log import log_to_stderr
 
-_STATUS: dict[type[CbedgeError], int] = {
-    RadiographError: 422,
-    ContextError: 422,
-    BundleError: 500,
-    DeviceError: 500,
-    DraftError: 422,
-}
+_STATUS = {RadiographError: 422, ContextError: 422, DraftError: 422, DeviceError: 503}  # other errors: 500
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self'"
@@ -111,15 +106,15 @@ def create_app(generator: ReportGenerator, settings: ServeSettings | None = None
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _unexpected_error)
-    allowed = Depends(token_check(settings.token))
+    allowed = [Depends(token_check(settings.token)), Depends(check_nothing_ignored)]
     app.include_router(_draft_routes(generator, drafter, metrics, allowed))
     app.include_router(_info_routes(generator, drafter, metrics, settings, allowed))
     return app
 
 
 async def _invalid_input(request: Request, error: Exception) -> Response:
-    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
-    return JSONResponse({"detail": str(error)}, status)
+    status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+    return JSONResponse({"detail": str(error)}, status, {"Retry-After": "30"} if status == 503 else None)
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
@@ -145,7 +140,7 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     kind = type(error).__name__
-    _log.error(json.dumps({"event": "error", "kind": kind}))  # the text of an error may contain patient data
+    _log.error({"event": "error", "kind": kind})  # the text of an error may contain patient data
     return JSONResponse({"detail": f"an unexpected error ({kind}): please report it"}, 500)
 
 
@@ -158,27 +153,28 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
         "description": "The draft; with `stream`, events `piece` with text, and finally `report`.",
     },
-    400: {"description": "The body is not a valid multipart form."},
+    400: {"description": "The request or its multipart form is malformed."},
     401: {"description": "The token is missing or wrong."},
     413: {"description": "The request is too large."},
     403: {"description": "The request comes from a page of another website."},
     408: {"description": "The request was too slow."},
     421: {"description": "The Host header is not allowed."},
-    422: {"description": "The radiograph or its context is invalid."},
+    422: {"description": "The radiograph, its context or the form is invalid, or the draft failed its last check."},
     429: {
         "description": "The queue is full: retry after Retry-After, with the response's Queue-Ticket as a "
         "header to get priority."
     },
+    500: {"description": "The service is not installed correctly, or an unexpected error."},
     503: {
-        "description": "The deadline passed, the service is shutting down, or it has no space for the "
+        "description": "The deadline passed, the service is shutting down, or it has no memory or space for the "
         "request: retry after Retry-After."
     },
 }
 
 
-def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: Any) -> APIRouter:
+def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics, allowed: list[Any]) -> APIRouter:
     """Routes that draft reports."""
-    router = APIRouter(dependencies=[allowed])
+    router = APIRouter(dependencies=allowed)
 
     @router.post(
         "/v1/reports",
@@ -246,7 +242,7 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
 
 
 def _info_routes(
-    generator: ReportGenerator, drafter: Drafter, metrics: Metrics, settings: ServeSettings, allowed: Any
+    generator: ReportGenerator, drafter: Drafter, metrics: Metrics, settings: ServeSettings, allowed: list[Any]
 ) -> APIRouter:
     """Routes with information on the service and the model, and the web page."""
     router = APIRouter()
@@ -261,11 +257,11 @@ def _info_routes(
         state = "shutting down" if drafter.draining else "the queue is full" if full else "ready"
         return PlainTextResponse(state, 200 if state == "ready" else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse, dependencies=[allowed], summary="Metrics for Prometheus")
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=allowed, summary="Metrics for Prometheus")
     async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    @router.get("/v1/model", dependencies=[allowed], summary="The model, with its card")
+    @router.get("/v1/model", dependencies=allowed, summary="The model, with its card")
     async def model() -> dict[str, Any]:
         manifest = generator.bundle.manifest
         card = (generator.bundle.folder / CARD).read_text(encoding="utf-8")
@@ -340,34 +336,25 @@ def _note(metrics: Metrics, number: str, outcome: str, seconds: float, report: R
         metrics.seconds.observe(seconds)
         metrics.tokens.inc(report.new_tokens)
         entry |= {"tokens": report.new_tokens, "ms": {k: round(v, 1) for k, v in asdict(report.timings).items()}}
-    _log.info(json.dumps(entry))
+    _log.info(entry)
 
 
 def run_server(generator: ReportGenerator, host: str, port: int, settings: ServeSettings) -> None:
     """Serve until the process is asked to end; the current draft is finished first.
 
     Raises:
-        ContextError: see :func:`check_exposure`.
-        OSError: the address is in use.
+        ContextError: see :func:`check_exposure` and :func:`~cbedge.services.addresses.open_socket`.
     """
     import uvicorn
 
     check_exposure(host, settings.token)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "message": %(message)s}'))
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
-    for library in ("python_multipart", "asyncio"):  # their messages contain request data and are not JSON
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    log_to_stderr(_log, "python_multipart", "asyncio")
     if not settings.hosts and settings.token is None:  # with a token, other websites have no access anyway
         settings = replace(settings, hosts=(*LOOPBACK, host))
     app = create_app(generator, settings)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_level="critical",
             access_log=False,
             timeout_keep_alive=20,
@@ -377,7 +364,6 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
             h11_max_incomplete_event_size=64 * 1024,
         )
     )
-    _log.info(json.dumps(f"serving on http://{host}:{port}"))
-    server.run()
-    if not server.started:
-        raise ContextError(f"cannot listen on {host}:{port}: give another --port")
+    with open_socket(host, port) as bound:
+        _log.info(f"serving on http://{host}:{port}")
+        server.run(sockets=[bound])

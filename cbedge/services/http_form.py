@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException, Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -21,6 +22,7 @@ SWITCHES = ("stream", "heatmap", "accept_any_image")
 _FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _MAX_FILES, _MAX_FIELDS = 8, 16
+_UTF_8, _PLAIN = ("utf-8", "utf8", "us-ascii", "ascii"), ("7bit", "8bit", "binary")
 MAX_TEXT_BYTES = 4 * MAX_CONTEXT_CHARACTERS
 
 
@@ -44,21 +46,57 @@ class DraftForm:
     accept_any_image: bool
 
 
+class _Parser(MultiPartParser):
+    """Refuses parts in an encoding that would be ignored."""
+
+    def on_headers_finished(self) -> None:
+        """See :class:`MultiPartParser`."""
+        super().on_headers_finished()
+        name, headers = self._current_part.field_name, dict(self._current_part.item_headers)
+        if name not in FILES:
+            _check_charset(f"the form field {_shown(name)}", headers.get(b"content-type", b""))
+        encoding = headers.get(b"content-transfer-encoding", b"binary").decode("latin-1").strip().lower()
+        if encoding not in _PLAIN:
+            raise ContextError(
+                f"the form field {_shown(name)} has the Content-Transfer-Encoding {_shown(encoding)}: send it without"
+            )
+
+
+def _check_charset(what: str, content_type: bytes | str) -> None:
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _UTF_8:
+        raise ContextError(f"{what} has the charset {_shown(charset)}: send UTF-8")
+
+
+def check_nothing_ignored(request: Request) -> None:
+    """A FastAPI dependency that refuses parts of a request that no route reads.
+
+    Raises:
+        ContextError: the request has query parameters, or its body is compressed.
+    """
+    if request.query_params:
+        names = ", ".join(dict.fromkeys(_shown(name) for name, _ in request.query_params.multi_items()))
+        raise ContextError(f"there are no query parameters, but the address has {names[:100]}: send form fields")
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ContextError(f"the body has the Content-Encoding {_shown(coding)}: send it uncompressed")
+
+
 @asynccontextmanager
 async def open_form(request: Request) -> AsyncIterator[FormData]:
     """Open the multipart form of a request. Names and texts are decoded as Latin-1, one character per byte, so that
     bytes that are not UTF-8 are preserved.
 
     Raises:
-        ContextError: the request is not a multipart form.
+        ContextError: the request is not a multipart form, or is not in UTF-8.
         HTTPException: the form is malformed (400), or there is no space for its files (503).
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
         raise ContextError("the body is not a multipart form: send one, such as curl -F image=@study.dcm")
+    _check_charset("the form", kind)
     parts = [part for part in kind.split(";") if not part.strip().lower().startswith("charset=")]
     headers = Headers({"content-type": ";".join([*parts, " charset=latin-1"])})
-    parser = MultiPartParser(headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+    parser = _Parser(headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -76,7 +114,7 @@ async def read_form(form: FormData) -> DraftForm:
     """Parse a form of :func:`open_form`.
 
     Raises:
-        ContextError: a field is unknown, occurs twice, or has an invalid value.
+        ContextError: a field is unknown, occurs twice, has an invalid value, or cannot be combined with another.
         RadiographError: the file ``image`` is missing.
     """
     fields: dict[str, Any] = {}
@@ -99,6 +137,10 @@ async def read_form(form: FormData) -> DraftForm:
     if chosen not in FORMATS:
         raise ContextError(f"unknown format {_shown(chosen)}; give one of: {', '.join(FORMATS)}")
     stream, heatmap, anything = (_switch(name, texts[name]) for name in SWITCHES)
+    if stream and chosen != "json":
+        raise ContextError(f"stream sends the report as JSON, so format {chosen} cannot be combined with it: omit one")
+    if heatmap and not stream:
+        raise ContextError("heatmap is sent with stream only: give stream=true as well")
     context = {name: texts[name] or None for name in TEXTS}
     return DraftForm(fields["image"], fields.get("lateral"), context, chosen, stream, heatmap, anything)
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from cbedge.errors import OutputError
-from cbedge.files import lock_file, write_atomically
+from cbedge.files import file_sha256, lock_file, write_atomically
 
 Version = tuple[int, int, int]
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -95,11 +97,25 @@ class Spool:
 
     def fail(self, path: Path, version: Version | None, reason: str, name: str | None = None) -> None:
         """Move a file to ``failed`` and write its reason there, unless it was replaced by another version meanwhile."""
-        name = name or path.name
-        self.put(self.failed, f"{Path(name).stem}.txt", f"{reason}\n".encode())
-        with self._changes, contextlib.suppress(FileNotFoundError):
-            if version_of(path) == version:
-                os.replace(path, self.failed / name)
+        with contextlib.suppress(FileNotFoundError):
+            target = self._free(name or path.name, lambda: file_sha256(path))
+            self.put(self.failed, target.with_suffix(".txt").name, f"{reason}\n".encode())
+            with self._changes:
+                if version_of(path) == version:
+                    os.replace(path, target)
+
+    def put_aside(self, name: str, reason: str, *parts: bytes | memoryview) -> None:
+        """Write a file that was not in the queue to ``failed``, with its reason."""
+        target = self._free(name, hashlib.sha256(b"".join(parts)).hexdigest)
+        self.put(self.failed, target.with_suffix(".txt").name, f"{reason}\n".encode())
+        self.put(self.failed, target.name, *parts)
+
+    def _free(self, name: str, digest: Callable[[], str]) -> Path:
+        """Where a file with this SHA-256 goes in ``failed``: no file of other content is replaced."""
+        target = self.failed / name
+        if target.is_file() and file_sha256(target) != digest():
+            return target.with_name(f"{target.stem}-{digest()[:16]}{target.suffix}")
+        return target
 
     def deaths(self) -> dict[Path, int]:
         """Number of processes that ended while drafting a radiograph, for radiographs with at least one."""

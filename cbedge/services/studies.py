@@ -101,15 +101,15 @@ class Found:
 
 def join_views(items: Sequence[Item]) -> list[Item]:
     """Combine the frontal and lateral DICOM file of a study into one item, if the study has exactly one of each."""
-    from cbedge.images.dicom import header_view
+    from cbedge.images.dicom import header_view, study_and_patient
     from cbedge.images.dicom_file import read_header
 
-    views: dict[str, dict[str, list[Item]]] = {}
+    views: dict[tuple[str, str], dict[str, list[Item]]] = {}
     for item in items:
         header = None if item.lateral is not None else read_header(item.image, needed=False)
-        uid, view = (None, None) if header is None else (str(header.get("StudyInstanceUID") or ""), header_view(header))
-        if uid and view:
-            views.setdefault(uid, {}).setdefault(view, []).append(item)
+        study, view = study_and_patient(header), None if header is None else header_view(header)
+        if study and view:
+            views.setdefault(study, {}).setdefault(view, []).append(item)
     laterals: dict[str, Path] = {}
     joined: set[str] = set()
     for found in views.values():
