@@ -21,7 +21,7 @@ from cbedge import errors
 
 CODES = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
 MODEL = "--variant int4 --device cpu"
-WITHOUT_MODEL = rf"""
+WITHOUT_MODEL = f"""
 generate missing.png
 generate .
 generate empty.png
