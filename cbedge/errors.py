@@ -1,9 +1,14 @@
 """Errors that cbedge raises. Each message says what is wrong, with what, and what to do."""
 
+from __future__ import annotations
+
 import errno
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MEMORY_WORDS = re.compile(
     "bad.alloc|allocate memory|out of memory|failed to map segment|can't start new thread", re.IGNORECASE
