@@ -285,7 +285,7 @@ def test_an_unforeseen_error_is_told_without_its_text(
         answer = client.post("/v1/reports", files={"image": FILM})
         assert client.get("/healthz").status_code == 200
     assert answer.status_code == 500 and "an unexpected error (KeyError)" in answer.json()["detail"]
-    told = [json.loads(record.message) for record in caplog.records if record.name == "cbedge.serve"]
+    told = [record.msg for record in caplog.records if record.name == "cbedge.serve"]
     assert {"event": "error", "kind": "KeyError"} in told and "secret" not in json.dumps(told) + answer.text
 
 

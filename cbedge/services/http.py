@@ -365,5 +365,6 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
         )
     )
     with open_socket(host, port) as bound:
-        _log.info(f"serving on http://{host}:{port}")
+        name = f"[{host}]" if ":" in host else host  # IPv6
+        _log.info(f"serving on http://{name}:{port}")
         server.run(sockets=[bound])
