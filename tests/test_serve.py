@@ -260,6 +260,20 @@ def test_images_are_decoded_only_when_it_is_their_turn(generator: ReportGenerato
     assert asyncio.run(ask()) == [200] * 6 and most == 1
 
 
+def test_too_little_memory_is_a_reason_to_retry_later(
+    generator: ReportGenerator, chest_png: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def exhausted(content: bytes) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("cbedge.services.http.load_radiograph", exhausted)
+    with TestClient(create_app(generator, ServeSettings())) as client:
+        answer = post(client, chest_png.read_bytes())
+    assert (
+        answer.status_code == 503 and answer.headers["Retry-After"] and "not enough memory" in answer.json()["detail"]
+    )
+
+
 def test_a_token_is_asked_for_where_one_is_set(generator: ReportGenerator, chest_png: Path):
     with TestClient(create_app(generator, ServeSettings(token=TOKEN))) as client:
         assert post(client, chest_png.read_bytes()).status_code == 401

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from cbedge import __version__
 from cbedge.api import ReportGenerator, ReportStream
 from cbedge.bundles.bundle import CARD
-from cbedge.errors import CbedgeError, ContextError, DeviceError, DraftError, RadiographError
+from cbedge.errors import CbedgeError, ContextError, DeviceError, DraftError, RadiographError, memory_errors
 from cbedge.images.heatmap import overlay, png
 from cbedge.images.radiograph import load_radiograph
 from cbedge.outputs import FORMATS, SCHEMA, check_format, check_source, render
@@ -196,6 +196,7 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
         arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
         held: dict[str, Any] = {}
 
+        @memory_errors()
         def make() -> ReportStream:
             # Files are read only when it is this request's turn, so waiting requests use no memory.
             held["content"] = form.image.file.read()
