@@ -227,9 +227,13 @@ def test_file_objects_and_path_like_objects_are_read(chest_png: Path):
         def __fspath__(self) -> str:
             return str(chest_png)
 
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size or 0, 1000))
+
     wanted = load_radiograph(chest_png)
     with open(chest_png, "rb") as file:
-        sources = [Named(), io.BytesIO(chest_png.read_bytes()), file]
+        sources = [Named(), io.BytesIO(chest_png.read_bytes()), Slow(chest_png.read_bytes()), file]
         for source in sources:
             assert load_radiograph(source).sha256 == wanted.sha256
     with pytest.raises(RadiographError, match="binary mode"):

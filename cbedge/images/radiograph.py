@@ -160,15 +160,18 @@ def _file_errors(name: str) -> Iterator[None]:
 
 
 def _read_stream(source: Any) -> bytes:
-    try:
-        data = source.read(MAX_BYTES + 1)
-    except Exception as error:  # whatever the object raises
-        raise RadiographError(f"the file object cannot be read ({type(error).__name__}): open it again") from None
-    if not isinstance(data, bytes | bytearray):
-        raise RadiographError("the file object returns text, not bytes: open it in binary mode")
-    if len(data) > MAX_BYTES:
-        raise RadiographError(f"the input has more than {MAX_BYTES:,} bytes: scale the radiograph down")
-    return bytes(data)
+    data = bytearray()
+    while len(data) <= MAX_BYTES:
+        try:
+            part = source.read(MAX_BYTES + 1 - len(data))  # an unbuffered file may return less than there is
+        except Exception as error:  # whatever the object raises
+            raise RadiographError(f"the file object cannot be read ({type(error).__name__}): open it again") from None
+        if not isinstance(part, bytes | bytearray):
+            raise RadiographError("the file object returns text, not bytes: open it in binary mode")
+        if not part:
+            return bytes(data)
+        data += part
+    raise RadiographError(f"the input has more than {MAX_BYTES:,} bytes: scale the radiograph down")
 
 
 def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
