@@ -224,7 +224,7 @@ class _Draft:
             yield from self._filter.add(DraftToken(stream.step(token_id), probability, None, token_id))
         yield from self._filter.end()
         if self.is_complete and not self._filter.accepted[1]:  # no conclusion passed: repeat the findings instead
-            for place, sentence in enumerate(_opening_sentences(plan.opening)):
+            for place, sentence in enumerate(plan.conclusion):
                 heading = [DraftToken(" IMPRESSION:", None)] if place == 0 else []
                 yield from [*heading, sentence]
 
@@ -292,13 +292,3 @@ def compose_report(
 def _without_pixels(film: Radiograph) -> Radiograph:
     """Release the pixels, which can be large, before the report is written."""
     return replace(film, pixels=np.empty((0, 0), np.float32), stored=None)
-
-
-def _opening_sentences(opening: tuple[DraftToken, ...]) -> list[DraftToken]:
-    """The opening's sentences, one piece for each finding, without the heading."""
-    sentences: dict[str, DraftToken] = {}
-    for token in opening:
-        if token.finding is not None:
-            known = sentences.get(token.finding)
-            sentences[token.finding] = token if known is None else known._replace(piece=known.piece + token.piece)
-    return [s._replace(piece=f" {s.piece.replace('FINDINGS:', '').strip()}") for s in sentences.values()]

@@ -259,6 +259,22 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     assert text == f"FINDINGS: {effusion} The heart is normal. IMPRESSION: {effusion}"
 
 
+def test_a_template_without_an_impression_gets_one_that_the_scores_support(generator: ReportGenerator):
+    manifest, names = generator.bundle.manifest, findings_of(generator).names
+
+    def conclusion(present: tuple[str, ...], template: str | None) -> list[tuple[str, str | None]]:
+        reading = ImageReading(np.zeros((1, 1, 1), np.float32), present, dict.fromkeys(names, 0.9), np.zeros(1))
+        given = None if template is None else parse_template(template)
+        plan = plan_draft(reading, ClinicalContext(), Decoding(), manifest, generator.resources, given)
+        assert plan.supported == (None if given is None else {*present} - {"other abnormality"})
+        return [(token.piece.strip(), token.finding) for token in plan.conclusion]
+
+    template = "FINDINGS: There is no effusion."
+    assert conclusion(("cardiomegaly",), template) == [("The heart is enlarged.", "cardiomegaly")]
+    assert conclusion(("other abnormality",), template) == [("Abnormal chest radiograph.", names[0])]
+    assert conclusion((), template) == conclusion(("other abnormality",), None) == []
+
+
 def findings_of(generator: ReportGenerator) -> ImageFindings:
     assert generator.bundle.manifest.image_findings is not None
     return generator.bundle.manifest.image_findings

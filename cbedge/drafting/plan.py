@@ -19,7 +19,7 @@ from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.drafting.template_checks import refuse_other_script
 from cbedge.drafting.templates import Template, Templates, parse_template
 from cbedge.errors import ContextError
-from cbedge.findings.image_findings import AnyPattern
+from cbedge.findings.image_findings import OTHER, AnyPattern, ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
 from cbedge.report import DraftToken
@@ -27,6 +27,7 @@ from cbedge.sentences import normalize
 
 MAX_NEW_TOKENS = 1024
 EXTRA_TOKENS = 96  # in addition to a template's: for the opening and for free sentences
+ABNORMAL = "Abnormal chest radiograph."  # the impression if all that is known is an abnormal score
 MAX_FREE_IN_TEMPLATE = 2  # free sentences after a template's findings
 
 
@@ -79,6 +80,8 @@ class DraftPlan:
         denied: matches sentences that contradict a finding; they are removed. ``None`` if there are none.
         fixed: sentences that are never removed.
         affirming: remove free sentences of the findings section that only deny something.
+        supported: the only findings that free sentences may state; ``None`` for any, without a user's template.
+        conclusion: the impression if the model writes none: the opening's sentences, one token each.
         max_new_tokens: maximum length, opening included.
         template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
         warnings: which sentences of the user's template are left out, and why; and which state an abnormality that the
@@ -92,6 +95,8 @@ class DraftPlan:
     denied: AnyPattern | None
     fixed: tuple[str, ...]
     affirming: bool
+    supported: frozenset[str] | None
+    conclusion: tuple[DraftToken, ...]
     max_new_tokens: int
     template: str | None
     template_source: str | None
@@ -104,7 +109,7 @@ class DraftPlan:
 
     def new_filter(self) -> SentenceFilter:
         """A filter for the draft's sentences."""
-        return SentenceFilter(self.denied, self.constraint.tokens.lexicon, self.fixed, self.affirming)
+        return SentenceFilter(self.denied, self.constraint.tokens.lexicon, self.fixed, self.affirming, self.supported)
 
 
 def plan_draft(
@@ -158,6 +163,8 @@ def plan_draft(
         denied=findings.contradicting(present) if findings and present else None,
         fixed=(*openings.values(), *content.findings, *content.impression),
         affirming=affirming,
+        supported=frozenset(present) - {OTHER} if given else None,
+        conclusion=_conclusion(openings, reading.scores, findings if given and present else None),
         max_new_tokens=limit,
         template=chosen,
         template_source="given" if given else "model" if chosen else None,
@@ -172,6 +179,15 @@ def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCode
         for token_id in codec.encode(text):
             tokens.append(DraftToken(stream.step(token_id), scores[name], name, token_id))
     return tuple(tokens)
+
+
+def _conclusion(
+    openings: dict[str, str], scores: dict[str, float], findings: ImageFindings | None
+) -> tuple[DraftToken, ...]:
+    """An impression of the opening's sentences; for :data:`OTHER`, which has none, a general one."""
+    if findings is not None and not openings:
+        openings = {findings.names[0]: ABNORMAL}
+    return tuple(DraftToken(f" {text}", scores[name], name) for name, text in openings.items())
 
 
 def _section_plans(

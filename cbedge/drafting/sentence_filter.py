@@ -2,16 +2,18 @@
 
 A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
 that the lungs are clear after it stated an opacity), if an earlier sentence of its section has all its words, so that
-it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete. Opening sentences and
-template sentences are fixed and always pass. A section heading is held back until a sentence follows.
+it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete; beside a user's template
+also if it states a finding without an image score. Opening sentences and template sentences are fixed and always pass.
+A section heading is held back until a sentence follows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
+from cbedge.drafting.assertions import stated_by
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.findings.image_findings import AnyPattern
 from cbedge.report import DraftToken
@@ -26,6 +28,7 @@ class SentenceFilter:
         lexicon: known words; ``None`` accepts every word.
         fixed: sentences that always pass, such as a template's.
         affirming: remove sentences of the findings section that deny something, unless they are fixed.
+        supported: the only findings that free sentences may state; ``None`` for no such check.
 
     Attributes:
         accepted: the accepted sentences, normalized, of findings and impression.
@@ -38,8 +41,9 @@ class SentenceFilter:
         lexicon: Lexicon | None = None,
         fixed: Sequence[str] = (),
         affirming: bool = False,
+        supported: Collection[str] | None = None,
     ):
-        self._denied, self._lexicon, self._affirming = denied, lexicon, affirming
+        self._denied, self._lexicon, self._affirming, self._supported = denied, lexicon, affirming, supported
         self._fixed = {normalize(sentence) for sentence in fixed}
         self._indivisible = {"FINDINGS:", "IMPRESSION:", *fixed}  # not split at full stops inside, as in "Dr. X."
         self.accepted: tuple[list[str], list[str]] = ([], [])
@@ -92,6 +96,8 @@ class SentenceFilter:
         if self._denied is not None and self._denied.search(text):
             return False
         if self._affirming and self._section == 0 and DENIES.search(text):
+            return False
+        if self._supported is not None and not {*stated_by(text)} <= {*self._supported}:
             return False
         if self._lexicon is not None and not self._lexicon.knows(text):
             self.has_unknown_word = True
