@@ -4,16 +4,19 @@ import subprocess
 from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
+from unittest.mock import Mock
 
 import jsonschema
 import pydicom
 import pytest
 from conftest import EXAMPLES, USUAL_VARIANT, needs_program, run_cli
 
-from cbedge import OutputError, RadiographError, Report, ReportGenerator
+from cbedge import DeviceError, OutputError, RadiographError, Report, ReportGenerator
 from cbedge.outputs import SCHEMA, check_format, render
 from cbedge.outputs.sr import to_sr
 from cbedge.report import DRAFT_STATEMENT, DraftToken, Sentence, split_sentences
+from cbedge.services import batch
+from cbedge.services.studies import Item
 
 DICOM = EXAMPLES / "chest_pa.dcm"
 
@@ -86,6 +89,26 @@ def test_a_structured_report_needs_a_dicom_study(report: Report, chest_png: Path
     del header.StudyInstanceUID
     with pytest.raises(RadiographError, match="lacks StudyInstanceUID"):
         to_sr(report, header)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(OSError("secret"), RadiographError), (KeyError("secret"), RadiographError), (MemoryError(), DeviceError)],
+)
+def test_an_error_of_a_formats_library_is_of_that_draft_and_not_of_the_disk(
+    raised: Exception, expected: type[Exception], report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def fail(*arguments: object) -> bytes:
+        raise raised
+
+    monkeypatch.setattr("cbedge.outputs.plain.write_text", fail)
+    with pytest.raises(expected) as caught:
+        render(report, "text")
+    assert "secret" not in str(caught.value)
+    documents = batch.Documents(tmp_path, "text")
+    generator = Mock(ReportGenerator, **{"generate.return_value": report})
+    line = batch.draft_item(Item("a", DICOM), generator, None, False, documents=documents)
+    assert line == {"status": "failed", "error": str(caught.value)}
 
 
 def test_a_structured_report_without_a_study_is_refused_before_a_model_is_opened(chest_png: Path, tmp_path: Path):

@@ -114,6 +114,8 @@ WRONG_TYPE: list[tuple[str, str, Any]] = [
     ("PatientName", "SQ", [pydicom.Dataset()]),
     ("StudyDate", "OB", b"\0\1"),
     ("StudyTime", "FD", 1.5),
+    ("PregnancyStatus", "LO", "4"),
+    ("PregnancyStatus", "FD", 1.5),
     ("AccessionNumber", "SQ", [pydicom.Dataset()]),
     ("PatientBirthDate", "LO", "last year"),
     ("ProcedureCodeSequence", "LO", "chest"),
@@ -276,6 +278,17 @@ def test_a_valid_value_is_copied(name: str, written: str, expected: str, tmp_pat
 def test_a_value_of_the_wrong_type_is_left_out(name: str, vr: str, value: Any, tmp_path: Path):
     document = document_of(header_bytes({name: (vr, value)}, ExplicitVRLittleEndian), tmp_path)
     assert not document.get(name) and left_out_of(document) == {name}
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize(
+    ("value", "copied"),
+    [*((("US", number), number) for number in (1, 2, 3, 4)), *((("US", wrong), None) for wrong in (0, 5, [1, 2]))],
+)
+def test_a_binary_number_is_copied_as_a_number(syntax: str, value: tuple[str, Any], copied: int | None, tmp_path: Path):
+    document = document_of(header_bytes({"PregnancyStatus": value}, syntax), tmp_path)
+    assert document.get("PregnancyStatus") == copied
+    assert left_out_of(document) == (set() if copied else {"PregnancyStatus"})
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", b"\0\0"])

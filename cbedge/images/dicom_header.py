@@ -75,10 +75,12 @@ _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
 COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # all attributes that are read here
 _CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
-_ALLOWED = {
+_NUMBERS = ("US", "SS", "UL", "SL", "UV", "SV", "FL", "FD")  # VRs of binary numbers
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     "PatientSex": ("M", "F", "O"),
     "SmokingStatus": ("YES", "NO", "UNKNOWN"),
     "TypeOfPatientID": ("TEXT", "RFID", "BARCODE"),
+    "PregnancyStatus": (1, 2, 3, 4),
 }
 _WORDS = {"PatientSex": {"MALE": "M", "FEMALE": "F", "OTHER": "O"}}
 _LONGEST = {"SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
@@ -144,19 +146,20 @@ def is_uid(text: str) -> bool:
     return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
-def usable(header: Dataset, name: str) -> str | list[str] | None:
-    """An attribute's valid value as text, as a list if it can have several; ``None`` if there is no valid value."""
+def usable(header: Dataset, name: str) -> Any:
+    """An attribute's valid value: a number for the VR of a binary number, else text; a list if it can have several.
+    ``None`` if there is no valid value."""
     from pydicom.datadict import dictionary_VM, dictionary_VR
 
     vr = dictionary_VR(name)
     if dictionary_VM(name) == "1":
         return _plain(header, name, vr)
     value = _value(header, name)
-    texts = [_checked(name, vr, v) for v in (value if _is_list(value) else [value])]
-    return [text for text in texts if text] if all(texts) else None
+    values = [_checked(name, vr, v) for v in (value if _is_list(value) else [value])]
+    return values if values and None not in values else None
 
 
-def _plain(header: Dataset, name: str, vr: str) -> str | None:
+def _plain(header: Dataset, name: str, vr: str) -> Any:
     value = _value(header, name)
     return None if _is_list(value) else _checked(name, vr, value)
 
@@ -182,13 +185,15 @@ def holds(header: Dataset, name: str) -> bool:
     return isinstance(value, bytes) or bool(str(value).strip(" \0"))
 
 
-def _checked(name: str, vr: str, value: Any) -> str | None:
-    """The value as valid text of its VR, or ``None``."""
+def _checked(name: str, vr: str, value: Any) -> Any:
+    """The value as a number or valid text of its VR, or ``None``."""
     from pydicom.valuerep import PersonName
 
+    if vr in _NUMBERS:
+        return value if _is_number(vr, value) and value in _ALLOWED.get(name, (value,)) else None
     if isinstance(value, bool) or not isinstance(value, str | int | float | PersonName):
         return None
-    if isinstance(value, int | float) and not isinstance(value, str) and vr not in ("DS", "IS", "US"):
+    if isinstance(value, int | float) and not isinstance(value, str) and vr not in ("DS", "IS"):
         return None
     text = str(getattr(value, "original_string", value) if vr == "DS" else value)
     text = text.rstrip(" \0") if vr in ("ST", "LT") else text.strip(" \0")
@@ -203,6 +208,17 @@ def _checked(name: str, vr: str, value: Any) -> str | None:
         return None
     check = _CHECKS.get(vr)
     return text if check is None or check(text) else None
+
+
+def _is_number(vr: str, value: Any) -> bool:
+    from pydicom.config import RAISE
+    from pydicom.valuerep import validate_value
+
+    try:
+        validate_value(vr, value, RAISE)
+    except ValueError:
+        return False
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_printable(text: str, vr: str) -> bool:
@@ -238,7 +254,6 @@ _CHECKS: dict[str, Callable[[str], Any]] = {
     "UI": is_uid,
     "DS": lambda text: len(text) <= 16 and _DECIMAL.fullmatch(text) and math.isfinite(float(text)),
     "IS": lambda text: len(text) <= 12 and re.fullmatch(r"[+-]?\d+", text, re.ASCII),
-    "US": lambda text: text in ("1", "2", "3", "4"),  # only PregnancyStatus has this VR
 }
 
 

@@ -6,12 +6,13 @@ A new format is a module with a function that writes it, and an entry here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbedge.errors import OutputError, install_extra
+from cbedge.errors import CbedgeError, OutputError, RadiographError, install_extra, memory_errors
 from cbedge.report import Report
 
 SCHEMA = Path(__file__).parent / "report.schema.json"
@@ -76,7 +77,8 @@ def check_source(name: str, source: Source) -> None:
     """
     check = FORMATS[name].check
     if check is not None:
-        _load(check)(source)
+        with rendering(name):
+            _load(check)(source)
 
 
 def render(report: Report, form: str, source: Source = None) -> bytes:
@@ -89,10 +91,30 @@ def render(report: Report, form: str, source: Source = None) -> bytes:
 
     Raises:
         OutputError: the format is unknown or its library is missing.
-        RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers.
+        RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers; or the draft of
+            this radiograph cannot be written in the format.
     """
     check_format(form)
-    return _load(FORMATS[form].writer)(report, source)
+    with rendering(form):
+        return _load(FORMATS[form].writer)(report, source)
+
+
+@contextmanager
+def rendering(form: str) -> Iterator[None]:
+    """Convert any exception of the library that writes a format to one message, so that it is not taken for an error of
+    the disk.
+
+    Raises:
+        RadiographError: there was one.
+    """
+    try:
+        with memory_errors():
+            yield
+    except CbedgeError:
+        raise
+    except Exception as error:  # its text may contain header values
+        reason = f"a draft of this radiograph cannot be written as {form} ({type(error).__name__})"
+        raise RadiographError(f"{reason}: give another format, or export the radiograph again") from error
 
 
 def _load(name: str) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ from cbedge.file_names import safe_name
 from cbedge.images.dicom import header_view, study_and_patient
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import is_uid
+from cbedge.outputs.registry import rendering
 from cbedge.outputs.sr import to_sr
 from cbedge.services.addresses import address_errors, check_ae_title
 from cbedge.services.delivery import RESCAN_S, Delivery, Peer
@@ -314,7 +315,8 @@ class Listener:
                 if lateral is None:
                     raise
                 report, lateral = self.generator.generate(path), None  # the lateral view is drafted alone, later
-            document = to_sr(report, read_header(path), same_again=True)
+            with rendering("sr"):
+                document = to_sr(report, read_header(path), same_again=True)
         except Exception as error:  # one bad image must not block the others
             if not path.exists():  # removed meanwhile
                 return
