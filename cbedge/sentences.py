@@ -2,7 +2,7 @@
 
 It handles abbreviations (``Dr.``, ``approx.``, ``e.g.``), initials and other single letters (``J. Hall``, ``z. B.``),
 decimal numbers (``1.5 cm``), numbered items (``1. No acute disease.`` is one sentence) and the full stops of Chinese
-and Japanese.
+and Japanese. A question and what follows it are one sentence: its answer says nothing alone.
 """
 
 from __future__ import annotations
@@ -12,35 +12,11 @@ import re
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
 _LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z]|[IVX]{2,4}|[ivx]{2,4})$")  # also after a label
-_HEADING = re.compile(r"\s*(?:FINDINGS|IMPRESSION):")
+_HEADING = re.compile(r"\s*(?:FINDINGS|(?i:imp\w*|concl\w*|opinion|summary)):")
 _WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(
-    [
-        "dr",
-        "mr",
-        "mrs",
-        "ms",
-        "prof",
-        "approx",
-        "appr",
-        "ca",
-        "cf",
-        "vs",
-        "resp",
-        "bzw",
-        "incl",
-        "inkl",
-        "ggf",
-        "evtl",
-        "env",
-        "e.g",
-        "i.e",
-        "z.b",
-        "d.h",
-        "u.a",
-        "o.g",
-        "p.ex",
-    ]
+    "dr mr mrs ms prof approx appr ca cf vs resp bzw incl inkl ggf evtl env e.g i.e z.b d.h u.a o.g p.ex lt rt ht hx th "
+    "inf sup med lat ant max min vol struct cardiomed bilat".split()
 )
 _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 
@@ -86,12 +62,16 @@ def _skip(text: str, at: int) -> int:
 
 
 def _ends(text: str, start: int, found: re.Match[str]) -> bool:
-    if found.group() != "." or _HEADING.match(text, found.end()):
+    if _HEADING.match(text, found.end()):
+        return True
+    following = text[_skip(text, found.end()) :][:1]
+    if "?" in found.group() or "？" in found.group():
+        return not following
+    if found.group() != ".":
         return True
     before = text[start : found.start()]
     if _LIST_MARK.search(before):
         return False
-    following = text[_skip(text, found.end()) :][:1]
     match = _LAST_WORD.search(before)
     word = match.group().lower() if match else ""
     if _WITHOUT_FINDING.search(before):

@@ -7,7 +7,15 @@ from cbedge.sentences import ends_sentence, normalize, split_text
     "sentences",
     [
         ["The lungs are clear.", "No effusion."],
-        ["A nodule of 1.5 cm is seen.", "Is it new?", "It is!"],
+        ["A nodule of 1.5 cm is seen.", "Is it new? It is!"],
+        ["Is there an effusion? No.", "Is the heart enlarged? No.", "IMPRESSION: Is it new?", "IMP: No."],
+        [
+            "Lt. lung clear.",
+            "Rt. lung clear.",
+            "Ht. size normal.",
+            "Sup. med. struct. intact.",
+            "Th. 4 to Th. 8, max. 3 cm.",
+        ],
         ["Seen by Dr. Hall.", "A nodule of approx. 3 mm, e.g. a granuloma."],
         ["A nodule, approx.", "IMPRESSION: A nodule."],
         ["1. No acute disease.", "2. Normal film."],
