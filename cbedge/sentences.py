@@ -15,8 +15,11 @@ _LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z]|[IVX]{2,4}|[ivx]
 _HEADING = re.compile(r"\s*(?:FINDINGS|(?i:imp\w*|concl\w*|opinion|summary)):")
 _WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(
-    "dr mr mrs ms prof approx appr ca cf vs resp bzw incl inkl ggf evtl env e.g i.e z.b d.h u.a o.g p.ex lt rt ht hx th "
-    "inf sup med lat ant max min vol struct cardiomed bilat".split()
+    re.findall(
+        r"\S+",
+        "dr mr mrs ms prof approx appr ca cf vs resp bzw incl inkl ggf evtl env e.g i.e z.b d.h u.a o.g p.ex lt rt ht "
+        "hx th inf sup med lat ant max min vol struct cardiomed bilat",
+    )
 )
 _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 

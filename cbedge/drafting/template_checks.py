@@ -63,7 +63,8 @@ _PRIVATE = {
         r"(?: (?:name|id|no|number|age|sex))?\.?\s*[:：#]",
         r"^(?:referring|ordering|requesting) \w+\s*[:：]",
         r"(?-i:\b(?:Mr|Mrs|Ms|Herr|Frau)\.? [A-Z])",
-        r"\b(?:MRN|DOB|SSN|accession|date of birth|medical record|geburtsdatum|\d{1,3}[- ]years?[- ]old)\b",
+        r"\b(?:MRN|DOB|SSN|accession|acc ?#|acc(?= no\b)|date of birth|medical record|geburtsdatum)(?!\w)",
+        r"\b\d{1,3}[- ]?(?:years?[- ]old|yrs?|yo?|y/o)\b",
     ),
     "a date": (
         r"\b\d{1,2}([/.-])\d{1,2}\1\d{2,4}\b",

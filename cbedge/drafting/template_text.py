@@ -14,59 +14,107 @@ WORDS: dict[str, frozenset[str]] = {
     for name, words in json.loads(Path(__file__).with_name("template_words.json").read_text(encoding="utf-8")).items()
 }
 """Headings of several languages by meaning (``findings``, ``impression``, ``findings_or_impression``, which depends on
-the place, and ``not_drafted``, which start what is true of one study only); and ``english``, frequent words of English
-reports that German, French, Spanish and Italian ones do not have. All in lower case."""
+the place), and ``adjectives`` before them; the words of headings of what is true of one study only (``not_drafted``);
+words of statements, which no heading has (``stating``); and ``english``, frequent words of English reports that German,
+French, Spanish and Italian ones do not have. All in lower case."""
 
-_NAME = r"([^\W\d_][^\W\d_]*(?: (?:and|&|des|en)? ?[^\W\d_]+){0,2})"
-HEADING = re.compile(rf"{_NAME}\.?\s*[:：]\s*")
+_NAME = r"([^\W\d_][\w /&()#'’-]{0,50}?)"
+HEADING = re.compile(rf"{_NAME}\.?\s*[:：=]\s*")
 _MARKED_HEADING = re.compile(rf"(?:\[\s*{_NAME}\s*\]\s*[:：]?|{_NAME}\s*[-–—](?=\s|$))\s*")  # without a colon
+_DECORATION = " \t=*#_<>[]{}/;.:：~-–—"
+_NOT_DRAFTED = re.compile(r"(relevant )?(clinical|klinische|reasons?)\b(?!.*correlat).*|.*\bhistory")
+_TITLE = re.compile(r"[^\W\d_][\w /&()'’-]{1,40}")  # a short line without punctuation
 _LABEL = re.compile(r"[^\W\d_][\w /&(),-]{0,40}\.?[:：](?=\s|$)")
 _ITEM = re.compile(r"\(?(?:\d{1,2}|[IVXivx]{1,4})[.)]\s")
 _BULLET = re.compile(r"^\s*[-*•·‣◦▪–—#]+\s+")
+_TITLE_WORDS = 4
 _WRAPPED = 50  # characters: a line at least this long without a full stop continues in the next line
 
 
 def lines_of(text: str) -> list[tuple[int, str]]:
-    """The lines of a text, each with its number from 1: white space normalized, bullets removed, wrapped sentences
-    joined."""
+    """The lines of a text, each with its number from 1: white space normalized, bullets and rules removed, wrapped
+    sentences joined, a line that is a heading joined by a colon with its answer, the next line."""
     lines: list[tuple[int, str]] = []
     fresh = True
-    for number, raw in enumerate(text.splitlines(), 1):
-        bullet = bool(_BULLET.match(raw))
-        line = _BULLET.sub("", raw)
-        line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") else c for c in line)
-        line = re.sub(r"\s+", " ", line).strip()
+    numbered = [(number, *_clean(raw)) for number, raw in enumerate(text.splitlines(), 1)]
+    numbered = [row for row in numbered if not row[1] or re.search(r"\w", row[1])]  # else a rule, "-----"
+    for index, (number, line, bullet) in enumerate(numbered):
         if not line:
             fresh = True
             continue
+        bare = line.strip(_DECORATION)
         if (marked := _MARKED_HEADING.match(line)) and section_of(name := marked[1] or marked[2], True) is not None:
             line = f"{name}: {line[marked.end() :]}".strip()
-        elif is_not_drafted(line.rstrip(" .:：")):
-            line = f"{line.rstrip(' .:：')}:"
+        elif section_of(bare, True) is not None or is_not_drafted(bare, marked=False):
+            line = f"{bare}:"
         before = lines[-1][1] if lines else ""
-        starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line)) or section_of(line, True) is not None
-        heads = before.endswith((":", "："))
+        starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line))
+        heads = before.endswith((":", "：", "?", "？"))
         wrapped = line[0].islower() or len(before) >= _WRAPPED
         if (before and not fresh and not starts and (heads or (wrapped and not ends_sentence(before)))) or (
             before and heads and not _LABEL.match(line) and section_of(before.rstrip(" :："), True) is None
         ):
             lines[-1] = (lines[-1][0], f"{before} {line}")
         else:
+            later = [text for _, text, _ in numbered[index + 1 : index + 3]]
+            after = later[0] if later and later[0] else later[-1] if len(later) > 1 and _is_short(later[1]) else ""
+            if (fresh or heads or line.isupper() or _is_statement(before)) and _is_title(line, after):
+                line = f"{line}:"
             lines.append((number, line))
         fresh = False
     return lines
 
 
+def _clean(raw: str) -> tuple[str, bool]:
+    """A line without its bullet and with single spaces, and whether it had a bullet."""
+    line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") else c for c in _BULLET.sub("", raw))
+    return " ".join(line.split()), bool(_BULLET.match(raw))
+
+
+def _is_statement(line: str) -> bool:
+    """Whether a line is a sentence or has a word such as ``normal``, which a heading has not."""
+    return ends_sentence(line) or not WORDS["stating"].isdisjoint(re.findall(r"\w+", line.casefold()))
+
+
+def _is_short(line: str) -> bool:
+    return len(line.split()) < _TITLE_WORDS
+
+
+def _is_title(line: str, after: str) -> bool:
+    """Whether a line is a heading without a colon: short, without a statement, before a line that has one."""
+    title = _TITLE.fullmatch(line) and len(line.split()) <= _TITLE_WORDS and ends_sentence(f"{line}.")
+    answered = after and _is_statement(after) and not after[0].islower() and not _LABEL.match(after)
+    return bool(title and answered) and not _is_statement(line)
+
+
 def section_of(name: str, has_findings: bool) -> int | None:
-    """The section that a heading starts: 0 findings, 1 impression; ``None`` for other text."""
-    words = " ".join(name.casefold().split())
+    """The section that a heading starts: 0 findings, 1 impression; ``None`` for other text.
+
+    The parts of ``CONCLUSION/PLAN`` or ``FINDINGS AND IMPRESSION`` are headings each, and the first section counts;
+    adjectives, the plural in brackets and decoration do not.
+    """
+    words = " ".join(name.casefold().replace("(s)", "").strip(_DECORATION).split())
     if words in WORDS["findings_or_impression"]:
         return int(has_findings)
-    if words in WORDS["findings"] or words in ("findings and impression", "findings & impression"):
-        return 0
-    return 1 if words in WORDS["impression"] else None
+    parts = [_without_adjectives(part) for part in re.split(r" ?[/&] ?| and ", words)]
+    known = [section for part in parts for section, of in enumerate(("findings", "impression")) if part in WORDS[of]]
+    return min(known) if known and len(known) == len(parts) else None
 
 
-def is_not_drafted(heading: str) -> bool:
-    """Whether a heading starts what is true of one study only, such as ``INDICATION``."""
-    return heading.casefold() in WORDS["not_drafted"]
+def _without_adjectives(part: str) -> str:
+    words = part.split()
+    while len(words) > 1 and words[0] in WORDS["adjectives"] and part not in WORDS["impression"]:
+        part = " ".join(words := words[1:])
+    return part
+
+
+def is_not_drafted(heading: str, marked: bool = True) -> bool:
+    """Whether a heading starts what is true of one study only, such as ``INDICATION``.
+
+    Args:
+        heading: the heading.
+        marked: whether a colon follows; without one, all its words must be known.
+    """
+    words = re.findall(r"\w+", heading.casefold().replace("(s)", ""))
+    known = bool(words) and WORDS["not_drafted"].issuperset(words)
+    return known or (marked and bool(_NOT_DRAFTED.fullmatch(" ".join(words))))

@@ -44,7 +44,7 @@ class Template:
     Attributes:
         findings, impression: the sentences of each section, each with its full stop; the impression may be empty.
         english: whether the text is English. Contradictions to image findings can be detected in English only.
-        left_out: what was left out because it holds for one study or person only, one sentence each.
+        left_out: what was left out and why, one sentence each.
     """
 
     findings: tuple[str, ...]
@@ -61,11 +61,13 @@ class Template:
 def parse_template(text: str) -> Template:
     """Parse a normal report: prose or a form, with any headings, labels, bullets or numbered items.
 
-    Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Opinion:``, ``BEFUND:``) start that section. What
-    holds for one study or person only is left out: the text of ``INDICATION:``, ``TECHNIQUE:`` and the like, in their
-    line or up to the findings' heading, and sentences that look like a signature, a patient's data or a date. Any other
-    label (``Lungs:``) stays in front of its sentence. A line without a full stop gets one; bullets, Markdown marks and
-    invisible characters are removed; and a repeated sentence of a section is used once. No other character changes.
+    Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Final impression``, ``=== BEFUND ===``) start that
+    section. What holds for one study or person only is left out: the text of ``INDICATION:``, ``CLINICAL INFO:`` and
+    the like, in their line or up to the findings' heading, other text before that heading, and sentences that look like
+    a signature, a patient's data or a date. Any other label (``Lungs:``) stays in front of its sentence; a heading on
+    its own line is joined by a colon with the line below, and a question with its answer. A line without a full stop
+    gets one; bullets, Markdown marks and invisible characters are removed; and a repeated sentence of a section is used
+    once. No other character changes. Whatever is left out is told.
 
     Raises:
         ContextError: the template is not text, has no findings, is too long, is a file name or in another format than
@@ -101,8 +103,11 @@ def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], lis
     left_out: list[str] = []
     place, signed = 0, False
     passed_over = ""  # heading of what is not drafted, with its line
-    starts = [section_of(start[1], False) if (start := HEADING.match(f"{line}:")) else None for _, line in lines]
+    names = [start[1] if (start := HEADING.match(f"{line}:")) else "" for _, line in lines]
+    starts = [section_of(name, False) for name in names]
     concludes = 1 in starts
+    # What stands before the first section if the findings have their heading ("Results" may be any label).
+    preamble = any(section == section_of(name, True) == 0 for section, name in zip(starts, names, strict=True))
     for index, (number, line) in enumerate(lines):
         if 0 not in starts[index:]:  # else its text goes on up to the findings or to another label
             passed_over = ""
@@ -110,25 +115,28 @@ def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], lis
             heading = HEADING.match(sentence)
             name, rest = (heading[1], sentence[heading.end() :]) if heading else (sentence.rstrip(" .:："), "")
             section = section_of(name, bool(sections[0]) and not concludes)
-            if heading or section is not None:
+            if section is not None:
+                place, sentence, passed_over, preamble = section, rest, "", False
+            elif heading:
                 passed_over = f"{name.upper()} (line {number})" if is_not_drafted(name) else ""
-            place = place if section is None else section
-            sentence = rest if section is not None or (heading and passed_over) else sentence
+                sentence = rest if passed_over else sentence
             complete = _ENDED.search(sentence)
             signed = signed and section is None and not complete
             if not re.search(r"\w", sentence):
                 continue
+            sentence = sentence if complete else f"{sentence.rstrip(' ,;')}."
+            told = f"Line {number} of the template {{}}: this sentence was left out."
             if passed_over:
                 left_out.append(f"The template's {passed_over} holds for one study only and was left out.")
             elif kind := private_content(sentence) or ("a signature" if signed else None):
                 signed = kind == "a signature"
-                left_out.append(
-                    f"Line {number} of the template has what looks like {kind}: this sentence was left out."
-                )
+                left_out.append(told.format(f"has what looks like {kind}"))
+            elif preamble:
+                left_out.append(told.format("stands before its findings"))
+            elif normalize(sentence) in map(normalize, sections[place]):
+                left_out.append(told.format("repeats a sentence of its section"))
             else:
-                sentence = sentence if complete else f"{sentence.rstrip(' ,;')}."
-                if normalize(sentence) not in map(normalize, sections[place]):
-                    sections[place].append(sentence)
+                sections[place].append(sentence)
     return sections, left_out
 
 
