@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -144,6 +145,18 @@ async def _unexpected_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": f"an unexpected error ({kind}): please report it"}, 500)
 
 
+async def _is_connected(request: Request) -> bool:
+    return not await request.is_disconnected()
+
+
+_OUTCOMES = (
+    (Overloaded, "turned away"),
+    (GivenUp, "given up"),
+    (asyncio.CancelledError, "given up"),
+    (CbedgeError, "refused"),
+)
+
+
 def _schema() -> dict[str, Any]:
     return json.loads(SCHEMA.read_text(encoding="utf-8"))
 
@@ -206,23 +219,14 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             options: dict[str, Any] = {**form.context, "accept_any_image": form.accept_any_image}
             return generator.stream(held["radiograph"], lateral=second, **options)
 
-        async def alive() -> bool:
-            return not await request.is_disconnected()
-
         async def run(send: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
-            outcome, report = "failed", None
+            outcome, report = "written", None
             try:
-                done = await drafter.draft(make, alive, send, queue_ticket)
-                outcome, report = "written", done.report
+                done = await drafter.draft(make, partial(_is_connected, request), send, queue_ticket)
+                report = done.report
                 return done
-            except Overloaded:
-                outcome = "turned away"
-                raise
-            except (GivenUp, asyncio.CancelledError):
-                outcome = "given up"
-                raise
-            except CbedgeError:
-                outcome = "refused"
+            except BaseException as error:
+                outcome = next((name for kind, name in _OUTCOMES if isinstance(error, kind)), "failed")
                 raise
             finally:
                 _note(metrics, number, outcome, time.monotonic() - arrived, report)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_OPEN_REQUESTS = 256
@@ -172,72 +174,73 @@ def _fits(text: str, encoding: str) -> bool:
     return True
 
 
-def patient_protocol(header_s: float, body_s: float) -> Any:
-    """A uvicorn protocol that closes idle and slow connections.
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 for uvicorn, with time limits on everything except the computation of the response.
 
-    These are port checks, clients that send headers byte by byte, clients that continue to send a body after the
-    response, and clients that do not read the response.
+    It closes idle and slow connections: port checks, clients that send headers byte by byte, clients that continue to
+    send a body after the response, and clients that do not read the response.
 
-    Args:
+    Attributes:
         header_s: timeout for a request's headers, in seconds.
         body_s: time for which the rest of an unneeded body is read and discarded, in seconds. A client that reads the
             response only after sending everything would not see it on a closed connection.
     """
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class PatientProtocol(H11Protocol):
-        """HTTP/1.1 with time limits on everything except the computation of the response."""
+    header_s: float
+    body_s: float
 
-        def connection_made(self, transport: Any) -> None:
-            """Start the timer."""
-            super().connection_made(transport)
-            self._unread: asyncio.TimerHandle | None = None
-            self._due: asyncio.TimerHandle | None = self.loop.call_later(header_s, transport.abort)
-            if len(self.connections) > MAX_CONNECTIONS:
-                transport.abort()
+    def connection_made(self, transport: Any) -> None:
+        """Start the timer."""
+        super().connection_made(transport)
+        self._unread: asyncio.TimerHandle | None = None
+        self._due: asyncio.TimerHandle | None = self.loop.call_later(self.header_s, transport.abort)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
 
-        def data_received(self, data: bytes) -> None:
-            """Continue the request, or start the next one."""
-            super().data_received(data)
-            self._watch(True)
+    def data_received(self, data: bytes) -> None:
+        """Continue the request, or start the next one."""
+        super().data_received(data)
+        self._watch(True)
 
-        def on_response_complete(self) -> None:
-            """Wait for the next request."""
-            super().on_response_complete()
-            self._watch(bool(self.conn.trailing_data[0]))
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._watch(bool(self.conn.trailing_data[0]))
 
-        def _watch(self, more: bool) -> None:
-            """Stop the timer while a request is processed; start it when further data arrive."""
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._due is None:
-                if self.conn.their_state is h11.SEND_BODY:
-                    self._due = self.loop.call_later(body_s, self.transport.abort)
-                elif more:
-                    self._due = self.loop.call_later(header_s, self.transport.abort)
-
-        def _stop(self) -> None:
-            if self._due is not None:
-                self._due.cancel()
-                self._due = None
-
-        def pause_writing(self) -> None:
-            """The client stopped reading."""
-            super().pause_writing()
-            self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            """The client continued reading."""
-            super().resume_writing()
-            if self._unread is not None:
-                self._unread.cancel()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            """Stop the timers."""
+    def _watch(self, more: bool) -> None:
+        """Stop the timer while a request is processed; start it when further data arrive."""
+        if self.cycle is not None and not self.cycle.response_complete:
             self._stop()
-            if self._unread is not None:
-                self._unread.cancel()
-            super().connection_lost(exc)
+        elif self._due is None:
+            if self.conn.their_state is h11.SEND_BODY:
+                self._due = self.loop.call_later(self.body_s, self.transport.abort)
+            elif more:
+                self._due = self.loop.call_later(self.header_s, self.transport.abort)
 
-    return PatientProtocol
+    def _stop(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def pause_writing(self) -> None:
+        """The client stopped reading."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client continued reading."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
+        self._stop()
+        if self._unread is not None:
+            self._unread.cancel()
+        super().connection_lost(exc)
+
+
+def patient_protocol(header_s: float, body_s: float) -> type[PatientProtocol]:
+    """:class:`PatientProtocol` with these timeouts, in seconds."""
+    return type("PatientProtocol", (PatientProtocol,), {"header_s": header_s, "body_s": body_s})
