@@ -4,6 +4,7 @@ import pytest
 from conftest import needs_default_model
 
 from cbedge.bundles.bundle import open_bundle
+from cbedge.drafting.assertions import agrees
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.errors import BundleError
@@ -81,8 +82,16 @@ def test_what_affirms_a_finding_stays():
                 "Chest radiograph within normal limits.",
                 "NAD.",
                 "Chest: WNL.",
+                "Satisfactory appearances.",
+                "Nothing abnormal.",
+                "All questions answered; nothing abnormal.",
+                '"Normal" chest.',
+                "Chest = normal.",
+                "neg.",
             ],
             [
+                "Satisfactory position of the tube.",
+                "The heart is not abnormal.",
                 "Heart: Normal.",
                 "Bones: Unremarkable.",
                 "Normal heart.",
@@ -113,6 +122,10 @@ def test_what_affirms_a_finding_stays():
                 "CTR < 0.5.",
                 "No cardiopulmonary disease.",
                 "No abnormality detected.",
+                "Heart N. Bones N.",
+                "Ht sz WNL.",
+                "Heart “normal”.",
+                "Is the heart enlarged? No.",
             ],
             ["CTR 0.58.", "No cardiac pacemaker.", "No acute cardiopulmonary process.", "The mediastinum is midline."],
         ),
@@ -136,8 +149,19 @@ def test_what_affirms_a_finding_stays():
                 "Clear hemithoraces.",
                 "Nothing acute.",
                 "No acute intrathoracic pathology.",
+                "Effusion (-).",
+                "Effusion = none.",
+                "Is there an effusion? No.",
+                "Effusion unlikely.",
+                "Angles sharp.",
             ],
-            ["Blunted CP angles.", "No acute bony abnormality.", "No pneumothorax.", "The heart is normal."],
+            [
+                "Effusion (+).",
+                "Blunted CP angles.",
+                "No acute bony abnormality.",
+                "No pneumothorax.",
+                "The heart is normal.",
+            ],
         ),
         (
             "atelectasis",
@@ -152,6 +176,9 @@ def test_what_affirms_a_finding_stays():
                 "Lungs: NAD.",
                 "Lungs WNL.",
                 "Atelectasis: N/A.",
+                "Atelectasis (−).",
+                "Lungs CTA b/l.",
+                "Lungs ok.",
                 "Chest clear.",
             ],
             ["No vertebral collapse.", "Low lung volumes without acute disease.", "Lung volumes are normal."],
@@ -171,8 +198,13 @@ def test_what_affirms_a_finding_stays():
                 "No cardiopulmonary disease.",
                 "Lungs are of normal volume and clear.",
                 "No focal lesion in either lung.",
+                "Unlikely to be pneumonia.",
+                "Pneumonia is ruled out.",
+                "Consolidation (-).",
+                "Is there consolidation? No.",
+                "Are the lungs clear? Yes.",
             ],
-            ["No acute osseous findings.", "No pneumothorax.", "The lungs are well expanded."],
+            ["Consolidation?", "No acute osseous findings.", "No pneumothorax.", "The lungs are well expanded."],
         ),
         (
             "low volume",
@@ -286,3 +318,23 @@ def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refuse
 def test_the_embedded_models_denials_are_those_of_the_ontology():
     findings = open_bundle().manifest.image_findings
     assert findings is not None and findings.denials == tuple(DENIALS.get(name, "") for name in findings.names)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "present", "agreeing"),
+    [
+        ("Small pleural effusion.", ["effusion"], True),
+        ("No effusion.", ["effusion"], False),
+        ("No pneumothorax.", ["effusion"], True),
+        ("No pneumothorax.", [OTHER], False),
+        ("Follow-up in 6 weeks is advised.", ["opacity"], True),
+        ("Clinical correlation is recommended.", [OTHER], True),
+        ("No follow-up is needed.", ["opacity"], False),
+        ("(a) Normal (b) Follow-up.", ["opacity"], False),
+        ("Unlikely to be pneumonia.", ["opacity"], False),
+        ("As above.", ["opacity"], False),
+        ("Splendid.", ["opacity"], False),
+    ],
+)
+def test_a_sentence_of_an_impression_is_understood_to_agree_or_not(sentence: str, present: list[str], agreeing: bool):
+    assert agrees(sentence, present) == agreeing

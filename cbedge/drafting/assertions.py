@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from cbedge.findings.image_findings import OTHER
 
@@ -27,8 +28,12 @@ _PATTERNS = {name: re.compile(rf"\b({words})\b", re.IGNORECASE) for name, words 
 _DENIED_BEHIND = re.compile(r"\b(without|(but|and|with) no|no longer)\b.*", re.IGNORECASE)
 _DENIES = re.compile(
     r"\b(no|not|without|normal|normally|clear|unremarkable|intact|negative|free|within|wnl|nad|sharp|absent|absence|"
-    r"none|nil|neither|nor|nothing|excluded|\w+n['’]t)\b|[:–-]\s*([–-]|0|n|n/a)\W*$",
+    r"none|nil|neither|nor|nothing|excluded|unlikely|satisfactory|neg|nl|n|ok|\w+n['’]t)\b|"
+    r"[:=–-]\s*([–−-]|0|n|n/a)\W*$|\([–−-]\)",
     re.IGNORECASE,
+)
+_ADVICE = re.compile(
+    r"\b(advi[sc]\w+|recommend\w*|suggest\w*|correlat\w+|follow-?\s?up|repeat\w*|compar\w+)\b", re.IGNORECASE
 )
 
 
@@ -38,3 +43,12 @@ def stated_by(sentence: str) -> list[str]:
     if _DENIES.search(stated):
         return []
     return [name for name, pattern in _PATTERNS.items() if pattern.search(stated)]
+
+
+def agrees(sentence: str, present: Collection[str]) -> bool:
+    """Whether an English sentence of an impression can be understood, by its words, to agree with the findings present:
+    it states one of them, speaks of other ones only, or advises something."""
+    named = {name for name, pattern in _PATTERNS.items() if pattern.search(sentence)}
+    if named.isdisjoint(present):
+        return bool(named) or bool(_ADVICE.search(sentence) and not _DENIES.search(sentence))
+    return not named.isdisjoint(stated_by(sentence))

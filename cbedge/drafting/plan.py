@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
-from cbedge.drafting.assertions import stated_by
+from cbedge.drafting.assertions import agrees, stated_by
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.lexicon import Lexicon
@@ -28,6 +29,7 @@ from cbedge.sentences import normalize
 MAX_NEW_TOKENS = 1024
 EXTRA_TOKENS = 96  # in addition to a template's: for the opening and for free sentences
 ABNORMAL = "Abnormal chest radiograph."  # the impression if all that is known is an abnormal score
+_REFERS = re.compile(r"\b(ditto|dito|idem|likewise|same|as (above|described))\b", re.IGNORECASE)
 MAX_FREE_IN_TEMPLATE = 2  # free sentences after a template's findings
 
 
@@ -213,18 +215,18 @@ def _sections(
     finding, a template in another language loses its impression, and its findings stay with a warning.
     """
     warnings: list[str] = []
-    findings_of_model = manifest.image_findings
     checked = present if template.english else ()  # the patterns of contradictions are English
+    scores_point = f"the image scores point to {', '.join(present)}"
 
-    patterns = {name: findings_of_model.contradicting([name]) for name in checked} if findings_of_model else {}
-
-    def uncontradicted(sentences: Sequence[str]) -> list[str]:
-        kept = []
+    def uncontradicted(sentences: Sequence[str], concluding: bool) -> list[str]:
+        kept, follows_gap = [], False
         for text in sentences:
-            against = [name for name, pattern in patterns.items() if pattern is not None and pattern.search(text)]
-            if against:
-                reason = f"because the image scores point to {', '.join(against)}"
-                warnings.append(f"The template's sentence {text!r} was left out {reason}.")
+            reason = _reason_against(text, checked, manifest.image_findings, concluding)
+            if follows_gap and not reason and _REFERS.search(text):
+                reason = "it refers to the sentence before, which was left out"
+            follows_gap = reason is not None
+            if reason:
+                warnings.append(f"The template's sentence {text!r} was left out because {reason}.")
             elif normalize(text) not in map(normalize, opening):
                 kept.append(text)
                 stated = stated_by(text) if template.english else []
@@ -236,12 +238,12 @@ def _sections(
         return kept
 
     concludes = template.english or not present
-    findings = [] if impression_only else uncontradicted(template.findings)
-    impression = uncontradicted(template.impression) if concludes else []
+    findings = [] if impression_only else uncontradicted(template.findings, concluding=False)
+    impression = uncontradicted(template.impression, concluding=True) if concludes else []
     if template.impression and not concludes:
         warnings.append(
-            f"The template's impression was left out because the image scores point to {', '.join(present)} and it "
-            "is not in English, so it cannot be checked."
+            f"The template's impression was left out because {scores_point} and it is not in English, so it cannot be "
+            "checked."
         )
     if present and not template.english:
         warnings.append(
@@ -250,6 +252,22 @@ def _sections(
         )
     impression = [*opening, *impression] if template.findings else []
     return Template(tuple(findings), tuple(impression), template.english), warnings
+
+
+def _reason_against(text: str, present: Sequence[str], findings: ImageFindings | None, concluding: bool) -> str | None:
+    """Why a template's sentence is left out beside findings, if it is. A sentence of the impression must be understood:
+    it contradicts another finding than those present, or its words agree with them."""
+    if not findings or not present:
+        return None
+
+    def denied(names: Iterable[str]) -> Iterator[str]:
+        return (name for name in names if (found := findings.contradicting([name])) and found.search(text))
+
+    if against := [*denied(present)]:
+        return f"the image scores point to {', '.join(against)}"
+    if concluding and not agrees(text, present) and not any(denied(findings.names)):
+        return f"the image scores point to {', '.join(present)} and it cannot be read as agreeing with that"
+    return None
 
 
 def check_template(manifest: Manifest, text: str, codec: TextCodec) -> Template:

@@ -21,6 +21,7 @@ import numpy as np
 from cbedge.errors import BundleError
 
 OTHER = "other abnormality"
+_QUOTES = re.compile('["“”„«»]')
 CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such pairs
 
 
@@ -102,7 +103,8 @@ class AnyPattern:
     patterns: tuple[re.Pattern[str], ...]
 
     def search(self, text: str) -> bool:
-        """Whether one of the patterns matches somewhere in the text."""
+        """Whether one of the patterns matches somewhere in the text, quotation marks apart."""
+        text = _QUOTES.sub("", text)
         return any(pattern.search(text) for pattern in self.patterns)
 
 
