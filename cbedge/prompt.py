@@ -25,6 +25,7 @@ _NO_TEXT = frozenset(
         "unknown",
         "not known",
         "not available",
+        "none available",
         "not given",
         "not provided",
         "not specified",
@@ -36,6 +37,7 @@ _NO_TEXT = frozenset(
         "keine",
     )
 )
+_NO_PRIOR = frozenset(("none", "nil", "n/a", "na", "n.a", "not available", "none available", "keine"))
 _TASK = "Describe the chest radiograph."
 _JOINED = re.compile("[\u0590-\u0dff][\u200c\u200d][\u0590-\u0dff]")
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
@@ -54,7 +56,8 @@ class ClinicalContext:
         comparison: prior study to compare with, at most 1,000 characters.
         view: ``"frontal"`` (PA or AP) or ``"lateral"``.
 
-    A field without content, such as ``-``, ``n/a`` or ``XXXX`` from a worklist or table, becomes ``None``.
+    A field without content, such as ``-``, ``n/a`` or ``XXXX`` from a worklist or table, becomes ``None``. But a
+    comparison such as ``none``, ``n/a`` or ``None.`` says that there is no prior study, and becomes ``"None"``.
 
     Raises:
         ContextError: a field is too long or is not text, or the view is unknown.
@@ -117,8 +120,9 @@ def _checked(field: str, text: str | None) -> str | None:
             f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are allowed: shorten it"
         )
     cleaned = clean_context(text)
-    says_none = field == "comparison" and cleaned.casefold() == "none"  # "none" is an answer here
-    return None if is_no_text(cleaned) and not says_none else cleaned
+    if field == "comparison" and cleaned.casefold() in _NO_PRIOR:
+        return "None"  # as most training reports write it
+    return None if is_no_text(cleaned) else cleaned
 
 
 def is_no_text(text: str) -> bool:

@@ -249,6 +249,10 @@ def test_a_corrected_row_is_drafted_anew_and_the_others_are_kept(tiny_bundle: Pa
         write_table(table, f"image,indication\n{names[0]},cough\n{names[1]},{indication}\n")
         done = run_batch(tiny_bundle, table, out)
         assert done.returncode == 0 and f"wrote {written} draft" in done.stderr, done.stderr
+    assert len(out.read_text().splitlines()) == 2 and "no longer given" not in done.stderr
+    write_table(table, f"image,indication\n{names[0]},cough\n")
+    done = run_batch(tiny_bundle, table, out)
+    assert "note: 1 earlier draft of radiographs that are no longer given were kept" in done.stderr
     assert len(out.read_text().splitlines()) == 2
 
 
@@ -529,7 +533,16 @@ def test_a_file_has_one_name_under_every_locale(tiny_bundle: Path, tmp_path: Pat
     assert names == {"ü.png", "\\udcfc.png"}
 
 
-@pytest.mark.parametrize("text", ["sep=;\nimage;indication\na.png;cough\n", "image,indication,,\na.png,cough,,\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\nimage;indication\na.png;cough\n",
+        '"sep=;"\nimage;indication\na.png;cough\n',
+        "\n \n,,\nimage,indication\na.png,cough\n",
+        "\nSEP=,\n\nimage,indication\na.png,cough\n",
+        "image,indication,,\na.png,cough,,\n",
+    ],
+)
 def test_what_spreadsheet_programs_add_is_passed_over(text: str, tmp_path: Path):
     table = tmp_path / "t.csv"
     table.write_text(text, encoding="utf-8")

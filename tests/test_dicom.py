@@ -58,6 +58,66 @@ def test_monochrome1_is_turned_round():
     assert np.allclose(plain + inverted, 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["MONOCHROME1", "monochrome 1", "MONOCHROME_1", "MONO1"])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_monochrome1_is_inverted_once_whatever_its_spelling_and_planes(name: str, planes: int):
+    values = np.repeat(4095 - CHEST[..., None], planes, axis=2)
+    elements = {"SamplesPerPixel": planes, "PlanarConfiguration": 0, "PhotometricInterpretation": name}
+    data = make_dicom(4095 - CHEST, PixelData=values.tobytes(), **elements)
+    film = load_radiograph(data)
+    assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 0.01 and film.warnings == ()
+
+
+@pytest.mark.parametrize("stored", [12, 16])
+@pytest.mark.parametrize("syntax", [None, pydicom.uid.RLELossless])
+def test_sign_extended_pixels_are_signed_whatever_the_header_says(syntax: str | None, stored: int):
+    data = make_dicom(CHEST.astype(np.int16) - 2048, BitsStored=stored, HighBit=stored - 1)
+    if syntax is not None:
+        dataset, buffer = pydicom.dcmread(io.BytesIO(data)), io.BytesIO()
+        dataset.compress(syntax)
+        dataset.save_as(buffer)
+        data = buffer.getvalue()
+    film = load_radiograph(data)
+    assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 1e-3
+    assert len(film.warnings) == 1 and "PixelRepresentation" in film.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.where(CHEST < 400, 65535, CHEST),  # a burnt-in white on 12 bits
+        np.where(CHEST < 400, CHEST, 49152 + CHEST),  # a film in the upper quarter on a dark border
+        CHEST * 16,
+    ],
+)
+def test_unsigned_pixels_stay_unsigned(values: np.ndarray):
+    film = load_radiograph(make_dicom(values.astype(np.uint16), BitsStored=16, HighBit=15))
+    assert np.array_equal(film.pixels, load_radiograph(values.astype(np.uint16)).pixels) and film.warnings == ()
+
+
+def _region(meaning: str, code: str = "1") -> list[pydicom.Dataset]:
+    item = pydicom.Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code, "SCT", meaning
+    return [item]
+
+
+@pytest.mark.parametrize(
+    ("elements", "named"),
+    [
+        ({"BodyPartExamined": "FOOT"}, "BodyPartExamined"),
+        ({"BodyPartExamined": "THORACIC SPINE"}, "BodyPartExamined"),
+        ({"BodyPartExamined": "THORAX"}, None),
+        ({"AnatomicRegionSequence": _region("Foot", "56459004")}, "AnatomicRegionSequence"),
+        ({"AnatomicRegionSequence": _region("Thoracic vertebra")}, "AnatomicRegionSequence"),
+        ({"AnatomicRegionSequence": _region("Chest")}, None),
+        ({"AnatomicRegionSequence": _region("Brustkorb", "51185008")}, None),
+    ],
+)
+def test_another_body_part_is_warned_of(elements: dict, named: str | None):
+    warned = load_radiograph(make_dicom(**elements)).warnings
+    assert [warning.split()[3] for warning in warned] == ([named] if named else [])
+
+
 def test_signed_compressed_pixels_are_signed_whatever_the_header_says():
     signed = CHEST.astype(np.int16) - 2048
     dataset = pydicom.dcmread(io.BytesIO(make_dicom(signed, PixelRepresentation=1)))

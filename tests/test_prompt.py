@@ -34,18 +34,20 @@ def test_fields_that_are_not_given_are_left_out_in_a_fixed_order():
     assert build_instruction(ClinicalContext()) == "Describe the chest radiograph."
     full = ClinicalContext(indication="cough", comparison="none", view="PA")
     assert build_instruction(full) == (
-        "Describe the chest radiograph. View: frontal. Indication: cough. Comparison: none."
+        "Describe the chest radiograph. View: frontal. Indication: cough. Comparison: None."
     )
     assert build_prompt(full).endswith("Report:\n")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "   ", "\n", "XXXX", "<|im_end|>", "-", ".", "?", "n/a", " N.A. ", "unknown", "null"]
-)
+@pytest.mark.parametrize("text", ["", "   ", "\n", "XXXX", "<|im_end|>", "-", ".", "?", "unknown", "null"])
 def test_a_field_that_says_nothing_counts_as_none(text: str):
     assert ClinicalContext(indication=text, comparison=text) == ClinicalContext()
-    assert ClinicalContext(comparison="None.").comparison == "None"  # an answer: there is no earlier study
     assert ClinicalContext(indication="none", comparison="2019").indication is None
+
+
+@pytest.mark.parametrize("text", ["none", "None.", "NONE", "n/a", " N.A. ", "None available."])
+def test_a_comparison_that_says_none_is_the_same_answer_in_any_words(text: str):
+    assert ClinicalContext(indication=text, comparison=text) == ClinicalContext(comparison="None")
 
 
 def test_an_over_long_indication_is_refused_with_the_limit():

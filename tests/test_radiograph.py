@@ -10,6 +10,7 @@ from conftest import draw_chest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cbedge import RadiographError, load_radiograph
 from cbedge.images.intensity import stretch
@@ -161,6 +162,29 @@ def test_an_orientation_tag_is_obeyed_as_in_every_viewer(orientation: int, kind:
     assert np.abs(load_radiograph(Image.open(io.BytesIO(data))).pixels - STRETCHED).mean() < 0.02
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "Raw profile type exif", "Raw profile type APP1"])
+def test_an_orientation_tag_of_another_type_or_place_is_obeyed(kind: str):
+    turned = Image.fromarray(CHEST[::-1, ::-1])
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHLLL", 1, 0x112, 1, 1, 3, 0)  # of type BYTE
+    if kind.startswith("Raw"):
+        info, digits = PngInfo(), exif.hex()
+        info.add_text(kind, f"\nexif\n{len(exif):8}\n{digits[:72]}\n{digits[72:]}\n", zip=True)
+        data = encoded(turned, "PNG", pnginfo=info)
+    else:
+        data = encoded(turned, kind, exif=exif, quality=95)
+    assert np.abs(load_radiograph(data).pixels - STRETCHED).mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_that_does_not_say_whether_zero_is_black_is_refused(dtype: type):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, CHEST.astype(dtype), photometric="minisblack")
+    without = file.getvalue().replace(struct.pack("<HHL", 262, 3, 1), struct.pack("<HHL", 263, 3, 1))
+    with pytest.raises(RadiographError, match="lacks the TIFF tag PhotometricInterpretation"):
+        load_radiograph(without)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_tiff_with_white_as_zero_is_inverted_once(dtype: type, tmp_path: Path):
     tifffile = pytest.importorskip("tifffile")
@@ -185,6 +209,20 @@ def test_a_tiff_of_any_sample_format_gives_the_same_picture(values: np.ndarray):
     file = io.BytesIO()
     tifffile.imwrite(file, values, photometric="minisblack")
     assert np.abs(load_radiograph(file.getvalue()).pixels - STRETCHED).max() < 0.01
+
+
+def test_modes_that_pillow_cannot_convert_are_read_or_named():
+    grey = Image.fromarray(CHEST)
+    premultiplied = grey.convert("LA").convert("La")
+    assert np.abs(load_radiograph(premultiplied).pixels - STRETCHED).max() < 0.01
+    lab = Image.merge("LAB", [grey, grey, grey])
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, CHEST, photometric="miniswhite", extratags=[(65000, "H", 1, 2, True)])
+    reversed_bits = file.getvalue().replace(struct.pack("<H", 65000), struct.pack("<H", 266))  # FillOrder 2
+    for source in (lab, encoded(lab, "TIFF"), reversed_bits):
+        with pytest.raises(RadiographError, match=r"has the unsupported pixel type \w+; save it as 8 or 16 bit grey"):
+            load_radiograph(source)
 
 
 def test_a_tiff_of_samples_that_are_not_read_is_not_called_damaged_alone():

@@ -59,8 +59,9 @@ REPORT = Report(
 LEFT_OUT: dict[str, list[Any]] = {  # values that are not valid, a str as it stands in the file
     "PatientSex": ["U", "MF", "man", "M\\F", "X", "Ü", b"\xff", "M F", "F\n", "ｆ", "1", "unknown"],
     "PatientBirthDate": ["1940", "00000000", "1940-03-05", "19401305", "19400230", "20200101\\20200102", "?"],
-    "StudyDate": ["2020-01-01", "20201301", "99999999", "01/02/2020", "2020010", "202001011"],
-    "StudyTime": ["12:30:11", "2530", "126000", "noon", "123011.1234567", "12 30", "-1"],
+    "PatientBirthTime": ["235960", "24"],
+    "StudyDate": ["30000101", "2020-01-01", "20201301", "99999999", "01/02/2020", "2020010", "202001011", "00010101", "99991231"],
+    "StudyTime": ["12:30:11", "2530", "126000", "noon", "123011.1234567", "12 30", "-1", "235960"],
     "PatientName": ["A\\B", "A" * 65, "A^B^C^D^E^F", "A=B=C=D", "A\nB", b"M\xfcller", "^^^^"],
     "PatientID": ["A\\B", "9" * 65, "A\x1bB", b"\xe4\xf6", "1\t2"],
     "AccessionNumber": ["A\\B", "1" * 17, b"\xff\xfe"],
@@ -72,13 +73,14 @@ LEFT_OUT: dict[str, list[Any]] = {  # values that are not valid, a str as it sta
     "TypeOfPatientID": ["TEXTS", "ﬁ"],
     "PatientWeight": ["heavy", "1e999", "70,5", "7" * 17],
     "PatientSize": ["1.80m", "NaN"],
-    "SOPClassUID": ["", "not a UID", "1.2.3.", "1.2\\1.3"],
+    "SOPClassUID": ["", "not a UID", "1.2.3.", "1.2\\1.3", "3.1.2"],
     "Manufacturer": ["A\\B", "M" * 65],
 }  # fmt: skip
+ROOTS = ("0.0", "3.1.2", "1.40.1", "2.999.1")  # below which nobody may issue UIDs
 REFUSED = [
     (name, value)
     for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-    for value in (None, "", "abc", "1.2.03", "1.2..3", "1.2.3.", "1." * 40 + "1", "1.2\\1.3", "1.2.x")
+    for value in (None, "", "abc", "1.2.03", "1.2..3", "1.2.3.", "1." * 40 + "1", "1.2\\1.3", "1.2.x", *ROOTS)
 ]
 COPIED: list[tuple[str, str, str]] = [  # attribute, as in the file, as in the document
     ("PatientSex", "O", "O"),

@@ -110,6 +110,11 @@ def batch(
             f"note: {tally.cut_off} of them {'was' if tally.cut_off == 1 else 'were'} cut off at the token limit; "
             "raise --max-new-tokens and give another --out for longer ones"
         )
+    if tally.left:
+        print_error(
+            f"note: {tally.left} earlier {'draft' if tally.left == 1 else 'drafts'} of radiographs that are no longer "
+            f"given were kept in {out}; give another --out to leave them out"
+        )
     for name, message in tally.failed:
         print_error(f"failed: {printable(name)}: {message}")
     if tally.failed:

@@ -38,6 +38,7 @@ _SEQUENCES = (
     "ViewCodeSequence",
     "ProcedureCodeSequence",
     "AdmittingDiagnosesCodeSequence",
+    "AnatomicRegionSequence",
 )
 _USED = (
     *COPIED,

@@ -86,7 +86,8 @@ _WORDS = {"PatientSex": {"MALE": "M", "FEMALE": "F", "OTHER": "O"}}
 _LONGEST = {"SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
 _CLASSES = {"CR": "1.2.840.10008.5.1.4.1.1.1", "DX": "1.2.840.10008.5.1.4.1.1.1.1"}
 _UID = re.compile(r"(?:0|[1-9]\d*)(?:\.(?:0|[1-9]\d*))+", re.ASCII)
-_TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?", re.ASCII)
+_ROOT = re.compile(r"1\.[1-3]?\d(?!\d)|2\.(?!999)", re.ASCII)  # 2.999 is for examples, and no one issues UIDs below 0
+_TIME = re.compile(r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:[0-5]\d(?:\.\d{1,6})?)?)?", re.ASCII)
 _AGE = re.compile(r"\d{3}[DWMY]", re.ASCII)
 _CODE_STRING = re.compile(r"[A-Z0-9 _]{0,16}", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
@@ -236,7 +237,7 @@ def _is_name(text: str) -> bool:
 
 
 def _is_date(text: str) -> bool:
-    if not re.fullmatch(r"\d{8}", text, re.ASCII):
+    if not re.fullmatch(r"[12]\d{7}", text, re.ASCII):  # years such as 0001 and 9999 stand for an unknown date
         return False
     try:
         date(int(text[:4]), int(text[4:6]), int(text[6:]))
@@ -251,7 +252,7 @@ _CHECKS: dict[str, Callable[[str], Any]] = {
     "TM": _TIME.fullmatch,
     "AS": _AGE.fullmatch,
     "CS": _CODE_STRING.fullmatch,
-    "UI": is_uid,
+    "UI": lambda text: is_uid(text) and _ROOT.match(text),
     "DS": lambda text: len(text) <= 16 and _DECIMAL.fullmatch(text) and math.isfinite(float(text)),
     "IS": lambda text: len(text) <= 12 and re.fullmatch(r"[+-]?\d+", text, re.ASCII),
 }

@@ -7,6 +7,7 @@ refused only if its pixels cannot be decoded. :mod:`cbedge.images.dicom_display`
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 _MOST_STRAY = 0.05  # fraction of pixels above BitsStored that may be an overlay; with more, BitsStored is wrong
+_SAMPLE, _LEAST_LEVELS, _LEAST_SHARE = 2**18, 16, 0.02  # pixels looked at; levels and share of pixels of each sign
 _DECODER_BYTES = 4  # per sample, used by pylibjpeg's decoders in addition to their output
 
 
@@ -80,6 +82,8 @@ def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
     if integer(dataset, "SamplesPerPixel", 0) not in (1, 3):
         dataset.SamplesPerPixel = 1
     photometric = str(dataset.get("PhotometricInterpretation") or "").strip(" \0").upper()
+    monochrome = re.fullmatch(r"MONO[A-Z]*[^A-Z0-9]*([12])", photometric)  # such as "MONOCHROME 1"
+    photometric = f"MONOCHROME{monochrome[1]}" if monochrome else photometric
     known = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
     if photometric not in known:
         photometric = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
@@ -114,7 +118,8 @@ def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
     decoded = decoded.astype(decoded.dtype.newbyteorder("="), copy=False)
     if decoded.ndim == 2:
         return decoded, 0.0
-    dataset.PhotometricInterpretation = "MONOCHROME2"
+    if dataset.PhotometricInterpretation != "MONOCHROME1":  # three equal planes
+        dataset.PhotometricInterpretation = "MONOCHROME2"
     return _in_grey(decoded, str(properties["photometric_interpretation"]).startswith("YBR_FULL"))
 
 
@@ -139,11 +144,14 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
     """Decoded pixels with the correct sign, without unused bits (overlays).
 
     Args:
-        dataset: after :func:`repair_pixel_attributes`.
+        dataset: after :func:`repair_pixel_attributes`; its Pixel Representation is corrected for sign-extended pixels.
         decoded: integers [rows, columns].
         warnings: collects problems.
     """
     bits = int(dataset.BitsStored)
+    if _is_sign_extended(decoded, bits):
+        _use_sign(dataset, "the pixels", warnings)
+        decoded = decoded.view(f"i{decoded.dtype.itemsize}")
     if decoded.dtype.kind not in "iu" or bits >= 8 * decoded.dtype.itemsize:
         return decoded
     signed = dataset.PixelRepresentation == 1
@@ -162,6 +170,28 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
         warnings.add("BitsStored", "is too small for the stored values; all bits were used")
         return decoded
     return values
+
+
+def _use_sign(dataset: Dataset, pixels: str, warnings: Warnings) -> None:
+    warnings.add("PixelRepresentation", f"contradicts {pixels}, which are signed; signed values were used")
+    dataset.PixelRepresentation = 1
+
+
+def _is_sign_extended(decoded: np.ndarray, bits: int) -> bool:
+    """Whether unsigned pixels are clearly signed values of fewer bits: read as signed, they leave the highest bits of
+    the type unused and continue across zero; read as unsigned, they would leave the middle of the range unused."""
+    wide = decoded.dtype.itemsize
+    if decoded.dtype.kind != "u" or wide == 1:
+        return False
+    step = max(1, math.isqrt(decoded.size // _SAMPLE))
+    levels, counts = np.unique(decoded[::step, ::step].view(f"i{wide}"), return_counts=True)
+    limit, negative = 1 << min(bits - 1, 8 * wide - 2), levels < 0
+    below, above = levels[negative], levels[~negative]
+    if min(below.size, above.size) < _LEAST_LEVELS or below[0] < -limit or above[-1] >= limit:
+        return False
+    share = counts[negative].sum() / counts.sum()
+    gap, extent = int(above[0]) - int(below[-1]), int(above[-1]) - int(below[0])
+    return bool(_LEAST_SHARE < share < 1 - _LEAST_SHARE and 32 * gap <= extent)
 
 
 def padding_mask(dataset: Dataset, decoded: np.ndarray, values: np.ndarray) -> np.ndarray | None:
@@ -237,10 +267,7 @@ def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
             "export it again"
         )
     if found.is_signed and dataset.PixelRepresentation == 0:
-        warnings.add(
-            "PixelRepresentation", "contradicts the compressed pixels, which are signed; signed values were used"
-        )
-        dataset.PixelRepresentation = 1
+        _use_sign(dataset, "the compressed pixels", warnings)
     wide = max(wide, -(-found.bits // 8))
     decoding = length + len(frame) + count * (_DECODER_BYTES + 2 * wide) + found.overhead
     return max(decoding, (count + pixels) * wide + mask + kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from cbedge.images.intensity import averaged, blocks, stretch, to_uint8
 from cbedge.images.memory import PartedFile, kept_bytes, reduction, working_memory
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG includes MPO, the cameras' multi-picture format
-EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV", "LAB")
+EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV")
 MIN_SIDE = 32
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # a RIFF file can be anything
 # Pillow's warnings about large and damaged images are replaced by the messages here. The filter is permanent because
@@ -31,6 +32,7 @@ _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag and value
 _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # TIFF tag and values
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
 _BITS_PER_SAMPLE = 258
+_UNSUPPORTED = re.compile("unknown raw mode|conversion from .* not supported")  # in Pillow's messages
 _MAX_READS = 1_000_000  # read calls per file; a PNG of 60 MB needs 40,000
 _MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # parts of 64 KB in a JPEG
 _MAX_TAG_BYTES = 2**22  # of numeric TIFF tags; Pillow creates an object for each number
@@ -242,22 +244,45 @@ def _picture(image: Image.Image, name: str) -> _Picture:
     try:
         if _loses_depth(image):
             raise RadiographError(f"{name} has several channels of more than 8 bits; save it as 16 bit greyscale")
+        if image.format == "TIFF" and _PHOTOMETRIC not in getattr(image, "tag_v2", {}):
+            raise RadiographError(
+                f"{name} lacks the TIFF tag PhotometricInterpretation, which says whether 0 is black or white: save it "
+                "again with it, or as PNG"
+            )
         white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # the tags are lost after loading
         image.load()
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow has no other conversion
         colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
         grey = _grey(image, name)
         return _Picture(
             grey if stored is None else grey.view(stored),
             colour,
             _chroma(image),
-            orientation if orientation in range(1, 9) else 1,
+            _orientation(image),
             white_is_zero,
         )
     except RadiographError:
         raise
     except Exception as error:  # Pillow's decoders raise various exceptions for damaged data
+        if _UNSUPPORTED.search(str(error)):
+            raise _unsupported(image, name) from error
         raise RadiographError(f"{name} is damaged or truncated: export it again") from error
+
+
+def _unsupported(image: Image.Image, name: str) -> RadiographError:
+    return RadiographError(f"{name} has the unsupported pixel type {image.mode}; save it as 8 or 16 bit greyscale PNG")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation in the EXIF data of a loaded image, 1 to 8, also if its type is not the standard's."""
+    exif, profile = image.getexif(), image.info.get("Raw profile type APP1")  # the latter by older software, in PNG
+    data = bytes.fromhex("".join(profile.split("\n")[3:])) if isinstance(profile, str) else b""
+    if _ORIENTATION not in exif and data.startswith(b"Exif\0\0"):
+        exif = Image.Exif()
+        exif.load(data)
+    value = exif.get(_ORIENTATION, 1)
+    value = value[0] if isinstance(value, bytes | tuple) and value else value
+    return int(value) if value in range(1, 9) else 1
 
 
 def _shown(picture: _Picture) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -314,7 +339,7 @@ def _grey(image: Image.Image, name: str) -> np.ndarray:
     """Grey values [rows, columns]."""
     known = image.mode == "L" or image.mode in EIGHT_BIT_MODES or image.mode.startswith("I") or image.mode == "F"
     if not known:
-        raise RadiographError(f"{name} has the unsupported pixel type {image.mode}; save it as 8 or 16 bit greyscale")
+        raise _unsupported(image, name)
     grey: np.ndarray | None = None
     for rows, part in _parts(image):
         values = np.asarray(_opaque(part).convert("L") if image.mode in EIGHT_BIT_MODES else part)

@@ -31,12 +31,14 @@ _OWNER = ".cbedge-batch"  # file in a folder of documents
 @dataclass
 class Tally:
     """Result of a run: number of drafts written, number of items that were already done, failures of this or an earlier
-    run as (id, message), and number of the written drafts that were cut off at the token limit."""
+    run as (id, message), number of the written drafts that were cut off at the token limit, and number of earlier lines
+    of items that this run does not have."""
 
     written: int
     skipped: int
     failed: list[tuple[str, str]]
     cut_off: int = 0
+    left: int = 0
 
 
 # Drafts one item and returns the values of its line.
@@ -204,7 +206,7 @@ def _run_locked(
 ) -> Tally:
     prints = {item.id: item.fingerprint() for item in items}
     done = _open_lines(out, model, retry_failed, {item.id: item for item in items}, prints)
-    tally = Tally(0, 0, [])
+    tally = Tally(0, 0, [], left=len(done.keys() - prints.keys()))
     for item in items:
         if item.id in done:
             tally.skipped += 1

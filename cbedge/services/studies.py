@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ _BYTE_ORDER_MARKS = {
 _WORKBOOK = "an Excel or OpenDocument workbook"
 _OTHER_FORMATS = {b"PK": _WORKBOOK, b"\xd0\xcf\x11\xe0": _WORKBOOK, b"{": "JSON", b"[": "JSON", b"<": "XML or HTML"}
 _DELIMITERS = (",", ";", "\t", "|")
+# Empty lines, and a line that gives spreadsheet programs the delimiter.
+_BEFORE_HEADER = re.compile(r'(?:[ \t,;|"]*\n)*(?:"?sep=[^\n]*\n(?:[ \t,;|"]*\n)*)?', re.IGNORECASE)
 _MAX_CSV_BYTES = 256 * 2**20
 
 
@@ -266,8 +269,9 @@ def _read_table(path: Path) -> list[Item]:
         text = _decode_table(path.read_bytes(), name)
     except FileNotFoundError:
         raise RadiographError(f"no such file: {name}; check the path") from None
-    hint = text[:4].lower() == "sep="  # a line that gives spreadsheet programs the delimiter
-    text = text.partition("\n")[2] if hint else text
+    start = _BEFORE_HEADER.match(text)
+    assert start is not None  # it may be empty
+    passed, text = start[0].count("\n"), text[start.end() :]
     delimiter, columns = _header(text, name)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     items = []
@@ -275,11 +279,11 @@ def _read_table(path: Path) -> list[Item]:
         next(reader)
         for row in reader:
             if any(cell.strip() for cell in row):
-                cells = _cells(row, columns, delimiter, f"{name}, line {reader.line_num + hint},")
+                cells = _cells(row, columns, delimiter, f"{name}, line {reader.line_num + passed},")
                 items.append(_table_item(cells, path.parent))
     except csv.Error as error:
         raise RadiographError(
-            f"{name}, line {reader.line_num + hint}, cannot be read ({error}): save the table again as CSV (UTF-8)"
+            f"{name}, line {reader.line_num + passed}, cannot be read ({error}): save the table again as CSV (UTF-8)"
         ) from None
     return items
 
