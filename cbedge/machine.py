@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cbedge import __version__
 from cbedge.cores import usable_cores
 
 _BUFFER_BYTES = 256 * 2**20
@@ -30,7 +31,8 @@ def machine(bandwidth: float | None = None) -> dict[str, Any]:
         "read_bandwidth_gb_s": None if bandwidth is None else round(bandwidth / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {n: v for n in ("cbedge", "onnxruntime", "onnxruntime-gpu", "numpy") if (v := _version(n))},
+        "versions": {"cbedge": __version__}
+        | {n: v for n in ("onnxruntime", "onnxruntime-gpu", "numpy") if (v := _version(n))},
         "date": date.today().isoformat(),
     }
 
