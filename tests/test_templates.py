@@ -162,6 +162,8 @@ def test_a_sentence_that_a_section_says_twice_is_taken_once_and_told():
             ["Airway: Trachea midline.", "No mass.", "Bones: Intact."],
         ),
         ("CXR - PA erect\n\nBoth lungs are quite clear.", ["CXR - PA erect.", "Both lungs are quite clear."]),
+        ("Effusion\n-\nPneumothorax\n(-)", ["Effusion: -.", "Pneumothorax: (-)."]),
+        ("Pleura\nNo effusion\nBones\n\nHeart normal", ["Pleura: No effusion.", "Bones.", "Heart normal."]),
         ("Lungs clear\nHeart normal\nTrachea midline", ["Lungs clear.", "Heart normal.", "Trachea midline."]),
         (
             "Is there an effusion? No. Is the heart enlarged? No.\nAre the lungs clear?\nYes.",
@@ -225,6 +227,8 @@ def test_text_before_the_heading_of_the_findings_is_told_and_not_drafted():
         ("Findings =", "Imp ="),
         ("Report:", "IN SUMMARY:"),
         ("Findings", "BOTTOM LINE"),
+        ("FINDINGS (chest):", "IMPRESSION (final):"),
+        ("1. FINDINGS", "2) My impression:"),
     ],
 )
 def test_decoration_and_adjectives_of_headings_do_not_count(findings: str, impression: str):

@@ -21,6 +21,8 @@ French, Spanish and Italian ones do not have. All in lower case."""
 _NAME = r"([^\W\d_][\w /&()#'’-]{0,50}?)"
 HEADING = re.compile(rf"{_NAME}\.?\s*[:：=]\s*")
 _MARKED_HEADING = re.compile(rf"(?:\[\s*{_NAME}\s*\]\s*[:：]?|{_NAME}\s*[-–—](?=\s|$))\s*")  # without a colon
+_BRACKETS = re.compile(r"\s*\([^()]*\)")
+_RULE = re.compile(r"(?!\(.\)$)[^\w\s]{3,}|[*.]")  # "-----"; "-" and "(-)" are answers
 _DECORATION = " \t=*#_<>[]{}/;.:：~-–—"
 _NOT_DRAFTED = re.compile(r"(relevant )?(clinical|klinische|reasons?)\b(?!.*correlat).*|.*\bhistory")
 _TITLE = re.compile(r"[^\W\d_][\w /&()'’-]{1,40}")  # a short line without punctuation
@@ -37,11 +39,14 @@ def lines_of(text: str) -> list[tuple[int, str]]:
     lines: list[tuple[int, str]] = []
     fresh = True
     numbered = [(number, *_clean(raw)) for number, raw in enumerate(text.splitlines(), 1)]
-    numbered = [row for row in numbered if not row[1] or re.search(r"\w", row[1])]  # else a rule, "-----"
+    numbered = [row for row in numbered if not _RULE.fullmatch(row[1])]
     for index, (number, line, bullet) in enumerate(numbered):
         if not line:
             fresh = True
             continue
+        unnumbered = _ITEM.sub("", line, count=1) if _ITEM.match(line) else line
+        if (head := HEADING.match(f"{unnumbered}:")) and section_of(head[1], True) is not None:
+            line = unnumbered
         bare = line.strip(_DECORATION)
         if (marked := _MARKED_HEADING.match(line)) and section_of(name := marked[1] or marked[2], True) is not None:
             line = f"{name}: {line[marked.end() :]}".strip()
@@ -56,9 +61,11 @@ def lines_of(text: str) -> list[tuple[int, str]]:
         ):
             lines[-1] = (lines[-1][0], f"{before} {line}")
         else:
-            later = [text for _, text, _ in numbered[index + 1 : index + 3]]
-            after = later[0] if later and later[0] else later[-1] if len(later) > 1 and _is_short(later[1]) else ""
-            if (fresh or heads or line.isupper() or _is_statement(before)) and _is_title(line, after):
+            after = [text for _, text, _ in numbered[index + 1 : index + 3]]
+            near = bool(after and after[0])
+            answer = next(filter(None, after), "")
+            answered = _is_statement(answer if near else answer.partition(" ")[0]) and not answer[0].islower()
+            if answered and (fresh or heads or line.isupper() or _is_statement(before)) and _is_title(line, answer):
                 line = f"{line}:"
             lines.append((number, line))
         fresh = False
@@ -72,28 +79,24 @@ def _clean(raw: str) -> tuple[str, bool]:
 
 
 def _is_statement(line: str) -> bool:
-    """Whether a line is a sentence or has a word such as ``normal``, which a heading has not."""
-    return ends_sentence(line) or not WORDS["stating"].isdisjoint(re.findall(r"\w+", line.casefold()))
+    """Whether a line is a sentence, ends with a sign (``-``) or has a word such as ``normal``: no heading does."""
+    words = re.findall(r"\w+", line.casefold())
+    return ends_sentence(line) or not WORDS["stating"].isdisjoint(words) or bool(re.search(r"(^|\s)[^\w\s]+$", line))
 
 
-def _is_short(line: str) -> bool:
-    return len(line.split()) < _TITLE_WORDS
-
-
-def _is_title(line: str, after: str) -> bool:
-    """Whether a line is a heading without a colon: short, without a statement, before a line that has one."""
-    title = _TITLE.fullmatch(line) and len(line.split()) <= _TITLE_WORDS and ends_sentence(f"{line}.")
-    answered = after and _is_statement(after) and not after[0].islower() and not _LABEL.match(after)
-    return bool(title and answered) and not _is_statement(line)
+def _is_title(line: str, answer: str) -> bool:
+    """Whether a line before an answer is a heading without a colon: short, without punctuation or a statement."""
+    short = _TITLE.fullmatch(line) and len(line.split()) <= _TITLE_WORDS and ends_sentence(f"{line}.")
+    return bool(short) and not _is_statement(line) and not _LABEL.match(answer)
 
 
 def section_of(name: str, has_findings: bool) -> int | None:
     """The section that a heading starts: 0 findings, 1 impression; ``None`` for other text.
 
     The parts of ``CONCLUSION/PLAN`` or ``FINDINGS AND IMPRESSION`` are headings each, and the first section counts;
-    adjectives, the plural in brackets and decoration do not.
+    adjectives, text in brackets and decoration do not.
     """
-    words = " ".join(name.casefold().replace("(s)", "").strip(_DECORATION).split())
+    words = " ".join(_BRACKETS.sub("", name.casefold()).strip(_DECORATION).split())
     if words in WORDS["findings_or_impression"]:
         return int(has_findings)
     parts = [_without_adjectives(part) for part in re.split(r" ?[/&] ?| and ", words)]
@@ -115,6 +118,6 @@ def is_not_drafted(heading: str, marked: bool = True) -> bool:
         heading: the heading.
         marked: whether a colon follows; without one, all its words must be known.
     """
-    words = re.findall(r"\w+", heading.casefold().replace("(s)", ""))
+    words = re.findall(r"\w+", _BRACKETS.sub("", heading.casefold()))
     known = bool(words) and WORDS["not_drafted"].issuperset(words)
     return known or (marked and bool(_NOT_DRAFTED.fullmatch(" ".join(words))))
