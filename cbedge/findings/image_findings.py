@@ -21,7 +21,7 @@ import numpy as np
 from cbedge.errors import BundleError
 
 OTHER = "other abnormality"
-_QUOTES = re.compile('["“”„«»]')
+_QUOTES = re.compile(r'["“”„«»‘]|’(?!\w)')
 CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such pairs
 
 
