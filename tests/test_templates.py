@@ -176,8 +176,9 @@ def test_a_sentence_that_a_section_says_twice_is_taken_once_and_told():
     ],
 )
 def test_a_heading_or_a_question_is_one_sentence_with_its_answer(text: str, findings: list[str]):
-    template = parse_template(f"{text}\nImpression: Normal chest.")
-    assert template == Template(tuple(findings), ("Normal chest.",), True)
+    for heading in ("", "FINDINGS\n", "Results:\n", "Findings\n\n"):
+        template = parse_template(f"{heading}{text}\nImpression: Normal chest.")
+        assert template == Template(tuple(findings), ("Normal chest.",), True)
 
 
 ONE_STUDY = """

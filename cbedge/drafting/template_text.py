@@ -54,10 +54,11 @@ def lines_of(text: str) -> list[tuple[int, str]]:
             line = f"{bare}:"
         before = lines[-1][1] if lines else ""
         starts = bullet or bool(_LABEL.match(line) or _ITEM.match(line))
-        heads = before.endswith((":", "：", "?", "？"))
+        begins = section_of(before.rstrip(" :："), True) is not None
+        heads = before.endswith((":", "：", "?", "？")) and not begins
         wrapped = line[0].islower() or len(before) >= _WRAPPED
         if (before and not fresh and not starts and (heads or (wrapped and not ends_sentence(before)))) or (
-            before and heads and not _LABEL.match(line) and section_of(before.rstrip(" :："), True) is None
+            before and heads and not _LABEL.match(line)
         ):
             lines[-1] = (lines[-1][0], f"{before} {line}")
         else:
@@ -65,7 +66,11 @@ def lines_of(text: str) -> list[tuple[int, str]]:
             near = bool(after and after[0])
             answer = next(filter(None, after), "")
             answered = _is_statement(answer if near else answer.partition(" ")[0]) and not answer[0].islower()
-            if answered and (fresh or heads or line.isupper() or _is_statement(before)) and _is_title(line, answer):
+            if (
+                answered
+                and (fresh or begins or heads or line.isupper() or _is_statement(before))
+                and _is_title(line, answer)
+            ):
                 line = f"{line}:"
             lines.append((number, line))
         fresh = False
