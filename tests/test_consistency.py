@@ -162,6 +162,7 @@ def test_what_affirms_a_finding_stays():
                 "Angles sharp.",
                 "Costophrenic angles preserved.",
                 "Effusion 0.",
+                "Effusion -.",
             ],
             [
                 "Pleural drain in good position.",

@@ -162,6 +162,11 @@ def test_a_sentence_that_a_section_says_twice_is_taken_once_and_told():
             ["Airway: Trachea midline.", "No mass.", "Bones: Intact."],
         ),
         ("CXR - PA erect\n\nBoth lungs are quite clear.", ["CXR - PA erect.", "Both lungs are quite clear."]),
+        (
+            "=== Lungs ===\nClear.\n--- Pleura ---\nClear.\nHeart;\nNormal",
+            ["Lungs: Clear.", "Pleura: Clear.", "Heart: Normal."],
+        ),
+        ("Effusion -\nPneumothorax -\nHeart normal.", ["Effusion -.", "Pneumothorax -.", "Heart normal."]),
         ("Effusion\n-\nPneumothorax\n(-)", ["Effusion: -.", "Pneumothorax: (-)."]),
         ("Pleura\nNo effusion\nBones\n\nHeart normal", ["Pleura: No effusion.", "Bones.", "Heart normal."]),
         ("Lungs clear\nHeart normal\nTrachea midline", ["Lungs clear.", "Heart normal.", "Trachea midline."]),

@@ -29,7 +29,7 @@ _DENIED_BEHIND = re.compile(r"\b(without|(but|and|with) no|no longer)\b.*", re.I
 _DENIES = re.compile(
     r"\b(no|not|without|normal|normally|clear|unremarkable|intact|negative|free|within|wnl|nad|sharp|absent|absence|"
     r"none|nil|neither|nor|nothing|excluded|unlikely|satisfactory|neg|nl|n|ok|\w+n['’]t)\b|"
-    r"[:=–-]\s*([–−-]|0|n|n/a)\W*$|\s0\W*$|\([–−-]\)",
+    r"[:=–-]\s*([–−-]|0|n|n/a)\W*$|\s(0|[–−-])\W*$|\([–−-]\)",
     re.IGNORECASE,
 )
 _ADVICE = re.compile(

@@ -23,6 +23,7 @@ HEADING = re.compile(rf"{_NAME}\.?\s*[:：=]\s*")
 _MARKED_HEADING = re.compile(rf"(?:\[\s*{_NAME}\s*\]\s*[:：]?|{_NAME}\s*[-–—](?=\s|$))\s*")  # without a colon
 _BRACKETS = re.compile(r"\s*\([^()]*\)")
 _RULE = re.compile(r"(?!\(.\)$)[^\w\s]{3,}|[*.]")  # "-----"; "-" and "(-)" are answers
+_FRAME = re.compile(r"^([=*#~_<>]+|-{2,})\s*|\s*([=*#~_<>;]+|-{2,})$")
 _DECORATION = " \t=*#_<>[]{}/;.:：~-–—"
 _NOT_DRAFTED = re.compile(r"(relevant )?(clinical|klinische|reasons?)\b(?!.*correlat).*|.*\bhistory")
 _TITLE = re.compile(r"[^\W\d_][\w /&()'’-]{1,40}")  # a short line without punctuation
@@ -66,12 +67,9 @@ def lines_of(text: str) -> list[tuple[int, str]]:
             near = bool(after and after[0])
             answer = next(filter(None, after), "")
             answered = _is_statement(answer if near else answer.partition(" ")[0]) and not answer[0].islower()
-            if (
-                answered
-                and (fresh or begins or heads or line.isupper() or _is_statement(before))
-                and _is_title(line, answer)
-            ):
-                line = f"{line}:"
+            separate = fresh or begins or heads or line.isupper() or _is_statement(before)
+            if answered and separate and _is_title(title := _FRAME.sub("", line), answer):
+                line = f"{title}:"
             lines.append((number, line))
         fresh = False
     return lines
