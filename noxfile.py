@@ -13,7 +13,7 @@ MAX_WHEEL_BYTES = 100_000_000
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the linter's rules, the formatting, and which room imports which."""
+    """Check the linter's rules, the formatting, and the dependencies between packages."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ContextError,
         DeviceError,
         DraftError,
+        OptionError,
         OutputError,
         RadiographError,
     )
@@ -48,6 +49,7 @@ _HOMES = {
     "BundleError": "errors",
     "DeviceError": "errors",
     "DraftError": "errors",
+    "OptionError": "errors",
     "OutputError": "errors",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "DeviceError",
     "DraftError",
     "DraftRequest",
+    "OptionError",
     "OutputError",
     "Radiograph",
     "RadiographError",

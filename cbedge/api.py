@@ -20,7 +20,7 @@ from cbedge.decoding import Decoding, GuessLength
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources, check_template
 from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.templates import Template
-from cbedge.errors import CbedgeError, ContextError, memory_errors
+from cbedge.errors import CbedgeError, ContextError, RadiographError, memory_errors
 from cbedge.findings.reading import ImageReading
 from cbedge.images.film_check import FilmCheck
 from cbedge.images.radiograph import Radiograph, load_radiograph
@@ -68,7 +68,7 @@ class DraftRequest:
         accept_any_image: also draft from an image that does not look like a chest radiograph.
 
     Raises:
-        ContextError: ``accept_any_image`` is neither ``True`` nor ``False``.
+        OptionError: ``accept_any_image`` is neither ``True`` nor ``False``.
     """
 
     image: ImageSource
@@ -144,7 +144,7 @@ class ReportGenerator:
 
         Raises:
             BundleError: the bundle is missing, altered, of an unknown format, or lacks the variant.
-            ContextError: ``threads`` or ``recent_studies`` is out of range.
+            OptionError: ``threads`` or ``recent_studies`` is out of range.
             DeviceError: ONNX Runtime is not installed, CUDA was requested and is not available, or memory ran out.
         """
         if threads is not None:
@@ -188,7 +188,8 @@ class ReportGenerator:
             options: the other fields of :class:`DraftRequest`; they replace those of a whole request.
 
         Raises:
-            RadiographError: an image cannot be read, or does not look like a chest radiograph.
+            RadiographError: an image cannot be read, or does not look like a chest radiograph, or frontal and lateral
+                radiograph do not belong together.
             ContextError: another field is unknown or invalid.
             DeviceError: memory ran out.
             DraftError: the model wrote an incomplete report.
@@ -208,7 +209,7 @@ class ReportGenerator:
             For each study, its report or the error that :meth:`generate` would raise.
 
         Raises:
-            ContextError: ``requests`` is a single request, or cannot be iterated.
+            OptionError: ``requests`` is a single request, or cannot be iterated.
 
         Example:
             >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
@@ -301,20 +302,20 @@ class ReportGenerator:
                 "trained with both views"
             )
         if "lateral" in (context.view, frontal.view):
-            raise ContextError(
+            raise RadiographError(
                 "the first radiograph is a lateral view: give the frontal view first, then the lateral view"
             )
         radiograph = load_radiograph(lateral)
         if radiograph.view == "frontal":
-            raise ContextError(
+            raise RadiographError(
                 "the lateral radiograph is a frontal view according to its header: give the lateral view"
             )
         if radiograph.sha256 == frontal.sha256:
-            raise ContextError(
+            raise RadiographError(
                 "the frontal and the lateral radiograph are the same image: give two, or only the frontal one"
             )
         if frontal.study_uid and radiograph.study_uid and frontal.study_uid != radiograph.study_uid:
-            raise ContextError(
+            raise RadiographError(
                 "the two radiographs have different Study Instance UIDs: give two views of the same study"
             )
         return radiograph

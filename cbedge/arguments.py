@@ -6,11 +6,11 @@ import numbers
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from cbedge.errors import CbedgeError, ContextError
+from cbedge.errors import CbedgeError, OptionError
 
 
 def check_type(
-    name: str, value: Any, kind: type | tuple[type, ...], wanted: str, error: type[CbedgeError] = ContextError
+    name: str, value: Any, kind: type | tuple[type, ...], wanted: str, error: type[CbedgeError] = OptionError
 ) -> None:
     """Check the type of an argument; ``True`` and ``False`` are not numbers.
 
@@ -32,11 +32,11 @@ def check_count(name: str, value: Any, least: int, most: int) -> int:
     """Check a whole number, of any integer type, and return it.
 
     Raises:
-        ContextError: it has another type, or is out of range.
+        OptionError: it has another type, or is out of range.
     """
     check_type(name, value, numbers.Integral, "a whole number")
     if not least <= int(value) <= most:
-        raise ContextError(f"{name} is {value}; give {least} to {most:,}")
+        raise OptionError(f"{name} is {value}; give {least} to {most:,}")
     return int(value)
 
 
@@ -44,8 +44,8 @@ def check_names(what: str, given: Iterable[Any], known: Collection[str]) -> None
     """Check the names of fields or settings.
 
     Raises:
-        ContextError: one is unknown.
+        OptionError: one is unknown.
     """
     unknown = next((str(name) for name in given if name not in known), None)
     if unknown is not None:
-        raise ContextError(f"{what} has no {unknown[:40]!r}; it has: {', '.join(known)}")
+        raise OptionError(f"{what} has no {unknown[:40]!r}; it has: {', '.join(known)}")

@@ -139,5 +139,6 @@ def _title(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     bandwidth = f"{where['read_bandwidth_gb_s']:.0f} GB/s" if where["read_bandwidth_gb_s"] else ""
     parts = [where["processor"], f"{where['cores']} cores", bandwidth, where["gpu"] or "", versions, where["date"]]
-    drafts = f"{record['images']} radiographs x {record['repeat']} drafts"
+    counts = (record["images"], "radiograph"), (record["repeat"], "draft")
+    drafts = " x ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
     return f"{record['model']}, median of {drafts}. " + ", ".join(filter(None, parts))

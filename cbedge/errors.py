@@ -41,6 +41,12 @@ class ContextError(CbedgeError):
     exit_code = 4
 
 
+class OptionError(ContextError):
+    """An option, an argument or a setting has a value that it cannot have, or two of them cannot be combined."""
+
+    exit_code = 2
+
+
 class BundleError(CbedgeError):
     """A model bundle is missing, incomplete, altered, or of an unknown format or variant."""
 

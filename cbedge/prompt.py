@@ -12,6 +12,7 @@ from cbedge.errors import ContextError
 
 PROMPT_VERSION = 2
 MAX_CONTEXT_CHARACTERS = 1000
+VIEW_NAMES = "frontal (or PA, AP) or lateral (or LAT, LL, RL)"
 
 _NO_TEXT = frozenset(
     (
@@ -86,8 +87,7 @@ def normalize_view(view: str | None) -> str | None:
         return "frontal"
     if name in ("lateral", "ll", "rl", "lat"):
         return "lateral"
-    # The value is not quoted, since it may be a patient's name.
-    raise ContextError("unknown view; give frontal (or PA, AP) or lateral (or LL, RL)")
+    raise ContextError(f"unknown view; give {VIEW_NAMES}")  # not quoted, since it may be a patient's name
 
 
 def remove_invisible(text: str) -> str:

@@ -67,7 +67,8 @@ class Sentence:
         confidence: geometric mean of its tokens' probabilities, 0 to 1, tokens without a probability excluded. It
             measures how typical the words are for the model at this place; a typical sentence can be wrong. For a
             finding's opening sentence it is the finding's score.
-        low: whether the confidence is below :data:`LOW_CONFIDENCE`.
+        low: whether it is the language model's own (``source``) and its confidence is below :data:`LOW_CONFIDENCE`.
+            ``False`` for the other sources: a score is compared with its own threshold, and a template is given.
         finding: the image finding that the sentence states; ``None`` for any other sentence.
         source: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is a
             template's sentence), or ``language model`` (the model's own words).
@@ -158,7 +159,7 @@ class Report:
     def notes(self) -> list[str]:
         """Notes for the reader: warnings, sentences of low confidence, sentences written because of image scores, and
         findings with a high score that the draft may not mention."""
-        unsure = [sentence.text for sentence in self.sentences if sentence.low and not sentence.finding]
+        unsure = [sentence.text for sentence in self.sentences if sentence.low]
         notes = [f"Warning: {warning}" for warning in self.warnings]
         if unsure:
             notes.append(f"Low confidence: {' '.join(unsure)}")
@@ -216,7 +217,8 @@ def split_sentences(tokens: Sequence[DraftToken], template: Sequence[str] = ()) 
             finding = next((w.finding for w in words if w.finding), None)
             own = "template" if normalize(text[start:end]) in from_template else "language model"
             source = "image" if finding else own
-            sentence = Sentence(text[start:end], section, confidence, confidence < LOW_CONFIDENCE, finding, source)
+            low = source == "language model" and confidence < LOW_CONFIDENCE
+            sentence = Sentence(text[start:end], section, confidence, low, finding, source)
             same = first.setdefault(normalize(sentence.text), sentence)
             sentences.append(replace(same, text=sentence.text, section=section))
     return tuple(sentences)

@@ -11,6 +11,7 @@ from cbedge import (
     ContextError,
     DeviceError,
     DraftRequest,
+    OptionError,
     RadiographError,
     Report,
     ReportGenerator,
@@ -77,7 +78,8 @@ def test_a_wrong_option_is_named_with_its_type(generator: ReportGenerator, optio
 def test_requests_of_another_shape_are_refused_each_for_itself(generator: ReportGenerator):
     good: dict[str, Any] = {"image": draw_chest(0), "max_new_tokens": 8}
     results = generator.generate_many(["a.png", None, {}, {"image": None}, {5: 6}, DraftRequest(**good), good])  # type: ignore[list-item]
-    assert [type(result) for result in results] == [*3 * [ContextError], RadiographError, ContextError, Report, Report]
+    kinds = [OptionError, OptionError, ContextError, RadiographError, OptionError, Report, Report]
+    assert [type(result) for result in results] == kinds
     wanted = "a request must be a DraftRequest or a mapping of its fields, not str"
     assert str(results[0]) == wanted and str(results[2]) == "a request has no image: give the field image"
     for requests in ("a.png", b"a", None, 5, good, DraftRequest(**good)):

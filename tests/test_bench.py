@@ -63,6 +63,11 @@ def test_every_format_shows_stages_and_compares_with_an_older_record(record: dic
         assert len({len(row) for row in csv.reader(io.StringIO(text))}) == 1
 
 
+def test_one_radiograph_and_one_draft_are_in_the_singular(record: dict):
+    assert "median of 1 radiograph x 1 draft. " in bench_report.render({**record, "images": 1, "repeat": 1}, "md")
+    assert "median of 2 radiographs x 3 drafts. " in bench_report.render({**record, "images": 2, "repeat": 3}, "md")
+
+
 def test_the_command_writes_a_record_a_plot_and_cold_starts(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ("--image", chest_png, "--repeat", 1, "--cold", 1, "--format", "json", "-o", out, "--plot", png)

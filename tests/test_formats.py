@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from conftest import EXAMPLES, USUAL_VARIANT, needs_program, run_cli
 
-from cbedge import DeviceError, OutputError, RadiographError, Report, ReportGenerator
+from cbedge import DeviceError, OptionError, OutputError, RadiographError, Report, ReportGenerator
 from cbedge.outputs import SCHEMA, check_format, render
 from cbedge.outputs.sr import to_sr
 from cbedge.report import DRAFT_STATEMENT, DraftToken, Sentence, split_sentences
@@ -161,7 +161,7 @@ def test_the_command_writes_each_format(tiny_bundle: Path, tmp_path: Path, form:
 
 
 def test_an_unknown_format_or_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(OutputError, match="unknown format 'xml'"):
+    with pytest.raises(OptionError, match="unknown format 'xml'"):
         check_format("xml")
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
     with pytest.raises(OutputError, match=r"cbedge\[hospital\]"):
@@ -202,7 +202,7 @@ def test_sentences_have_a_section_and_a_confidence():
         *starmap(DraftToken, spoken[2:]),
     ]
     zeroth, first, second, third = split_sentences(spoken)
-    assert (zeroth.text, zeroth.finding, zeroth.low) == ("There is scarring.", "scar", True)
+    assert (zeroth.text, zeroth.finding, zeroth.low) == ("There is scarring.", "scar", False)  # a score
     assert zeroth.confidence == pytest.approx(0.4) and first.finding is None
     assert (first.text, first.section, second.text, third.section) == (
         "Heart normal.",
@@ -211,6 +211,8 @@ def test_sentences_have_a_section_and_a_confidence():
         "impression",
     )
     assert second.low and second.confidence == pytest.approx(0.1) and not third.low and third.confidence == 1
+    given = split_sentences(spoken, template=["Lungs clear."])[2]
+    assert (given.source, given.low) == ("template", False) and given.confidence == pytest.approx(0.1)
     assert split_sentences([]) == ()
 
 

@@ -301,7 +301,7 @@ def test_two_radiographs_that_are_no_frontal_and_lateral_one_of_a_study_are_refu
         (frontal, replace(lateral, sha256=frontal.sha256), None, "same image"),
         (frontal, replace(lateral, study_uid="1.2.4"), None, "different Study Instance UIDs"),
     ):
-        with pytest.raises(ContextError, match=told) as caught:
+        with pytest.raises(RadiographError, match=told) as caught:
             generator.stream(first, lateral=second, view=view)
         assert "1.2." not in str(caught.value)
     with pytest.raises(RadiographError, match="no such file"):

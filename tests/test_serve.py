@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
-from cbedge import ContextError, ReportGenerator, errors
+from cbedge import OptionError, ReportGenerator, errors
 from cbedge.services.http import _invalid_input, check_exposure, create_app
 from cbedge.services.http_queue import ServeSettings
 
@@ -138,7 +138,8 @@ def test_no_input_breaks_it(client: TestClient, image: bytes, indication: str, v
         ([], {"lateral": "as text"}, "lateral was sent as text"),
         ([("template", ("t", b"\xff\xfe bad"))], {}, "not valid UTF-8"),
         ([], {"max_new_tokens": "5"}, "unknown"),
-        ([("indication", ("t", b"x" * 9000))], {}, "more than 4,000 bytes"),
+        ([("indication", ("t", b"x" * 16001))], {}, "more than 16,000 bytes"),
+        ([("template", ("t", "ä".encode() * 4000))], {}, "a single word"),  # 4,000 characters
         ([], {"stream": "true", "format": "sr"}, "format sr cannot be combined"),
         ([], {"heatmap": "true"}, "give stream=true"),
         ([("indication", (None, b"c", "text/plain; charset=UTF-16"))], {}, "'indication' has the charset 'UTF-16'"),
@@ -293,7 +294,7 @@ def test_other_machines_need_a_token():
         ("0.0.0.0", ""),
         ("127.0.0.1", "a-token-with-a-line\n"),
     ):
-        with pytest.raises(ContextError, match="token"):
+        with pytest.raises(OptionError, match="token"):
             check_exposure(host, token)
 
 
@@ -400,6 +401,10 @@ def test_the_api_is_described(client: TestClient):
     described = client.get("/openapi.json").json()
     content = described["paths"]["/v1/reports"]["post"]["responses"]["200"]["content"]
     assert "findings" in content["application/json"]["schema"]["properties"]
+    form = described["paths"]["/v1/reports"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    limits = {name: field["maxLength"] for name, field in form["properties"].items() if "maxLength" in field}
+    assert limits == {"indication": 1000, "comparison": 1000, "template": 4000}
+    assert all(name in form["properties"]["view"]["description"] for name in ("frontal", "PA", "AP", "lateral", "LL"))
 
 
 @pytest.fixture
@@ -464,7 +469,7 @@ def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.
     for host, reason in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign"), ("a..b", "invalid")):
         arguments = ("--host", host, "--port", port, "--model", tiny_bundle, "--device", "cpu")
         done = run_cli("cbedge.cli", "serve", *arguments, CBEDGE_TOKEN=TOKEN)
-        assert done.returncode == 4 and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"cbedge: cannot listen on {host}:{port}: {reason}"), done.stderr
 
 

@@ -13,7 +13,7 @@ import typer
 
 from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
 from cbedge.cli.terminal import keep_to_template, print_error, read_text_file
-from cbedge.errors import ContextError, OutputError, RadiographError
+from cbedge.errors import OptionError, RadiographError
 from cbedge.files import check_distinct, check_output
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def batch(
     from cbedge.services.studies import find_studies, join_views
 
     if template and no_template:
-        raise ContextError("--template and --no-template cannot be combined: give one of them")
+        raise OptionError("--template and --no-template cannot be combined: give one of them")
     check_format(form)
     if form != "text" and documents is None:
-        raise OutputError(f"--format {form} is for --documents: give a folder")
+        raise OptionError(f"--format {form} is for --documents: give a folder")
 
     found = find_studies(studies, documents)
     _print_skipped(found)
@@ -84,7 +84,7 @@ def batch(
     name, device = choose_variant(bundle, variant, device)
     wording = None if template is None else check_template(bundle.manifest, read_text_file(template), TextCodec(bundle))
     if pair_views and not bundle.manifest.reads_lateral:
-        raise ContextError(f"{bundle.manifest.name} reads one radiograph a study: leave --pair-views out")
+        raise OptionError(f"{bundle.manifest.name} reads one radiograph a study: leave --pair-views out")
     generator = keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template)
     decoding = replace(generator.decoding, keep_to_template=not no_template)
     if files is not None:

@@ -7,13 +7,18 @@ import typer
 
 from cbedge.cli.options import Device, Model, written_file
 from cbedge.cli.terminal import status_line
-from cbedge.errors import OutputError, RadiographError
+from cbedge.errors import OptionError, RadiographError
 from cbedge.files import check_distinct, check_output, write_output
 
 
 def bench(
     image: Annotated[
-        list[Path] | None, typer.Option("--image", help="Radiograph, or folder of radiographs; repeatable.")
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            help="Radiograph, or folder of radiographs; repeatable.",
+            show_default="a drawn image, for timing only",
+        ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of radiographs.")] = 20,
     model: Model = None,
@@ -43,7 +48,7 @@ def bench(
     from cbedge import bench, bench_report
 
     if form not in bench_report.FORMATS:
-        raise OutputError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench_report.FORMATS)}")
+        raise OptionError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench_report.FORMATS)}")
     for target in filter(None, (output, plot)):
         check_output(target, force)
     check_distinct({"--output": output, "--plot": plot})

@@ -11,8 +11,9 @@ import typer
 
 from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
 from cbedge.cli.terminal import print_bytes, print_error, read_text_file
-from cbedge.errors import ContextError, OutputError
+from cbedge.errors import OptionError, OutputError
 from cbedge.files import check_distinct, check_output, write_output
+from cbedge.prompt import VIEW_NAMES
 
 if TYPE_CHECKING:
     from cbedge.report import Report
@@ -22,7 +23,7 @@ def generate(
     image: Annotated[Path, typer.Argument(help="Chest radiograph: PNG, JPEG, TIFF, WebP or DICOM (CR, DX).")],
     indication: Annotated[str | None, typer.Option(help='Reason for the study in English, such as "cough".')] = None,
     comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
-    view: Annotated[str | None, typer.Option(help="frontal or lateral.", show_default="from the header")] = None,
+    view: Annotated[str | None, typer.Option(help=f"{VIEW_NAMES}.", show_default="from the header")] = None,
     template: Template = None,
     no_template: NoTemplate = False,
     lateral: Annotated[
@@ -61,7 +62,7 @@ def generate(
     form = form or ("json" if as_json else "text")
     check_format(form)
     if as_json and form != "json":
-        raise OutputError(f"--json and --format {form} cannot be combined: give one of them")
+        raise OptionError(f"--json and --format {form} cannot be combined: give one of them")
     sources = [path for path in (image, lateral, template) if path is not None]
     _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
@@ -72,7 +73,7 @@ def generate(
 
     ClinicalContext(indication, comparison, view)
     if template and no_template:
-        raise ContextError("--template and --no-template cannot be combined: give one of them")
+        raise OptionError("--template and --no-template cannot be combined: give one of them")
     wording = read_text_file(template) if template else None
     if wording is not None:
         parse_template(wording)

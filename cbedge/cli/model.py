@@ -1,11 +1,21 @@
 """``cbedge model``: describe and verify a model."""
 
-from typing import Annotated
+import io
+from typing import Annotated, Any
 
 import typer
 
 from cbedge.cli.options import Model
 from cbedge.errors import DeviceError
+
+_CLINICAL = {"balanced_accuracy": "balanced accuracy", "finding_f1": "F1, micro", "finding_macro_f1": "F1, macro"}
+_TEXT = ("METEOR", "ROUGE-L", "CIDEr")
+_CONTROLS = {
+    "template alone": "the normal report chosen by the indication; no image",
+    "constant": "the same report for every study",
+    "nearest image": "the report of the training study whose radiograph is most similar",
+    "consensus of 25": "the report that agrees most with the others, of the 25 most similar training radiographs",
+}
 
 
 def model(
@@ -38,7 +48,43 @@ def model(
         typer.echo(f"  based on {base['origin']} ({base['licence']})")
     for data in manifest.training_data:
         typer.echo(f"  trained on {data['name']} ({data['licence']})")
-    for row, scores in manifest.quality.get("scores", {}).items():
-        typer.echo(f"  {row}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    if manifest.quality.get("scores"):
+        _print_quality(manifest.quality)
     typer.echo(f"{len(manifest.files)} files verified (SHA-256) in {bundle.folder}")
     typer.echo("Model card: cbedge model --card")
+
+
+def _print_quality(quality: dict[str, Any]) -> None:
+    """Print the measured quality: the model's drafts first, then the controls."""
+    from rich.box import HORIZONTALS
+    from rich.console import Console
+    from rich.table import Table
+
+    scores, clinical = quality["scores"], quality.get("clinical", {}).get("scores", {})
+    clinical_names = _CLINICAL if clinical else {}
+    title = f"Quality on the {quality.get('split', '?')} split, {quality.get('studies', '?')} studies"
+    table = Table("", *clinical_names.values(), *_TEXT, title=title, title_justify="left", box=HORIZONTALS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    drafts = [name for name in scores if name.endswith("(cbedge)")]
+    controls = [name for name in scores if name not in drafts]
+    for name in [*drafts, None, *controls]:
+        if name is None:
+            table.add_section()
+            table.add_row("controls", style="italic")
+            continue
+        found = clinical.get(name, {})
+        values = [found[key][0] if key in found else None for key in clinical_names]
+        values += [scores[name].get(key) for key in _TEXT]
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    out = io.StringIO()
+    Console(file=out, width=100).print(table)
+    typer.echo("\n" + out.getvalue().rstrip())
+    for name, meaning in _CONTROLS.items():
+        if name in controls:
+            typer.echo(f"  {name}: {meaning}")
+    if clinical:
+        typer.echo("  Read balanced accuracy and F1 first: METEOR, ROUGE-L and CIDEr mostly reflect the indication.")
+    else:
+        typer.echo("  Balanced accuracy and F1 are not in this bundle: python -m training evaluate measures them.")
+    typer.echo()

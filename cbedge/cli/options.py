@@ -45,7 +45,11 @@ Template = Annotated[
 ]
 
 NoTemplate = Annotated[
-    bool, typer.Option("--no-template", help="Follow no template: the language model chooses every word.")
+    bool,
+    typer.Option(
+        "--no-template",
+        help="Use no template. The fixed sentences for image findings stay; the language model writes the rest.",
+    ),
 ]
 
 Variant = Annotated[

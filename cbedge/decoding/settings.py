@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cbedge.arguments import check_type
-from cbedge.errors import ContextError
+from cbedge.errors import OptionError
 
 MAX_BEAMS = 8
 
@@ -32,7 +32,7 @@ class Decoding:
             changes no token, and is used with greedy decoding only.
 
     Raises:
-        ContextError: a value is out of range, or two values cannot be combined.
+        OptionError: a value is out of range, or two values cannot be combined.
     """
 
     temperature: float = 0.0
@@ -64,9 +64,9 @@ class Decoding:
         )
         for name, fits, wanted in ranges:
             if not fits:
-                raise ContextError(f"{name} is {getattr(self, name)}; give {wanted}")
+                raise OptionError(f"{name} is {getattr(self, name)}; give {wanted}")
         if self.beams > 1 and self.temperature > 0:
-            raise ContextError("beams and temperature cannot be combined: give one of them")
+            raise OptionError("beams and temperature cannot be combined: give one of them")
 
     @property
     def is_greedy(self) -> bool:

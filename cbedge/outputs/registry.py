@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbedge.errors import CbedgeError, OutputError, RadiographError, install_extra, memory_errors
+from cbedge.errors import CbedgeError, OptionError, OutputError, RadiographError, install_extra, memory_errors
 from cbedge.report import Report
 
 SCHEMA = Path(__file__).parent / "report.schema.json"
@@ -51,10 +51,11 @@ def check_format(name: str) -> None:
     """Check that a format exists and its library is installed, before any work is done.
 
     Raises:
-        OutputError: the format is unknown or its library is missing.
+        OptionError: the format is unknown.
+        OutputError: its library is missing.
     """
     if name not in FORMATS:
-        raise OutputError(f"unknown format {name[:20]!r}; give one of: {', '.join(FORMATS)}")
+        raise OptionError(f"unknown format {name[:20]!r}; give one of: {', '.join(FORMATS)}")
     package = FORMATS[name].package
     try:
         if package is not None:
@@ -90,7 +91,8 @@ def render(report: Report, form: str, source: Source = None) -> bytes:
         source: the radiograph's file, whose header identifies patient and study; required for ``sr``, used by ``fhir``.
 
     Raises:
-        OutputError: the format is unknown or its library is missing.
+        OptionError: the format is unknown.
+        OutputError: its library is missing.
         RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers; or the draft of
             this radiograph cannot be written in the format.
     """

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cbedge.errors import ContextError
+from cbedge.errors import OptionError
 from cbedge.images.radiograph import printable
 
 
@@ -15,13 +15,13 @@ def address_errors(host: str, port: int) -> Iterator[None]:
     """Convert the errors of a socket that cannot listen to one message.
 
     Raises:
-        ContextError: the address is invalid, in use, or not of this machine.
+        OptionError: the address is invalid, in use, or not of this machine.
     """
     try:
         yield
     except (OSError, ValueError, OverflowError) as error:  # ValueError: such as a host name with an empty label
         reason = error.strerror if isinstance(error, OSError) else None
-        raise ContextError(
+        raise OptionError(
             f"cannot listen on {printable(host)}:{port}: {reason or 'invalid host name'}; give another --host or --port"
         ) from None
 
@@ -30,7 +30,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens on an address; of several addresses of a name, the first IPv4 one.
 
     Raises:
-        ContextError: it cannot listen there.
+        OptionError: it cannot listen there.
     """
     with address_errors(host, port):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -46,10 +46,10 @@ def check_ae_title(title: str, what: str) -> None:
         what: the option that gives it.
 
     Raises:
-        ContextError: it is empty, has more than 16 characters, or characters that DICOM does not allow.
+        OptionError: it is empty, has more than 16 characters, or characters that DICOM does not allow.
     """
     if not (0 < len(title.strip()) <= 16 and title.isascii() and title.isprintable() and "\\" not in title):
-        raise ContextError(
+        raise OptionError(
             f"the AE title of {what}, '{printable(title)}', is invalid: give 1 to 16 ASCII characters, without "
             "backslashes and control characters"
         )

@@ -16,7 +16,7 @@ from pynetdicom import AE
 from pynetdicom.sop_class import EnhancedSRStorage  # type: ignore[attr-defined]
 from pynetdicom.status import STORAGE_SERVICE_CLASS_STATUS
 
-from cbedge.errors import ContextError
+from cbedge.errors import OptionError
 from cbedge.services.addresses import check_ae_title
 from cbedge.services.dicom_log import log
 from cbedge.services.spool import Spool, Version, machine_trouble, version_of
@@ -40,12 +40,12 @@ class Peer:
         """Parse ``AET@host:port``.
 
         Raises:
-            ContextError: the text has another form.
+            OptionError: the text has another form.
         """
         aet, _, address = text.partition("@")
         host, _, port = address.rpartition(":")
         if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            raise ContextError(f"{text!a} is not a DICOM node; give AET@host:port, such as PACS@10.0.0.5:104")
+            raise OptionError(f"{text!a} is not a DICOM node; give AET@host:port, such as PACS@10.0.0.5:104")
         check_ae_title(aet, "--peer")
         return cls(aet.strip(), host, int(port))
 

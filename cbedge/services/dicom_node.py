@@ -83,7 +83,7 @@ class ListenSettings:
         max_received_bytes: maximum size of all radiographs that are being received.
 
     Raises:
-        ContextError: an application entity title is invalid.
+        OptionError: an application entity title is invalid.
     """
 
     aet: str
@@ -132,7 +132,7 @@ class Listener:
         """Start to listen.
 
         Raises:
-            ContextError: the address is invalid, in use, or not of this machine.
+            OptionError: the address is invalid, in use, or not of this machine.
         """
         node = GuardedAE(self.settings.aet)
         node.require_calling_aet = list(self.settings.known)

@@ -29,7 +29,15 @@ from starlette.requests import ClientDisconnect
 from cbedge import __version__
 from cbedge.api import ReportGenerator, ReportStream
 from cbedge.bundles.bundle import CARD
-from cbedge.errors import CbedgeError, ContextError, DeviceError, DraftError, RadiographError, memory_errors
+from cbedge.errors import (
+    CbedgeError,
+    ContextError,
+    DeviceError,
+    DraftError,
+    OptionError,
+    RadiographError,
+    memory_errors,
+)
 from cbedge.images.heatmap import overlay, png
 from cbedge.images.radiograph import load_radiograph
 from cbedge.outputs import FORMATS, SCHEMA, check_format, check_source, render
@@ -52,20 +60,20 @@ def check_exposure(host: str, token: str | None) -> None:
     """Check that a service that other machines can reach requires a token.
 
     Raises:
-        ContextError: it has no token, or the token is invalid.
+        OptionError: it has no token, or the token is invalid.
     """
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         local = False
     if not local and token is None:
-        raise ContextError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
+        raise OptionError(f"{host} can be reached from other machines: give --token, or --host 127.0.0.1")
     if token is not None and not token.strip():
-        raise ContextError("the token is blank: give a secret of at least 16 characters, or no token")
+        raise OptionError("the token is blank: give a secret of at least 16 characters, or no token")
     if token is not None and (token != token.strip() or not token.isprintable()):
-        raise ContextError("the token starts or ends with a space, or has a control character: give another one")
+        raise OptionError("the token starts or ends with a space, or has a control character: give another one")
     if token is not None and len(token) < 16:
-        raise ContextError("the token has fewer than 16 characters: give a longer one")
+        raise OptionError("the token has fewer than 16 characters: give a longer one")
 
 
 def create_app(generator: ReportGenerator, settings: ServeSettings | None = None) -> FastAPI:
@@ -348,7 +356,7 @@ def run_server(generator: ReportGenerator, host: str, port: int, settings: Serve
     """Serve until the process is asked to end; the current draft is finished first.
 
     Raises:
-        ContextError: see :func:`check_exposure` and :func:`~cbedge.services.addresses.open_socket`.
+        OptionError: see :func:`check_exposure` and :func:`~cbedge.services.addresses.open_socket`.
     """
     import uvicorn
 

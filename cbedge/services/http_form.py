@@ -12,9 +12,10 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from cbedge.drafting.templates import MAX_TEMPLATE_CHARACTERS
 from cbedge.errors import ContextError, RadiographError
 from cbedge.outputs import FORMATS
-from cbedge.prompt import MAX_CONTEXT_CHARACTERS
+from cbedge.prompt import MAX_CONTEXT_CHARACTERS, VIEW_NAMES
 
 TEXTS = ("indication", "comparison", "view", "template")
 FILES = ("image", "lateral")
@@ -23,7 +24,7 @@ _FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _MAX_FILES, _MAX_FIELDS = 8, 16
 _UTF_8, _PLAIN = ("utf-8", "utf8", "us-ascii", "ascii"), ("7bit", "8bit", "binary")
-MAX_TEXT_BYTES = 4 * MAX_CONTEXT_CHARACTERS
+MAX_TEXT_BYTES = 4 * MAX_TEMPLATE_CHARACTERS  # of the longest text field, in UTF-8
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def form_schema() -> dict[str, Any]:
     def file(what: str) -> dict[str, Any]:
         return {"type": "string", "format": "binary", "description": what}
 
-    def text(what: str, example: str) -> dict[str, Any]:
-        return {"type": "string", "maxLength": MAX_CONTEXT_CHARACTERS, "description": what, "examples": [example]}
+    def text(what: str, example: str, most: int = MAX_CONTEXT_CHARACTERS) -> dict[str, Any]:
+        return {"type": "string", "maxLength": most, "description": what, "examples": [example]}
 
     def switch(what: str) -> dict[str, Any]:
         return {"type": "boolean", "default": False, "description": what}
@@ -189,9 +190,11 @@ def form_schema() -> dict[str, Any]:
         "lateral": file("Lateral radiograph of the same study (optional)."),
         "indication": text("Reason for the study; text or a text file.", "cough"),
         "comparison": text("Prior study to compare with; text or a text file.", "2019"),
-        "view": {"type": "string", "description": "frontal or lateral.", "examples": ["PA"]},
+        "view": {"type": "string", "description": f"{VIEW_NAMES}; else from the header.", "examples": ["PA"]},
         "template": text(
-            "Your normal report, whose wording the draft follows; text or a text file.", "The lungs are clear."
+            "Your normal report, whose wording the draft follows; text or a text file.",
+            "The lungs are clear.",
+            MAX_TEMPLATE_CHARACTERS,
         ),
         "format": {"type": "string", "enum": [*FORMATS], "default": "json"},
         "stream": switch("Send server-sent events."),

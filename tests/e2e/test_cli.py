@@ -81,14 +81,15 @@ def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path,
     [
         (["--template", "none.txt"], 4, "none.txt"),
         (["--template", "README.md"], 4, "limit is 4,000"),
-        (["--template", "README.md", "--no-template"], 4, "cannot be combined"),
+        (["--template", "README.md", "--no-template"], 2, "cannot be combined"),
         (["--indication", "x" * 1001], 4, "1,000"),
         (["--view", "sideways"], 4, "frontal"),
         (["--lateral", "none.png"], 3, "no such file: none.png"),
-        (["--lateral", EXAMPLES / "chest_pa.png", "--view", "lateral"], 4, "first radiograph is a lateral view"),
+        (["--lateral", EXAMPLES / "chest_pa.png", "--view", "lateral"], 3, "first radiograph is a lateral view"),
+        (["--format", "pdf"], 2, "unknown format"),
         (["--variant", "int2"], 5, "unknown variant"),
         (["--device", "tpu"], 6, "unknown device"),
-        (["--max-new-tokens", "0"], 4, "max_new_tokens"),
+        (["--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["--output", "no/such/folder/x.txt"], 7, "no such folder"),
     ],
 )
@@ -112,6 +113,34 @@ def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     assert taken.strip().startswith(f"{USUAL_VARIANT}:")
     assert "# tiny 0.1.0" in cbedge("model", "--model", tiny_bundle, "--card").stdout
     assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
+
+
+@needs_default_model
+def test_the_model_command_shows_what_the_image_decides_first_and_the_controls_apart(tmp_path: Path):
+    lines = cbedge("model").stdout.splitlines()
+    head = next(line for line in lines if "METEOR" in line)
+    names = ("balanced accuracy", "F1, micro", "F1, macro", "METEOR", "ROUGE-L", "CIDEr")
+    assert [head.index(name) for name in names] == sorted(head.index(name) for name in names)
+    rows = [line.split("  ")[0].strip() for line in (line.strip() for line in lines)]
+    assert rows.index("q4a8 (cbedge)") < rows.index("controls") < rows.index("images swapped") < rows.index("constant")
+    assert sum(line.strip().startswith("consensus of 25: the report") for line in lines) == 1
+    assert "Read balanced accuracy" in "".join(lines)
+    bundle = Path(shutil.copytree(DEFAULT_BUNDLE, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["quality"]["clinical"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    told = cbedge("model", "--model", bundle).stdout
+    assert "Balanced accuracy and F1 are not in this bundle" in told and "CIDEr" in told
+
+
+@needs_default_model
+def test_an_option_of_serve_and_a_pair_of_radiographs_have_their_own_exit_codes(tiny_bundle: Path):
+    pytest.importorskip("fastapi", reason="fastapi is not installed")
+    done = cbedge("serve", "--model", tiny_bundle, "--host", "0.0.0.0")
+    assert done.returncode == 2 and "give --token" in done.stderr
+    film = EXAMPLES / "chest_pa.png"
+    pair = cbedge("generate", film, "--lateral", film)
+    assert pair.returncode == 3 and "same image" in pair.stderr
 
 
 @needs_default_model

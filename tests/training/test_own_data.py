@@ -1,18 +1,19 @@
 """A hospital's own studies.jsonl: where it comes from, its tags, and what is wrong with it, told before training."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import call_cli
+from conftest import ROOT, call_cli
 
 from export.bundle import Origin
 from training.config import load_config
 from training.datasets import find_provenance, open_studies
-from training.datasets.iu_xray import read_studies
+from training.datasets.iu_xray import read_studies, records
 from training.datasets.provenance import load_training_data
 from training.ontology import TAGS
 from training.preflight import check_run
@@ -138,6 +139,19 @@ def test_a_threshold_is_not_chosen_without_examples_of_both_kinds():
         choose_thresholds(logits, tags * 0, ("effusion",), {})
 
 
+def test_the_example_of_the_tutorial_is_read_and_views_are_named_as_in_a_draft(tmp_path: Path):
+    page = (ROOT / "docs" / "building-a-model.md").read_text(encoding="utf-8")
+    row = json.loads(re.findall(r"```json\n(.*?)```", page, re.S)[0])
+    (tmp_path / "images").mkdir()
+    names = {"PA": "frontal", "ap": "frontal", "LAT": "lateral", "LL": "lateral", "frontal": "frontal", None: None}
+    row["images"] += [{"file": f"{name}.png", "view": name} for name in names]
+    for image in row["images"]:
+        (tmp_path / "images" / image["file"]).touch()
+    (tmp_path / LINES).write_text(json.dumps(row), encoding="utf-8")
+    (record,) = records(tmp_path)
+    assert [image.view for image in record.images] == ["frontal", *names.values()]
+
+
 def only_normal(number: int, row: dict) -> None:
     row.update(findings="The lungs are clear.", impression="Normal chest.")
 
@@ -155,7 +169,7 @@ def only_normal(number: int, row: dict) -> None:
         (lambda n, row: row["images"][0].update(file="0.jpg") if n == 5 else None, "line 5: image 0.jpg also belongs"),
         (lambda n, row: row["images"][0].update(file="none.jpg") if n == 6 else None, "line 6: image none.jpg is"),
         (lambda n, row: row.update(images=[{"view": "frontal"}]) if n == 6 else None, "line 6: images must be a list"),
-        (lambda n, row: row["images"][0].update(view="PA") if n == 6 else None, "line 6: unknown view 'PA'"),
+        (lambda n, row: row["images"][0].update(view="up") if n == 6 else None, "line 6: unknown view; give frontal"),
         (lambda n, row: row.update(findings=[]) if n == 6 else None, "line 6: findings must be a string or null"),
         (lambda n, row: row.update(findings="", impression=None), "no validation study"),
         (only_normal, "tags loss cannot learn anything"),

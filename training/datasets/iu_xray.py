@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from cbedge.errors import ContextError
+from cbedge.prompt import normalize_view
 from training.datasets.collection import Collection
 from training.datasets.provenance import Provenance
 from training.datasets.studies import SPLITS, Record, Study, Tally, View, derive_tags, studies_of
@@ -143,12 +145,11 @@ def _jsonl_record(text: str, folder: Path, where: str, tally: Tally) -> Record:
     if row["split"] not in SPLITS:
         raise ValueError(f"{where}: unknown split {row['split']!r}; known: {', '.join(SPLITS)}")
     try:
-        images = [View(folder / "images" / image["file"], image.get("view")) for image in row["images"]]
+        images = [View(folder / "images" / image["file"], normalize_view(image.get("view"))) for image in row["images"]]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{where}: images must be a list of objects with file and view") from None
-    for image in images:
-        if image.view not in ("frontal", "lateral", None):
-            raise ValueError(f"{where}: unknown view {str(image.view)[:20]!r}; give frontal or lateral, or null")
+    except ContextError as error:
+        raise ValueError(f"{where}: {error}, or null") from None
     patient = row.get("patient_id")
     return Record(
         str(row["study_id"]),
