@@ -399,7 +399,7 @@ def test_each_draft_is_a_file_of_its_own_too(tiny_bundle: Path, films: Path, tmp
     assert other.returncode == 7 and "already has files" in other.stderr
     taken = run_batch(tiny_bundle, films / "more", tmp_path / "other.jsonl", "--documents", documents)
     assert taken.returncode == 7 and "already has files" in taken.stderr
-    assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 7
+    assert run_batch(tiny_bundle, films / "more", out, "--format", "sr").returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -360,9 +360,9 @@ def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
     assert second.returncode == 7 and "another cbedge listen" in second.stderr and "Traceback" not in second.stderr
     for host, reason in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign"), ("a..b", "invalid")):
         done = run_cli(*arguments, "--spool", tmp_path / "other", "--host", host, "--port", port)
-        assert done.returncode == 4 and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"cbedge: cannot listen on {host}:{port}: {reason}"), done.stderr
     wrong = run_cli(*arguments, "--peer", "nonsense")
-    assert wrong.returncode == 4 and "AET@host:port" in wrong.stderr
+    assert wrong.returncode == 2 and "AET@host:port" in wrong.stderr
     with pytest.raises(ContextError):
         Peer.parse("A_TITLE_OF_MORE_THAN_16@host:104")
