@@ -18,7 +18,7 @@ from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
 from cbedge.images.radiograph import load_radiograph
 from training.datasets.iu_xray import read_studies
 
-MAX_TRAIN, MAX_VALIDATION = 1000, 300  # films of each kind and collection
+MAX_TRAIN = 1000  # films of each kind and collection
 FEWEST = 40
 # Inverse of the L2 penalty, and the logit from which a frontal film counts as mirrored. With them, none of 294
 # validation films of IU X-RAY counts as mirrored, and 96% of the same films do when flipped.

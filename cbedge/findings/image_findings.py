@@ -111,8 +111,7 @@ class AnyPattern:
 def any_of(denials: Sequence[str]) -> AnyPattern | None:
     """All non-empty denials, case-insensitive; ``None`` if there are none.
 
-    Each is compiled by itself and when it is first needed: Python's cache of compiled patterns serves every combination
-    of findings, and a draft without findings does not wait for them.
+    Each is compiled by itself, so Python's cache of compiled patterns serves every combination of findings.
 
     Raises:
         BundleError: one is not a regular expression.
