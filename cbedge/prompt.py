@@ -14,31 +14,12 @@ PROMPT_VERSION = 2
 MAX_CONTEXT_CHARACTERS = 1000
 VIEW_NAMES = "frontal (or PA, AP) or lateral (or LAT, LL, RL)"
 
-_NO_TEXT = frozenset(
-    (
-        "n/a",
-        "na",
-        "n.a",
-        "none",
-        "null",
-        "nil",
-        "nan",
-        "unknown",
-        "not known",
-        "not available",
-        "none available",
-        "not given",
-        "not provided",
-        "not specified",
-        "unspecified",
-        "no data",
-        "k.a",
-        "k. a",
-        "keine angabe",
-        "keine",
-    )
+# What a field without content holds, in lower case and without punctuation at the ends; German words among them.
+_NO_TEXT = re.compile(
+    r"n/?a|n\.a|none( available)?|null|nil|nan|unknown|unspecified|not (known|available|given|provided|specified)|"
+    r"no data|k\. ?a|keine( angabe)?"
 )
-_NO_PRIOR = frozenset(("none", "nil", "n/a", "na", "n.a", "not available", "none available", "keine"))
+_NO_PRIOR = re.compile(r"none( available)?|nil|n/?a|n\.a|not available|keine")
 _TASK = "Describe the chest radiograph."
 _JOINED = re.compile("[\u0590-\u0dff][\u200c\u200d][\u0590-\u0dff]")
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
@@ -120,7 +101,7 @@ def _checked(field: str, text: str | None) -> str | None:
             f"the {field} has {len(text):,} characters; at most {MAX_CONTEXT_CHARACTERS:,} are allowed: shorten it"
         )
     cleaned = clean_context(text)
-    if field == "comparison" and cleaned.casefold() in _NO_PRIOR:
+    if field == "comparison" and _NO_PRIOR.fullmatch(cleaned.casefold()):
         return "None"  # as most training reports write it
     return None if is_no_text(cleaned) else cleaned
 
@@ -128,7 +109,7 @@ def _checked(field: str, text: str | None) -> str | None:
 def is_no_text(text: str) -> bool:
     """Whether a field of a worklist, table or header has no content: no letter or digit, or a word such as "none"."""
     words = " ".join(clean_context(text).casefold().split())
-    return words in _NO_TEXT or not any(c.isalnum() for c in words)
+    return bool(_NO_TEXT.fullmatch(words)) or not any(c.isalnum() for c in words)
 
 
 def build_query_instruction(context: ClinicalContext) -> str:

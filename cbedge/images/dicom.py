@@ -35,23 +35,10 @@ if TYPE_CHECKING:
 _MODALITIES = ("CR", "DX", "DR", "RG")  # DR and RG: computed and film radiography of older devices
 _MODALITY_OF_CLASS = {"1.2.840.10008.5.1.4.1.1.1": "CR"}
 _DX_CLASSES = "1.2.840.10008.5.1.4.1.1.1.1"
-_CHEST = (
-    "CHEST",
-    "THORA",
-    "LUNG",
-    "RIB",
-    "HEART",
-    "CARDI",
-    "TORAX",
-    "PULMO",
-    "STERN",
-    "MEDIAST",
-    "TRUNK",
-    "BODY",
-    "51185008",
-    "T-D3000",  # the chest in SNOMED CT and RT
+_CHEST = re.compile(  # the numbers are those of SNOMED CT and RT
+    "CHEST|THORA|LUNG|RIB|HEART|CARDI|TORAX|PULMO|STERN|MEDIAST|TRUNK|BODY|51185008|T-D3000"
 )
-_SPINE = ("SPINE", "SPINAL", "VERTEB")
+_SPINE = re.compile("SPINE|SPINAL|VERTEB")
 _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 _HL7_ESCAPE = re.compile(r"X[0-9A-F]{2,4}|\.br|[EFHNRST]")  # between backslashes, which separate values in DICOM
 
@@ -245,8 +232,8 @@ def _check_body_part(dataset: Dataset, found: Warnings) -> None:
         region = " ".join(f"{code.get('CodeValue')} {code.CodeMeaning}" for code in codes if code.get("CodeMeaning"))
     for name, text in (("BodyPartExamined", part), ("AnatomicRegionSequence", region)):
         text = text.strip(" \0").upper()
-        is_spine = "CHEST" not in text and any(word in text for word in _SPINE)
-        if text and (is_spine or not any(word in text for word in _CHEST)):
+        is_spine = "CHEST" not in text and _SPINE.search(text)
+        if text and (is_spine or not _CHEST.search(text)):
             found.add(name, "names a body part other than the chest: check that this is a chest radiograph")
 
 

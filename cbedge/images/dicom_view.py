@@ -7,7 +7,8 @@ C.7.6.1.1.1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,68 +18,22 @@ from cbedge.images.dicom_pixels import Warnings
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# CID 4010 and its SNOMED RT codes of older devices.
+# View codes, of CID 4010 and of SNOMED RT in older devices.
 _CODES = {
-    "399033003": "frontal", "399348003": "frontal", "272479007": "frontal",
-    "R-10202": "frontal", "R-10206": "frontal", "R-10214": "frontal",
-    "399067008": "lateral", "399173006": "lateral", "399198007": "lateral", "399352003": "lateral",
-    "399260004": "lateral", "R-10228": "lateral", "R-10230": "lateral", "R-10232": "lateral", "R-10236": "lateral",
-    "R-10238": "lateral",
-}  # fmt: skip
-_POSITIONS = {
-    **dict.fromkeys(
-        (
-            "FRONTAL",
-            "PA",
-            "AP",
-            "APPA",
-            "PAAP",
-            "POSTEROANTERIOR",
-            "ANTEROPOSTERIOR",
-            "PAUPRIGHT",
-            "APUPRIGHT",
-            "APSUPINE",
-            "APSITTING",
-            "PAERECT",
-            "APERECT",
-            "PORTABLE",
-            "SUPINE",
-            "APPORTABLE",
-            "PACHEST",
-            "APCHEST",
-            "CHESTPA",
-            "CHESTAP",
-        ),
-        "frontal",
-    ),
-    # A lateral decubitus view is a frontal view of a patient who lies on the side.
-    **dict.fromkeys(("LLD", "RLD", "LEFTLATERALDECUBITUS", "RIGHTLATERALDECUBITUS", "DECUBITUS", "LATDEC"), "frontal"),
-    **dict.fromkeys(
-        (
-            "LATERAL",
-            "LAT",
-            "LL",
-            "RL",
-            "LLAT",
-            "RLAT",
-            "LATL",
-            "LATR",
-            "LLATERAL",
-            "RLATERAL",
-            "LEFTLATERAL",
-            "RIGHTLATERAL",
-            "LATERALLEFT",
-            "LATERALRIGHT",
-            "LMLO",
-            "LM",
-            "ML",
-            "LATLAT",
-        ),
-        "lateral",
-    ),
-    **dict.fromkeys(("RLO", "LLO", "RAO", "LAO", "RPO", "LPO", "OBL", "OBLIQUE", "OBLIQUES"), "oblique"),
+    **dict.fromkeys(("399033003", "399348003", "272479007", "R-10202", "R-10206", "R-10214"), "frontal"),
+    **dict.fromkeys(("399067008", "399173006", "399198007", "399352003", "399260004"), "lateral"),
+    **dict.fromkeys(("R-10228", "R-10230", "R-10232", "R-10236", "R-10238"), "lateral"),
 }
-_DECUBITUS = ("LLD", "RLD", "LEFTLATERALDECUBITUS", "RIGHTLATERALDECUBITUS", "DECUBITUS", "LATDEC")
+# Letters and digits of View Position. A lateral decubitus view is a frontal view of a patient who lies on the side.
+_DECUBITUS = re.compile("[LR]LD|((LEFT|RIGHT)LATERAL)?DECUBITUS|LATDEC")
+_POSITIONS = {
+    "frontal": re.compile(
+        f"{_DECUBITUS.pattern}|FRONTAL|POSTEROANTERIOR|ANTEROPOSTERIOR|(PA|AP)(UPRIGHT|ERECT|CHEST)?|CHEST(PA|AP)|"
+        "PAAP|APPA|(AP)?(SUPINE|PORTABLE)|APSITTING"
+    ),
+    "lateral": re.compile("(L|R|LEFT|RIGHT)?LATERAL|LATERAL(LEFT|RIGHT)|[LR]?LAT|LAT[LR]|LATLAT|[LR]L|LMLO|LM|ML"),
+    "oblique": re.compile("[LR]([AP]|L)O|OBL(IQUES?)?"),
+}
 _AXES = {"L": 0, "R": 0, "A": 1, "P": 1, "H": 2, "F": 2}
 
 
@@ -90,14 +45,12 @@ class View:
         name: ``frontal``, ``lateral`` or ``None`` if unknown.
         transpose: swap rows and columns, before flipping.
         flip_rows, flip_columns: flip vertically, horizontally.
-        oriented: whether Patient Orientation is known, so that the result is upright and not mirrored.
     """
 
     name: str | None
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
-    oriented: bool = False
 
 
 def view_of(dataset: Dataset, warnings: Warnings) -> View:
@@ -121,13 +74,7 @@ def view_of(dataset: Dataset, warnings: Warnings) -> View:
     elif stated and orientation.name and stated != orientation.name:
         warnings.add("PatientOrientation", f"does not match a {stated} view: check the view")
         return View(stated)
-    return View(
-        stated or orientation.name,
-        orientation.transpose,
-        orientation.flip_rows,
-        orientation.flip_columns,
-        orientation.oriented,
-    )
+    return replace(orientation, name=stated or orientation.name)
 
 
 def orient(pixels: np.ndarray, view: View) -> np.ndarray:
@@ -143,14 +90,14 @@ def _by_position(dataset: Dataset, warnings: Warnings) -> str | None:
     name = "".join(c for c in text if c.isalnum())
     if not name:
         return None
-    if name not in _POSITIONS:
-        warnings.add("ViewPosition", "has an unknown value: check the view")
-        return None
-    if name in _DECUBITUS:
+    if _DECUBITUS.fullmatch(name):
         warnings.add(
             "ViewPosition", "states a decubitus view: air and fluid are distributed differently than in an upright view"
         )
-    return _POSITIONS[name]
+    view = next((view for view, pattern in _POSITIONS.items() if pattern.fullmatch(name)), None)
+    if view is None:
+        warnings.add("ViewPosition", "has an unknown value: check the view")
+    return view
 
 
 def _by_code(dataset: Dataset, warnings: Warnings) -> str | None:
@@ -165,14 +112,8 @@ def _by_code(dataset: Dataset, warnings: Warnings) -> str | None:
         return None
     if code in _CODES:
         return _CODES[code]
-    for word, view in (
-        ("obliq", "oblique"),
-        ("lateral", "lateral"),
-        ("frontal", "frontal"),
-        ("antero", "frontal"),
-        ("postero", "frontal"),
-    ):
-        if word in meaning and "decubitus" not in meaning:
+    for view, words in (("oblique", "obliq"), ("lateral", "lateral"), ("frontal", "frontal|antero|postero")):
+        if re.search(words, meaning) and "decubitus" not in meaning:
             return view
     warnings.add("ViewCodeSequence", "has an unknown value: check the view")
     return None
@@ -192,4 +133,4 @@ def _by_orientation(dataset: Dataset, warnings: Warnings) -> View:
     transpose = axes[0] == 2  # rows run from head to feet
     across, down = (letters[1], letters[0]) if transpose else letters
     frontal = across in "LR"
-    return View("frontal" if frontal else "lateral", transpose, down == "H", frontal and across == "R", True)
+    return View("frontal" if frontal else "lateral", transpose, down == "H", frontal and across == "R")
