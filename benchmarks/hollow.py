@@ -128,10 +128,5 @@ def weights(tensor: TensorProto, rng: np.random.Generator) -> bytes:
     return (rng.standard_normal(count, np.float32) * np.float32(_DEVIATION)).astype(kind).tobytes()
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

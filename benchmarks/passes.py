@@ -73,10 +73,5 @@ def main_command(
     write_record(record | {"ms": measure(generator, prompt, runs), "machine": machine()}, None)
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -133,10 +133,5 @@ def summary(parity: Parity, out: Path) -> Table:
     return table
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

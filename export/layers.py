@@ -197,10 +197,5 @@ def main_command(
     typer.echo(json.dumps({"bundle" if whole else "decoder": str(out), "megabytes": round(size / 1e6, 1)}))
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

@@ -262,10 +262,5 @@ def _fill(model: InstructBlipForConditionalGeneration, state: dict[str, np.ndarr
     model.tie_weights()
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

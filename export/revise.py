@@ -86,10 +86,5 @@ def _report(done: int, of: int) -> None:
         typer.echo(f"{done} of {of} drafts", err=True)
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

@@ -75,16 +75,18 @@ def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.Comp
 
 def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
     """``python -m MODULE ARGUMENTS`` in this process, which has torch and transformers loaded already."""
+    from training.command_line import run
+
     words = [module, *map(str, arguments)]
     try:
-        main = importlib.import_module(f"{module}.__main__").main
+        program = importlib.import_module(f"{module}.__main__")
     except ModuleNotFoundError:
-        main = importlib.import_module(module).main
+        program = importlib.import_module(module)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", words)
         try:
-            main()
+            program.main() if module.startswith("cbedge.") else run(program.app)
         except SystemExit as end:
             code = int(end.code or 0)
         except Exception:

@@ -306,10 +306,5 @@ def _shown(argument: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 
 
-def main() -> None:
-    """Run the command line."""
-    run(app)
-
-
 if __name__ == "__main__":
-    main()
+    run(app)
