@@ -16,6 +16,8 @@ from cbedge.files import check_distinct, check_output, write_output
 from cbedge.prompt import VIEW_NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from cbedge.report import Report
 
 
@@ -57,7 +59,6 @@ def generate(
 ) -> None:
     """Draft the report of one study."""
     from cbedge.outputs import check_format, check_source
-    from cbedge.report import format_sections
 
     form = form or ("json" if as_json else "text")
     check_format(form)
@@ -103,9 +104,9 @@ def generate(
         accept_any_image=accept_any_image,
     )
     live = sys.stdout.isatty() and form == "text" and output is None
-    for piece in stream:
+    for word in _words(stream):
         if live:
-            typer.echo(piece.replace(" IMPRESSION", "\n\nIMPRESSION"), nl=False)
+            typer.echo(word.replace(" IMPRESSION:", "\n\nIMPRESSION:"), nl=False)
             sys.stdout.flush()
     report = stream.report
     if heatmap is not None:
@@ -121,11 +122,18 @@ def generate(
 
         print_error(f"heat map: {heatmap}. {CAVEAT}")
     if not report.complete:
-        print_error(
-            f"note: the draft was cut off after {report.new_tokens} tokens; raise --max-new-tokens for a longer one"
-        )
-    if not format_sections(report.text):
-        print_error("note: the model wrote nothing for this radiograph")
+        print_error("note: the draft was cut off at its maximum length; raise --max-new-tokens for a longer one")
+
+
+def _words(pieces: Iterable[str]) -> Iterator[str]:
+    """Join the pieces of a stream, which are tokens, to words: a heading may be several tokens."""
+    word = ""
+    for piece in pieces:
+        if piece.startswith(" "):
+            yield word
+            word = ""
+        word += piece
+    yield word
 
 
 def _check_outputs(form: str, output: Path | None, heatmap: Path | None, force: bool, sources: list[Path]) -> None:

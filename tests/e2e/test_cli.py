@@ -167,21 +167,30 @@ def test_importing_cbedge_loads_neither_torch_nor_onnxruntime():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-def test_a_terminal_sees_the_draft_and_the_statement(tiny_bundle: Path, chest_png: Path):
-    import pty
-
+def on_a_terminal(*arguments: object) -> str:
+    """What ``cbedge ARGUMENTS`` shows on a terminal."""
+    pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
     chunks: list[bytes] = []
 
     def read(handle: int) -> bytes:
         chunks.append(os.read(handle, 4096))
         return chunks[-1]
 
-    arguments = ["-m", "cbedge.cli", "generate", chest_png, "--model", tiny_bundle, "--max-new-tokens", "8"]
-    status = pty.spawn([sys.executable, *map(str, arguments)], read, lambda handle: b"")
+    status = pty.spawn([sys.executable, "-m", "cbedge.cli", *map(str, arguments)], read, lambda handle: b"")
     assert os.waitstatus_to_exitcode(status) == 0
-    shown = b"".join(chunks).decode()
+    return b"".join(chunks).decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_sees_the_draft_and_the_statement(tiny_bundle: Path, chest_png: Path):
+    shown = on_a_terminal("generate", chest_png, "--model", tiny_bundle, "--max-new-tokens", 8)
     assert "Unreviewed draft" in shown and "cut off" in shown and "raise --max-new-tokens" in shown
+
+
+@needs_default_model
+def test_a_terminal_shows_the_same_paragraphs_as_a_pipe():
+    command = ("generate", EXAMPLES / "chest_pa.png", "--device", "cpu")
+    shown = on_a_terminal(*command)
+    assert "\n\nIMPRESSION:" in shown and shown == cbedge(*command).stdout
 
 
 def test_help_says_what_is_taken_where_nothing_is_given():
