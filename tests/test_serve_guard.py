@@ -199,7 +199,7 @@ def test_text_of_a_form_is_utf_8_or_refused_by_name(
 
 def test_a_form_in_another_charset_is_refused_by_name(server: tuple[int, subprocess.Popen]):
     request = post(BODY).replace(b"form-data;", b"form-data; charset=utf-16;")
-    answer = ask(server[0], request)
+    answer = ask(server[0], request, first=True)
     assert statuses(answer) == [422] and b"charset 'utf-16'" in answer
 
 

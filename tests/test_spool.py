@@ -1,38 +1,39 @@
 import io
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import ROOT
 from dicom_node import another_bytes, names
 
-from cbedge.services.dicom_node import MAX_DEATHS
+from cbedge import ReportGenerator
+from cbedge.services.dicom_node import MAX_DEATHS, Listener, ListenSettings
 from cbedge.services.spool import Spool
 
-DYING = """
-import os, sys
-from pathlib import Path
-from cbedge import ReportGenerator
-from cbedge.services.dicom_node import Listener, ListenSettings
+# Each process is a fork of one that has the imports behind it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["cbedge.services.dicom_node"])
+
 
 class Dying(ReportGenerator):
+    deadly: tuple[str, ...] = ()
+
     def generate(self, image, lateral=None, **options):
-        deadly = sys.argv[3:]
-        if "any" in deadly or {image.stem, lateral and lateral.stem} & {*deadly}:
-            os.kill(os.getpid(), 9)
+        if "any" in self.deadly or {image.stem, lateral and lateral.stem} & {*self.deadly}:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().generate(image, lateral=lateral, **options)
 
-settings = ListenSettings("CBEDGE", "127.0.0.1", 1, ("X",), None, Path(sys.argv[2]), pair_wait_s=0.01)
-listener = Listener(Dying.from_pretrained(sys.argv[1], device="cpu"), settings)
-while listener.spool.waiting(listener.spool.incoming):
-    listener._arrived.set()
-    listener._draft_all()
-"""
+
+def draft_all(bundle: Path, spool: Path, deadly: tuple[str, ...]) -> None:
+    Dying.deadly = deadly
+    settings = ListenSettings("CBEDGE", "127.0.0.1", 1, ("X",), None, spool, pair_wait_s=0.01)
+    listener = Listener(Dying.from_pretrained(bundle, device="cpu"), settings)
+    while listener.spool.waiting(listener.spool.incoming):
+        listener._arrived.set()
+        listener._draft_all()
 
 
 @pytest.fixture
@@ -48,8 +49,10 @@ def drafting(tiny_bundle: Path, film: Path, tmp_path: Path) -> Callable[..., int
     spool._lock.release()
 
     def run(*deadly: str) -> int:
-        command = [sys.executable, "-c", DYING, tiny_bundle, tmp_path / "spool", *deadly]
-        return subprocess.run([*map(str, command)], cwd=ROOT, timeout=120).returncode
+        process = FORKS.Process(target=draft_all, args=(tiny_bundle, tmp_path / "spool", deadly))
+        process.start()
+        process.join(120)
+        return process.exitcode
 
     return run
 
