@@ -133,7 +133,7 @@ class Worker:
         return {"truth": truth, "held": most - before, "peak": most, "rss": now, **result}
 
     def _api(self, made: Input, folder: Path) -> dict[str, Any]:
-        from cbedge.drafting.templates import read_template
+        from cbedge.drafting.template_parser import read_template
         from cbedge.errors import CbedgeError
 
         options = {k: v for k, v in made.options.items() if k in ("indication", "comparison", "view")}

@@ -17,7 +17,7 @@ from cbedge.arguments import check_count, check_names, check_type
 from cbedge.backends import Backend, choose_variant, open_backend
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
-from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources, check_template
+from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources
 from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.templates import Template
 from cbedge.errors import CbedgeError, ContextError, RadiographError, memory_errors
@@ -285,6 +285,8 @@ class ReportGenerator:
         )
 
     def _checked_template(self, template: str) -> Template:
+        from cbedge.drafting.template_parser import check_template  # only a user's template needs it
+
         return check_template(self.bundle.manifest, template, self.resources.codec)
 
     def _decoding_of(self, decoding: Decoding | Mapping[str, Any] | None) -> Decoding:

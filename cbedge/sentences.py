@@ -27,7 +27,7 @@ _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Start and end of every sentence in a text, without surrounding white space. The last sentence may be incomplete.
 
-    Line breaks count as white space; :func:`cbedge.drafting.templates.parse_template` handles lines.
+    Line breaks count as white space; :func:`cbedge.drafting.template_parser.parse_template` handles lines.
     """
     spans: list[tuple[int, int]] = []
     start = _skip(text, 0)

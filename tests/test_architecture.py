@@ -78,7 +78,7 @@ def test_a_new_provider_is_one_file_and_one_entry(report: Report, monkeypatch: p
         ("cbedge.heatmap", "overlay", "cbedge.images.heatmap"),
         ("cbedge.batch", "run_batch", "cbedge.services.batch"),
         ("cbedge.image_findings", "ImageFindings", "cbedge.findings.image_findings"),
-        ("cbedge.templates", "parse_template", "cbedge.drafting.templates"),
+        ("cbedge.templates", "parse_template", "cbedge.drafting.template_parser"),
     ],
 )
 def test_an_old_module_name_works_and_warns(old: str, name: str, new: str):

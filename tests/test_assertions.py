@@ -5,7 +5,8 @@ from benchmarks.templates import read_styles
 from cbedge.bundles.bundle import TEMPLATES, open_bundle
 from cbedge.drafting.assertions import stated_by
 from cbedge.drafting.plan import _sections
-from cbedge.drafting.templates import Templates, parse_template
+from cbedge.drafting.template_parser import parse_template
+from cbedge.drafting.templates import Templates
 from cbedge.findings.image_findings import OTHER
 
 

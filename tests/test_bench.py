@@ -43,7 +43,7 @@ def test_what_a_draft_leaves_out_again_was_decoded_all_the_same(tiny_bundle: Pat
     findings = manifest.image_findings
     assert findings is not None
     count = len(findings.names)
-    seeing = replace(findings, thresholds=(0.0,) * count, openings=("It is there.",) * count, denials=(".",) * count)
+    seeing = replace(findings, thresholds=(0.0,) * count, openings=("It is there.",) * count, denials=((".",),) * count)
     generator.bundle = replace(generator.bundle, manifest=replace(manifest, image_findings=seeing))
     report = generator.generate(bench.drawn_chest(), max_new_tokens=60)
     assert report.new_tokens < report.opening_tokens and report.passes > 0  # what was said twice is left out

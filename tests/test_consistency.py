@@ -48,7 +48,7 @@ def test_what_contradicts_a_finding_told_is_left_out(names: tuple[str, ...], kep
 
 def test_what_affirms_a_finding_stays():
     for name, sentence in OPENINGS.items():
-        assert not re.search(DENIALS[name], sentence, re.IGNORECASE), name
+        assert not told(name).search(sentence), name
     for sentence in (
         "The heart is mildly enlarged.",
         "Small left pleural effusion.",
@@ -57,7 +57,7 @@ def test_what_affirms_a_finding_stays():
         "Bibasilar atelectasis.",
     ):
         pattern = told(*OPENINGS)
-        assert pattern and not pattern.search(sentence), sentence
+        assert not pattern.search(sentence), sentence
 
 
 @pytest.mark.parametrize(
@@ -322,15 +322,15 @@ def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():
 
 def test_a_denial_that_is_no_regular_expression_or_without_its_finding_is_refused():
     with pytest.raises(BundleError, match="not a regular expression"):
-        ImageFindings(("abnormal",), (0.5,), (), ("(",)).contradicting(["abnormal"])
+        ImageFindings(("abnormal",), (0.5,), (), (("(",),)).contradicting(["abnormal"]).search("The lungs are clear.")
     with pytest.raises(ValueError, match="1 findings with 2 denials"):
-        ImageFindings(("abnormal",), (0.5,), (), ("", ""))
+        ImageFindings(("abnormal",), (0.5,), (), ((), ()))
 
 
 @needs_default_model
 def test_the_embedded_models_denials_are_those_of_the_ontology():
     findings = open_bundle().manifest.image_findings
-    assert findings is not None and findings.denials == tuple(DENIALS.get(name, "") for name in findings.names)
+    assert findings is not None and findings.denials == tuple(DENIALS.get(name, ()) for name in findings.names)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from cbedge.backends.ort_decoder import OnnxDecoder
 from cbedge.decoding import Decoding
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.drafting.plan import plan_draft
-from cbedge.drafting.templates import Templates, parse_template
+from cbedge.drafting.template_parser import parse_template
+from cbedge.drafting.templates import Templates
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext
@@ -223,7 +224,7 @@ def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
 def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportGenerator):
     template = "FINDINGS: The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
     patterns = {"cardiomegaly": "heart.*normal", "effusion": "ribs.*intact|normal chest"}
-    denials = tuple(patterns.get(name, "") for name in findings_of(generator).names)
+    denials = tuple(((patterns[name],) if name in patterns else ()) for name in findings_of(generator).names)
     told = copy(generator)
     told.bundle = replace(
         generator.bundle,
@@ -558,7 +559,10 @@ def test_a_draft_never_goes_on_with_what_contradicts_its_opening():
 
     def draft(denial: str) -> Report:
         changed = replace(
-            findings, thresholds=(0.0,) * count, openings=("There it is.",) * count, denials=(denial,) * count
+            findings,
+            thresholds=(0.0,) * count,
+            openings=("There it is.",) * count,
+            denials=((denial,) if denial else (),) * count,
         )
         copied = copy(generator)
         copied.bundle = replace(generator.bundle, manifest=replace(generator.bundle.manifest, image_findings=changed))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbedge import BundleError, ClinicalContext, ContextError
-from cbedge.drafting.templates import Template, Templates, context_features, parse_template, read_template
+from cbedge.drafting.template_parser import parse_template, read_template
+from cbedge.drafting.templates import Template, Templates, context_features
 
 TEXTS = ("FINDINGS: Lungs are clear. IMPRESSION: Normal chest.", "FINDINGS: No effusion. IMPRESSION: No acute disease.")
 

@@ -21,7 +21,7 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 
-from cbedge.findings.image_findings import any_of
+from cbedge.findings.image_findings import AnyPattern
 from cbedge.prompt import ClinicalContext, build_opening, build_target, split_sections
 from training.batches import prompted_findings
 from training.datasets import Study
@@ -123,10 +123,8 @@ class ConsensusReports:
         chosen = pool.best(nearer if whole else weights)
         if chosen is None:
             return "", study.target
-        denied = any_of([DENIALS.get(name, "") for name in prompted])
-        rest = [
-            s for s in pool.rows[chosen] if whole or not (s.spoken & mentioned or (denied and denied.search(s.text)))
-        ]
+        denied = AnyPattern(tuple(text for name in prompted for text in DENIALS.get(name, ())))
+        rest = [s for s in pool.rows[chosen] if whole or not (s.spoken & mentioned or denied.search(s.text))]
         seen = [s.text for s in rest if s.affirmed] if whole else [self.sentences[name] for name in opened]
         closing = None if ACUTE.intersection(prompted) else self.impression.best(weights)
         words = " ".join([*seen, *([] if closing is None else [_join(self.impression.rows[closing])])]) or None

@@ -22,7 +22,7 @@ class Finding:
     name: str
     read_as: tuple[str, ...] = ()
     opening: str = ""
-    denial: str = ""
+    denials: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     iu_xray: tuple[str, ...] = ()
     iu_xray_unsure: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ def read_ontology(path: Path = PATH) -> dict[str, Finding]:
             raise ValueError(
                 f"{path.name}: {name} has the unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        findings[name] = Finding(name, **{**entry, "denial": fill(entry.get("denial", ""))})
+        findings[name] = Finding(name, **{**entry, "denials": [*map(fill, entry.get("denials", ()))]})
     return findings
 
 
@@ -72,4 +72,4 @@ ONTOLOGY = read_ontology()
 TAGS = tuple(name for name, finding in ONTOLOGY.items() if finding.is_tag)
 TAG_FINDINGS = {name: ONTOLOGY[name].read_as for name in TAGS if ONTOLOGY[name].read_as}
 OPENINGS = {name: finding.opening for name, finding in ONTOLOGY.items() if finding.opening}
-DENIALS = {name: finding.denial for name, finding in ONTOLOGY.items() if finding.denial}
+DENIALS = {name: finding.denials for name, finding in ONTOLOGY.items() if finding.denials}

@@ -44,7 +44,7 @@ def read_sentences(reports: Sequence[str]) -> list[list[Sentence]]:
 def with_denials(findings: ImageFindings) -> ImageFindings:
     """The same findings, with contradictions and exclusions from the ontology."""
     pairs = [(name, other) for name in findings.names for other in ONTOLOGY[name].excludes if other in findings.names]
-    return replace(findings, denials=tuple(DENIALS.get(name, "") for name in findings.names), excludes=tuple(pairs))
+    return replace(findings, denials=tuple(DENIALS.get(name, ()) for name in findings.names), excludes=tuple(pairs))
 
 
 class Opener:

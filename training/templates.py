@@ -20,7 +20,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 
-from cbedge.drafting.templates import BUCKETS, Templates, context_features, read_template
+from cbedge.drafting.template_parser import read_template
+from cbedge.drafting.templates import BUCKETS, Templates, context_features
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.prompt import ClinicalContext, build_target, split_sections
 from cbedge.sentences import normalize, split_text

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cbedge.errors import BundleError
-from cbedge.findings.image_findings import CONTRARY, ImageFindings
+from cbedge.findings.image_findings import ImageFindings
 from cbedge.images.preprocess import Preprocessing
 from cbedge.prompt import PROMPT_VERSION
 
@@ -157,22 +157,11 @@ def _manifest(values: dict[str, Any]) -> Manifest:
     for key in ("stop_ids", "prefix_ids", "suffix_ids", "start_ids", "never_ids", "training_data", "base_weights"):
         values[key] = tuple(values.get(key, ()))
     if values.get("image_findings"):
-        values["image_findings"] = _image_findings(values["image_findings"])
+        values["image_findings"] = ImageFindings.from_json(values["image_findings"])
     manifest = Manifest(**values)
     if manifest.default_variant not in manifest.variants:
         raise ValueError(f"no variant {manifest.default_variant!r}")
     return manifest
-
-
-def _image_findings(values: dict[str, Any]) -> ImageFindings:
-    return ImageFindings(
-        names=tuple(values["names"]),
-        thresholds=tuple(map(float, values["thresholds"])),
-        openings=tuple(map(str, values.get("openings", ()))),
-        denials=tuple(map(str, values.get("denials", ()))),
-        lateral_shares=tuple(map(float, values.get("lateral_shares", ()))),
-        excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
-    )
 
 
 def _variant(values: dict[str, Any]) -> Variant:

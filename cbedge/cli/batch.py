@@ -78,7 +78,7 @@ def batch(
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import open_bundle
     from cbedge.drafting.codec import TextCodec
-    from cbedge.drafting.plan import check_template
+    from cbedge.drafting.template_parser import check_template
 
     bundle = open_bundle(model)
     name, device = choose_variant(bundle, variant, device)

@@ -68,7 +68,7 @@ def generate(
     _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
-    from cbedge.drafting.templates import parse_template
+    from cbedge.drafting.template_parser import parse_template
     from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import ClinicalContext
 

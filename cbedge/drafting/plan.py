@@ -17,9 +17,7 @@ from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
-from cbedge.drafting.template_checks import refuse_other_script
-from cbedge.drafting.templates import Template, Templates, parse_template
-from cbedge.errors import ContextError
+from cbedge.drafting.templates import Template, Templates, split_report
 from cbedge.findings.image_findings import OTHER, AnyPattern, ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
@@ -55,19 +53,12 @@ class DraftingResources:
         self.phrasebook = Phrasebook.load(bundle.folder / PHRASEBOOK) if PHRASEBOOK in files else None
         self.templates = Templates.load(bundle.folder / TEMPLATES) if TEMPLATES in files else None
         self.lexicon = Lexicon.load(bundle.folder / WORDS) if WORDS in files else None
-        self._last_parsed: tuple[str, Template] | None = None
 
     @cached_property
     def token_texts(self) -> TokenTexts:
         """The texts of all tokens, with the lexicon of the training reports."""
         never = frozenset((*self._never, *self.codec.special_ids))
         return TokenTexts(self.codec.token_text, self._vocabulary, never, self.lexicon)
-
-    def parse(self, template: str) -> Template:
-        """A template's sentences; the last result is cached."""
-        if self._last_parsed is None or self._last_parsed[0] != template:
-            self._last_parsed = (template, parse_template(template))
-        return self._last_parsed[1]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class DraftPlan:
         opening: tokens of the fixed sentences that state the image findings.
         constraint: allows known words, whole sentences, both headings in order, and the template's sentences.
         processors: logits processors for bans and penalties.
-        denied: matches sentences that contradict a finding; they are removed. ``None`` if there are none.
+        denied: matches sentences that contradict a finding; they are removed. ``None`` without image findings.
         fixed: sentences that are never removed.
         affirming: remove free sentences of the findings section that only deny something.
         supported: the only findings that free sentences may state; ``None`` for any, without a user's template.
@@ -135,7 +126,7 @@ def plan_draft(
         settings: decoding settings.
         manifest: the bundle's manifest.
         resources: the bundle's tokenizers, templates and lexicon.
-        template: the user's template, from :func:`check_template`.
+        template: the user's template, from :func:`cbedge.drafting.template_parser.check_template`.
         max_new_tokens: the user's limit, which also truncates the opening.
     """
     codec, findings = resources.codec, manifest.image_findings
@@ -144,7 +135,7 @@ def plan_draft(
     opening = _opening(openings, reading.scores, codec)
     given = template if settings.keep_to_template else None
     default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
-    parsed = given or (resources.parse(default) if default else Template((), (), True))
+    parsed = given or (split_report(default) if default else Template((), (), True))
     chosen = given.text if given else default if not present else None
     content, warnings = _sections(parsed, not chosen, [*openings.values()], present, manifest)
     affirming = bool(content.findings and present and not openings)
@@ -261,36 +252,10 @@ def _reason_against(text: str, present: Sequence[str], findings: ImageFindings |
         return None
 
     def denied(names: Iterable[str]) -> Iterator[str]:
-        return (name for name in names if (found := findings.contradicting([name])) and found.search(text))
+        return (name for name in names if findings.contradicting([name]).search(text))
 
     if against := [*denied(present)]:
         return f"the image scores point to {', '.join(against)}"
     if concluding and not agrees(text, present) and not any(denied(findings.names)):
         return f"the image scores point to {', '.join(present)} and it cannot be read as agreeing with that"
     return None
-
-
-def check_template(manifest: Manifest, text: str, codec: TextCodec) -> Template:
-    """Parse and check a user's template for a bundle; see :func:`cbedge.drafting.templates.parse_template`.
-
-    Raises:
-        ContextError: the text is not a normal report, its script is not supported, the tokenizer cannot represent it,
-            it is too long, or the model has no image scores to check it against.
-    """
-    template = parse_template(text)
-    refuse_other_script((*template.findings, *template.impression))
-    if manifest.image_findings is None:
-        raise ContextError(f"{manifest.name} has no image scores to check a template against: leave the template out")
-    count = EXTRA_TOKENS
-    for sentence in (*template.findings, *template.impression):
-        ids = codec.encode(f" {sentence}")
-        count += len(ids)
-        if codec.decode(ids).strip() != sentence:
-            raise ContextError(
-                f"the tokenizer of {manifest.name} cannot write {sentence[:60]!r} of the template: reword it"
-            )
-    if count > MAX_NEW_TOKENS:
-        raise ContextError(
-            f"the template has {count - EXTRA_TOKENS} tokens; the limit is {MAX_NEW_TOKENS - EXTRA_TOKENS}: shorten it"
-        )
-    return template

@@ -1,12 +1,10 @@
-"""Checks of a template's text: what is no normal report, what must not be copied into a draft, and the language."""
+"""Checks of a template's text: what is no normal report and what must not be copied into a draft."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Iterable
 
-from cbedge.drafting.template_text import WORDS, section_of
+from cbedge.drafting.template_text import section_of
 from cbedge.errors import ContextError
 from cbedge.prompt import SPECIAL_TOKEN
 
@@ -32,13 +30,6 @@ _FILE_NAME = re.compile(
     r"[^\n]*\.(?:txt|text|md|docx?|odt|rtf|pdf|html?|json|ya?ml|csv|xml|dcm)|(?:~|\.{0,2}/|[A-Za-z]:[\\/])[^\n]*|"
     r"[^\s\u2e80-\uffff]*"
 )
-# Words of languages in which "no" is a word too; without one of them, "no" is taken as English.
-_ROMANCE = re.compile(
-    r"\b(se|hay|del?|la|el|l[oae]s?|sin|con|y|il|gli|di|e|non|nel|d[ao]|[es]em|com|derrame|coraz[oó]n|pulmones|cuore|"
-    r"polmoni|versamento|coração|pulmões)\b",
-    re.IGNORECASE,
-)
-_ENGLISH_SHARE = 0.25
 _SIGNED = (
     "(?:signed|authenticated|dictated|transcribed|typed|reported|interpreted|approved|verified|finali[sz]ed|reviewed|"
     "read)"
@@ -79,28 +70,6 @@ _PRIVATE_PATTERNS = {kind: [re.compile(p, re.IGNORECASE) for p in patterns] for 
 def private_content(sentence: str) -> str | None:
     """What a sentence looks like that holds for one study or person only, such as ``a signature``; else ``None``."""
     return next((kind for kind, found in _PRIVATE_PATTERNS.items() if any(p.search(sentence) for p in found)), None)
-
-
-def is_english(sentences: Iterable[str]) -> bool:
-    """Whether sentences are English, by their share of frequent English words."""
-    words = re.findall(r"[^\W\d_]+", " ".join(sentences).lower())
-    english = WORDS["english"] if _ROMANCE.search(" ".join(words)) else WORDS["english"] | {"no"}
-    return sum(word in english for word in words) >= _ENGLISH_SHARE * max(1, len(words))
-
-
-def refuse_other_script(sentences: Iterable[str]) -> None:
-    """Check that a template is written from left to right with an alphabet, so that drafts can follow it.
-
-    Raises:
-        ContextError: most letters are of another script, such as Arabic, Hebrew or Chinese.
-    """
-    alphabets = [unicodedata.name(c, "").partition(" ")[0] for c in "".join(sentences) if c.isalpha()]
-    known = sum(name in ("LATIN", "GREEK", "CYRILLIC") for name in alphabets)
-    if 2 * known < len(alphabets):
-        raise ContextError(
-            "the template is in another language, whose script drafts do not support: give a normal report in English "
-            "or in another language with Latin letters"
-        )
 
 
 def refuse_what_is_no_report(text: str) -> None:

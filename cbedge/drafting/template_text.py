@@ -15,8 +15,7 @@ WORDS: dict[str, frozenset[str]] = {
 }
 """Headings of several languages by meaning (``findings``, ``impression``, ``findings_or_impression``, which depends on
 the place), and ``adjectives`` before them; the words of headings of what is true of one study only (``not_drafted``);
-words of statements, which no heading has (``stating``); and ``english``, frequent words of English reports that German,
-French, Spanish and Italian ones do not have. All in lower case."""
+and words of statements, which no heading has (``stating``). All in lower case."""
 
 _NAME = r"([^\W\d_][\w /&()#'’-]{0,50}?)"
 HEADING = re.compile(rf"{_NAME}\.?\s*[:：=]\s*")

@@ -13,8 +13,10 @@ lexical constraints of Hokamp and Liu, ACL 2017). Later sentences that contradic
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +37,8 @@ class ImageFindings:
             studies.
         openings: for each name, the sentence that opens a draft if the finding is present, or an empty string. An empty
             tuple for no openings.
-        denials: for each name, a case-insensitive regular expression of sentences that contradict the finding, or an
-            empty string. An empty tuple for none.
+        denials: for each name, case-insensitive regular expressions of sentences that contradict the finding; one of
+            them has to match. An empty tuple for none.
         lateral_shares: for each name, the weight of the lateral radiograph, 0 to 1; chosen on validation studies. An
             empty tuple for equal weights.
         excludes: pairs of findings that are never reported together.
@@ -48,7 +50,7 @@ class ImageFindings:
     names: tuple[str, ...]
     thresholds: tuple[float, ...]
     openings: tuple[str, ...] = ()
-    denials: tuple[str, ...] = ()
+    denials: tuple[tuple[str, ...], ...] = ()
     lateral_shares: tuple[float, ...] = ()
     excludes: tuple[tuple[str, str], ...] = CONTRARY
 
@@ -63,6 +65,19 @@ class ImageFindings:
             raise ValueError(f"{len(self.names)} findings with {len(self.lateral_shares)} shares of the lateral view")
         if not all(0 <= share <= 1 for share in self.lateral_shares):
             raise ValueError(f"the lateral view's shares are {self.lateral_shares}; give 0 to 1")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ImageFindings:
+        """Read what :func:`dataclasses.asdict` gives as JSON; until version 0.2 a denial was one regular expression."""
+        denials = (of if isinstance(of, list) else [of] if of else [] for of in values.get("denials", ()))
+        return cls(
+            names=tuple(map(str, values["names"])),
+            thresholds=tuple(map(float, values["thresholds"])),
+            openings=tuple(map(str, values.get("openings", ()))),
+            denials=tuple(tuple(map(str, of)) for of in denials),
+            lateral_shares=tuple(map(float, values.get("lateral_shares", ()))),
+            excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
+        )
 
     def join(self, frontal: np.ndarray, lateral: np.ndarray) -> np.ndarray:
         """Combine the logits of both radiographs, [..., names]."""
@@ -85,44 +100,38 @@ class ImageFindings:
         """The sentences that open the draft: finding → sentence, for present findings that have one."""
         return {name: text for name, text in zip(self.names, self.openings, strict=False) if text and name in present}
 
-    def contradicting(self, present: Sequence[str]) -> AnyPattern | None:
-        """A pattern that matches sentences which contradict a present finding, or ``None``. :data:`OTHER` is
-        contradicted like the first name, "abnormal".
-
-        Raises:
-            BundleError: a denial is not a regular expression.
-        """
-        known = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ("",))[0]}
-        return any_of([known.get(name, "") for name in present])
+    def contradicting(self, present: Sequence[str]) -> AnyPattern:
+        """A pattern that matches sentences which contradict a present finding. :data:`OTHER` is contradicted like the
+        first name, "abnormal"."""
+        denials = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ((),))[0]}
+        patterns = dict.fromkeys(text for name in present for text in denials.get(name, ()))
+        return AnyPattern((*patterns,))
 
 
 @dataclass(frozen=True)
 class AnyPattern:
-    """Several regular expressions, of which one has to match."""
+    """Several case-insensitive regular expressions, of which one has to match. Each is compiled when it is needed."""
 
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[str, ...]
 
     def search(self, text: str) -> bool:
-        """Whether one of the patterns matches somewhere in the text, quotation marks apart."""
+        """Whether one of the patterns matches somewhere in the text, quotation marks apart.
+
+        Raises:
+            BundleError: one is not a regular expression.
+        """
         text = _QUOTES.sub("", text)
-        return any(pattern.search(text) for pattern in self.patterns)
+        return any(_compiled(pattern).search(text) for pattern in self.patterns)
 
 
-def any_of(denials: Sequence[str]) -> AnyPattern | None:
-    """All non-empty denials, case-insensitive; ``None`` if there are none.
-
-    Each is compiled by itself, so Python's cache of compiled patterns serves every combination of findings.
-
-    Raises:
-        BundleError: one is not a regular expression.
-    """
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        patterns = tuple(re.compile(text, re.IGNORECASE) for text in denials if text)
+        return re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise BundleError(
             f"a denial in the model's manifest is not a regular expression ({error}): correct it"
         ) from None
-    return AnyPattern(patterns) if patterns else None
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from cbedge.errors import RadiographError
 from cbedge.images.dicom_header import COPIED, UNREADABLE
+from cbedge.images.file_type import MARK, is_dicom
 from cbedge.images.memory import MAX_BYTES, PartedFile
 
 if TYPE_CHECKING:
@@ -77,10 +78,6 @@ _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_VALUE, _MAX_SEQUENCE = 2**16, 2**22  # bytes of one attribute
 _MAX_READS = 200_000  # read calls: two or three for each element, sequence item and fragment
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_MARK = b"DICM"
-# A file without the mark starts with an element of the file meta information, of the dataset in either byte order, or
-# of the DIMSE message.
-_STARTS = (b"\x02\0", b"\x08\0", b"\0\x08", b"\0\0\0\0\x04\0\0\0")
 _TEXT = ("PN", "LO", "SH", "ST", "LT", "UC", "UT")
 _GB2312 = b"\x1b$)A"
 
@@ -101,11 +98,6 @@ def silence_pydicom() -> None:
     charset.CODES_TO_ENCODINGS.setdefault(charset.ESC + b"-b", "iso8859_15")
 
 
-def is_dicom(start: bytes) -> bool:
-    """Whether a file is a DICOM file, judged by its first 132 bytes: the mark ``DICM`` or a typical first element."""
-    return start[128:132] == _MARK or start[:4] == _MARK or start.startswith(_STARTS)
-
-
 def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
     """Parse the elements of a DICOM file that cbedge uses, and its ``file_meta``.
 
@@ -122,7 +114,7 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
     silence_pydicom()
     try:
         start = file.read(132)
-        file.seek(132 if start[128:] == _MARK else 4 if start[:4] == _MARK else 0)
+        file.seek(132 if start[128:] == MARK else 4 if start[:4] == MARK else 0)
         parts = PartedFile(file, name, _MAX_READS)
         meta = _file_meta(parts, name)
         syntax = str(meta.get("TransferSyntaxUID") or "").strip(" \0")

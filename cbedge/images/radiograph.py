@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cbedge.errors import RadiographError
-from cbedge.images.dicom_file import is_dicom
+from cbedge.images.file_type import is_dicom
 from cbedge.images.intensity import averaged, blocks, stretch
 from cbedge.images.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduction, working_memory
 from cbedge.images.raster import MIN_SIDE, check_size, decode_raster, image_values, stored_values

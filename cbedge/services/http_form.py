@@ -12,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from cbedge.drafting.templates import MAX_TEMPLATE_CHARACTERS
+from cbedge.drafting.template_parser import MAX_TEMPLATE_CHARACTERS
 from cbedge.errors import ContextError, RadiographError
 from cbedge.outputs import FORMATS
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, VIEW_NAMES

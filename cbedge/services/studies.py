@@ -17,7 +17,7 @@ from typing import Any
 
 from cbedge.errors import RadiographError
 from cbedge.files import is_same_file
-from cbedge.images.dicom_file import is_dicom
+from cbedge.images.file_type import is_dicom
 from cbedge.images.radiograph import printable
 
 COLUMNS = ("image", "id", "indication", "comparison", "view", "lateral")

@@ -11,9 +11,9 @@ def test_every_field_of_an_entry_reaches_what_uses_it():
     assert TAGS[:2] == ("abnormal", "cardiomegaly") and TAG_FINDINGS["cardiomegaly"] == heart.read_as
     assert (
         OPENINGS["cardiomegaly"] == heart.opening == "The heart is enlarged."
-        and DENIALS["cardiomegaly"] == heart.denial
+        and DENIALS["cardiomegaly"] == heart.denials
     )
-    assert "<" not in heart.denial.replace("(?<", "")  # parts are filled in
+    assert "<" not in "".join(heart.denials).replace("(?<", "")  # parts are filled in
     assert (
         not ONTOLOGY["edema"].is_tag and "edema" not in TAGS and ONTOLOGY["hyperinflation"].excludes == ("low volume",)
     )
@@ -28,10 +28,10 @@ def test_what_findings_are_read_as_is_known_to_the_reader_of_reports():
 def test_a_new_finding_is_one_entry(tmp_path: Path):
     path = tmp_path / "ontology.yaml"
     text = PATH.read_text()
-    path.write_text(f"{text}  cyst:\n    opening: There is a cyst.\n    denial: '<none>.*cyst'\n    nih: [Cyst]\n")
+    path.write_text(f"{text}  cyst:\n    opening: There is a cyst.\n    denials: ['<none>.*cyst']\n    nih: [Cyst]\n")
     cyst = read_ontology(path)["cyst"]
     assert (cyst.opening, cyst.nih, cyst.is_tag) == ("There is a cyst.", ("Cyst",), True)
-    assert cyst.denial.endswith(".*cyst") and "without" in cyst.denial
+    assert cyst.denials[0].endswith(".*cyst") and "without" in cyst.denials[0]
 
 
 @pytest.mark.parametrize(

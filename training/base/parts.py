@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase
 
-from cbedge.findings.image_findings import CONTRARY, ImageFindings, scores_of
+from cbedge.findings.image_findings import ImageFindings, scores_of
 from cbedge.images.preprocess import Preprocessing
 from training.fetch import BasePart
 from training.processor import save_preprocessing
@@ -132,12 +132,4 @@ def load_finding_head(folder: Path) -> FindingHead | None:
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
     tensors = load_file(folder / f"{_FINDING_HEAD}.safetensors")
-    findings = ImageFindings(
-        names=tuple(values["names"]),
-        thresholds=tuple(values["thresholds"]),
-        openings=tuple(values.get("openings", ())),
-        denials=tuple(values.get("denials", ())),
-        lateral_shares=tuple(values.get("lateral_shares", ())),
-        excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
-    )
-    return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], findings)
+    return FindingHead(tuple(values["queries"]), tensors["weight"], tensors["bias"], ImageFindings.from_json(values))
