@@ -124,8 +124,6 @@ def measure(folder: Path, family: str, films: list[Path], size: int, patch: int)
     Args:
         folder: a new folder for the checkpoint ``base``, the runs ``untrained`` and ``trained``, and their bundles.
         family: one of :data:`benchmarks.released_layout.FAMILIES`.
-        films: the files to read.
-        size, patch: size of images and patches in pixels.
     """
     base = write_released(folder / "base", family, image_size=size, patch_size=patch)
     cases = [(film, prompt) for film in films for prompt in PROMPTS]

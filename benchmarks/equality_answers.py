@@ -47,11 +47,7 @@ class Answer:
 
 
 class Reference:
-    """A checkpoint in transformers: its processor and its model.
-
-    Args:
-        folder: the checkpoint.
-    """
+    """A checkpoint in transformers: its processor and its model."""
 
     def __init__(self, folder: Path):
         self.processor = InstructBlipProcessor.from_pretrained(folder)

@@ -30,7 +30,6 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
     Args:
         checkpoint: folder of a ``LlamaForCausalLM`` with a byte-pair tokenizer (``tokenizer.json``), as SmolLM2 is.
-        path: the GGUF file to write.
 
     Raises:
         ValueError: the model is not a Llama.
@@ -73,7 +72,6 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     """Quantize a GGUF file with llama.cpp.
 
     Args:
-        source, target: GGUF files.
         kind: a format of llama.cpp, such as ``Q4_0`` or ``Q8_0``.
 
     Raises:

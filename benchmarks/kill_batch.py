@@ -30,8 +30,6 @@ def kill_rounds(rounds: int, films: int, seed: int, folder: Path) -> dict[str, A
     Args:
         rounds: number of rounds, of two processes each.
         films: number of films to draft, at least one for each round.
-        seed: random seed for the times of the kills.
-        folder: an empty folder to work in.
 
     Returns:
         Numbers of ``lost``, ``twice`` and ``broken`` lines and of ``tracebacks``, whether the last run ``finished``,

@@ -24,15 +24,12 @@ from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
-def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: float = 600) -> dict[str, Any]:
+def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kill the node, let a last run finish, and count.
 
     Args:
         rounds: number of times the node is killed.
         per_round: radiographs sent in each round, over two associations.
-        seed: random seed for the times of the kills.
-        folder: an empty folder to work in.
-        limit_s: seconds for the last run.
 
     Returns:
         Numbers of ``acknowledged`` radiographs, of these ``lost``, with documents of several identifiers or also moved
@@ -62,7 +59,7 @@ def kill_rounds(rounds: int, per_round: int, seed: int, folder: Path, limit_s: f
                     statuses = answer.result()
                     acknowledged |= {uid for (uid, _), status in zip(half, statuses, strict=True) if status == 0}
         node = Node(folder, port)
-        end = time.monotonic() + limit_s
+        end = time.monotonic() + 600
         while node.unfinished() and time.monotonic() < end:
             time.sleep(0.1)
         finished, failed = not node.unfinished(), node.failed()

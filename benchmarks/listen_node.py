@@ -119,10 +119,7 @@ def send(
     """Send objects over one association, whatever their bytes are.
 
     Args:
-        port: port of the node.
         objects: SOP Instance UID and encoded data set of each.
-        timeout_s: seconds to wait for each answer.
-        title: the sender's application entity title.
         syntax: transfer syntax that is announced for the data sets.
 
     Returns:

@@ -29,9 +29,6 @@ class Job:
     Attributes:
         checkpoint: folder of the merged model in transformers' format, with its language model for the other peers:
             ``language``, ``genai`` (ONNX Runtime GenAI), ``optimum``, and ``language-*.gguf`` (llama.cpp).
-        bundle: folder of the same model as a bundle.
-        threads: CPU threads.
-        device: ``cpu`` or ``cuda``.
         optimum_python: a Python interpreter with optimum-onnx.
     """
 
@@ -47,8 +44,6 @@ class Task:
     """One report to write.
 
     Attributes:
-        image: the radiograph.
-        context: the context in the prompt.
         tokens: number of tokens to write; stop tokens are ignored.
         stand_in: token ids of a prompt of the same length, for peers that cannot read embeddings.
     """

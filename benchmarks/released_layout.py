@@ -74,11 +74,8 @@ def write_released(
     """Write one checkpoint into a new folder, and return the folder.
 
     Args:
-        folder: must not exist.
         family: one of :data:`FAMILIES`.
         layout: one of :data:`LAYOUTS`.
-        image_size, patch_size: size of images and patches in pixels.
-        seed: random seed of the weights.
     """
     qformer_folder = folder / "qformer_tokenizer"
     qformer_folder.mkdir(parents=True)

@@ -37,11 +37,8 @@ class Campaign:
     """The inputs ``first`` to ``first + inputs`` of a seed, and how they are tried.
 
     Attributes:
-        inputs: number of inputs.
-        seed: random seed of all inputs.
         only: one of :data:`benchmarks.mutations.KINDS`.
         first: number of the first input.
-        workers: processes for the Python API and the commands.
         limit_s: seconds after which an input counts as hanging.
         keep: folder for the inputs that failed, with the command that repeats each.
         progress: report every hundredth input on standard error.

@@ -72,11 +72,11 @@ def _flushed(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace")
 
 
-def copies(number: int, count: int = 7) -> list[np.ndarray]:
+def copies(number: int) -> list[np.ndarray]:
     """Several copies of a film, uint16 [rows, columns], with noise in the last bit."""
     rng = np.random.default_rng(number)
     sixteen = np.round(film(number) * 65535)
-    return [np.clip(sixteen + rng.integers(-1, 2, sixteen.shape), 0, 65535).astype(np.uint16) for _ in range(count)]
+    return [np.clip(sixteen + rng.integers(-1, 2, sixteen.shape), 0, 65535).astype(np.uint16) for _ in range(7)]
 
 
 def middle(seen: Sequence[tuple[Sequence[str], Mapping[str, float]]]) -> tuple[list[str], dict[str, float]]:

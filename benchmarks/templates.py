@@ -45,8 +45,6 @@ class Style:
     """A template, and its sentences as written by hand.
 
     Attributes:
-        name: name of the file.
-        text: the template.
         findings, impression: the sentences of each section, with their full stops.
         denies: sentence → the finding that it plainly denies; "abnormal" means any finding except a device.
     """
@@ -123,9 +121,9 @@ class Row:
         self.examples += [f"{film}: {name}: {what}" for name, what in compared.faults]
 
 
-def read_styles(folder: Path = STYLES) -> list[Style]:
-    """All templates of a folder, sorted by name."""
-    known = json.loads((folder / "sentences.json").read_text(encoding="utf-8"))
+def read_styles() -> list[Style]:
+    """All templates, sorted by name."""
+    known = json.loads((STYLES / "sentences.json").read_text(encoding="utf-8"))
     return [
         Style(
             path.stem,
@@ -134,7 +132,7 @@ def read_styles(folder: Path = STYLES) -> list[Style]:
             tuple(known[path.stem]["impression"]),
             known[path.stem]["denies"],
         )
-        for path in sorted(folder.glob("*.txt"))
+        for path in sorted(STYLES.glob("*.txt"))
     ]
 
 
@@ -175,7 +173,6 @@ def broken_by(report: Report, lexicon: Lexicon | None, texts: Iterable[str]) -> 
     """Faults of a draft's text: names of :data:`FAULTS`, each with the text that shows it.
 
     Args:
-        report: the draft.
         lexicon: words of the training reports.
         texts: other texts whose words the draft may contain.
     """

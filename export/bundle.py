@@ -100,8 +100,6 @@ class ModelInfo:
     """What the graphs do not say about a model.
 
     Attributes:
-        name, version, licence: of the model.
-        origin: of its base weights and training data.
         quality: the record of ``python -m training evaluate``, or empty.
         decoding: the manifest's defaults, except for ``max_new_tokens``.
         data: folder of IU X-RAY. Its train reports give phrasebook, templates and word list, its images the gates; the
@@ -175,7 +173,6 @@ def describe(
     """The manifest of a bundle, without its files.
 
     Args:
-        parts: the merged model.
         variants: the first is the default.
         info: without ``data``, no token is withheld.
         layers: number of the language model's layers, where ``parts`` hold fewer than the decoder's graph.
@@ -218,11 +215,7 @@ def write_packed(
     Args:
         parts: the model, for its tokenizers.
         manifest: from :func:`describe`.
-        variants: the files of each of the manifest's variants.
-        out: the bundle's folder.
-        parity: the comparison with torch, or ``None``.
         data: as in :class:`ModelInfo`.
-        force: replace a bundle at ``out``.
     """
     made = _made_of(data, parts, manifest, variants) if data is not None else {}
     made[TOKENIZER] = lambda path: parts.tokenizer.backend_tokenizer.save(str(path))

@@ -46,8 +46,6 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
     """The text of ``MODEL_CARD.md``, with measured values only.
 
     Args:
-        manifest: the bundle's manifest.
-        parity: comparison with torch, or ``None``.
         templates: whether drafts follow the bundle's templates.
     """
     data = [_training_data(record) for record in manifest.training_data] or ["- Not recorded."]

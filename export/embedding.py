@@ -16,9 +16,6 @@ def write_embedding(embed: Path, decoder: ModelProto, path: Path, settings: Int4
     Args:
         embed: the fp32 graph.
         decoder: the quantized decoder, stored at ``path``.
-        path: path of the decoder.
-        settings: quantization of the language model.
-        suffix: suffix of the variant's files.
     """
     written = path.parent / f"{EMBED}{suffix}.onnx"
     shared = _share_head(embed, decoder, path, settings)

@@ -60,7 +60,6 @@ def fit_film_view(backend: Backend, settings: Preprocessing, collections: Sequen
 
     Args:
         backend: its vision encoder computes the features.
-        settings: the model's preprocessing.
         collections: from :func:`collect_films`. Films of small collections count up to three times.
     """
     upright, flipped, lateral = [], [], []

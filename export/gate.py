@@ -23,7 +23,6 @@ def fit_gate(backend: Backend, settings: Preprocessing, data: Path, lateral: boo
 
     Args:
         backend: its vision encoder computes the features.
-        settings: the model's preprocessing.
         data: IU X-RAY folder; train radiographs give the distribution, validation ones the limit.
         lateral: fit it on lateral radiographs instead of frontal ones.
     """

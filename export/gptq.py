@@ -57,19 +57,14 @@ class Reading:
     report: int
 
 
-def calibration_inputs(
-    parts: ModelAndTokenizers, data: Path, count: int = CALIBRATION_STUDIES, seed: int = 0
-) -> list[Reading]:
+def calibration_inputs(parts: ModelAndTokenizers, data: Path, count: int = CALIBRATION_STUDIES) -> list[Reading]:
     """Inputs of the language model for training studies, with the model's own drafts as reports, as in use.
 
     Args:
         parts: a merged model with a decoder-only language model.
-        data: IU X-RAY folder.
-        count: number of studies, drawn at random.
-        seed: random seed of the draw.
     """
     studies = [s for s in read_studies(data, ("train",)) if s.findings]
-    chosen = np.random.default_rng(seed).permutation(len(studies))[:count]
+    chosen = np.random.default_rng(0).permutation(len(studies))[:count]
     drawn = [studies[i] for i in chosen]
     drafts = TorchDrafter(parts).draft(own(drawn), lambda done: None)
     inputs = []
@@ -100,11 +95,7 @@ def can_be_rounded(model: Any) -> bool:
 
 @torch.inference_mode()
 def round_language_model(
-    model: Any,
-    inputs: Sequence[Reading],
-    block: int,
-    chosen: Callable[[str], bool],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    model: Any, inputs: Sequence[Reading], block: int, chosen: Callable[[str], bool]
 ) -> dict[str, Rounded]:
     """Round the linear weights of a language model of the LLaMA family to 4 bits; the model is not changed.
 
@@ -113,7 +104,6 @@ def round_language_model(
         inputs: from :func:`calibration_inputs`.
         block: number of columns that share a scale.
         chosen: whether a product is rounded, by its name in the decoder's graph.
-        tell: gets the number of finished layers, and of all layers.
 
     Returns:
         Name in the decoder's graph → rounded weight; queries, keys and values are one product there.
@@ -125,10 +115,9 @@ def round_language_model(
         raise ValueError(
             f"GPTQ is for language models of the LLaMA family, not {type(model).__name__}: give --algorithm rtn"
         )
-    layers = model.model.layers
     hidden, arguments = _first_layer_inputs(model, inputs)
     rounded: dict[str, Rounded] = {}
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(model.model.layers):
         wanted = {n: p for n, p in products(layer).items() if chosen(f"/model/layers.{number}/{n}/MatMul")}
         moments = _second_moments(layer, {n: p[0] for n, p in wanted.items()}, hidden, arguments)
         before = {linear: linear.weight.data for linears in wanted.values() for linear in linears}
@@ -142,7 +131,6 @@ def round_language_model(
         hidden = [_run(layer, x, a) for x, a in zip(hidden, arguments, strict=True)]
         for linear, weight in before.items():
             linear.weight.data = weight
-        tell(number + 1, len(layers))
     return rounded
 
 
@@ -152,7 +140,6 @@ def round_weight(weight: np.ndarray, moments: np.ndarray, block: int) -> Rounded
     Args:
         weight: float32 [N, K], K a multiple of ``block``.
         moments: float64 [K, K], the sum of the outer products of its inputs.
-        block: columns that share a scale.
 
     Raises:
         ValueError: K is no multiple of ``block``.

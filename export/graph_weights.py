@@ -35,13 +35,7 @@ class RestoreError(ValueError):
 
 @dataclass
 class Graph:
-    """One graph with its weights.
-
-    Attributes:
-        nodes: the nodes in order.
-        tensors: the weights by name.
-        folder: folder of external weights.
-    """
+    """One graph with its weights."""
 
     nodes: list[NodeProto]
     tensors: dict[str, TensorProto]

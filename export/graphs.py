@@ -150,24 +150,9 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
         del model.config.quantization_config  # of the base weights (GGUF); these are in fp32
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        str(checkpoint),
-        "-o",
-        str(built),
-        "-p",
-        "fp32",
-        "-e",
-        "cpu",
-        "-c",
-        str(scratch / "cache"),
-        "--extra_options",
-        "exclude_embeds=true",
-        "prune_lm_head=true",
-    ]
+    options = ["-i", checkpoint, "-o", built, "-p", "fp32", "-e", "cpu", "-c", scratch / "cache"]
+    options += ["--extra_options", "exclude_embeds=true", "prune_lm_head=true"]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, options)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode or not (built / "model.onnx").is_file():
         reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]

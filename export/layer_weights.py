@@ -65,9 +65,7 @@ def load_part(
 
     Args:
         config: configuration of the whole language model.
-        weights: where the layers are read from.
         adapters: folders of peft adapters for the whole language model, in order.
-        first, count: the first layer and the number of layers.
         ends: read embedding and head too; otherwise they are placeholders with eight tokens.
 
     Raises:

@@ -75,8 +75,6 @@ def export_by_layers(settings: LayerSettings, tokenizer: PreTrainedTokenizerBase
     Args:
         settings: ``q4f16`` writes int4 with scales in 32 bits.
         tokenizer: any tokenizer of the language model; the builder needs one.
-        path: of the graph to write.
-        steps: reports each part.
 
     Raises:
         ExportError: the checkpoint cannot be exported.

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from cbedge.backends.torch_nf4 import FILES, HEAD
@@ -27,7 +26,6 @@ def write_nf4(parts: ModelAndTokenizers, folder: Path) -> list[Path]:
     names = [*FILES]
     head = parts.finding_head
     if head is not None:
-        tensors = {"queries": torch.tensor(head.queries), "weight": head.weight, "bias": head.bias}
-        save_file(tensors, folder / HEAD)
+        save_file(head.tensors, folder / HEAD)
         names.append(HEAD)
     return [folder / name for name in names]

@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
 
 from cbedge.backends import Backend
+from cbedge.backends.torch_model import TorchBackend
 from cbedge.decoding import decode
 from cbedge.findings.image_findings import scores_of
 from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
@@ -18,10 +16,10 @@ from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
-from training.special_tokens import start_ids, stop_ids
-from training.stages import embed_inputs, encode_images, query_image
+from training.special_tokens import stop_ids
 
 GREEDY_TOKENS = 64
+FP32_CASES = 8  # drafts that are compared token by token in fp32
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 
 
@@ -106,7 +104,6 @@ def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tupl
     return [Case(pixels, c) for c in contexts][:count], "the example radiograph with several indications"
 
 
-@torch.inference_mode()
 def compare(
     parts: ModelAndTokenizers,
     backends: Mapping[str, Callable[[], Backend]],
@@ -114,21 +111,17 @@ def compare(
     cases: list[Case],
     source: str,
     merge_error: float,
-    fp32_cases: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
     """Compare every variant, including ``fp32``, with the merged torch model.
 
     Args:
-        parts: the merged model.
         backends: functions that open a variant; one is open at a time.
-        megabytes: size of each variant in MB.
         cases, source: from :func:`parity_cases`.
         merge_error: from :func:`export.merge.merge`.
-        fp32_cases: number of drafts that are compared token by token in fp32.
         progress: gets the number of finished drafts, and of all drafts.
     """
-    reference = TorchReference(parts)
+    exact = TorchBackend(parts.model, parts.finding_head.tensors if parts.finding_head else None)
     wanted = []
     total = len(cases) * (1 + len(backends))
     done = iter(range(1, total + 1))
@@ -138,111 +131,50 @@ def compare(
             progress(next(done), total)
 
     for case in cases:
-        wanted.append(reference.greedy(case))
+        wanted.append(_greedy(exact, parts, case))
         tell()
     equal, variants = 0, {}
     for name, opened in backends.items():
         backend = opened()
         if name == "fp32":
-            equal = sum(_greedy(backend, reference, c) == w for c, w in zip(cases[:fp32_cases], wanted, strict=False))
+            equal = sum(_greedy(backend, parts, c) == w for c, w in zip(cases[:FP32_CASES], wanted, strict=False))
         agreed, same = 0, 0
         for case, tokens in zip(cases, wanted, strict=True):
-            forced = _forced(backend, reference, case, tokens)
+            forced = _forced(backend, parts, case, tokens)
             agreed += sum(a == b for a, b in zip(forced, tokens, strict=True))
             same += forced == tokens
             tell()
-        errors, relative = _graph_errors(reference, backend, cases[0])
+        errors, relative = _graph_errors(exact, backend, parts, cases[0])
         variants[name] = VariantParity(
             megabytes[name], errors, relative, agreed / sum(map(len, wanted)), same / len(cases)
         )
-    return Parity(merge_error, len(cases), source, min(fp32_cases, len(cases)), equal, variants)
+    return Parity(merge_error, len(cases), source, min(FP32_CASES, len(cases)), equal, variants)
 
 
-@dataclass(frozen=True)
-class TorchReading:
-    """Output of torch for one radiograph before the language model.
-
-    Attributes:
-        features: output of the vision encoder, float32 [1, P, H].
-        projected: image embeddings, float32 [1, Q, D].
-        finding_logits: float32 [T], or ``None`` without a finding head.
-        prompt: token ids of image placeholders and prompt.
-    """
-
-    features: torch.Tensor
-    projected: torch.Tensor
-    finding_logits: torch.Tensor | None
-    prompt: list[int]
+def _instruction(parts: ModelAndTokenizers, case: Case) -> np.ndarray:
+    """The Q-Former's tokens of the instruction, int64 [1, I]."""
+    return encode_instructions(parts, [case.context])["input_ids"].numpy()
 
 
-class TorchReference:
-    """The merged torch model, used as the runtime uses its graphs."""
-
-    def __init__(self, parts: ModelAndTokenizers):
-        self.parts = parts
-        self.stop_ids = stop_ids(parts)
-
-    def instruction(self, case: Case) -> torch.Tensor:
-        """The Q-Former's tokens of the instruction, int64 [1, I]."""
-        return encode_instructions(self.parts, [case.context])["input_ids"]
-
-    def read(self, case: Case) -> TorchReading:
-        """The output of vision encoder, Q-Former and finding head."""
-        ids = self.instruction(case)
-        features = encode_images(self.parts.model, torch.from_numpy(case.pixels))
-        output, projected = query_image(self.parts.model, features, ids, torch.ones_like(ids))
-        head = self.parts.finding_head
-        prompt = encode_prompt(self.parts, case.context, head.read(output)[0] if head else None)
-        return TorchReading(features, projected, head.logits(output)[0] if head else None, prompt)
-
-    def embeds(self, case: Case) -> torch.Tensor:
-        """The language model's input, float32 [1, L, D]."""
-        reading = self.read(case)
-        return embed_inputs(self.parts.model, torch.tensor([reading.prompt]), reading.projected)
-
-    def greedy(self, case: Case) -> list[int]:
-        """Up to 64 greedy tokens, including the stop token."""
-        out = self.begin(self.embeds(case))
-        tokens: list[int] = []
-        while True:
-            tokens.append(int(out.logits[0, -1].argmax()))
-            if tokens[-1] in self.stop_ids or len(tokens) == GREEDY_TOKENS:
-                return tokens
-            out = self._advance(tokens[-1], out)
-
-    def begin(self, embeds: torch.Tensor) -> ModelOutput:
-        """Logits and cache of the language model for its input, float32 [1, L, D]."""
-        model, start = self.parts.model.language_model, start_ids(self.parts)
-        if not start:
-            return model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-        return model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([start]), use_cache=True)
-
-    def _advance(self, token: int, out: ModelOutput) -> ModelOutput:
-        model, ids, past = self.parts.model.language_model, torch.tensor([[token]]), out.past_key_values
-        if not start_ids(self.parts):
-            return model(input_ids=ids, past_key_values=past, use_cache=True)
-        encoded = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
-        return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
-
-
-def _onnx_embeds(backend: Backend, reference: TorchReference, case: Case) -> np.ndarray:
-    image, _, logits = backend.query_image(backend.encode_image(case.pixels), reference.instruction(case).numpy())
-    head = reference.parts.finding_head
+def _read(backend: Backend, parts: ModelAndTokenizers, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """A backend's input of the language model, float32 [1, L, D]; and its prompt, int64 [1, tokens]."""
+    image, _, logits = backend.query_image(backend.encode_image(case.pixels), _instruction(parts, case))
+    head = parts.finding_head
     seen = head.findings.read(scores_of(logits)) if head is not None and logits is not None else None
-    prompt = encode_prompt(reference.parts, case.context, seen)[image.shape[1] :]
-    return np.concatenate([image, backend.embed_tokens(np.array([prompt], np.int64))], axis=1)
+    prompt = np.array([encode_prompt(parts, case.context, seen)[image.shape[1] :]], np.int64)
+    return np.concatenate([image, backend.embed_tokens(prompt)], axis=1), prompt
 
 
-def _greedy(backend: Backend, reference: TorchReference, case: Case) -> list[int]:
-    embeds = _onnx_embeds(backend, reference, case)
+def _greedy(backend: Backend, parts: ModelAndTokenizers, case: Case) -> list[int]:
+    """Up to 64 greedy tokens, including the stop token."""
+    embeds, _ = _read(backend, parts, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
-    logits = decoder.prefill(embeds)
-    return [token.id for token in decode(decoder, logits, reference.stop_ids, GREEDY_TOKENS)]
+    return [token.id for token in decode(decoder, decoder.prefill(embeds), stop_ids(parts), GREEDY_TOKENS)]
 
 
-def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: list[int]) -> list[int]:
+def _forced(backend: Backend, parts: ModelAndTokenizers, case: Case, wanted: list[int]) -> list[int]:
     """The variant's token at every position after torch's tokens."""
-    embeds = _onnx_embeds(backend, reference, case)
+    embeds, _ = _read(backend, parts, case)
     decoder = backend.new_decoder(embeds.shape[1] + GREEDY_TOKENS)
     logits = decoder.prefill(embeds)
     chosen = [int(logits.argmax())]
@@ -251,28 +183,25 @@ def _forced(backend: Backend, reference: TorchReference, case: Case, wanted: lis
     return chosen
 
 
-def _graph_errors(reference: TorchReference, backend: Backend, case: Case) -> tuple[dict[str, float], dict[str, float]]:
+def _graph_errors(
+    exact: Backend, backend: Backend, parts: ModelAndTokenizers, case: Case
+) -> tuple[dict[str, float], dict[str, float]]:
     """Absolute and relative errors of each graph with torch's inputs, so that errors do not add up."""
-    model, ids = reference.parts.model, reference.instruction(case)
-    reading = reference.read(case)
-    prompt = np.array([reading.prompt[reading.projected.shape[1] :]], np.int64)
-    tokens = model.get_input_embeddings()(torch.from_numpy(prompt))
-    embeds = embed_inputs(model, torch.tensor([reading.prompt]), reading.projected)
-    logits = reference.begin(embeds).logits[0, -1]
-    image_embeds, _, finding_logits = backend.query_image(reading.features.numpy(), ids.numpy())
+    features, instruction = exact.encode_image(case.pixels), _instruction(parts, case)
+    embeds, prompt = _read(exact, parts, case)
+    (our_image, _, our_logits), (image, _, logits) = (b.query_image(features, instruction) for b in (backend, exact))
     pairs = {
-        "vision_encoder": (backend.encode_image(case.pixels), reading.features),
-        "qformer": (image_embeds, reading.projected),
-        "embed_tokens": (backend.embed_tokens(prompt), tokens),
-        "decoder_model_merged": (backend.new_decoder(embeds.shape[1]).prefill(embeds.numpy()), logits),
+        "vision_encoder": (backend.encode_image(case.pixels), features),
+        "qformer": (our_image, image),
+        "embed_tokens": (backend.embed_tokens(prompt), exact.embed_tokens(prompt)),
+        "decoder_model_merged": tuple(b.new_decoder(embeds.shape[1]).prefill(embeds) for b in (backend, exact)),
     }
-    if finding_logits is not None and reading.finding_logits is not None:
-        pairs["qformer, findings"] = (finding_logits, reading.finding_logits)
+    if our_logits is not None and logits is not None:
+        pairs["qformer, findings"] = (our_logits, logits)
     absolute, relative = {}, {}
     for kind, (ours, theirs) in pairs.items():
-        true = theirs.float().numpy()
-        absolute[kind] = float(np.abs(ours - true).max())
-        relative[kind] = float(np.linalg.norm(ours - true) / np.linalg.norm(true))
+        absolute[kind] = float(np.abs(ours - theirs).max())
+        relative[kind] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     return absolute, relative
 
 

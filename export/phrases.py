@@ -10,16 +10,14 @@ from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import split_sections
 from training.datasets import open_studies
-from training.datasets.studies import Study
 from training.drafting import Request, RuntimeDrafter
 
 DRAFT_WEIGHT = 3  # relative to a training report, because the model continues its own words
 
 
-def lexicon_of(data: Path, limit: int | None = None) -> Lexicon:
-    """The words of the training reports at ``data``, or of the first ``limit`` studies."""
-    studies = open_studies(data, ("train",), limit)
-    return Lexicon.compile(" ".join(split_sections(study.target)) for study in studies)
+def lexicon_of(data: Path) -> Lexicon:
+    """The words of the training reports at ``data``."""
+    return Lexicon.compile(" ".join(split_sections(study.target)) for study in open_studies(data, ("train",)))
 
 
 def report_phrases(tokenizer: Tokenizer, stop_id: int, data: Path, limit: int | None = None) -> list[list[int]]:
@@ -35,8 +33,6 @@ def phrasebook_of(folder: Path, data: Path, limit: int | None, tell: Callable[[i
 
     Args:
         folder: the bundle; its preferred variant for this machine writes the drafts.
-        data: IU X-RAY or MIMIC-CXR-JPG folder.
-        limit: largest number of studies.
         tell: gets the number of finished drafts, and of all drafts.
 
     Raises:
@@ -53,16 +49,12 @@ def phrasebook_of(folder: Path, data: Path, limit: int | None, tell: Callable[[i
         done += written
         tell(done, 2 * len(studies))
 
-    requests = [_request(study, number % 2 == 0) for number, study in enumerate(studies)]
+    requests = [Request(s.image, s.context, s.lateral if number % 2 else None) for number, s in enumerate(studies)]
     for drafter in (kept, kept.freely()):
         drafts += drafter.draft(requests, count)
     tokenizer, stop_id = Tokenizer.from_file(str(folder / TOKENIZER)), open_bundle(folder).manifest.stop_ids[0]
     written = _encode(tokenizer, stop_id, drafts)
     return Phrasebook.compile([*report_phrases(tokenizer, stop_id, data, limit), *DRAFT_WEIGHT * written])
-
-
-def _request(study: Study, frontal_alone: bool) -> Request:
-    return Request(study.image, study.context, None if frontal_alone else study.lateral)
 
 
 def _encode(tokenizer: Tokenizer, stop_id: int, texts: list[str]) -> list[list[int]]:

@@ -30,9 +30,7 @@ class ExportSettings:
     """What is exported, and how.
 
     Attributes:
-        checkpoint: InstructBLIP folder or hub name.
         adapters: folders of runs, or of finished stages, in order.
-        out: the bundle's folder.
         info: about the model; its ``data`` are also used for GPTQ, for the vocabulary, and to compare with torch.
         variants: names given by the user; the first is the default. ``all`` means every variant that fits.
         domain_vocabulary: keep only the tokens of the train reports and the ``common`` first merges.
@@ -40,8 +38,6 @@ class ExportSettings:
             ``rtn``.
         block_size, tune: see :class:`export.quantize.Int4Settings`.
         language: a bundle whose language model is copied.
-        cache: folder of base weights.
-        force: replace a bundle at ``out``.
     """
 
     checkpoint: str

@@ -52,8 +52,6 @@ def write_variant(
 
     Args:
         name: one of :data:`VARIANTS`, except ``fp32`` and ``nf4``.
-        paths: the fp32 graphs.
-        folder: where to write.
         settings: quantization of ``int4`` and of variants with its weights.
         rounded: with ``gptq``, the weights from :func:`export.gptq.round_language_model`.
         language: a bundle with this variant, whose language model is copied.
@@ -85,7 +83,6 @@ def in_int8(int4: dict[str, Path], folder: Path) -> dict[str, Path]:
 
     Args:
         int4: the graphs of int4, in ``folder``; the embedding has no products and is used unchanged.
-        folder: where to write.
     """
     target = f"{{}}{SUFFIX[IN_INT8]}.onnx"
     return {k: path if k == EMBED else multiply_in_int8(path, folder / target.format(k)) for k, path in int4.items()}

@@ -86,7 +86,6 @@ def restore(bundle: Bundle, variant: str | None = None) -> ModelAndTokenizers:
     """The model of a bundle in torch, in fp32, with its tokenizers and finding head.
 
     Args:
-        bundle: a bundle with ONNX graphs.
         variant: the variant with the weights; default is the bundle's default.
 
     Raises:

@@ -36,7 +36,6 @@ class Revision:
     """A verified bundle and its changes; :meth:`write` writes the result into another folder, or into the same.
 
     Attributes:
-        source: the bundle as it is.
         manifest: the manifest with the changes.
         files: name of each new or changed file, and the function that writes it.
         removed: names of files that are left out.
@@ -102,7 +101,6 @@ class Revision:
         Args:
             checkpoint: folder, for example from ``python -m export.restore``.
             data: IU X-RAY folder; ``None`` takes the example radiograph.
-            progress: gets how many drafts are done.
         """
         bundle = self.source
         cases, where = parity_cases(bundle.manifest.preprocessing, data, PARITY_CASES)

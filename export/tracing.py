@@ -31,9 +31,6 @@ def trace(
     """Trace a module, and write its graph.
 
     Args:
-        module: the module.
-        inputs: example inputs.
-        path: path of the graph.
         names, outputs: names of the graph's inputs and outputs.
         dynamic: dynamic dimensions of each argument of ``forward``.
         within: as in :func:`save_graph`.
@@ -103,8 +100,6 @@ def save_graph(graph: onnx.ModelProto, path: Path, within: bool = False) -> None
     """Write a graph with its weights in ``<name>.onnx_data`` beside it; existing files are replaced.
 
     Args:
-        graph: the graph, with its weights in memory.
-        path: path of the graph.
         within: keep the weights in the graph's file if they fit: protobuf allows 2 GB.
     """
     data = path.with_suffix(".onnx_data")

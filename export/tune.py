@@ -47,7 +47,6 @@ def tune_scales(
     rounded: dict[str, Rounded],
     readings: Sequence[Reading],
     steps: int,
-    seed: int = 0,
     tell: Callable[[int, int, float], None] = lambda step, steps, divergence: None,
 ) -> dict[str, Rounded]:
     """Tune the scales of rounded weights.
@@ -57,7 +56,6 @@ def tune_scales(
         rounded: from :func:`export.gptq.round_language_model`.
         readings: from :func:`export.gptq.calibration_inputs`.
         steps: number of steps of Adam, with :data:`BATCH_SIZE` readings each.
-        seed: random seed of their order.
         tell: gets the step, the number of steps, and the divergence of the batch in nats per token.
     """
     model.requires_grad_(False)
@@ -68,7 +66,7 @@ def tune_scales(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=max(steps, 2), pct_start=min(0.5, _WARMUP / max(steps, 2))
     )
-    order = _order(len(readings), np.random.default_rng(seed))
+    order = _order(len(readings), np.random.default_rng(0))
     for step in range(steps):
         batch = [readings[next(order)] for _ in range(min(BATCH_SIZE, len(readings)))]
         with torch.no_grad():

@@ -151,18 +151,15 @@ def _renumber_config(parts: ModelAndTokenizers, renumber: dict[int, int]) -> Non
     config = parts.model.config
     parts.image_token_id = renumber[parts.image_token_id]
     config.image_token_id = parts.image_token_id
-    for place in (config.text_config, parts.model.language_model.config):
+    language = parts.model.language_model
+    configs = [config.text_config, language.config]
+    for place in configs:
         place.vocab_size = len(renumber)
+    for place in (*configs, *(getattr(holder, "generation_config", None) for holder in (parts.model, language))):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             old = getattr(place, name, None)
             if isinstance(old, int):
                 setattr(place, name, renumber.get(old))
-    for holder in (parts.model, parts.model.language_model):
-        settings = getattr(holder, "generation_config", None)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            old = getattr(settings, name, None)
-            if isinstance(old, int):
-                setattr(settings, name, renumber.get(old))
 
 
 def _pair(merge: Any) -> tuple[str, str]:

@@ -67,23 +67,18 @@ def ablate(
     limit: int | None = None,
     cells: tuple[Cell, ...] = CELLS,
     max_steps: int | None = None,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train and score every cell that was not scored before.
 
     Args:
         config: the whole run, such as ``training/configs/iu_xray_mini.yaml``.
         output: folder of the ablation, with a run folder and ``CELL.json`` for each cell.
-        cache: cache folder for base weights.
         split, limit: the studies to draft.
-        cells: the cells to run.
-        max_steps: maximum number of steps per stage, for a trial.
-        console: for messages.
 
     Returns:
         A JSON-ready record, ``cells`` → ``scores`` and ``clinical``.
     """
-    console = console or Console(stderr=True)
+    console = Console(stderr=True)
     output.mkdir(parents=True, exist_ok=True)
     rows = {}
     for cell in cells:

@@ -182,10 +182,7 @@ def collate(
     """Encode studies into a batch.
 
     Args:
-        studies: B studies.
-        contexts: the clinical context of each.
         images: see :class:`Batch`.
-        seen: the findings in the prompt of each.
         laterals: indices of the studies whose lateral radiographs follow the frontal ones, ascending.
         openings: the opening of each report, which has no loss (except for an encoder-decoder).
     """
@@ -261,9 +258,7 @@ def epoch_order(
     Args:
         lengths: length of each target, int [studies].
         abnormal: bool [studies].
-        batch_size: studies per batch.
         abnormal_weight: other than 1, studies are sampled with replacement, abnormal ones with this weight.
-        rng: random generator.
     """
     count = len(lengths)
     if abnormal_weight != 1.0:

@@ -26,8 +26,6 @@ def write_browser(drafts: Path, data: Path, row: str | None, out: Path, limit: i
         drafts: JSON Lines file of ``evaluate --drafts``.
         data: folder of the collection, for the radiographs, which the page embeds.
         row: name of the row, such as ``int4 (cbedge)``; ``None`` for the first.
-        out: path of the page.
-        limit: maximum number of studies.
 
     Returns:
         The number of studies on the page.

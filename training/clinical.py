@@ -111,17 +111,14 @@ def paired_difference(
     second: Callable[[np.ndarray], float],
     count: int,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, float]:
     """The difference of two models on the same studies, its 95% interval, and the two-sided bootstrap p-value.
 
     Args:
         first, second: the score of each model for some studies, int [studies] with repeats.
         count: number of studies.
-        resamples: number of bootstrap samples.
-        seed: random seed.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = [rng.integers(count, size=count) for _ in range(resamples)]
     differences = np.array([first(r) - second(r) for r in rows])
     low, high = np.percentile(differences, (2.5, 97.5))

@@ -127,10 +127,6 @@ class RunConfig:
 
     Attributes:
         base: one of :data:`training.base.BASES`, with its ``base_options``; or a checkpoint folder or a hub name.
-        data: folder of a collection.
-        output: the run's folder.
-        stages: in order.
-        seed: random seed.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of computations: ``auto`` (fp32 on a CPU, bf16 on a GPU), ``fp32`` or ``bf16``.
         base_precision: of frozen weights in memory: ``fp32``, ``bf16`` or ``nf4`` (QLoRA). Trained weights are fp32.

@@ -65,10 +65,8 @@ class ConsensusReports:
         reports_with: number of sections with each sentence.
 
     Args:
-        studies: training studies.
         names: findings that the prompt may list.
         sentences: finding → the sentence that opens a draft.
-        seed: random seed of the sample.
         most: maximum number of studies; more are sampled.
     """
 
@@ -160,10 +158,6 @@ def _knows_more(row: Sequence[Sentence]) -> bool:
 
 class Agreement:
     """Agreement of texts with others: F1 of ROUGE-L, plus the shared words weighted by rarity.
-
-    Args:
-        texts: candidates.
-        others: texts to compare them with.
 
     Attributes:
         matrix: float32 [texts, others].

@@ -40,7 +40,6 @@ class Drafter:
 
     Args:
         generator: a bundle, or a run (:func:`training.run_bundle.open_run`).
-        name: name of the row in the table.
     """
 
     def __init__(self, generator: ReportGenerator, name: str):
@@ -88,7 +87,6 @@ class RuntimeDrafter(Drafter):
     Args:
         model: folder of a bundle; default is the embedded one.
         variant: a variant of the bundle; default is its default.
-        device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     def __init__(self, model: Path | None, variant: str | None, device: str = "cpu"):
@@ -103,7 +101,6 @@ class TorchDrafter(Drafter):
 
     Args:
         parts: the trained model, on its device.
-        name: name of the row in the table.
         image_blind: the model was trained without images, and no image is read.
         resources: the parts that its bundle would have, see :class:`~training.run_bundle.ReportResources`.
     """
@@ -147,12 +144,7 @@ def remember(encode: Callable[[np.ndarray], np.ndarray], most: int = 2000) -> Ca
 
 
 class RuntimeEncoder:
-    """The image side of a bundle, for the retrieval controls and the linear probes.
-
-    Args:
-        drafter: has opened the bundle.
-        batch_size: radiographs per call.
-    """
+    """The image side of a bundle, for the retrieval controls and the linear probes."""
 
     def __init__(self, drafter: Drafter, batch_size: int = 16):
         self.generator, self.batch_size = drafter.generator, batch_size
@@ -190,12 +182,7 @@ class Encoder(Protocol):
 
 
 class TorchEncoder:
-    """The image side of a model in torch.
-
-    Args:
-        parts: the model, on its device.
-        batch_size: radiographs per pass.
-    """
+    """The image side of a model in torch."""
 
     def __init__(self, parts: ModelAndTokenizers, batch_size: int = 16):
         self.parts, self.batch_size = parts, batch_size

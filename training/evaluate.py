@@ -50,16 +50,13 @@ def evaluate(
     """Draft, score, and compare with controls.
 
     Args:
-        data: folder of IU X-RAY.
         drafters: each gets a row; the first also gets the controls with swapped images, blank images and withheld
             indications. It may be empty if there is an image-blind model.
         encoder: a run or a bundle, for the retrieval controls and the linear probes; ``None`` for neither.
-        split: ``test`` or ``val``.
         limit: maximum number of studies, for a trial; the record says so.
         seed: random seed of the swap and of the constant report's candidates.
         image_blind: a model that was trained without images, for its row.
         drafts_file: JSON Lines file for all drafts and references; it must stay out of the repository.
-        console: for the progress bar.
         chexbert, radgraph: labelers with their weights, see :mod:`training.labelers`.
 
     Returns:

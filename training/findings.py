@@ -48,7 +48,6 @@ class Mention:
     Attributes:
         finding: CheXpert's name, or that of another group in lower case (``hyperinflation``, ``spine``...).
         start, end: character positions in the report.
-        denied: whether the report denies the finding.
     """
 
     finding: str

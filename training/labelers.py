@@ -32,8 +32,6 @@ class Chexbert:
         weights: ``chexbert.pth``, as published; only tensors are read, no code in it runs.
         tokenizer: folder of the tokenizer of ``bert-base-uncased``; default is the mini model's Q-Former tokenizer,
             which has the same vocabulary.
-        cache: cache folder for base weights.
-        batch_size: reports per batch.
 
     Raises:
         FileNotFoundError: there is no such file.

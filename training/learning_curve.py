@@ -30,16 +30,13 @@ def learning_curve(
     studies: Mapping[str, Sequence[Study]],
     kinds: Sequence[str] = ("vision",),
     repeats: int = 5,
-    seed: int = 0,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """AUC of :func:`training.probes.probe` for different numbers of training studies.
 
     Args:
         seen, studies: as :func:`training.probes.probe` takes them: splits ``train``, ``val`` and ``studied``.
-        kinds: of :data:`training.probes.KINDS`.
         repeats: random samples of each fraction of the train split; one for the whole split.
-        seed: random seed.
         advance: called after each sample with 1.
 
     Returns:
@@ -49,7 +46,7 @@ def learning_curve(
     Raises:
         ValueError: no tag has enough positives in every sample.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     whole = len(studies["train"])
     drawn: list[tuple[int, list[dict[str, dict[str, float]]]]] = []
     for fraction in FRACTIONS:
@@ -87,11 +84,9 @@ def measure(
 
     Args:
         encoder: a model that was not trained on these studies.
-        data: IU X-RAY's folder.
         split: split for the AUC, ``test`` or ``val``; the regularization is chosen on ``val``.
         repeats: see :func:`learning_curve`.
         limit: maximum number of studies per split, for a trial; the record says so.
-        console: for the progress bar.
 
     Raises:
         ValueError: no tag has enough positives in every sample of the train split.

@@ -26,19 +26,17 @@ class AlignmentHeads(nn.Module):
     """The small heads of these losses, for training only.
 
     Args:
-        hidden: width of the Q-Former.
         num_tags: number of curated tags, at most the number of queries.
         word_ids: tokens of the words loss, int64 [W].
         word_frequency: share of training reports with each token, float [W]; initializes the bias.
-        embed: width of the contrastive embeddings.
     """
 
     word_ids: Tensor
 
-    def __init__(self, hidden: int, num_tags: int, word_ids: Tensor, word_frequency: Tensor, embed: int = 128):
+    def __init__(self, hidden: int, num_tags: int, word_ids: Tensor, word_frequency: Tensor):
         super().__init__()
-        self.image_projection = nn.Linear(hidden, embed)
-        self.text_projection = nn.Linear(hidden, embed)
+        self.image_projection = nn.Linear(hidden, 128)
+        self.text_projection = nn.Linear(hidden, 128)
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
         self.tag_weight = nn.Parameter(torch.randn(num_tags, hidden) * 0.02)
         self.tag_bias = nn.Parameter(torch.full((num_tags,), -2.0))
@@ -133,13 +131,7 @@ def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float
 
 
 class StageLosses(nn.Module):
-    """All losses of a stage in one forward pass, each as (mean, number of items in the mean).
-
-    Args:
-        parts: the model.
-        heads: heads for training.
-        stage: the stage.
-    """
+    """All losses of a stage in one forward pass, each as (mean, number of items in the mean)."""
 
     def __init__(self, parts: ModelAndTokenizers, heads: AlignmentHeads, stage: Stage):
         super().__init__()

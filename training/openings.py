@@ -65,10 +65,7 @@ class Opener:
         """The opening, and the rest of the report, which starts with a space.
 
         Args:
-            study: the study.
-            prompted: findings in the prompt.
             tags: 1, 0 or -1 for each of :data:`~training.ontology.TAGS`; only present findings open a report.
-            rng: random generator.
 
         Returns:
             An empty opening and the unchanged target if no finding opens the report.

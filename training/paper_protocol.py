@@ -80,7 +80,6 @@ def score_like_paper(drafts: list[str], references: list[str], wordnet: WordNetC
 
     Args:
         drafts, references: cleaned, one each per study.
-        wordnet: see :func:`open_wordnet`.
 
     Raises:
         ValueError: the lists are empty or of different length.

@@ -59,10 +59,6 @@ class _Counts:
 def check_run(config: RunConfig, processes: int = 1) -> Checked:
     """Check that a run can learn, before a model is loaded or a file is written.
 
-    Args:
-        config: the run.
-        processes: number of processes that share a batch.
-
     Raises:
         FileNotFoundError: the folder has no known collection.
         ValueError: a file, a split or a stage cannot be used; the message names it.

@@ -16,6 +16,7 @@ from training.ontology import TAGS
 KINDS = {"pixels": "raw pixels, 32 x 32", "vision": "vision encoder", "qformer": "Q-Former output"}
 _SIDE = 32
 _COMPONENTS = 256
+_LEAST_POSITIVES = 5
 _STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 Representation = dict[str, np.ndarray]
@@ -30,8 +31,6 @@ def represent(
     """Representations of every study's image, each float32 [studies, D].
 
     Args:
-        encoder: the image side of a model.
-        studies: the studies.
         advance: called with the number of encoded studies.
         kinds: ``pixels``: the downscaled radiograph; ``vision``: class token and mean of patches; ``qformer``: the
             output of all queries.
@@ -57,7 +56,6 @@ def represent(
 def probe(
     seen: Mapping[str, Representation],
     studies: Mapping[str, Sequence[Study]],
-    least_positives: int = 5,
     kinds: Sequence[str] = tuple(KINDS),
 ) -> dict[str, dict[str, float]]:
     """AUC of each tag: logistic regression on 256 principal components, fitted to ``train``, with the regularization
@@ -65,12 +63,9 @@ def probe(
 
     Args:
         seen: :func:`represent` of the splits ``train``, ``val`` and ``studied``.
-        studies: the studies of these splits.
-        least_positives: a tag with fewer positives in any split is left out.
-        kinds: of :data:`KINDS`.
 
     Returns:
-        tag → AUC of each kind on ``studied``, and number of ``positives`` there.
+        For tags with five positives in every split: AUC of each kind on ``studied``, and number of ``positives`` there.
     """
     labels = {name: np.array([s.tags for s in group]) for name, group in studies.items()}
     reduced = {kind: _reduce({name: seen[name][kind] for name in seen}) for kind in kinds}
@@ -78,7 +73,7 @@ def probe(
     for column, tag in enumerate(TAGS):
         known = {name: values[:, column] >= 0 for name, values in labels.items()}
         columns = {name: values[known[name], column] for name, values in labels.items()}
-        if all(least_positives <= c.sum() < len(c) for c in columns.values()):
+        if all(_LEAST_POSITIVES <= c.sum() < len(c) for c in columns.values()):
             found[tag] = {
                 kind: _auc({name: x[known[name]] for name, x in by_split.items()}, columns)
                 for kind, by_split in reduced.items()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from cbedge.api import ReportGenerator
 from cbedge.backends.torch_model import TorchBackend
@@ -44,8 +43,6 @@ class ReportResources:
         """Make them from the training reports at ``data``.
 
         Args:
-            parts: the model.
-            data: folder of a collection.
             limit: maximum number of reports for phrasebook and lexicon.
             with_templates: make templates too, if the model has finding scores; ``data`` must be IU X-RAY.
         """
@@ -101,8 +98,8 @@ def open_run(
         image_findings=with_denials(head.findings) if head else None,
         reads_lateral=parts.reads_lateral and not image_blind,
     )
-    tensors = {"queries": torch.tensor(head.queries), "weight": head.weight, "bias": head.bias} if head else None
-    backend = ImageBlindBackend(parts.model) if image_blind else TorchBackend(parts.model, tensors)
+    kind = ImageBlindBackend if image_blind else TorchBackend
+    backend = kind(parts.model, head.tensors if head else None)
     with tempfile.TemporaryDirectory() as folder:
         parts.tokenizer.backend_tokenizer.save(str(Path(folder, TOKENIZER)))
         parts.qformer_tokenizer.backend_tokenizer.save(str(Path(folder, QFORMER_TOKENIZER)))

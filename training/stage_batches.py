@@ -30,12 +30,6 @@ from training.parallel import Processes
 class StageBatches:
     """The batches of a stage. The next one is read while the model trains on the current one.
 
-    Args:
-        config, stage: the settings.
-        parts: the model, for its tokenizers, preprocessing and vision encoder.
-        processes: the processes that share a batch.
-        seed: random seed of the stage.
-
     Attributes:
         studies: the training studies.
         consensus: the reports to learn instead of the studies' own, or ``None``.

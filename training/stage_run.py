@@ -11,15 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cbedge.prompt import split_sections
@@ -45,18 +37,7 @@ VOCABULARY_STUDIES = 20_000  # enough to separate common words from rare ones
 
 
 class StageRun:
-    """The training loop of one stage, and its state on disk.
-
-    Args:
-        config, stage: the settings.
-        number: index of the stage.
-        parts: the model, prepared for the stage.
-        processes: the processes of the run.
-        autocast: precision of the computations.
-        folder: folder of the stage.
-        previous: folder of the previous stage, or ``None``.
-        console: for messages and the progress bar.
-    """
+    """The training loop of one stage, and its state on disk."""
 
     def __init__(
         self,
@@ -101,15 +82,8 @@ class StageRun:
         """Train to the end of the stage; resume from its checkpoint if there is one."""
         self._resume()
         total = min(self.total_steps, max_steps or self.total_steps)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as progress:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+        with Progress("{task.description}", *columns, console=self.console) as progress:
             if self.stage.cached_views:
                 encoding = progress.add_task(f"stage {self.stage.name}: encoding images", total=None)
                 advance = partial(_advance, progress, encoding)

@@ -56,7 +56,6 @@ def start_cross_attention(model: InstructBlipForConditionalGeneration, features:
     Args:
         model: its Q-Former's cross-attention is initialized in place.
         features: vision features of some radiographs, float [N, P, H].
-        seed: random seed.
     """
     mean, deviation = features.mean((0, 1)), features.flatten(0, 1).std(0) + 1e-6
     generator = torch.Generator().manual_seed(seed)
@@ -105,8 +104,6 @@ def load_trained(
     """Load a finished stage's parts and adapters into the model.
 
     Args:
-        model: modified in place.
-        folder: folder of the stage.
         adapted: parts whose adapters are loaded, of ``vision`` and ``language``.
     """
     if (folder / "trained.safetensors").is_file():
@@ -150,7 +147,6 @@ def embed_inputs(
     """Token embeddings [B, L, D], with the projected queries in place of the image placeholders.
 
     Args:
-        model: the model.
         input_ids: int64 [B, L].
         projected: [N, Q, D] of the frontal radiographs, followed by the lateral ones; ``None`` if ``input_ids`` has no
             placeholders.

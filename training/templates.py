@@ -67,7 +67,6 @@ def learn_templates(reports: ConsensusReports, findings: Iterable[str]) -> Templ
     """Compose templates from sentences of reports, and train the classifier that chooses one for a context.
 
     Args:
-        reports: training reports.
         findings: the findings of all reports of the collection, which no template may have.
 
     Returns:

@@ -38,8 +38,6 @@ def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = 
         config: the run. Its folder contains ``base/`` (for an assembled base model) and one folder per stage:
             ``adapters/`` in peft's format, ``trained.safetensors``, ``loss.csv``, ``loss.png``, and during training a
             checkpoint.
-        cache: cache folder for base weights.
-        max_steps: maximum number of optimizer steps per stage, for trials.
 
     Raises:
         FileNotFoundError: data or base weights are missing.

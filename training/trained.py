@@ -52,7 +52,6 @@ def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side:
     Args:
         checkpoint: an InstructBLIP folder or hub name, or one of :data:`training.base.BASES`.
         adapters: folders of finished stages, in order; the folder of a run means all of its stages.
-        cache: cache folder for base weights.
         image_side: load only a part of the language model, without adapters; a large one may not fit into memory.
 
     Raises:

@@ -15,23 +15,14 @@ from training.losses import AlignmentHeads, StageLosses
 from training.ontology import TAGS
 from training.stages import encode_images, query_image
 
+BATCH_SIZE = 16
 LATERAL_SHARES = (0.25, 0.75)  # candidates besides equal shares
 LEAST_GAIN = 0.005  # of AUC, for unequal shares
 LEAST_POSITIVES = 3  # studies with a finding, for an AUC
 
 
 class Validation:
-    """Measures a model on validation studies, with full context and nothing withheld.
-
-    Args:
-        parts: the model in training.
-        stage: the stage, for its losses.
-        studies: studies of the validation split.
-        device: the model's device.
-        autocast: precision of the computations.
-        batch_size: studies per batch.
-        consensus: the reports to learn instead of the studies' own, or ``None``.
-    """
+    """Measures a model on validation studies, with full context and nothing withheld."""
 
     def __init__(
         self,
@@ -40,11 +31,10 @@ class Validation:
         studies: Sequence[Study],
         device: torch.device,
         autocast: torch.autocast,
-        batch_size: int = 16,
         consensus: ConsensusReports | None = None,
     ):
         self.parts, self.stage, self.studies = parts, stage, studies
-        self.device, self.autocast, self.batch_size = device, autocast, batch_size
+        self.device, self.autocast = device, autocast
         self.study_tags = StudyTags(stage.tell_from)
         self.consensus = consensus
 
@@ -85,8 +75,8 @@ class Validation:
         return np.concatenate(logits), np.concatenate(tags)
 
     def _batches(self) -> Iterator[Batch]:
-        for start in range(0, len(self.studies), self.batch_size):
-            yield self._batch(self.studies[start : start + self.batch_size])
+        for start in range(0, len(self.studies), BATCH_SIZE):
+            yield self._batch(self.studies[start : start + BATCH_SIZE])
 
     def _batch(self, studies: Sequence[Study]) -> Batch:
         blind = self.stage.image_blind
@@ -138,8 +128,6 @@ def choose_thresholds(
     Args:
         views: logits of :meth:`Validation.tag_logits`, float [studies, 2, TAGS].
         tags: 1, 0 or -1, [studies, TAGS].
-        names: the findings.
-        openings: finding → the sentence that opens a draft.
 
     Raises:
         ValueError: no validation study is known to be abnormal, or none to be normal.

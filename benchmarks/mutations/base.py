@@ -37,16 +37,12 @@ class Input:
     """One input of the campaign.
 
     Attributes:
-        index: number of the input in its seed.
         kind: one of :data:`benchmarks.mutations.KINDS`.
         route: ``api``, ``generate``, ``batch``, ``serve`` or ``listen``.
-        data: bytes of the file or request.
-        name: name of the file.
         array: pixels for the Python API, instead of a file.
         film: number of the film that an equivalent shows; ``None`` for other kinds.
         may_refuse: whether an equivalent may be refused with an error message.
         options: indication, comparison, view, template, format and others.
-        note: what was changed, for the record.
     """
 
     index: int

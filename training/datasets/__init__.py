@@ -11,7 +11,7 @@ from training.datasets.collection import Collection
 from training.datasets.iu_xray import IU_XRAY
 from training.datasets.mimic_cxr import MIMIC_CXR
 from training.datasets.provenance import Provenance, read_dataset_json, unnamed
-from training.datasets.studies import Record, Study, Tally, studies_of
+from training.datasets.studies import Record, Study, Tally
 from training.fetch import DEFAULT_CACHE
 
 INDEX_CACHE = DEFAULT_CACHE.parent / "index"
@@ -42,7 +42,6 @@ def open_studies(
     Args:
         folder: folder of one of :data:`COLLECTIONS`.
         splits: of ``train``, ``val``, ``test``, ``extra``.
-        limit: maximum number of studies.
         cache: cache folder for the index of a large collection.
 
     Raises:
@@ -76,19 +75,3 @@ def open_records(folder: Path, tally: Tally, cache: Path = INDEX_CACHE) -> tuple
     """
     collection = find_collection(folder)
     return find_provenance(folder).name, collection.records(Path(folder), tally, cache)
-
-
-__all__ = [
-    "COLLECTIONS",
-    "INDEX_CACHE",
-    "Collection",
-    "Provenance",
-    "Record",
-    "Study",
-    "Tally",
-    "find_collection",
-    "find_provenance",
-    "open_records",
-    "open_studies",
-    "studies_of",
-]

@@ -23,8 +23,6 @@ class Summary:
     """Counts of the studies for training.
 
     Attributes:
-        collection: name of the collection.
-        tally: counts of found and dropped files.
         studies: split → number of studies with a frontal radiograph.
         given: ``findings``, ``impression``, ``indication``, ``comparison``, ``lateral`` → number of studies with it.
         labels: split → number of studies with each tag present, and with each tag known, int [2, TAGS].

@@ -16,7 +16,7 @@ import os
 import re
 import sqlite3
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from training.datasets.collection import Collection
@@ -165,7 +165,6 @@ class IndexedStudies(Sequence[Study]):
 
     Args:
         index: an index of :func:`build_index`.
-        folder: folder of the collection.
         splits: of ``train``, ``val``, ``test``.
 
     Attributes:
@@ -230,14 +229,10 @@ def _join(base: sqlite3.Connection, paths: dict[str, Path], tally: Tally) -> Non
             tally.found["row of chexpert table"] += 1
             yield int(row["study_id"]), " ".join(map(str, chexpert_tags(row)))
 
-    _insert(base, "INSERT OR REPLACE INTO image VALUES (?, ?, ?, ?, NULL)", images())
-    _insert(base, "UPDATE image SET position = ? WHERE dicom_id = ?", positions())
-    _insert(base, "INSERT OR REPLACE INTO label VALUES (?, ?)", labels())
+    base.executemany("INSERT OR REPLACE INTO image VALUES (?, ?, ?, ?, NULL)", images())
+    base.executemany("UPDATE image SET position = ? WHERE dicom_id = ?", positions())
+    base.executemany("INSERT OR REPLACE INTO label VALUES (?, ?)", labels())
     base.commit()
-
-
-def _insert(base: sqlite3.Connection, statement: str, rows: Iterable[tuple]) -> None:
-    base.executemany(statement, rows)
 
 
 def _records(base: sqlite3.Connection, folder: Path, tally: Tally) -> Iterator[Record]:

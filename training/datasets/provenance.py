@@ -27,10 +27,7 @@ class Provenance:
     """Provenance of a collection; all texts except the name may be empty.
 
     Attributes:
-        name: name of the collection.
-        licence: licence of the data.
         source: source of the data, such as an address or a department.
-        citation: the article that describes them.
         detail: the part of the collection that is used.
         population: the patients, for the limitations in the model card.
     """
@@ -77,10 +74,6 @@ def read_dataset_json(folder: Path) -> Provenance | None:
 
 def data_record(provenance: Provenance, studies: Iterable[Study]) -> dict[str, str]:
     """The record of a run's data, for manifest and model card.
-
-    Args:
-        provenance: provenance of the collection.
-        studies: studies for training and validation.
 
     Returns:
         The texts of :class:`Provenance`; ``splits``; ``studies``, their number; ``study_list_sha256`` of the sorted

@@ -33,9 +33,7 @@ class Record:
     """One study of a collection, unchanged.
 
     Attributes:
-        study_id: identifier in the collection.
         split: ``train``, ``val``, ``test`` or ``extra``.
-        images: the images on disk.
         indication, comparison, findings, impression: as written, with de-identification marks.
         tags: 1 (present), 0 (absent) or -1 (unknown) for each of :data:`~training.ontology.TAGS`.
         place: file and line, if the collection has one file of studies.
@@ -63,14 +61,12 @@ class Study:
     """One study with a frontal radiograph.
 
     Attributes:
-        study_id: identifier in the collection.
         split: ``train``, ``val``, ``test`` or ``extra``.
         image: path of the frontal radiograph.
         lateral: path of the lateral radiograph, or ``None``.
         context: indication, comparison and view, cleaned as in inference.
         target: the training target, ``FINDINGS: … IMPRESSION: …``; may be empty.
         findings: the findings as written, with marks; the reference in evaluation.
-        impression: as written.
         tags: 1, 0 or -1 (unknown) for each of :data:`~training.ontology.TAGS`.
         tags_given: whether the collection has tags.
         tags_derived: whether the tags were derived from the report.
