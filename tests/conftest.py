@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -74,9 +75,10 @@ def run_cli(*arguments: object, cwd: Path = ROOT, **env: str) -> subprocess.Comp
 
 
 def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
-    """``python -m MODULE ARGUMENTS`` in this process, which has torch and transformers loaded already."""
+    """``python -m MODULE ARGUMENTS`` in this process, which has the imports behind it."""
     from training.command_line import run
 
+    interrupt = signal.getsignal(signal.SIGINT)
     words = [module, *map(str, arguments)]
     try:
         program = importlib.import_module(f"{module}.__main__")
@@ -92,6 +94,8 @@ def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
         except Exception:
             traceback.print_exc()
             code = 1
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 

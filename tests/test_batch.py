@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
-from conftest import EXAMPLES, ROOT, USUAL_VARIANT, draw_chest, run_cli
+from conftest import EXAMPLES, ROOT, USUAL_VARIANT, call_cli, draw_chest, run_cli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,21 +36,9 @@ def films(tmp_path: Path) -> Path:
     return folder
 
 
-def run_batch(bundle: Path, studies: object, out: Path, *options: object):
-    return run_cli(
-        "cbedge.cli",
-        "batch",
-        studies,
-        "--out",
-        out,
-        "--model",
-        bundle,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        6,
-        *options,
-    )
+def run_batch(bundle: Path, studies: object, out: Path, *options: object) -> subprocess.CompletedProcess:
+    given = ("--model", bundle, "--device", "cpu", "--max-new-tokens", 6)
+    return call_cli("cbedge.cli", "batch", studies, "--out", out, *given, *options)
 
 
 def test_one_bad_file_stops_nothing_and_is_listed_at_the_end(tiny_bundle: Path, films: Path, tmp_path: Path):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_cli
 from syrupy.assertion import SnapshotAssertion
+from typer.cli import app as typer_command
+from typer.testing import CliRunner
 
 # Fixed width, no colours; what the terminal, a CI service or the user's own settings would change is taken away.
 LAYOUT = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "PYTHONUTF8": "1", "HOME": "/home/user"}
@@ -73,5 +75,5 @@ def test_the_documentation_has_every_building_command(programs: dict[str, dict[s
 
 @pytest.mark.parametrize("module", [module for module in DOCUMENTED if module.startswith("export")])
 def test_the_documentation_shows_a_command(module: str):
-    done = run_cli("typer", module, "utils", "docs", "--name", "it")
-    assert done.returncode == 0 and done.stdout.startswith("# `it`"), done.stderr
+    done = CliRunner().invoke(typer_command, [module, "utils", "docs", "--name", "it"])
+    assert done.exit_code == 0 and done.stdout.startswith("# `it`"), done.output
