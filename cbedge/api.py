@@ -104,12 +104,14 @@ class ReportGenerator:
         recent_studies: number of studies to cache.
 
     Attributes:
-        bundle, variant, backend: as given.
+        bundle: as given.
+        variant: as given.
+        backend: as given.
         resources: tokenizers, phrasebook, templates and lexicon of the bundle.
         film_check: the bundle's check of input images.
         recent: the cached studies; ``recent.clear()`` removes them.
 
-    Example:
+    Examples:
         >>> generator = ReportGenerator.from_pretrained()
         >>> report = generator.generate("chest_pa.png", indication="cough")
         >>> print(report.findings)
@@ -145,7 +147,7 @@ class ReportGenerator:
         Raises:
             BundleError: the bundle is missing, altered, of an unknown format, or lacks the variant.
             OptionError: ``threads`` or ``recent_studies`` is out of range.
-            DeviceError: ONNX Runtime is not installed, CUDA was requested and is not available, or memory ran out.
+            DeviceError: ONNX Runtime is not installed, the device is unknown or not available, or memory ran out.
         """
         if threads is not None:
             check_count("threads", threads, 1, MAX_THREADS)
@@ -211,7 +213,7 @@ class ReportGenerator:
         Raises:
             OptionError: ``requests`` is a single request, or cannot be iterated.
 
-        Example:
+        Examples:
             >>> reports = generator.generate_many([{"image": "1.png"}, {"image": "2.png", "indication": "cough"}])
         """
         is_single = isinstance(requests, str | bytes | Mapping)

@@ -54,7 +54,7 @@ class BundleError(CbedgeError):
 
 
 class DeviceError(CbedgeError):
-    """ONNX Runtime is not installed correctly, the requested device is not available, or memory ran out."""
+    """The device is unknown or not available, ONNX Runtime is not installed correctly, or memory ran out."""
 
     exit_code = 6
 

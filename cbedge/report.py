@@ -87,27 +87,34 @@ class Report:
     """One draft.
 
     Attributes:
-        findings, impression: the two sections; either can be empty.
-        text: the text as the model wrote it.
+        findings: the findings section; can be empty.
+        impression: the impression section; can be empty.
+        text: both sections as one text.
         complete: ``False`` if the draft was cut off at ``max_new_tokens``.
-        model, model_version, variant, device: the model that wrote it, and where it ran.
+        model: name of the model that wrote it.
+        model_version: its version.
+        variant: its variant.
+        device: where it ran.
         view: ``frontal`` or ``lateral``, as stated in the prompt.
         indication_source: ``given``, ``DICOM header``, or ``None`` if the prompt has no indication.
-        template: the normal report whose wording the draft follows, or ``None``;
-            ``template_source``: ``given`` for the user's, ``model`` for the model's template for this indication.
+        template: the normal report whose wording the draft follows, or ``None``.
+        template_source: ``given`` for the user's, ``model`` for the model's template for this indication.
         image_findings: findings whose score reaches its threshold, which the prompt lists; empty if none does;
             ``None`` for a model without finding scores. The text can still contradict them.
         finding_scores: score of every finding that the model knows, 0 to 1; scores rank findings and are not
             probabilities.
         finding_thresholds: the score at which each finding counts as present.
         sentences: the sentences of the draft, with confidence and source.
-        image_sha256: hash of the input file; ``lateral_sha256``: of the lateral radiograph's file, if one was given.
-        prompt_tokens: length of image embeddings and prompt; ``new_tokens``: length of the draft without the stop
-            token; ``opening_tokens``: those of them that state image findings and were not decoded.
-        guessed_tokens, accepted_tokens: tokens proposed by speculative decoding, and those that the model accepted;
-            ``passes``: decoding passes of the language model; 0 if it was not used.
-        image_reused: whether the outputs of vision encoder and Q-Former came from the cache of recent studies;
-            ``reused_tokens``: image embeddings and prompt tokens that the language model did not read again
+        image_sha256: hash of the input file.
+        lateral_sha256: hash of the lateral radiograph's file, if one was given.
+        prompt_tokens: length of image embeddings and prompt.
+        new_tokens: length of the draft without the stop token.
+        opening_tokens: those of ``new_tokens`` that state image findings and were not decoded.
+        guessed_tokens: tokens proposed by speculative decoding.
+        accepted_tokens: those of ``guessed_tokens`` that the model accepted.
+        passes: decoding passes of the language model; 0 if it was not used.
+        image_reused: whether the outputs of vision encoder and Q-Former came from the cache of recent studies.
+        reused_tokens: image embeddings and prompt tokens that the language model did not read again
             (:mod:`cbedge.drafting.recent`). Reuse changes the timings, not the draft.
         warnings: what the reader must know about the radiograph or its header, for example that it looks mirrored;
             one sentence each, without patient data.

@@ -28,7 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace each ``<!-- commands: MODULE as COMMAND -->`` by the reference of these commands."""
+    """Replace each ``<!-- commands: MODULE as COMMAND -->`` by help texts; find pictures where the site has them."""
+    for name, source in FROM_ELSEWHERE.items():
+        markdown = markdown.replace(f"../{source}", name)
     return re.sub(r"<!-- commands: (\S+) as (.+?) -->", lambda found: _commands(*found.groups()), markdown)
 
 

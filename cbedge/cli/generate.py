@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 def generate(
     image: Annotated[Path, typer.Argument(help="Chest radiograph: PNG, JPEG, TIFF, WebP or DICOM (CR, DX).")],
     indication: Annotated[str | None, typer.Option(help='Reason for the study in English, such as "cough".')] = None,
-    comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, or "none".')] = None,
+    comparison: Annotated[str | None, typer.Option(help='Prior study to compare with, such as "2019".')] = None,
     view: Annotated[str | None, typer.Option(help=f"{VIEW_NAMES}.", show_default="from the header")] = None,
     template: Template = None,
     no_template: NoTemplate = False,
-    lateral: Annotated[
-        Path | None, typer.Option(help="Lateral radiograph of the same study, for models that read both views.")
-    ] = None,
+    lateral: Annotated[Path | None, typer.Option(help="Lateral radiograph of the same study.")] = None,
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",

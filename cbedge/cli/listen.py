@@ -12,7 +12,7 @@ from cbedge.errors import OutputError, install_extra
 
 def listen(
     known: Annotated[list[str], typer.Option("--known", help="AE title of a node that may send images; repeatable.")],
-    spool: Annotated[Path, typer.Option(help="Folder for the queue; radiographs stay there until they are drafted.")],
+    spool: Annotated[Path, typer.Option(help="Folder for received radiographs and undelivered drafts.")],
     peer: Annotated[
         str | None,
         typer.Option(help="PACS that receives the drafts, as AET@host:port.", show_default="drafts stay in the spool"),

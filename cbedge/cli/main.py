@@ -42,7 +42,7 @@ def _root(
     pass
 
 
-for command in (generate, bench, batch, serve, listen, doctor, schema, model):
+for command in (generate, batch, serve, listen, doctor, model, schema, bench):
     app.command()(command)
 
 

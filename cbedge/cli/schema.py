@@ -6,9 +6,7 @@ import typer
 
 
 def schema(
-    batch: Annotated[
-        bool, typer.Option("--batch", help="Print that of the lines that cbedge batch writes instead.")
-    ] = False,
+    batch: Annotated[bool, typer.Option("--batch", help="Print the schema of a line of cbedge batch instead.")] = False,
 ) -> None:
     """Print the JSON Schema of the reports that --format json writes."""
     import json
