@@ -9,7 +9,7 @@ import pytest
 from conftest import draw_chest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from cbedge import RadiographError, load_radiograph
@@ -173,6 +173,96 @@ def test_an_orientation_tag_of_another_type_or_place_is_obeyed(kind: str):
     else:
         data = encoded(turned, kind, exif=exif, quality=95)
     assert np.abs(load_radiograph(data).pixels - STRETCHED).mean() < 0.02
+
+
+def _profile(curve: bytes, space: bytes = b"GRAY", tag: bytes = b"kTRC", connection: bytes = b"XYZ ") -> bytes:
+    header = bytearray(128)
+    header[8:12], header[12:24], header[36:40] = b"\2\x10\0\0", b"mntr" + space + connection, b"acsp"
+    header[68:80] = struct.pack(">3l", 63190, 65536, 54061)
+    description = b"desc\0\0\0\0" + struct.pack(">L", 6) + b"Films\0" + bytes(78)
+    content = bytes(header) + struct.pack(">L4sLL4sLL", 2, tag, 156, len(curve), b"desc", 156 + len(curve), 96)
+    content += curve + description
+    return struct.pack(">L", len(content)) + content[4:]
+
+
+_GAMMA_ONE = b"curv\0\0\0\0\0\0\0\0"
+_SRGB_NUMBERS = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+
+
+def _parameters(kind: int, *numbers: float) -> bytes:
+    return b"para\0\0\0\0" + struct.pack(f">HH{len(numbers)}l", kind, 0, *(round(65536 * n) for n in numbers))
+
+
+def _with_gamma(png: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    made = [struct.pack(">L", len(d)) + k + d + struct.pack(">L", zlib.crc32(k + d)) for k, d in chunks]
+    return png[:33] + b"".join(made) + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("light", "profile"),
+    [
+        (2.2, _profile(_GAMMA_ONE)),
+        (2.2, _profile(_GAMMA_ONE, b"RGB ", b"gTRC")),
+        (2.2, _profile(b"curv\0\0\0\0\0\0\0\2\0\0\xff\xff")),
+        (2.2, _profile(_parameters(0, 1.0))),
+        (2.2 / 1.8, _profile(b"curv\0\0\0\0\0\0\0\1" + struct.pack(">H", round(1.8 * 256)))),
+        (2.2 / 1.8, _profile(_parameters(1, 1.8, 1.0, 0.0))),
+        (2.2 / 1.8, _profile(_parameters(2, 1.8, 1.0, 0.0, 0.0))),
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP", "white is zero", "image"])
+def test_values_by_a_profile_are_shown_as_in_every_viewer(light: float, profile: bytes, kind: str):
+    linear = (CHEST / 255) ** light
+    if kind in ("JPEG", "WEBP"):
+        data = encoded(Image.fromarray(np.rint(linear * 255).astype(np.uint8)), kind, quality=100, icc_profile=profile)
+    else:
+        linear = 1 - linear if kind == "white is zero" else linear
+        image = Image.fromarray(np.rint(linear * 65535).astype(np.uint16))
+        tags = {262: 0} if kind == "white is zero" else {}
+        data = encoded(image, "PNG" if kind == "PNG" else "TIFF", icc_profile=profile, tiffinfo=tags)
+    radiograph = load_radiograph(Image.open(io.BytesIO(data)) if kind == "image" else data)
+    assert np.abs(radiograph.pixels - STRETCHED).mean() < (0.02 if kind in ("JPEG", "WEBP") else 0.002)
+    assert radiograph.warnings == ()
+
+
+@pytest.mark.parametrize(("gamma", "light"), [(100000, 2.2), (55556, 2.2 / 1.8), (45455, 1.0)])
+def test_the_gamma_of_a_png_is_obeyed(gamma: int, light: float):
+    png = encoded(Image.fromarray(np.rint((CHEST / 255) ** light * 65535).astype(np.uint16)), "PNG")
+    stated = (b"gAMA", struct.pack(">L", gamma))
+    assert np.abs(load_radiograph(_with_gamma(png, stated)).pixels - STRETCHED).max() < 0.01
+    # A statement of sRGB takes precedence.
+    srgb = load_radiograph(_with_gamma(png, stated, (b"sRGB", b"\0")))
+    assert np.array_equal(srgb.pixels, load_radiograph(png).pixels)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        _profile(_parameters(3, *_SRGB_NUMBERS)),
+        _profile(_parameters(4, *_SRGB_NUMBERS, 0.0, 0.0), b"RGB ", b"gTRC"),
+        _profile(b"curv\0\0\0\0\0\0\0\1" + struct.pack(">H", round(2.2 * 256))),
+    ],
+)
+def test_usual_profiles_change_no_bit(profile: bytes):
+    plain, stated = (load_radiograph(encoded(Image.fromarray(CHEST), "PNG", icc_profile=p)) for p in (None, profile))
+    assert np.array_equal(plain.pixels, stated.pixels) and stated.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [
+        (_profile(_GAMMA_ONE, tag=b"xTRC"), "Films"),
+        (_profile(_GAMMA_ONE, connection=b"Lab "), "Films"),
+        (_profile(b"curv\0\0\0\0\0\0\0\1\0\0"), "Films"),
+        (_profile(_parameters(9, 1.0)), "Films"),
+        (b"no profile", "without a name"),
+    ],
+)
+def test_a_profile_that_cannot_be_applied_is_named(profile: bytes, name: str):
+    plain, stated = (load_radiograph(encoded(Image.fromarray(CHEST), "PNG", icc_profile=p)) for p in (None, profile))
+    assert np.array_equal(plain.pixels, stated.pixels)
+    assert len(stated.warnings) == 1 and f"colour profile {name} could not be applied" in stated.warnings[0]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -21,7 +21,7 @@ from cbedge.errors import RadiographError
 from cbedge.images.file_type import is_dicom
 from cbedge.images.intensity import averaged, blocks, stretch
 from cbedge.images.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduction, working_memory
-from cbedge.images.raster import MIN_SIDE, check_size, decode_raster, image_values, stored_values
+from cbedge.images.raster import MIN_SIDE, Raster, check_size, decode_raster, image_values, stored_values
 
 if TYPE_CHECKING:
     import pydicom
@@ -99,8 +99,7 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         check_size(source.size, "the image", max_pixels, MIN_SIDE)
-        pixels, chroma, stored = image_values(source, "the image")
-        return Radiograph(_checked(pixels, "the image"), None, _digest(pixels), chroma=chroma, stored=stored)
+        return _from_raster(raster := image_values(source, "the image"), _digest(raster.pixels), "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         with file_memory(memoryview(source).nbytes):
             return _decode(bytes(source), "the input", max_pixels)
@@ -182,8 +181,12 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
         from cbedge.images.dicom import read_dicom
 
         return _from_dicom(read_dicom(data, name, max_pixels), digest, name)
-    pixels, chroma, stored = decode_raster(data, name, max_pixels)
-    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored)
+    return _from_raster(decode_raster(data, name, max_pixels), digest, name)
+
+
+def _from_raster(raster: Raster, digest: str, name: str) -> Radiograph:
+    pixels, chroma, stored, told = raster
+    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored, warnings=told)
 
 
 def _from_dicom(film: "DicomFilm", digest: str, name: str) -> Radiograph:

@@ -12,14 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
 from cbedge.errors import RadiographError
-from cbedge.images.intensity import averaged, blocks, stretch, to_uint8
+from cbedge.images.intensity import Transform, averaged, blocks, stretch, to_uint8
 from cbedge.images.memory import PartedFile, kept_bytes, reduction, working_memory
+from cbedge.images.tone import tone_curve, unusable
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG includes MPO, the cameras' multi-picture format
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV")
@@ -50,6 +52,9 @@ class _Picture:
         chroma: colourfulness, 0 to 1.
         orientation: as in EXIF, 1 to 8.
         is_negative: whether small values are bright.
+        bits: significant bits of the grey values.
+        tone: function from stored to displayed values, both 0 to 1; ``None`` if they are the same.
+        warnings: as in :class:`Raster`.
     """
 
     grey: np.ndarray
@@ -57,18 +62,27 @@ class _Picture:
     chroma: float
     orientation: int
     is_negative: bool
+    bits: int
+    tone: Transform | None
+    warnings: tuple[str, ...]
 
 
-def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, float, np.ndarray | None]:
+class Raster(NamedTuple):
+    """What an image file or a Pillow image shows; see :class:`cbedge.images.radiograph.Radiograph`."""
+
+    pixels: np.ndarray
+    chroma: float
+    stored: np.ndarray | None
+    warnings: tuple[str, ...]
+
+
+def decode_raster(data: bytes, name: str, max_pixels: int) -> Raster:
     """Decode an image file.
 
     Args:
         data: the file's bytes.
         name: name for error messages.
         max_pixels: limit on the number of pixels, checked before decoding.
-
-    Returns:
-        As :func:`image_values`.
 
     Raises:
         RadiographError: the format is unknown, or the image is damaged, too large, or has several frames.
@@ -82,12 +96,8 @@ def decode_raster(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
         return _shown(picture)
 
 
-def image_values(image: Image.Image, name: str) -> tuple[np.ndarray, float, np.ndarray | None]:
+def image_values(image: Image.Image, name: str) -> Raster:
     """The values of a Pillow image, rotated according to its orientation tag.
-
-    Returns:
-        pixels, float32 [rows, columns] in 0..1; their colourfulness, 0 to 1; and the stored 8-bit values, as
-        :attr:`cbedge.images.radiograph.Radiograph.stored`.
 
     Raises:
         RadiographError: the image is damaged, or its pixel type is not supported.
@@ -249,18 +259,18 @@ def _picture(image: Image.Image, name: str) -> _Picture:
                 f"{name} lacks the TIFF tag PhotometricInterpretation, which says whether 0 is black or white: save it "
                 "again with it, or as PNG"
             )
-        white_is_zero, stored = _is_white_zero(image), _stored_type(image)  # the tags are lost after loading
+        # The tags are lost after loading.
+        white_is_zero, stored, bits = _is_white_zero(image), _stored_type(image), _bits(image, 64)
         image.load()
         image = image.convert("LA") if image.mode == "La" else image  # Pillow has no other conversion
         colour = _colour(image) if image.mode in EIGHT_BIT_MODES else None
         grey = _grey(image, name)
-        return _Picture(
-            grey if stored is None else grey.view(stored),
-            colour,
-            _chroma(image),
-            _orientation(image),
-            white_is_zero,
-        )
+        grey = grey if stored is None else grey.view(stored)
+        tone, told = tone_curve(image)
+        if tone is not None and grey.dtype.kind != "u":  # a curve is for values from 0 to the most that is possible
+            tone, told = None, unusable(image)
+        bits = min(max(8, bits), 8 * grey.dtype.itemsize)
+        return _Picture(grey, colour, _chroma(image), _orientation(image), white_is_zero, bits, tone, told)
     except RadiographError:
         raise
     except Exception as error:  # Pillow's decoders raise various exceptions for damaged data
@@ -285,16 +295,19 @@ def _orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def _shown(picture: _Picture) -> tuple[np.ndarray, float, np.ndarray | None]:
-    grey, colour = picture.grey, picture.colour
+def _shown(picture: _Picture) -> Raster:
+    grey, colour, negative, transform = picture.grey, picture.colour, picture.is_negative, None
+    if picture.tone is not None:
+        tone, most, inverted, negative = picture.tone, 2**picture.bits - 1, negative, False
+        transform = lambda v: tone(np.clip((most - v if inverted else v) / most, 0, 1))  # noqa: E731
     rows, columns = grey.shape
     factor = reduction(rows, columns, 7 if colour is not None else 5 if grey.dtype == np.uint8 else 4)
-    pixels = stretch(grey, inverted=picture.is_negative, factor=factor)
+    pixels = stretch(grey, transform=transform, inverted=negative, factor=factor)
     values = averaged(grey, factor) if colour is None and grey.dtype == np.uint8 else colour
     stored = None if values is None else stored_values(values, pixels)
     turned = [None if a is None else _turned(a, picture.orientation) for a in (pixels, stored)]
     assert turned[0] is not None
-    return turned[0], picture.chroma, turned[1]
+    return Raster(turned[0], picture.chroma, turned[1], picture.warnings)
 
 
 def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -314,11 +327,15 @@ def _is_white_zero(image: Image.Image) -> bool:
 
 def _loses_depth(image: Image.Image) -> bool:
     """Whether Pillow would cut the values of an image with several channels to their high bytes."""
-    tags = getattr(image, "tag_v2", None)
-    bits = max(tags.get(_BITS_PER_SAMPLE, (8,)), default=8) if tags is not None else 8
     return image.mode in EIGHT_BIT_MODES and (
-        bits > 8 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        _bits(image, 8) > 8 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     )
+
+
+def _bits(image: Image.Image, default: int) -> int:
+    """Bits per sample according to the tags of a TIFF."""
+    tags = getattr(image, "tag_v2", None)
+    return max(tags.get(_BITS_PER_SAMPLE, (8,)), default=8) if tags is not None else default
 
 
 def _stored_type(image: Image.Image) -> str | None:
