@@ -2,7 +2,9 @@
 
 It handles abbreviations (``Dr.``, ``approx.``, ``e.g.``), initials and other single letters (``J. Hall``, ``z. B.``),
 decimal numbers (``1.5 cm``), numbered items (``1. No acute disease.`` is one sentence) and the full stops of Chinese
-and Japanese. A question and what follows it are one sentence: its answer says nothing alone.
+and Japanese. A question and what follows it are one sentence: its answer says nothing alone. A word before a full stop
+and lower case (``Costophr. angles sharp.``) is an abbreviation if it is the first word; others are listed, because many
+reports begin sentences in lower case.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ _ABBREVIATIONS = frozenset(
     re.findall(
         r"\S+",
         "dr mr mrs ms prof approx appr ca cf vs resp bzw incl inkl ggf evtl env e.g i.e z.b d.h u.a o.g p.ex lt rt ht "
-        "hx th inf sup med lat ant max min vol struct cardiomed bilat",
+        "hx th inf sup med lat ant max min vol struct cardiomed bilat "
+        "costophr hemidiaph mediast pulm",
     )
 )
+_BEFORE_LOWER_CASE = frozenset(("etc", "yr", "yrs", "mo", "wk"))
 _BEFORE_NUMBER = frozenset(("no", "nr", "fig", "abb"))
 
 
@@ -85,6 +89,6 @@ def _ends(text: str, start: int, found: re.Match[str]) -> bool:
         return not following
     if word in _BEFORE_NUMBER:
         return not following.isdigit()
-    if word == "etc" or ("." in word and not word[0].isdigit()):
+    if word in _BEFORE_LOWER_CASE or ("." in word and not word[0].isdigit()):
         return not following.islower() and not following.isdigit()
-    return True
+    return not (following.islower() and before.istitle() and before.isalpha())

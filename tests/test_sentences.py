@@ -16,6 +16,8 @@ from cbedge.sentences import ends_sentence, normalize, split_text
             "Sup. med. struct. intact.",
             "Th. 4 to Th. 8, max. 3 cm.",
         ],
+        ["Costophr. angles sharp.", "Hemidiaph. elevated.", "The mediast. contours are normal.", "Pulm. vessels normal."],
+        ["Trach. midline.", "Unchanged vs. 1.5 yr. ago.", "Stable for 2 yr.", "Lungs clear.", "no effusion."],
         ["Seen by Dr. Hall.", "A nodule of approx. 3 mm, e.g. a granuloma."],
         ["A nodule, approx.", "IMPRESSION: A nodule."],
         ["1. No acute disease.", "2. Normal film."],

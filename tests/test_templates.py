@@ -375,6 +375,11 @@ def test_what_holds_for_one_study_or_person_is_left_out_and_told_without_its_tex
         assert template.left_out == (f"Line {number} {told}",)
 
 
+def test_time_since_another_study_is_no_age():
+    text = "Lungs clear, unchanged vs. 1.5 yr. ago. Heart as 2 yrs ago."
+    assert " ".join(parse_template(text).findings) == text
+
+
 def test_a_signature_of_several_lines_is_left_out_up_to_the_next_sentence():
     template = parse_template("Lungs clear.\nSigned by\nJo Smith\nGeneral Hospital\nHeart normal.\nSkeleton normal")
     assert template.findings == ("Lungs clear.", "Heart normal.", "Skeleton normal.")

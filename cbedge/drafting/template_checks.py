@@ -55,7 +55,7 @@ _PRIVATE = {
         r"^(?:referring|ordering|requesting) \w+\s*[:：]",
         r"(?-i:\b(?:Mr|Mrs|Ms|Herr|Frau)\.? [A-Z])",
         r"\b(?:MRN|DOB|SSN|accession|acc ?#|acc(?= no\b)|date of birth|medical record|geburtsdatum)(?!\w)",
-        r"\b\d{1,3}[- ]?(?:years?[- ]old|yrs?|yo?|y/o)\b",
+        r"(?<![\d.,])\b\d{1,3}[- ]?(?:years?[- ]old|yrs?|yo?|y/o)\b(?!\.? (?:ago|earlier|before))",
     ),
     "a date": (
         r"\b\d{1,2}([/.-])\d{1,2}\1\d{2,4}\b",
