@@ -13,7 +13,7 @@ import re
 
 _END = re.compile(r"[.?!]+[\"'”’»)\]]*(?=\s|$)|[。！？]+")
 _LAST_WORD = re.compile(r"[^\s(\[]*$")
-_LIST_MARK = re.compile(r"(?:^|[:：])\s*\(?(?:\d{1,2}|[A-Za-z]|[IVX]{2,4}|[ivx]{2,4})$")  # also after a label
+_LIST_MARK = re.compile(r"(?:^|(?<!\d)[:：])\s*\(?(?:\d{1,2}|[A-Za-z]|[IVX]{2,4}|[ivx]{2,4})$")  # also after a label
 _HEADING = re.compile(r"\s*(?:FINDINGS|(?i:imp\w*|concl\w*|opinion|summary)):")
 _WITHOUT_FINDING = re.compile(r"\bo\.\s*B$")  # German "o. B.", which ends many sentences
 _ABBREVIATIONS = frozenset(

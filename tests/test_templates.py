@@ -52,7 +52,7 @@ def test_a_template_is_cleaned_and_headed():
     assert read_template(read_template(TEXTS[1])) == TEXTS[1]
 
 
-PROSE = "The lungs are clear. No pleural effusion, approx. 1.5 cm e.g. at the apex. Seen by Dr. Hall. Heart normal."
+PROSE = "The lungs are clear. No pleural effusion, approx. 1.5 cm e.g. at the apex. Heart resp. spine normal. No mass."
 FORM = """TECHNIQUE: PA and lateral views
 Lungs: Clear
 - HEART: normal in size, 12.5 cm.
@@ -68,8 +68,8 @@ def test_prose_is_read_in_sentences_that_know_abbreviations_and_decimals():
     assert parse_template(PROSE).findings == (
         "The lungs are clear.",
         "No pleural effusion, approx. 1.5 cm e.g. at the apex.",
-        "Seen by Dr. Hall.",
-        "Heart normal.",
+        "Heart resp. spine normal.",
+        "No mass.",
     )
 
 
@@ -245,23 +245,33 @@ def test_decoration_and_adjectives_of_headings_do_not_count(findings: str, impre
 
 BLANKS = (
     "___ XXXX <side> *** ......... … ??? {normal/enlarged:12345} {Desc;a:1} ${lungs} {{pleura}} $heart$ %LUNGS% "
-    "@AGE@ [normal] [<size>] [x] ☐ □ ☑ normal/enlarged"
+    "@AGE@ [normal] [<size>] [x] ☐ □ ☑ ✓ ✔ ✗ ✘ ❌ ○ (x) () normal/enlarged"
 )
 
 
-@pytest.mark.parametrize("blank", [*BLANKS.split(), "No / small", "clear / show", "{{ pleura }}", "[ ]"])
+@pytest.mark.parametrize("blank", [*BLANKS.split(), "No / small", "clear / show", "{{ pleura }}", "[ ]", "( )"])
 def test_a_template_with_blanks_is_refused(blank: str):
     with pytest.raises(ContextError, match="blank") as refused:
         parse_template(f"The lungs are clear. The effusion measures {blank} cm.")
     assert f"({blank[:20]})" in str(refused.value)
 
 
+@pytest.mark.parametrize("mark", ["o", "x", "✗", "( )", "(X)", "✔"])
+def test_a_check_list_is_refused(mark: str):
+    with pytest.raises(ContextError, match="blank") as refused:
+        parse_template(f"FINDINGS:\n {mark} Effusion present\nIMPRESSION: Normal")
+    assert f"({mark})" in str(refused.value)
+
+
 def test_slashes_dates_and_marks_of_ordinary_reports_are_no_blanks():
     text = "AP/lateral views 12/2024. No effusion and/or pneumothorax w/o change. Heart/mediastinum: normal. CTR < 0.5."
     assert " ".join(parse_template(text).findings) == text
-    assert parse_template("***Lungs*** are **clear**.\n*****\nHeart normal.").findings == (
+    emphasis = "***Lungs*** are **clear**.\n*****\n*Heart normal.*\n_Spine_ normal.\n* *No* _free air_"
+    assert parse_template(emphasis).findings == (
         "Lungs are clear.",
         "Heart normal.",
+        "Spine normal.",
+        "No free air.",
     )
 
 
@@ -357,6 +367,17 @@ PRIVATE = {
         "45yo with fever.",
         "ACC#: 77",
     ],
+    "a communication": [
+        "Findings were discussed with Dr. Smith by telephone at 14:30.",
+        "Called to ward 5 by J. Doe.",
+        "The ED was notified.",
+        "Results were communicated to the referring team.",
+        "Thank you for this referral.",
+        "Dear Dr. Jones,",
+    ],
+    "a name": ["Seen by Dr. Hall.", "Compared by J. Doe."],
+    "a place": ["Room 12, bed 3.", "Ward 5."],
+    "a time of day": ["Film taken at 14:30.", "Seen at 3 pm."],
     "a date": ["Compared with 01/02/2024.", "Date 2024-01-02.", "Seen on 2 January 2024.", "As of Mar 3, 2023."],
     "an identifier or an address": ["Call 555-1234.", "Mail jo.smith@hospital.example.", "Order 12345678."],
 }

@@ -14,8 +14,9 @@ _STATE = (
 )
 _BLANK = re.compile(
     r"_{2,}|X{3,}|\*{2,}|\.{3,}|…|\?{2,}|\[[^\]\n]*\]|<[A-Za-z][^<>|\n]{0,40}>|\$?\{+[^{}\n]*\}+|\$\w[^$\n]{0,40}\$|"
-    rf"%\w+%|@\w+@|[☐☑☒□▢◻⬜]|\b{_STATE}\s*/\s*{_STATE}\b|\b(?:normal|clear|none?)/[^\W\d_]+\b(?!\s*:)",
-    re.IGNORECASE,
+    rf"%\w+%|@\w+@|[☐☑☒□▢◻⬜○◯◉✓✔✕✖✗✘✅❌❎]|\([xX]?\s*\)|"
+    rf"^\s*(?-i:[xo] +(?=[A-Z]))|\b{_STATE}\s*/\s*{_STATE}\b|\b(?:normal|clear|none?)/[^\W\d_]+\b(?!\s*:)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _FORMATS = {
     "RTF": re.compile(r"\\rtf\d?|\\par\b"),
@@ -57,6 +58,15 @@ _PRIVATE = {
         r"\b(?:MRN|DOB|SSN|accession|acc ?#|acc(?= no\b)|date of birth|medical record|geburtsdatum)(?!\w)",
         r"(?<![\d.,])\b\d{1,3}[- ]?(?:years?[- ]old|yrs?|yo?|y/o)\b(?!\.? (?:ago|earlier|before))",
     ),
+    "a communication": (
+        r"\b(?:discussed|reviewed) (?:with|by|on|at|in person)\b",
+        r"\b(?:communicated|conveyed|notified|informed|paged|(?:tele)?phoned?|faxed|e-?mailed|telefonisch|mitgeteilt)\b",
+        r"\bcalled (?:to|in|by|at)\b",
+        r"^(?:thank(?:s| you)|many thanks|dear|(?:kind|best) regards|(?:yours )?sincerely|vielen dank|merci|gracias)\b",
+    ),
+    "a name": (r"(?-i:\b(?:D[Rr]|P[Rr](?:of|OF))\.? [A-Z])", r"\b(?:by|to|with|from) (?-i:(?:[A-Z]\. ?)+[A-Z]\w+)"),
+    "a place": (r"\b(?:room|ward|bed|bay|cubicle|zimmer|station|bett)(?: no\.?| ?#)? ?\d",),
+    "a time of day": (r"\b(?:[01]?\d|2[0-3]):[0-5]\d\b", r"\b\d{1,2} ?(?:[ap]\.?m\b|uhr\b|hrs\b)"),
     "a date": (
         r"\b\d{1,2}([/.-])\d{1,2}\1\d{2,4}\b",
         r"\b\d{4}-\d{1,2}-\d{1,2}\b",
@@ -85,7 +95,6 @@ def refuse_what_is_no_report(text: str) -> None:
     for blank in _BLANK.finditer(text):
         if SPECIAL_TOKEN.fullmatch(blank.group()) and blank.group().startswith("["):
             continue
-        if section_of(blank.group().strip("[] "), True) is None:
-            raise ContextError(
-                f"the template has a blank to fill in ({blank.group()[:20]}): fill it in, or remove the sentence"
-            )
+        quoted = blank.group().strip()[:20]
+        if section_of(blank.group().strip("[]<> "), True) is None:
+            raise ContextError(f"the template has a blank to fill in ({quoted}): fill it in, or remove the sentence")

@@ -17,7 +17,10 @@ from cbedge.prompt import SPECIAL_TOKEN, remove_invisible
 from cbedge.sentences import normalize, split_text
 
 MAX_TEMPLATE_CHARACTERS = 4000
-_EMPHASIS = re.compile(r"(\*{2,3})(?=[\w(\[#])([^*\n]+)(?<=\S)\1|^\s*\*{4,}\s*$", re.MULTILINE)  # Markdown, a rule
+_EMPHASIS = re.compile(  # of Markdown, and its rules
+    r"(\*{2,3}|(?<![\w*])[*_])(?=[\w(\[#])((?:(?!\1)[^*\n])+)(?<=\S)\1(?:(?<=\*\*)|(?!\w))|^\s*\*{4,}\s*$",
+    re.MULTILINE,
+)
 _DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
 
@@ -28,10 +31,10 @@ def parse_template(text: str) -> Template:
     Headings that mean FINDINGS or IMPRESSION (``CONCLUSION:``, ``Final impression``, ``=== BEFUND ===``) start that
     section. What holds for one study or person only is left out: the text of ``INDICATION:``, ``CLINICAL INFO:`` and
     the like, in their line or up to the findings' heading, other text before that heading, and sentences that look like
-    a signature, a patient's data or a date. Any other label (``Lungs:``) stays in front of its sentence; a heading on
-    its own line is joined by a colon with the line below, and a question with its answer. A line without a full stop
-    gets one; bullets, Markdown marks and invisible characters are removed; and a repeated sentence of a section is used
-    once. No other character changes. Whatever is left out is told.
+    a signature, a communication, a name, a place, a time, a date or a patient's data. Any other label (``Lungs:``)
+    stays in front of its sentence; a heading on its own line is joined by a colon with the line below, and a question
+    with its answer. A line without a full stop gets one; bullets, Markdown marks and invisible characters are removed;
+    and a repeated sentence of a section is used once. No other character changes. Whatever is left out is told.
 
     Raises:
         ContextError: the template is not text, has no findings, is too long, is a file name or in another format than
