@@ -75,13 +75,11 @@ def _title(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Plot the seconds of every runner as a PNG: the whole report, and in front of it the language model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = record["summary"]
-    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.4 * len(rows)))
+    figure = Figure(figsize=(9, 1.4 + 0.4 * len(rows)), layout="tight")
+    axes = figure.subplots()
     for part, colour, label in (("whole_s", "#c5d5ea", "whole report"), ("language_s", "#2f5d8a", "language model")):
         axes.barh(list(rows), [row[part] for row in rows.values()], color=colour, label=label)
     for at, row in enumerate(rows.values()):
@@ -91,6 +89,4 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="seconds, median", title=f"{_title(record)}, {record['threads']} threads")
     axes.legend(fontsize="small", loc="upper right")
     axes.margins(x=0.1)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

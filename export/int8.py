@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
-from cbedge.backends.int8 import PROBE_DEPTH, QuantizedLinear, Table, read_files
+from cbedge.backends.int8 import QuantizedLinear, Table, read_files
 from export.tracing import HEAD, ExportError
 
 _DOMAIN = "cbedge"
@@ -249,17 +249,3 @@ def _divide() -> FunctionProto:
             node("Div", ["x", "powers"], ["y"]),
         ],
     )
-
-
-def write_probe(path: Path) -> None:
-    """Write the graph with which :func:`cbedge.backends.int8.multiplies_exactly` tests a processor: one layer whose
-    weights are constants with the largest value."""
-    weights = numpy_helper.from_array(np.full((PROBE_DEPTH, 32), 127, np.int8), "right")
-    product = helper.make_node("MatMulInteger", ["left", "right"], ["products"])
-    left, products = (
-        helper.make_tensor_value_info(name, kind, [None, None])
-        for name, kind in (("left", TensorProto.UINT8), ("products", TensorProto.INT32))
-    )
-    graph = helper.make_graph([product], "probe", [left], [products], [weights])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    path.write_bytes(model.SerializeToString())

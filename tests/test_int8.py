@@ -13,7 +13,7 @@ from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant, int8, open_backend
 from cbedge.backends.int8 import QuantizedLinear, Table, read_files
 from export.blockwise import Int4Settings, quantize_language_model
-from export.int8 import multiply_in_int8, write_probe
+from export.int8 import multiply_in_int8
 
 needs_x86 = pytest.mark.skipif(not IN_INT8, reason="no x86 processor with AVX2")
 
@@ -28,7 +28,20 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "both"
 
 
-def test_a_processor_is_asked_with_the_graph_that_export_writes(tmp_path: Path):
+def write_probe(path: Path) -> None:
+    """The graph with which ``multiplies_exactly`` tests a processor: one layer of constants with the largest value."""
+    weights = numpy_helper.from_array(np.full((int8.PROBE_DEPTH, 32), 127, np.int8), "right")
+    product = helper.make_node("MatMulInteger", ["left", "right"], ["products"])
+    left, products = (
+        helper.make_tensor_value_info(name, kind, [None, None])
+        for name, kind in (("left", TensorProto.UINT8), ("products", TensorProto.INT32))
+    )
+    graph = helper.make_graph([product], "probe", [left], [products], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_a_processor_is_asked_with_a_graph_of_largest_values(tmp_path: Path):
     write_probe(tmp_path / "probe.onnx")
     assert (tmp_path / "probe.onnx").read_bytes() == int8._PROBE.read_bytes()
 

@@ -4,16 +4,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cbedge.files import check_output
 from training.command_line import run
 from training.fetch import DEFAULT_CACHE
-
-if TYPE_CHECKING:
-    from training.base import ModelAndTokenizers
 
 app = typer.Typer(
     help=__doc__,
@@ -122,10 +119,11 @@ def evaluate_command(
     The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. The
     retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
-    from training.drafting import Drafter, Encoder, RuntimeDrafter, RuntimeEncoder, TorchDrafter, TorchEncoder
+    from training.drafting import Drafter, Encoder, RuntimeDrafter, TorchDrafter
     from training.evaluate import evaluate, to_markdown
     from training.labelers import Chexbert
     from training.run_bundle import ReportResources
+    from training.trained import load_merged
 
     _check_split(split)
     if not model and run_folder is None and image_blind is None:
@@ -136,15 +134,16 @@ def evaluate_command(
     variants: list[str | None] = [*variant] if variant else [None]
     drafters: list[Drafter] = [RuntimeDrafter(folder, name) for folder in (model or [])[:1] for name in variants]
     drafters += [RuntimeDrafter(folder, None) for folder in (model or [])[1:]]
-    encoder: Encoder | None = RuntimeEncoder(drafters[0], batch_size) if drafters else None
+    seeing = drafters[:1]
     if run_folder is not None:
-        parts = _merged(run_folder, device, cache)
-        encoder = TorchEncoder(parts, batch_size)
+        parts = load_merged(run_folder, cache, device)
         resources = ReportResources.learn(parts, data, with_templates=True)
-        drafters.append(TorchDrafter(parts, resources=resources))
+        seeing = [TorchDrafter(parts, resources=resources)]
+        drafters += seeing
+    encoder = Encoder(seeing[0].generator, batch_size) if seeing else None
     blind = None
     if image_blind is not None:
-        parts = _merged(image_blind, device, cache)
+        parts = load_merged(image_blind, cache, device)
         blind = TorchDrafter(parts, "image-blind model (torch)", True, ReportResources.learn(parts, data))
     labelers: dict[str, Any] = {"chexbert": Chexbert(chexbert, cache=cache) if chexbert else None, "radgraph": radgraph}
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts, **labelers)
@@ -200,14 +199,15 @@ def curve_command(
     split."""
     from training import learning_curve as curve
     from training.base import load_model
-    from training.drafting import TorchEncoder
-    from training.train import choose_device
+    from training.drafting import Encoder
+    from training.parallel import choose_device
+    from training.run_bundle import open_run
 
     _check_split(split)
     _check_results(output, force)
     parts = load_model(base, cache, image_side=True)
     parts.model.to(choose_device(device))
-    record = curve.measure(TorchEncoder(parts, batch_size), data, split, repeats, limit)
+    record = curve.measure(Encoder(open_run(parts), batch_size), data, split, repeats, limit)
     curve.plot(record, output.with_suffix(".png"))
     _finish(record | {"base": base}, curve.to_markdown, output)
 
@@ -267,17 +267,6 @@ def compare_command(
     _check_results(output, force)
     record = compare_drafts(first, second, (first_row, second_row))
     _finish(record, to_markdown, output)
-
-
-def _merged(folder: Path, device: str, cache: Path) -> "ModelAndTokenizers":
-    """A run or one of its stages, with merged adapters, on its device."""
-    from training.train import choose_device
-    from training.trained import checkpoint_of, load_adapted, merge_adapters
-
-    parts = load_adapted(checkpoint_of(folder), [folder], cache)
-    merge_adapters(parts)
-    parts.model.to(choose_device(device))
-    return parts
 
 
 def _finish(record: dict[str, Any], to_markdown: Callable[[dict[str, Any]], str], output: Path) -> None:

@@ -28,8 +28,8 @@ from training.drafting import TorchDrafter
 from training.records import table
 from training.run_bundle import ReportResources
 from training.scoring import METRICS, score
-from training.train import choose_device, run
-from training.trained import checkpoint_of, load_adapted, merge_adapters
+from training.train import run
+from training.trained import load_merged
 
 PARTS = {"none": (), "vision": ("vision",), "language": ("language",), "both": ("vision", "language")}
 
@@ -126,9 +126,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 def _score(
     folder: Path, cell: Cell, config: RunConfig, cache: Path, split: str, limit: int | None, console: Console
 ) -> dict[str, Any]:
-    parts = load_adapted(checkpoint_of(folder), [folder], cache)
-    merge_adapters(parts)
-    parts.model.to(choose_device(config.device))
+    parts = load_merged(folder, cache, config.device)
     drafter = TorchDrafter(parts, resources=ReportResources.learn(parts, config.data))
     studies = [s for s in read_studies(config.data, (split,)) if s.findings][:limit]
     if not cell.priors:

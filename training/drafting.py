@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import ClinicalContext
 from training.base import ModelAndTokenizers
-from training.batches import encode_instructions
 from training.run_bundle import ReportResources, open_run
-from training.stages import encode_images, query_image
 
 MAX_NEW_TOKENS = 160
+REMEMBERED = 2000  # 0.4 MB each, mini
 NO_IMAGE = Radiograph(np.full((8, 8), 0.5, np.float32), "frontal", "no image")
 Progress = Callable[[int], None]
 
@@ -122,13 +121,9 @@ class TorchDrafter(Drafter):
         return super().draft(requests, progress)
 
 
-def remember(encode: Callable[[np.ndarray], np.ndarray], most: int = 2000) -> Callable[[np.ndarray], np.ndarray]:
-    """Cache the features of radiographs, because the controls use the same ones again.
-
-    Args:
-        encode: pixels float32 [1, 3, S, S] → features float32 [1, P, H].
-        most: maximum number of radiographs in the cache, the first ones (0.4 MB each, mini).
-    """
+def remember(encode: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Cache the features of the first :data:`REMEMBERED` radiographs, because the controls use the same ones again;
+    ``encode`` maps pixels float32 [1, 3, S, S] to features float32 [1, P, H]."""
     known: dict[bytes, np.ndarray] = {}
 
     def encoded(pixels: np.ndarray) -> np.ndarray:
@@ -136,18 +131,23 @@ def remember(encode: Callable[[np.ndarray], np.ndarray], most: int = 2000) -> Ca
         if key in known:
             return known[key]
         features = encode(pixels)
-        if len(known) < most:
+        if len(known) < REMEMBERED:
             known[key] = features
         return features
 
     return encoded
 
 
-class RuntimeEncoder:
-    """The image side of a bundle, for the retrieval controls and the linear probes."""
+class Encoder:
+    """The image side of a bundle or of a run in torch, for the retrieval controls and the linear probes.
 
-    def __init__(self, drafter: Drafter, batch_size: int = 16):
-        self.generator, self.batch_size = drafter.generator, batch_size
+    Args:
+        generator: its backend encodes the radiographs one by one.
+        batch_size: radiographs whose features are in memory together.
+    """
+
+    def __init__(self, generator: ReportGenerator, batch_size: int = 16):
+        self.generator, self.batch_size = generator, batch_size
 
     def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
         """The vision encoder's features [B, P, H]."""
@@ -158,46 +158,10 @@ class RuntimeEncoder:
     def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> torch.Tensor:
         """Encoded radiographs [B, P, H] → image embeddings [B, Q, D].
 
-        A bundle has the Q-Former's output only after the projection. That is linear and not narrower, so a linear probe
-        finds the same in both.
+        They are the Q-Former's output after the projection. That is linear and not narrower, so a linear probe finds
+        the same in both.
         """
         rows = zip(features.numpy(), contexts, strict=True)
         backend, codec = self.generator.backend, self.generator.resources.codec
         readings = [read_images(backend, codec, None, [f[None]], c) for f, c in rows]
         return torch.from_numpy(np.concatenate([reading.image_embeds for reading in readings]))
-
-
-class Encoder(Protocol):
-    """The image side of a bundle or of a model in torch."""
-
-    batch_size: int
-
-    def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
-        """The vision encoder's features [B, P, H]."""
-        ...
-
-    def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> torch.Tensor:
-        """Encoded radiographs [B, P, H] → the Q-Former's output, [B, Q, H] or projected [B, Q, D]."""
-        ...
-
-
-class TorchEncoder:
-    """The image side of a model in torch."""
-
-    def __init__(self, parts: ModelAndTokenizers, batch_size: int = 16):
-        self.parts, self.batch_size = parts, batch_size
-        self.device = next(parts.model.parameters()).device
-
-    @torch.inference_mode()
-    def query(self, features: torch.Tensor, contexts: list[ClinicalContext]) -> torch.Tensor:
-        """Encoded radiographs [B, P, H] → the Q-Former's output [B, Q, H]."""
-        text = encode_instructions(self.parts, contexts)
-        ids, mask = text["input_ids"].to(self.device), text["attention_mask"].to(self.device)
-        return query_image(self.parts.model, features, ids, mask)[0]
-
-    @torch.inference_mode()
-    def encode(self, images: Sequence[Path | Radiograph]) -> torch.Tensor:
-        """The vision encoder's features [B, P, H]."""
-        settings = self.parts.preprocessing
-        pixels = np.concatenate([preprocess_radiograph(load_radiograph(image), settings) for image in images])
-        return encode_images(self.parts.model, torch.from_numpy(pixels).to(self.device))

@@ -137,14 +137,12 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draw the curve of the first kind: AUC against train studies, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     kind, points = record["kinds"][0], record["points"]
     counts = [point["studies"] for point in points]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for tag in [tag for tag in _SHOWN if tag in points[-1][kind]]:
         means, spreads = (np.array([point[kind][tag][i] for point in points]) for i in (0, 1))
         axes.errorbar(counts, means, spreads, marker="o", capsize=3, label=f"{tag} of all" if tag == "mean" else tag)
@@ -153,6 +151,4 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

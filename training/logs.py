@@ -37,12 +37,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def plot_losses(folder: Path) -> None:
     """Draw ``loss.csv`` and ``validation.csv`` of a stage as ``loss.png``."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
     for log, style in (("loss.csv", "-"), ("validation.csv", "o--")):
         if not (folder / log).is_file():
             continue
@@ -54,6 +52,4 @@ def plot_losses(folder: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss", title=f"stage {folder.name}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=110)
-    pyplot.close(figure)

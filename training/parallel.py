@@ -24,6 +24,19 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+def choose_device(name: str) -> torch.device:
+    """Resolve a device; ``auto`` is CUDA if it is available.
+
+    Raises:
+        RuntimeError: CUDA was requested and is not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError("CUDA was requested, but torch finds no CUDA device: give --device cpu")
+    return torch.device(name)
+
+
 class Processes:
     """The processes of this run; a single process needs no communication.
 

@@ -12,23 +12,10 @@ from training.base import BASES, ModelAndTokenizers, load_model
 from training.config import RunConfig
 from training.datasets.provenance import merged, save_training_data
 from training.fetch import DEFAULT_CACHE
-from training.parallel import Processes
+from training.parallel import Processes, choose_device
 from training.preflight import check_run, earlier_records
 from training.stage_run import StageRun
 from training.stages import load_trained, prepare_stage
-
-
-def choose_device(name: str) -> torch.device:
-    """Resolve a device; ``auto`` is CUDA if it is available.
-
-    Raises:
-        RuntimeError: CUDA was requested and is not available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError("CUDA was requested, but torch finds no CUDA device: give --device cpu")
-    return torch.device(name)
 
 
 def run(config: RunConfig, cache: Path = DEFAULT_CACHE, max_steps: int | None = None) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from training.base import ModelAndTokenizers, load_finding_head, load_model
+from training.parallel import choose_device
 from training.processor import PREPROCESSOR_CONFIG, load_preprocessing
 from training.stages import load_trained
 
@@ -66,6 +67,19 @@ def load_adapted(checkpoint: str, adapters: list[Path], cache: Path, image_side:
         if (stage / PREPROCESSOR_CONFIG).is_file():
             parts.preprocessing = load_preprocessing(stage, parts.model.config.vision_config.image_size)
     parts.model.eval()
+    return parts
+
+
+def load_merged(folder: Path, cache: Path, device: str) -> ModelAndTokenizers:
+    """Load a run, or one stage of it, with merged adapters on a device.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`checkpoint_of` and :func:`load_adapted`.
+        RuntimeError: CUDA was requested and is not available.
+    """
+    parts = load_adapted(checkpoint_of(folder), [folder], cache)
+    merge_adapters(parts)
+    parts.model.to(choose_device(device))
     return parts
 
 

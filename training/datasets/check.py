@@ -88,12 +88,10 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def plot_summary(summary: Summary, path: Path) -> None:
     """Draw report lengths by split and label counts into a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (lengths, labels) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure = Figure(figsize=(11, 4.5), layout="tight")
+    lengths, labels = figure.subplots(1, 2)
     for split in (s for s in SPLITS if summary.studies[s]):
         share = summary.words[split].reshape(-1, 5).sum(1) / max(1, summary.words[split].sum())
         lengths.plot(np.arange(len(share)) * 5, 100 * share, label=f"{split} ({summary.studies[split]:,})")
@@ -108,9 +106,7 @@ def plot_summary(summary: Summary, path: Path) -> None:
     for axes in (lengths, labels):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{summary.collection}: {summary.total:,} studies with a frontal radiograph")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _watched(records: Iterator[Record], summary: Summary) -> Iterator[Record]:
