@@ -110,19 +110,15 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in packages if is_installed(name)}
 
 
-def as_json(record: dict[str, Any]) -> str:
-    """A record as it is stored."""
-    return json.dumps(record, indent=1)
-
-
 def write_record(record: dict[str, Any], output: Path | None, page: str | None = None) -> None:
     """Print a record, as Markdown where ``page`` is given, and write OUTPUT.json and OUTPUT.md."""
+    text = json.dumps(record, indent=1)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(as_json(record) + "\n", encoding="utf-8")
+        output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         if page is not None:
             output.with_suffix(".md").write_text(page, encoding="utf-8")
-    typer.echo(page or as_json(record))
+    typer.echo(page or text)
 
 
 def refuse_existing(output: Path, force: bool) -> None:

@@ -35,19 +35,15 @@ _WEIGHTS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.FLOAT16, TensorProt
 _DEVIATION = 0.02  # standard deviation of weights
 
 
-def _refuse(out: Path) -> None:
-    if out.exists():
-        typer.echo(f"error: {out} exists already: give another folder", err=True)
-        raise typer.Exit(1)
-
-
 @app.command("empty")
 def empty_command(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
 ) -> None:
     """Write the bundle without its weights."""
-    _refuse(out)
+    if out.exists():
+        typer.echo(f"error: {out} exists already: give another folder", err=True)
+        raise typer.Exit(1)
     manifest = open_bundle(bundle).manifest
     out.mkdir(parents=True)
     data = {name for variant in manifest.variants.values() for name in variant.data}

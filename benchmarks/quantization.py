@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import typer
 
 from benchmarks.common import conditions, typed, write_record
@@ -28,7 +27,6 @@ from export.console import quiet_libraries
 from export.quantize import round_for
 from export.restore import restore
 from export.tracing import DECODER, HEAD, save_graph
-from training.base import ModelAndTokenizers
 from training.datasets.iu_xray import clean_reference, read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -101,7 +99,8 @@ def main(
     for name in only or SETTINGS:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / source.name
-            save_graph(_quantized(source, SETTINGS[name], parts, data), path)
+            rounded = round_for(parts, data, SETTINGS[name]) if SETTINGS[name].algorithm == "gptq" else None
+            save_graph(quantize_language_model(source, SETTINGS[name], rounded), path)
             drafter = _with_decoder(generator, path)
             rows[name] = {"megabytes": _megabytes(path), **_compare(drafter, cases)}
             if written:
@@ -133,11 +132,6 @@ def to_markdown(record: dict[str, Any]) -> str:
         ],
     ]
     return "\n".join(lines) + "\n"
-
-
-def _quantized(source: Path, settings: Int4Settings, parts: ModelAndTokenizers, data: Path) -> onnx.ModelProto:
-    rounded = round_for(parts, data, settings) if settings.algorithm == "gptq" else None
-    return quantize_language_model(source, settings, rounded)
 
 
 def _megabytes(graph: Path) -> float:

@@ -10,6 +10,7 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,15 @@ class WorkerRoute:
 class ServiceRoute:
     """A process of ``cbedge serve`` or ``cbedge listen``, and its log."""
 
-    is_up = staticmethod(connects)
-
-    def __init__(self, folder: Path, limit_s: float):
-        self.folder, self.limit_s, self.port = folder, limit_s, free_port()
+    def __init__(self, folder: Path, limit_s: float, is_up: Callable[[int], bool], *words: object):
+        self.folder, self.limit_s, self.port, self.is_up, self.words = folder, limit_s, free_port(), is_up, words
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
         self._seen = 0
         self._start()
 
     def _start(self) -> None:
-        self.process = start_service(self.log, self.is_up, self.port, *self.words())
-
-    def words(self) -> list[str]:
-        """The command and its options."""
-        raise NotImplementedError
+        self.process = start_service(self.log, self.is_up, self.port, *self.words)
 
     def answer(self, seed: int, made: Input, only: str | None) -> dict[str, Any]:
         """Send an input, and check the process and its new log lines."""
@@ -124,15 +119,9 @@ class ServiceRoute:
 class ServeRoute(ServiceRoute):
     """Inputs that ``cbedge serve`` gets, and raw HTTP requests."""
 
-    is_up = staticmethod(ready)
-
     def __init__(self, folder: Path, limit_s: float):
-        super().__init__(folder, limit_s)
+        super().__init__(folder, limit_s, ready, "serve", "--recent-studies", 0)
         self._truth: dict[int, Any] = {}
-
-    def words(self) -> list[str]:
-        """The command and its options."""
-        return ["serve", "--recent-studies", "0"]
 
     def attempt(self, made: Input) -> dict[str, Any]:
         """Send an input, and return the answer."""
@@ -188,9 +177,9 @@ class ListenRoute(ServiceRoute):
 
     accepted = 0
 
-    def words(self) -> list[str]:
-        """The command and its options."""
-        return ["listen", "--known", "CAMPAIGN", "--spool", str(self.folder / "spool"), "--pair-wait", "0"]
+    def __init__(self, folder: Path, limit_s: float):
+        words = ["listen", "--known", "CAMPAIGN", "--spool", folder / "spool", "--pair-wait", 0]
+        super().__init__(folder, limit_s, connects, *words)
 
     def attempt(self, made: Input) -> dict[str, Any]:
         """Send an input, and return the answer."""

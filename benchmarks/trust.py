@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pydicom
 import typer
+from pydicom.data import get_testdata_files
 from rich.progress import track
 
 from benchmarks.common import conditions, typed, write_record
@@ -63,16 +65,17 @@ _WINDOW = 5  # patches, of 16
 def gate_command(data: Data, output: Output, model: Model = None) -> None:
     """Count radiographs of the test split that are refused, and other images that are accepted."""
     generator = ReportGenerator.from_pretrained(model, device="cpu")
-    if generator.film_check.gate is None:
+    gate = generator.film_check.gate
+    if gate is None:
         raise CbedgeError("the bundle has no gate: export it with --data")
-    studies = read_studies(data, ("test",))
-    scores = [_score(generator, load_radiograph(s.image)) for s in track(studies, "radiographs")]
+    images = [s.image for s in read_studies(data, ("test",))]
+    scores = [gate.score(_features(generator, load_radiograph(image))) for image in track(images, "radiographs")]
     others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
-    refusals = {name: _refused(generator.film_check.gate, generator, image) for name, image in others.items()}
+    refusals = {name: _refused(gate, generator, image) for name, image in others.items()}
     record = {
-        "limit": generator.film_check.gate.limit,
+        "limit": gate.limit,
         "radiographs": len(scores),
-        "false_alarms": float(np.mean(np.array(scores) > generator.film_check.gate.limit)),
+        "false_alarms": float(np.mean(np.array(scores) > gate.limit)),
         "others": len(refusals),
         "caught": float(np.mean(list(refusals.values()))),
         "let_pass": sorted(name for name, refused in refusals.items() if not refused),
@@ -132,23 +135,17 @@ def other_images() -> dict[str, np.ndarray]:
                 found[f"skimage {name}, grey"] = image[..., :3].mean(2).astype(np.uint8)
     except ImportError:
         typer.echo("scikit-image is not installed: its images are left out", err=True)
-    for path in _other_dicoms():
+    for path in map(Path, get_testdata_files("*.dcm")):
         pixels = _dicom_pixels(path)
         if pixels is not None:
             found[f"pydicom {path.name}"] = pixels
     return found
 
 
-def _other_dicoms() -> list[Path]:
-    from pydicom.data import get_testdata_files
-
-    return [Path(name) for name in get_testdata_files("*.dcm") if Path(name).stat().st_size < 20_000_000]
-
-
 def _dicom_pixels(path: Path) -> np.ndarray | None:
     """Grey pixels of a scan that is not a chest radiograph, uint8; otherwise ``None``."""
-    import pydicom
-
+    if path.stat().st_size >= 20_000_000:
+        return None
     try:
         dataset = pydicom.dcmread(path)
         chest = str(dataset.get("BodyPartExamined", "")).upper() == "CHEST" and dataset.Modality in ("CR", "DX")
@@ -158,11 +155,6 @@ def _dicom_pixels(path: Path) -> np.ndarray | None:
     if chest or pixels.ndim != 2 or min(pixels.shape) < 32 or pixels.max() <= pixels.min():
         return None
     return (255 * (pixels - pixels.min()) / (pixels.max() - pixels.min())).astype(np.uint8)
-
-
-def _score(generator: ReportGenerator, radiograph: Radiograph) -> float:
-    assert generator.film_check.gate is not None
-    return generator.film_check.gate.score(_features(generator, radiograph))
 
 
 def _features(generator: ReportGenerator, radiograph: Radiograph) -> np.ndarray:

@@ -31,12 +31,12 @@ class Int4Settings:
 
     Attributes:
         block_size: number of weights that share a scale in the language model; CUDA's fastest kernels need 32.
-        qformer_block_size, qformer_bits: the same in the Q-Former, which is smaller and more sensitive. Measured on the
+        qformer_block_size: the same in 8 bits in the Q-Former, which is smaller and more sensitive. Measured on the
             mini model and 24 studies: 4 bits (block 32) change the finding logits by 11% (all upwards, abnormal by .3),
             8 bits by 0.3% for 9 MB more; 4 bits in all feed-forward layers by 5%.
         qformer_four_bits: regular expression of the Q-Former's linear layers with 4 bits, in blocks of 32. The layers
             that only process the instruction change the logits by 1% and save 3.3 MB.
-        vision_block_size, vision_bits: the same in the vision encoder. Relative error of its features on radiographs
+        vision_block_size: the same in 8 bits in the vision encoder. Relative error of its features on radiographs
             (ViT-S/14, 8 layers): 4 bits 16%; 8 bits 2.4% with activations in 8 bits, 1.3% without, at the same speed,
             for 6 MB more.
         eight_bits: regular expression of the language model's nodes with 8 bits. With all nodes in 4 bits, the merged
@@ -53,10 +53,8 @@ class Int4Settings:
 
     block_size: int = 32
     qformer_block_size: int = 64
-    qformer_bits: int = 8
     qformer_four_bits: str = r"\.layer\.\d+\.(intermediate|output)\.dense$"
     vision_block_size: int = 128
-    vision_bits: int = 8
     eight_bits: str = r"attn|down_proj|gate_proj|layers\.[01]/"
     eight_bits_block_size: int = 128
     algorithm: str = "rtn"

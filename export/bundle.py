@@ -24,21 +24,20 @@ from cbedge.bundles.bundle import (
     write_bundle,
 )
 from cbedge.bundles.manifest import Manifest, Shapes, Variant
-from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.images.film_view import FILM_VIEW
 from cbedge.images.gate import GATE, LATERAL_GATE
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases
-from export.phrases import lexicon_of, report_phrases
+from export.phrases import report_phrases
 from export.quantize import DESCRIPTIONS
 from training.base import ModelAndTokenizers
 from training.datasets.provenance import NO_LICENCE, load_training_data, merged
 from training.fetch import BASE_PARTS
 from training.openings import with_denials
+from training.run_bundle import ReportResources
 from training.special_tokens import prefix_ids, start_ids, stop_ids, suffix_ids
-from training.templates import templates_of
 
 DEFAULT_LICENCE = "CC-BY-NC-4.0"
 PARITY_CASES = 50
@@ -241,21 +240,17 @@ def _made_of(
     data: Path, parts: ModelAndTokenizers, manifest: Manifest, variants: dict[str, VariantFiles]
 ) -> dict[str, Callable[[Path], object]]:
     """The files that are made of training data, each with what writes it."""
-    made: dict[str, Callable[[Path], object]] = {}
-    if lexicon := lexicon_of(data):
-        made[WORDS] = lexicon.save
-    # Without finding scores, a template would hide what the image shows.
-    if manifest.image_findings is not None and (templates := templates_of(manifest.image_findings, data)) is not None:
-        made[TEMPLATES] = templates.save
-    if phrases := _phrases(parts, data):
-        made[PHRASEBOOK] = Phrasebook.compile(phrases).save
+    learnt = ReportResources.learn(parts, data, with_templates=True)
     backend = variants[manifest.default_variant].open(manifest.default_variant, manifest)
-    gates = {
+    found = {
+        WORDS: learnt.lexicon,
+        TEMPLATES: learnt.templates,
+        PHRASEBOOK: learnt.phrasebook,
         GATE: fit_gate(backend, manifest.preprocessing, data),
         LATERAL_GATE: fit_gate(backend, manifest.preprocessing, data, lateral=True) if parts.reads_lateral else None,
         FILM_VIEW: fit_film_view(backend, manifest.preprocessing, collect_films(data)),
     }
-    return made | {name: gate.save for name, gate in gates.items() if gate is not None}
+    return {name: one.save for name, one in found.items() if one is not None}
 
 
 def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int, ...]:

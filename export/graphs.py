@@ -93,7 +93,9 @@ def export_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Path]:
     paths = export_image_graphs(parts, folder)
     if not parts.model.config.use_decoder_only_language_model:
         return paths | export_encoder_decoder(parts.model.language_model, folder)
-    paths[DECODER] = export_decoder(parts, folder / f"{DECODER}.onnx")
+    paths[DECODER] = folder / f"{DECODER}.onnx"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_graph(build_decoder(parts.model.language_model, parts.tokenizer, Path(scratch)), paths[DECODER])
     return paths
 
 
@@ -128,22 +130,12 @@ def export_image_graphs(parts: ModelAndTokenizers, folder: Path) -> dict[str, Pa
     return paths
 
 
-def export_decoder(parts: ModelAndTokenizers, path: Path) -> Path:
-    """Write the language model as a graph with ``inputs_embeds``, KV cache, and logits of the last positions only.
+def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> onnx.ModelProto:
+    """The graph of a language model in fp32, with its weights in memory: ``inputs_embeds``, KV cache, and logits of
+    the last positions only; ``scratch`` is an empty folder.
 
     Raises:
         ExportError: the builder does not support the architecture; the message has its reason.
-    """
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        save_graph(build_decoder(parts.model.language_model, parts.tokenizer, Path(scratch)), path)
-    return path
-
-
-def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> onnx.ModelProto:
-    """The graph of a language model in fp32, with its weights in memory; ``scratch`` is an empty folder.
-
-    Raises:
-        ExportError: as in :func:`export_decoder`.
     """
     checkpoint, built = scratch / "checkpoint", scratch / "built"
     if getattr(model.config, "quantization_config", None) is not None:

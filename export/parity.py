@@ -111,7 +111,7 @@ def compare(
     cases: list[Case],
     source: str,
     merge_error: float,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None],
 ) -> Parity:
     """Compare every variant, including ``fp32``, with the merged torch model.
 
@@ -125,14 +125,9 @@ def compare(
     wanted = []
     total = len(cases) * (1 + len(backends))
     done = iter(range(1, total + 1))
-
-    def tell() -> None:
-        if progress:
-            progress(next(done), total)
-
     for case in cases:
         wanted.append(_greedy(exact, parts, case))
-        tell()
+        progress(next(done), total)
     equal, variants = 0, {}
     for name, opened in backends.items():
         backend = opened()
@@ -143,7 +138,7 @@ def compare(
             forced = _forced(backend, parts, case, tokens)
             agreed += sum(a == b for a, b in zip(forced, tokens, strict=True))
             same += forced == tokens
-            tell()
+            progress(next(done), total)
         errors, relative = _graph_errors(exact, backend, parts, cases[0])
         variants[name] = VariantParity(
             megabytes[name], errors, relative, agreed / sum(map(len, wanted)), same / len(cases)

@@ -124,9 +124,7 @@ def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings
     if name == "q4f16":
         return replace(settings, eight_bits_block_size=32, qformer_block_size=32, vision_block_size=32)
     if name == "int8":
-        return replace(
-            settings, algorithm="rtn", eight_bits=".", eight_bits_block_size=64, vision_bits=8, qformer_four_bits="$^"
-        )
+        return replace(settings, algorithm="rtn", eight_bits=".", eight_bits_block_size=64, qformer_four_bits="$^")
     return settings
 
 
@@ -160,10 +158,10 @@ def quantize_image_side(
     """Write only vision encoder and Q-Former of :func:`quantize_graphs`; returns the path of each."""
     written = {kind: folder / f"{kind}{suffix}.onnx" for kind in (VISION, QFORMER)}
     exact = replace(settings, accuracy_level=0)  # as fast for so many positions, and activations are not rounded
-    vision = quantize_products(paths[VISION], settings.vision_block_size, exact, bits=settings.vision_bits)
+    vision = quantize_products(paths[VISION], settings.vision_block_size, exact, bits=8)
     source = onnx.load(str(paths[QFORMER]))
     few = linear_nodes(source, settings.qformer_four_bits)
-    qformer = quantize_products(source, settings.qformer_block_size, settings, bits=settings.qformer_bits, apart=few)
+    qformer = quantize_products(source, settings.qformer_block_size, settings, bits=8, apart=few)
     qformer = quantize_products(qformer, 32, settings) if few else qformer
     for graph in (vision, qformer) if narrow else ():
         narrow_scales(graph)

@@ -49,7 +49,7 @@ class Pool:
     def __init__(self, rows: Sequence[list[Sentence]], others: Sequence[str]):
         unique = {_join(row): row for row in rows if row}
         self.rows, self.others = [*unique.values()], others
-        self.agreement = Agreement([*unique], others).matrix if unique else np.zeros((0, len(others)), np.float32)
+        self.agreement = agreement([*unique], others) if unique else np.zeros((0, len(others)), np.float32)
 
     def best(self, weights: np.ndarray) -> int | None:
         """The text with the highest mean agreement for some weights of the known studies; ``None`` without texts."""
@@ -156,30 +156,25 @@ def _knows_more(row: Sequence[Sentence]) -> bool:
     return any(s.affirmed and _UNKNOWN.search(s.text) for s in row)
 
 
-class Agreement:
-    """Agreement of texts with others: F1 of ROUGE-L, plus the shared words weighted by rarity.
-
-    Attributes:
-        matrix: float32 [texts, others].
-    """
-
-    def __init__(self, texts: Sequence[str], others: Sequence[str]):
-        texts, others = [t.lower() for t in texts], [o.lower() for o in others]
-        counts = CountVectorizer(token_pattern=r"[^\s.,;:]+", binary=True).fit(others)
-        rarity = TfidfTransformer(norm=None).fit(counts.transform(others)).idf_ - 0.9
-        left, right = counts.transform(texts).astype(np.float32), counts.transform(others).astype(np.float32)
-        shared = (left.multiply(rarity[None]).tocsr().astype(np.float32) @ right.T).toarray()
-        precision = shared / np.maximum(left @ rarity, 1e-6)[:, None]
-        recall = shared / np.maximum(right @ rarity, 1e-6)[None]
-        words = precision * recall / np.maximum(RECALL_WEIGHT * precision + (1 - RECALL_WEIGHT) * recall, 1e-6)
-        letters: dict[str, str] = {}
-        a, b = (
-            [
-                "".join(letters.setdefault(w, chr(0x4E00 + len(letters))) for w in re.findall(r"[^\s.,;:]+|\.", t))
-                for t in group
-            ]
-            for group in (texts, others)
-        )
-        common = cdist(a, b, scorer=LCSseq.similarity, dtype=np.float32, workers=-1)
-        lengths = np.array([len(t) for t in a])[:, None] + np.array([len(t) for t in b])[None]
-        self.matrix = (2 * common / np.maximum(lengths, 1) + WORD_WEIGHT * words).astype(np.float32)
+def agreement(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Agreement of each text with others, float32 [texts, others]: F1 of ROUGE-L, plus the shared words weighted by
+    rarity."""
+    texts, others = [t.lower() for t in texts], [o.lower() for o in others]
+    counts = CountVectorizer(token_pattern=r"[^\s.,;:]+", binary=True).fit(others)
+    rarity = TfidfTransformer(norm=None).fit(counts.transform(others)).idf_ - 0.9
+    left, right = counts.transform(texts).astype(np.float32), counts.transform(others).astype(np.float32)
+    shared = (left.multiply(rarity[None]).tocsr().astype(np.float32) @ right.T).toarray()
+    precision = shared / np.maximum(left @ rarity, 1e-6)[:, None]
+    recall = shared / np.maximum(right @ rarity, 1e-6)[None]
+    words = precision * recall / np.maximum(RECALL_WEIGHT * precision + (1 - RECALL_WEIGHT) * recall, 1e-6)
+    letters: dict[str, str] = {}
+    a, b = (
+        [
+            "".join(letters.setdefault(w, chr(0x4E00 + len(letters))) for w in re.findall(r"[^\s.,;:]+|\.", t))
+            for t in group
+        ]
+        for group in (texts, others)
+    )
+    common = cdist(a, b, scorer=LCSseq.similarity, dtype=np.float32, workers=-1)
+    lengths = np.array([len(t) for t in a])[:, None] + np.array([len(t) for t in b])[None]
+    return (2 * common / np.maximum(lengths, 1) + WORD_WEIGHT * words).astype(np.float32)

@@ -1,10 +1,7 @@
-"""Logs of a stage: CSV files of losses and their plot; and atomic writing."""
+"""Logs of a stage: CSV files of losses, and their plot."""
 
 import csv
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
@@ -26,13 +23,6 @@ def cut_rows(path: Path, last_step: int) -> None:
         for row in rows:
             if int(row["step"]) <= last_step:
                 append_row(path, {key: value for key, value in row.items()})  # type: ignore[misc]
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file with ``write`` beside ``path``, then rename it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def plot_losses(folder: Path) -> None:

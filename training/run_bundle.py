@@ -48,9 +48,9 @@ class ReportResources:
         """
         reports = [study.target for study in open_studies(data, ("train",), limit)]
         tokens = parts.tokenizer(reports, add_special_tokens=False).input_ids if reports else []
-        head = parts.finding_head
+        head = parts.finding_head  # without its scores, a template would hide what the image shows
         return cls(
-            Phrasebook.compile([*ids, parts.tokenizer.eos_token_id] for ids in tokens),
+            Phrasebook.compile([*ids, parts.tokenizer.eos_token_id] for ids in tokens) if tokens else None,
             Lexicon.compile(" ".join(split_sections(report)) for report in reports) or None,
             templates_of(head.findings, data) if with_templates and head is not None else None,
         )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from cbedge.files import open_atomically
 from cbedge.prompt import split_sections
 from training.base import FindingHead, ModelAndTokenizers, save_finding_head
 from training.config import RunConfig, Stage
@@ -21,7 +22,7 @@ from training.controls import own
 from training.datasets import open_studies
 from training.datasets.iu_xray import clean_reference
 from training.drafting import TorchDrafter
-from training.logs import append_row, cut_rows, plot_losses, write_atomically
+from training.logs import append_row, cut_rows, plot_losses
 from training.losses import AlignmentHeads, StageLosses, word_vocabulary
 from training.ontology import TAGS
 from training.parallel import Processes
@@ -58,7 +59,9 @@ class StageRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.batches = StageBatches(config, stage, parts, processes, self.seed)
         self.val = open_studies(config.data, ("val",), config.validation_studies)
-        self._seed_everything()
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
         self.heads = self._build_heads(previous).to(self.device)
         self.groups = trainable_groups(parts.model, self.heads, stage)
         self.optimizer = torch.optim.AdamW(self.groups, weight_decay=stage.weight_decay, fused=True)
@@ -111,7 +114,7 @@ class StageRun:
                     self.worse = self.processes.agree(self.worse)
                 if self.step % self.stage.save_every == 0:
                     self.processes.only_main(self._save_checkpoint)
-                if self._is_stale():
+                if 0 < self.stage.patience <= self.worse:
                     self.console.print(f"stage {self.stage.name}: stopped early, best at step {self.best_step}")
                     break
         self.batches.close()
@@ -128,9 +131,6 @@ class StageRun:
                 line += f", peak GPU memory {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB"
             self.console.print(line, highlight=False)
 
-    def _is_stale(self) -> bool:
-        return bool(self.stage.patience) and self.worse >= self.stage.patience
-
     def _select(self, row: dict[str, float]) -> None:
         """Save the weights if this validation is the best so far."""
         value = -row["language"] if self.stage.select_by == "language" else row[_SELECTED[self.stage.select_by]]
@@ -139,7 +139,8 @@ class StageRun:
             return
         self.best, self.best_step, self.worse = value, self.step, 0
         state = {"trained": self._trained(), "heads": self.heads.state_dict()}
-        write_atomically(self.folder / "best.pt", lambda path: torch.save(state, path))
+        with open_atomically(self.folder / "best.pt") as file:
+            torch.save(state, file)
 
     def _trained(self) -> dict[str, Tensor]:
         return {n: p.detach().cpu() for n, p in self.parts.model.named_parameters() if p.requires_grad}
@@ -165,11 +166,6 @@ class StageRun:
         return self.heads.finding_head(
             choose_findings(self.validation, self.heads, self.stage.tell_findings, self.stage.openings)
         )
-
-    def _seed_everything(self) -> None:
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-        torch.manual_seed(self.seed)
 
     def _build_heads(self, previous: Path | None) -> AlignmentHeads:
         encode = self.parts.tokenizer
@@ -250,7 +246,8 @@ class StageRun:
         }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state()
-        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        with open_atomically(self.folder / "checkpoint.pt") as file:
+            torch.save(state, file)
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"

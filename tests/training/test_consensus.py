@@ -4,7 +4,7 @@ import pytest
 
 from cbedge.prompt import ClinicalContext, build_target
 from training.config import load_config
-from training.consensus import Agreement, ConsensusReports
+from training.consensus import ConsensusReports, agreement
 from training.datasets import Study
 from training.ontology import OPENINGS, TAGS
 from training.settings import ConfigError
@@ -82,7 +82,7 @@ def test_of_many_studies_a_part_is_drawn_and_the_same_again():
 
 
 def test_a_text_agrees_most_with_itself():
-    matrix = Agreement([SHORT, LONG], [SHORT, LONG, "Nothing of it"]).matrix
+    matrix = agreement([SHORT, LONG], [SHORT, LONG, "Nothing of it"])
     assert matrix.argmax(1).tolist() == [0, 1]
     assert matrix[0, 2] == 0
 
