@@ -51,16 +51,11 @@ def write_collection(folder: Path, films: Sequence[Path], splits: Sequence[str])
         study = {
             "study_id": f"S{number}",
             "split": split,
-            "r2gen_id": f"S{number}",
-            "images": [{"file": file, "view": "frontal", "columns": 200, "rows": 240}],
+            "images": [{"file": file, "view": "frontal"}],
             "indication": "cough",
-            "comparison": None,
-            "exam": "Chest",
             "findings": findings,
             "impression": impression,
             "mesh_major": tags,
-            "mesh_automatic": [],
-            "problems": [],
         }
         lines.append(json.dumps(study))
     (folder / "studies.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

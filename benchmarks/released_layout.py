@@ -190,10 +190,6 @@ def _added(ids: dict[str, int]) -> list[dict]:
     return [{"id": i, "content": token} | _FLAGS for token, i in sorted(ids.items(), key=lambda pair: pair[1])]
 
 
-def _decoder(ids: dict[str, int]) -> dict[str, dict]:
-    return {str(i): {"content": token} | _FLAGS for token, i in sorted(ids.items(), key=lambda pair: pair[1])}
-
-
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -203,7 +199,8 @@ def _released(name: str) -> dict:
 
 
 def _write_tokenizer(folder: Path, kind: str, rules: dict, ids: dict[str, int], more: dict | None = None) -> None:
-    settings = _released(f"{kind}_tokenizer_config") | {"added_tokens_decoder": _decoder(ids)} | (more or {})
+    decoder = {str(entry.pop("id")): entry for entry in _added(ids)}
+    settings = _released(f"{kind}_tokenizer_config") | {"added_tokens_decoder": decoder} | (more or {})
     _write(folder / "tokenizer.json", rules)
     _write(folder / "tokenizer_config.json", settings)
     _write(folder / "special_tokens_map.json", _released(f"{kind}_special_tokens_map"))

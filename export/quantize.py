@@ -44,9 +44,9 @@ def write_variant(
     name: str,
     paths: dict[str, Path],
     folder: Path,
-    settings: Int4Settings | None = None,
-    rounded: dict[str, Rounded] | None = None,
-    language: Bundle | None = None,
+    settings: Int4Settings,
+    rounded: dict[str, Rounded] | None,
+    language: Bundle | None,
 ) -> dict[str, Path]:
     """Write one variant of the fp32 graphs into ``folder``; returns the path of each graph.
 
@@ -118,9 +118,8 @@ def round_for(
     return tune_scales(model, rounded, inputs, settings.tune, tell=tell) if settings.tune else rounded
 
 
-def settings_of(name: str, settings: Int4Settings | None = None) -> Int4Settings:
+def settings_of(name: str, settings: Int4Settings) -> Int4Settings:
     """The settings for a variant, derived from those of int4."""
-    settings = settings or Int4Settings()
     if name == "q4f16":
         return replace(settings, eight_bits_block_size=32, qformer_block_size=32, vision_block_size=32)
     if name == "int8":

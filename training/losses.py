@@ -8,6 +8,8 @@ Three of them train the Q-Former without the language model:
   the projection maps into the language model's embedding space.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -121,10 +123,7 @@ class AlignmentHeads(nn.Module):
 
 def word_vocabulary(token_ids: list[list[int]], lowest: int = 10, highest: float = 0.9) -> tuple[Tensor, Tensor]:
     """Tokens in at least ``lowest`` reports and at most a share ``highest`` of them: ids [W], share of reports [W]."""
-    counts: dict[int, int] = {}
-    for ids in token_ids:
-        for token in set(ids):
-            counts[token] = counts.get(token, 0) + 1
+    counts = Counter(token for ids in token_ids for token in set(ids))
     kept = sorted(t for t, n in counts.items() if n >= min(lowest, len(token_ids)) and n <= highest * len(token_ids))
     kept = kept or sorted(counts)
     return torch.tensor(kept), torch.tensor([counts[t] / len(token_ids) for t in kept])

@@ -31,7 +31,7 @@ from training.run_bundle import ReportResources
 from training.scoring import cider
 from training.stage_batches import StageBatches
 from training.stages import load_trained, save_trained, start_cross_attention, trainable_groups
-from training.validation import Validation, choose_findings
+from training.validation import Validation, choose_thresholds
 
 _SELECTED = {"cider": "cider", "tags": "auc_mean"}  # columns of validation.csv of which the largest is the best
 VOCABULARY_STUDIES = 20_000  # enough to separate common words from rare ones
@@ -163,9 +163,8 @@ class StageRun:
 
     def _finding_head(self) -> FindingHead:
         """The current finding head, with thresholds chosen on validation studies."""
-        return self.heads.finding_head(
-            choose_findings(self.validation, self.heads, self.stage.tell_findings, self.stage.openings)
-        )
+        views, tags = self.validation.tag_logits(self.heads)
+        return self.heads.finding_head(choose_thresholds(views, tags, self.stage.tell_findings, self.stage.openings))
 
     def _build_heads(self, previous: Path | None) -> AlignmentHeads:
         encode = self.parts.tokenizer

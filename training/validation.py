@@ -49,12 +49,10 @@ class Validation:
             for name, (value, _) in found.items():
                 totals.setdefault(name, []).append(value.item())
         row = {name: float(np.mean(values)) for name, values in totals.items()}
-        return row if self.stage.image_blind else row | tag_auc(*self.tag_scores(losses.heads))
-
-    def tag_scores(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the tag head, averaged over views, and tags (1, 0 or -1), both [studies, tags]."""
-        views, tags = self.tag_logits(heads)
-        return scores_of(np.nanmean(views, 1)), tags
+        if self.stage.image_blind:
+            return row
+        views, tags = self.tag_logits(losses.heads)
+        return row | tag_auc(scores_of(np.nanmean(views, 1)), tags)
 
     @torch.inference_mode()
     def tag_logits(self, heads: AlignmentHeads) -> tuple[np.ndarray, np.ndarray]:
@@ -106,13 +104,6 @@ def tag_auc(scores: np.ndarray, tags: np.ndarray) -> dict[str, float]:
             areas[name] = float(roc_auc_score(tags[known, i], scores[known, i]))
     first = {f"auc_{name}": areas[name] for name in TAGS[:4] if name in areas}
     return first | ({"auc_mean": float(np.mean(list(areas.values())))} if areas else {})
-
-
-def choose_findings(
-    validation: Validation, heads: AlignmentHeads, names: tuple[str, ...], openings: dict[str, str]
-) -> ImageFindings:
-    """Thresholds of findings, and weights of the two views; see :func:`choose_thresholds`."""
-    return choose_thresholds(*validation.tag_logits(heads), names, openings)
 
 
 def choose_thresholds(

@@ -178,18 +178,7 @@ def _kaggle(folder: Path, tally: Tally) -> Iterator[Record]:
     for row in _rows(folder / "indiana_reports.csv"):
         images = [View(files.get(name, folder / name), views[name]) for name in by_study.get(row["uid"], ())]
         problems = [p.strip() for p in (row["Problems"] + ";" + row["MeSH"]).split(";") if p.strip()]
-        tally.found["study"] += 1
-        yield Record(
-            f"CXR{row['uid']}",
-            split(f"CXR{row['uid']}"),
-            _present(images, tally),
-            row["indication"] or None,
-            row["comparison"] or None,
-            row["findings"] or None,
-            row["impression"] or None,
-            study_tags(problems),
-            tags_given=bool(problems),
-        )
+        yield _record(f"CXR{row['uid']}", split, images, row, problems, tally)
 
 
 def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
@@ -207,24 +196,24 @@ def _open_i(folder: Path, tally: Tally) -> Iterator[Record]:
         if name is None:
             tally.dropped["file: XML without a report"] += 1
             continue
-        text = {a.get("Label", ""): (a.text or "").strip() for a in root.iter("AbstractText")}
+        text = {a.get("Label", "").lower(): (a.text or "").strip() for a in root.iter("AbstractText")}
         images = []
         for image in (node.get("id", "") for node in root.iter("parentImage")):
             kaggle = f"{image.removeprefix('CXR')}.dcm.png"
             images.append(View(files.get(f"{image}.png", folder / image), views.get(kaggle)))
         problems = [node.text or "" for tag in ("major", "automatic") for node in root.iter(tag)]
-        tally.found["study"] += 1
-        yield Record(
-            name.get("id", ""),
-            split(name.get("id", "")),
-            _present(images, tally),
-            text.get("INDICATION") or None,
-            text.get("COMPARISON") or None,
-            text.get("FINDINGS") or None,
-            text.get("IMPRESSION") or None,
-            study_tags(problems),
-            tags_given=bool(problems),
-        )
+        yield _record(name.get("id", ""), split, images, text, problems, tally)
+
+
+def _record(
+    name: str, split: Callable[[str], str], images: list[View], text: dict[str, str], problems: list[str], tally: Tally
+) -> Record:
+    tally.found["study"] += 1
+    indication, comparison, findings, impression = (
+        text.get(key) or None for key in ("indication", "comparison", "findings", "impression")
+    )
+    sections = (indication, comparison, findings, impression, study_tags(problems))
+    return Record(name, split(name), _present(images, tally), *sections, tags_given=bool(problems))
 
 
 def _r2gen(folder: Path, tally: Tally) -> Iterator[Record]:
