@@ -20,6 +20,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from cbedge import RadiographError, load_radiograph
 from cbedge.images.dicom_file import read_header
+from cbedge.images.intensity import stretch
 
 CHEST = draw_chest(2).astype(np.uint16) * 16  # 12 bits
 
@@ -365,6 +366,83 @@ def test_padding_is_cut_off_and_is_no_part_of_the_range(photometric: str, value:
     assert film.shape == plain.shape and (film[10:30, 5:15] == 0).all()
     film[10:30, 5:15] = plain[10:30, 5:15]
     assert np.abs(film - plain).max() < 0.01
+
+
+@pytest.mark.parametrize(("value", "stated"), [(4095, 65535), (0, 61440)])
+@pytest.mark.parametrize("border", [30, ((0, 0), (30, 0))])
+def test_a_padding_value_of_more_bits_than_stored_is_compared_by_its_lowest(value: int, stated: int, border: Any):
+    values = np.clip(CHEST, 1, 4094)
+    padded = np.pad(values, border, constant_values=value)
+    film = load_radiograph(make_dicom(padded, PixelPaddingValue=stated))
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom(values)).pixels)
+    assert len(film.warnings) == 1 and "PixelPaddingValue" in film.warnings[0]
+
+
+def test_white_film_is_no_padding_of_more_bits_than_stored():
+    values = CHEST.copy()
+    values[100:140, 60:90] = 4095
+    films = [load_radiograph(make_dicom(values, **found)) for found in ({}, {"PixelPaddingValue": 65535})]
+    assert np.array_equal(films[0].pixels, films[1].pixels) and films[1].warnings == ()
+
+
+_SHUTTER = {
+    "ShutterShape": "RECTANGULAR",
+    "ShutterLeftVerticalEdge": 40,
+    "ShutterRightVerticalEdge": 241,
+    "ShutterUpperHorizontalEdge": 30,
+    "ShutterLowerHorizontalEdge": 271,
+}
+_CIRCLE = {"ShutterShape": "CIRCULAR", "CenterOfCircularShutter": [150, 140], "RadiusOfCircularShutter": 90}
+_TRIANGLE = {"ShutterShape": "POLYGONAL", "VerticesOfThePolygonalShutter": [31, 141, 270, 240, 270, 41]}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("outside", [0, 4095])
+def test_what_a_rectangular_shutter_hides_is_padding(photometric: str, outside: int):
+    values = np.pad(CHEST, ((30, 50), (40, 20)), constant_values=outside)
+    film = load_radiograph(make_dicom(values, PhotometricInterpretation=photometric, **_SHUTTER))
+    wanted = load_radiograph(make_dicom(PhotometricInterpretation=photometric))
+    assert np.array_equal(film.pixels, wanted.pixels) and film.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "shutter", [_CIRCLE, _TRIANGLE, {**_SHUTTER, **_CIRCLE, "ShutterShape": ["CIRCULAR", "RECTANGULAR"]}]
+)
+@pytest.mark.parametrize("padding", [{}, {"PixelPaddingValue": 4095}])
+def test_what_other_shutters_hide_is_background(shutter: dict, padding: dict):
+    values = np.pad(np.clip(CHEST, 0, 4000), ((30, 50), (40, 20)), constant_values=2000)
+    row, column = np.ogrid[1 : values.shape[0] + 1, 1 : values.shape[1] + 1]
+    if shutter is _TRIANGLE:
+        distance = np.minimum(270 - row, ((row - 31) * 99 / 239 - abs(column - 140.5)) * 0.924)
+    else:
+        distance = 90 - np.hypot(row - 150, column - 140)
+    visible = distance > 0.7
+    values[distance < -0.7] = 4095
+    film = load_radiograph(make_dicom(values, **shutter, **padding)).pixels
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    height, width = film.shape
+    left = columns[0] - (width - len(columns)) // 2
+    box = slice(rows[-1] + 1 - height, rows[-1] + 1), slice(left, left + width)
+    wanted = stretch(values[box], visible[box])
+    assert abs(height - len(rows)) <= 2 and abs(width - len(columns)) <= 2
+    assert (abs(film - wanted) > 0.01).mean() < 0.01  # pixels on the edge
+
+
+@pytest.mark.parametrize(
+    "shutter",
+    [
+        {"ShutterShape": "BITMAP"},
+        {"ShutterShape": "RECTANGULAR", "ShutterLeftVerticalEdge": 3},
+        {**_SHUTTER, "ShutterRightVerticalEdge": 20},
+        {**_CIRCLE, "RadiusOfCircularShutter": 2_000_000_000},
+        {**_CIRCLE, "RadiusOfCircularShutter": 1},
+        {"ShutterShape": "POLYGONAL", "VerticesOfThePolygonalShutter": [1, 2, 3, 4, 5, 6, 7]},
+    ],
+)
+def test_an_invalid_shutter_is_named_and_ignored(shutter: dict):
+    film = load_radiograph(make_dicom(**shutter))
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom()).pixels)
+    assert len(film.warnings) == 1 and "ShutterShape" in film.warnings[0]
 
 
 def test_overlay_bits_above_the_stored_bits_are_masked():

@@ -15,13 +15,12 @@ from cbedge.errors import ContextError, RadiographError
 from cbedge.images.dicom_display import display_values
 from cbedge.images.dicom_file import INDICATIONS, decodable, parse_dicom, silence_pydicom
 from cbedge.images.dicom_header import UNREADABLE
+from cbedge.images.dicom_padding import crop_box, padding_mask
 from cbedge.images.dicom_pixels import (
     Warnings,
     check_pixels,
-    crop_box,
     decode_pixels,
     integer,
-    padding_mask,
     repair_pixel_attributes,
     stored_values,
 )
@@ -111,7 +110,7 @@ def _film(dataset: Dataset, name: str, found: Warnings) -> tuple[np.ndarray, flo
     """Pixels in 0..1, with padding cropped at the edges and black elsewhere; and their colourfulness."""
     decoded, chroma = decode_pixels(dataset, name)
     values = stored_values(dataset, decoded, found)
-    padded = padding_mask(dataset, decoded, values)
+    padded = padding_mask(dataset, decoded, values, found)
     if not np.may_share_memory(values, decoded):
         dataset.pop("PixelData", None)  # free the memory
     del decoded

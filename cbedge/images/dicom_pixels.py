@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -58,6 +58,11 @@ def number(dataset: Dataset, name: str, position: int = 0) -> float | None:
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
     return found if math.isfinite(found) else None
+
+
+def byte_order(dataset: Dataset) -> Literal["little", "big"]:
+    """The byte order of values that pydicom leaves as bytes."""
+    return "big" if dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.2" else "little"
 
 
 def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
@@ -194,34 +199,6 @@ def _is_sign_extended(decoded: np.ndarray, bits: int) -> bool:
     return bool(_LEAST_SHARE < share < 1 - _LEAST_SHARE and 32 * gap <= extent)
 
 
-def padding_mask(dataset: Dataset, decoded: np.ndarray, values: np.ndarray) -> np.ndarray | None:
-    """Which pixels are padding, by PixelPaddingValue and PixelPaddingRangeLimit, bool [rows, columns]; ``None`` if none
-    are.
-
-    Args:
-        dataset: the header.
-        decoded: pixels with all bits, because padding may use more bits than the image.
-        values: from :func:`stored_values`.
-    """
-    first = _raw_value(dataset, "PixelPaddingValue", decoded)
-    if first is None:
-        return None
-    last = _raw_value(dataset, "PixelPaddingRangeLimit", decoded)
-    low, high = (first, first) if last is None else (min(first, last), max(first, last))
-    padded = np.zeros(decoded.shape, bool)
-    for rows in blocks(decoded):
-        for array in (decoded, values):
-            padded[rows] |= (array[rows] >= low) & (array[rows] <= high)
-    count = int(np.count_nonzero(padded))
-    return padded if 0 < count < 0.98 * decoded.size else None
-
-
-def crop_box(padded: np.ndarray) -> tuple[slice, slice]:
-    """Slices of rows and columns without the edges that are padding only."""
-    rows, columns = (np.flatnonzero(~padded.all(axis=axis)) for axis in (1, 0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
 def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
     """Check before decoding that the pixel data match the header.
 
@@ -240,7 +217,7 @@ def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
     rows, columns, samples = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
     count, wide, length = rows * columns * samples, -(-int(dataset.BitsAllocated) // 8), len(dataset.PixelData)
     pixels, kept = rows * columns, kept_bytes(rows, columns)
-    mask = pixels if "PixelPaddingValue" in dataset else 0
+    mask = 4 * pixels if "ShutterShape" in dataset else pixels if "PixelPaddingValue" in dataset else 0
     is_copied = samples > 1 or int(dataset.BitsStored) < 8 * wide  # for example by stored_values
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         frames = 8 * length // (count * int(dataset.BitsAllocated))
@@ -300,17 +277,3 @@ def _has_embedded_overlay(dataset: Dataset) -> bool:
     return any(
         element.tag.group & 0xFF00 == 0x6000 and element.tag.element == 0x0102 and element.value for element in dataset
     )
-
-
-def _raw_value(dataset: Dataset, name: str, decoded: np.ndarray) -> int | None:
-    """A pixel value in the header, with the sign of the decoded pixels, whatever its VR."""
-    value: Any = dataset.get(name)
-    if isinstance(value, bytes) and len(value) == 2:
-        value = int.from_bytes(value, "little")
-    try:
-        found = int(value)
-    except (TypeError, ValueError):
-        return None
-    bits = 8 * decoded.dtype.itemsize
-    found %= 1 << bits
-    return found - (1 << bits) if decoded.dtype.kind == "i" and found >= 1 << (bits - 1) else found
