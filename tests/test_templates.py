@@ -209,6 +209,15 @@ def test_headings_of_one_study_are_known_by_their_words(heading: str):
         assert told.startswith(f"The template's {heading.upper()} (line ")
 
 
+def test_text_under_a_heading_of_one_study_goes_on_up_to_a_blank_line():
+    for heading in ("CLINICAL INFO", "CI", "History"):
+        template = parse_template(f"{heading}: Fever.\nSmoker.\nNo fall.\n\nLungs clear.\n\nConclusion: All well.")
+        assert template.findings == ("Lungs clear.",)
+        assert template.left_out == (
+            f"The template's {heading.upper()} (line 1) holds for one study only and was left out.",
+        )
+
+
 def test_text_before_the_heading_of_the_findings_is_told_and_not_drafted():
     template = parse_template("XR CHEST, two views.\nClinical note. Lungs: Normal.\nFINDINGS\nHeart normal.")
     assert template.findings == ("Heart normal.",)
@@ -236,11 +245,59 @@ def test_text_before_the_heading_of_the_findings_is_told_and_not_drafted():
         ("Findings", "BOTTOM LINE"),
         ("FINDINGS (chest):", "IMPRESSION (final):"),
         ("1. FINDINGS", "2) My impression:"),
+        ("<<FINDINGS>>", "<<IMPRESSION>>"),
+        ("ＦＩＮＤＩＮＧＳ：", "ＩＭＰＲＥＳＳＩＯＮ："),
     ],
 )
 def test_decoration_and_adjectives_of_headings_do_not_count(findings: str, impression: str):
     template = parse_template(f"{findings}\nLungs clear.\n{impression}\nNormal chest.")
     assert template == Template(("Lungs clear.",), ("Normal chest.",), True)
+
+
+@pytest.mark.parametrize(
+    "text", ["Findings Lungs clear. Impression Normal chest.", "FINDINGS Lungs clear.\nCONCLUSION Normal chest."]
+)
+def test_a_heading_without_a_colon_before_its_text_is_known(text: str):
+    assert parse_template(text) == Template(("Lungs clear.",), ("Normal chest.",), True)
+    for sentence in ("Findings consistent with a normal chest.", "FINDINGS ARE NORMAL."):
+        assert parse_template(sentence).findings == (sentence,)
+
+
+@pytest.mark.parametrize(
+    ("text", "findings"),
+    [
+        (
+            "The lungs are clear without pneumonia,\nCHF or effusion. The heart, hila and\nCP angles are normal.",
+            [
+                "The lungs are clear without pneumonia, CHF or effusion.",
+                "The heart, hila and CP angles are normal.",
+            ],
+        ),
+        ("No acute disease. No\nPneumonia.", ["No acute disease.", "No Pneumonia."]),
+        (
+            "There is no\nPneumonia or\nEffusion. Heart is\nNormal.",
+            ["There is no Pneumonia or Effusion.", "Heart is Normal."],
+        ),
+        ("Effusion no\nPneumothorax no\nHeart normal", ["Effusion no.", "Pneumothorax no.", "Heart normal."]),
+        ("clear lungs\nnormal heart\nno fracture.", ["clear lungs.", "normal heart.", "no fracture."]),
+        (
+            "clear lungs without\nopacity or\neffusion\nnormal heart",
+            ["clear lungs without opacity or effusion.", "normal heart."],
+        ),
+        (
+            "heart size and contours\nwithin normal limits\nno scar",
+            ["heart size and contours within normal limits.", "no scar."],
+        ),
+        ("the heart is normal. no focal\nopacity.", ["the heart is normal.", "no focal opacity."]),
+        (
+            "Heart normal in size, contour\nand position\nLungs clear",
+            ["Heart normal in size, contour and position.", "Lungs clear."],
+        ),
+    ],
+)
+def test_a_sentence_goes_on_in_the_next_line_where_it_cannot_end(text: str, findings: list[str]):
+    for heading in ("", "FINDINGS: ", "Findings\n"):
+        assert parse_template(f"{heading}{text}\n\nImpression: Normal chest.").findings == tuple(findings)
 
 
 BLANKS = (

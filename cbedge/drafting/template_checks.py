@@ -96,5 +96,5 @@ def refuse_what_is_no_report(text: str) -> None:
         if SPECIAL_TOKEN.fullmatch(blank.group()) and blank.group().startswith("["):
             continue
         quoted = blank.group().strip()[:20]
-        if section_of(blank.group().strip("[]<> "), True) is None:
+        if section_of(blank.group().strip("[] "), True) is None:
             raise ContextError(f"the template has a blank to fill in ({quoted}): fill it in, or remove the sentence")

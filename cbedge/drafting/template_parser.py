@@ -21,6 +21,7 @@ _EMPHASIS = re.compile(  # of Markdown, and its rules
     r"(\*{2,3}|(?<![\w*])[*_])(?=[\w(\[#])((?:(?!\1)[^*\n])+)(?<=\S)\1(?:(?<=\*\*)|(?!\w))|^\s*\*{4,}\s*$",
     re.MULTILINE,
 )
+_ANGLED = re.compile(r"<+([^\W\d_][\w ]*)>+[ \t]*:?")
 _DRAFTS_HEADING = re.compile(r"\b(?:FINDINGS|IMPRESSION):")
 _ENDED = re.compile(r"[.?!。！？][\"'”’»)\]]*$")
 
@@ -47,6 +48,7 @@ def parse_template(text: str) -> Template:
             f"the template has {len(text):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}: shorten it"
         )
     text = _EMPHASIS.sub(r"\2", remove_invisible(text))
+    text = _ANGLED.sub(lambda mark: mark[0] if section_of(mark[1], True) is None else f"{mark[1]}:", text)
     refuse_what_is_no_report(text)
     while SPECIAL_TOKEN.search(text):
         text = SPECIAL_TOKEN.sub(" ", text)
@@ -64,19 +66,23 @@ def parse_template(text: str) -> Template:
     )
 
 
-def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], list[str]], list[str]]:
+def _sections_of(lines: Sequence[tuple[int, int, str]]) -> tuple[tuple[list[str], list[str]], list[str]]:
     """The sentences of findings and impression in numbered lines, and what was left out."""
     sections: tuple[list[str], list[str]] = ([], [])
     left_out: list[str] = []
     place, signed = 0, False
     passed_over = ""  # heading of what is not drafted, with its line
-    names = [start[1] if (start := HEADING.match(f"{line}:")) else "" for _, line in lines]
+    names = [start[1] if (start := HEADING.match(f"{line}:")) else "" for _, _, line in lines]
     starts = [section_of(name, False) for name in names]
     concludes = 1 in starts
     # What stands before the first section if the findings have their heading ("Results" may be any label).
     preamble = any(section == section_of(name, True) == 0 for section, name in zip(starts, names, strict=True))
-    for index, (number, line) in enumerate(lines):
-        if 0 not in starts[index:]:  # else its text goes on up to the findings or to another label
+    begun = -1  # paragraph of that heading
+    for index, (number, paragraph, line) in enumerate(lines):
+        following = next((start for (_, at, _), start in zip(lines, starts, strict=True) if at == paragraph + 1), 1)
+        # Its text goes on up to the findings' heading or another label; without that heading, if other text than a
+        # heading follows, up to a blank line, else to the end of its line.
+        if 0 not in starts[index:] and not (paragraph == begun and following is None):
             passed_over = ""
         for sentence in split_text(line):
             heading = HEADING.match(sentence)
@@ -86,7 +92,7 @@ def _sections_of(lines: Sequence[tuple[int, str]]) -> tuple[tuple[list[str], lis
                 place, sentence, passed_over, preamble = section, rest, "", False
             elif heading:
                 passed_over = f"{name.upper()} (line {number})" if is_not_drafted(name) else ""
-                sentence = rest if passed_over else sentence
+                begun, sentence = (paragraph, rest) if passed_over else (begun, sentence)
             complete = _ENDED.search(sentence)
             signed = signed and section is None and not complete
             if not re.search(r"\w", sentence):
