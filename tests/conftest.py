@@ -84,7 +84,8 @@ def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
         program = importlib.import_module(f"{module}.__main__")
     except ModuleNotFoundError:
         program = importlib.import_module(module)
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2))
+    code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", words)
         try:
@@ -96,7 +97,7 @@ def call_cli(module: str, *arguments: object) -> subprocess.CompletedProcess:
             code = 1
         finally:
             signal.signal(signal.SIGINT, interrupt)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(words, code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 
 def draw_chest(seed: int, rows: int = 240, columns: int = 200) -> np.ndarray:

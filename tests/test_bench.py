@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import USUAL_VARIANT, run_cli
+from conftest import USUAL_VARIANT, call_cli
 
 from cbedge import ReportGenerator, bench, bench_report
 from cbedge.images.radiograph import load_radiograph
 
 
 def run_bench(bundle: Path, *arguments: object):
-    return run_cli("cbedge.cli", "bench", "--model", bundle, "--device", "cpu", "--tokens", 6, *arguments)
+    return call_cli("cbedge.cli", "bench", "--model", bundle, "--device", "cpu", "--tokens", 6, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_cli
+from conftest import call_cli
 
 from cbedge import ReportGenerator, doctor
 from cbedge.backends import provider as backend
@@ -13,13 +13,13 @@ from cbedge.errors import BundleError, DeviceError
 
 
 def test_a_sound_machine_is_called_so(tiny_bundle: Path):
-    done = run_cli("cbedge.cli", "doctor", "--model", tiny_bundle)
+    done = call_cli("cbedge.cli", "doctor", "--model", tiny_bundle)
     assert done.returncode == 0, done.stdout
     assert "ok      draft on cpu" in done.stdout and "fault" not in done.stdout
 
 
 def test_json_names_every_check(tiny_bundle: Path):
-    checks = json.loads(run_cli("cbedge.cli", "doctor", "--model", tiny_bundle, "--json").stdout)
+    checks = json.loads(call_cli("cbedge.cli", "doctor", "--model", tiny_bundle, "--json").stdout)
     names = {check["name"] for check in checks}
     assert {"python", "onnxruntime", "memory", "disk", "model", "draft on cpu"} <= names
     assert all(check["state"] in ("ok", "warning", "fault") for check in checks)
@@ -29,7 +29,7 @@ def test_an_altered_model_is_a_fault_with_a_remedy(tiny_bundle: Path, tmp_path: 
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with open(tmp_path / "bundle" / "tokenizer.json", "a") as file:
         file.write(" ")
-    done = run_cli("cbedge.cli", "doctor", "--model", tmp_path / "bundle")
+    done = call_cli("cbedge.cli", "doctor", "--model", tmp_path / "bundle")
     assert done.returncode == 1 and "fault   model: tokenizer.json" in done.stdout
     assert "install or export it again" in done.stdout and "Traceback" not in done.stderr
 

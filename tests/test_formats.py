@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import jsonschema
 import pydicom
 import pytest
-from conftest import EXAMPLES, USUAL_VARIANT, needs_program, run_cli
+from conftest import EXAMPLES, USUAL_VARIANT, call_cli, needs_program
 
 from cbedge import DeviceError, OptionError, OutputError, RadiographError, Report, ReportGenerator
 from cbedge.outputs import SCHEMA, check_format, render
@@ -36,7 +36,7 @@ def test_json_follows_the_published_schema(report: Report):
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(report.to_json()), schema)
-    assert json.loads(run_cli("cbedge.cli", "schema").stdout) == schema
+    assert json.loads(call_cli("cbedge.cli", "schema").stdout) == schema
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_an_error_of_a_formats_library_is_of_that_draft_and_not_of_the_disk(
 
 def test_a_structured_report_without_a_study_is_refused_before_a_model_is_opened(chest_png: Path, tmp_path: Path):
     target = tmp_path / "draft.dcm"
-    done = run_cli(
+    done = call_cli(
         "cbedge.cli", "generate", chest_png, "--model", tmp_path / "no-model", "--format", "sr", "-o", target
     )
     assert done.returncode == 3 and "needs a study" in done.stderr and not target.exists()
@@ -141,21 +141,8 @@ def test_fhir_without_a_dicom_file_names_no_patient(report: Report, chest_png: P
 @pytest.mark.parametrize(("form", "start"), [("sr", b"\0" * 128 + b"DICM"), ("fhir", b"{"), ("json", b"{")])
 def test_the_command_writes_each_format(tiny_bundle: Path, tmp_path: Path, form: str, start: bytes):
     target = tmp_path / "out"
-    done = run_cli(
-        "cbedge.cli",
-        "generate",
-        DICOM,
-        "--model",
-        tiny_bundle,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        8,
-        "--format",
-        form,
-        "-o",
-        target,
-    )
+    given = ("--model", tiny_bundle, "--device", "cpu", "--max-new-tokens", 8)
+    done = call_cli("cbedge.cli", "generate", DICOM, *given, "--format", form, "-o", target)
     assert done.returncode == 0, done.stderr
     assert target.read_bytes().startswith(start)
 

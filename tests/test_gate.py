@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLES, needs_default_model, run_cli
+from conftest import EXAMPLES, call_cli, needs_default_model
 from PIL import Image
 
 from cbedge import BundleError, RadiographError, ReportGenerator
@@ -84,6 +84,6 @@ def test_what_is_no_radiograph_is_refused_and_drafted_only_when_told(kind: str, 
 @needs_default_model
 def test_the_command_refuses_in_one_line_and_goes_on_when_told(tmp_path: Path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300)).astype(np.uint8)).save(tmp_path / "x.png")
-    refused = run_cli("cbedge.cli", "generate", tmp_path / "x.png")
+    refused = call_cli("cbedge.cli", "generate", tmp_path / "x.png")
     assert refused.returncode == 3 and len(refused.stderr.strip().splitlines()) == 1 and not refused.stdout
-    assert run_cli("cbedge.cli", "generate", tmp_path / "x.png", "--accept-any-image").returncode == 0
+    assert call_cli("cbedge.cli", "generate", tmp_path / "x.png", "--accept-any-image").returncode == 0

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_cli
+from conftest import call_cli
 from PIL import Image
 
 from cbedge import ReportGenerator, load_radiograph
@@ -35,8 +35,8 @@ def test_the_overlay_is_brightest_where_most_was_looked(chest_png: Path):
 def test_the_command_writes_a_png_with_its_caveat(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
     target = tmp_path / "map.png"
     arguments = ("generate", chest_png, "--model", tiny_bundle, "--device", "cpu", "--max-new-tokens", 2)
-    done = run_cli("cbedge.cli", *arguments, "--heatmap", target)
+    done = call_cli("cbedge.cli", *arguments, "--heatmap", target)
     assert done.returncode == 0 and CAVEAT in done.stderr
     assert Image.open(target).text["Comment"] == CAVEAT
-    again = run_cli("cbedge.cli", *arguments, "--heatmap", target)
+    again = call_cli("cbedge.cli", *arguments, "--heatmap", target)
     assert again.returncode == 7 and "--force" in again.stderr

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import EXAMPLES, ROOT, draw_chest, run_cli, served
+from conftest import EXAMPLES, ROOT, call_cli, draw_chest, served
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -464,11 +464,14 @@ def test_connections_that_say_too_little_are_closed_and_keep_nobody_waiting(tiny
     assert "Traceback" not in log
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(server: tuple[str, subprocess.Popen], tiny_bundle: Path):
+def test_a_port_that_is_taken_is_told_in_one_line(
+    server: tuple[str, subprocess.Popen], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CBEDGE_TOKEN", TOKEN)
     port = server[0].rpartition(":")[2]
     for host, reason in (("127.0.0.1", "Address already in use"), ("192.0.2.1", "Cannot assign"), ("a..b", "invalid")):
         arguments = ("--host", host, "--port", port, "--model", tiny_bundle, "--device", "cpu")
-        done = run_cli("cbedge.cli", "serve", *arguments, CBEDGE_TOKEN=TOKEN)
+        done = call_cli("cbedge.cli", "serve", *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"cbedge: cannot listen on {host}:{port}: {reason}"), done.stderr
 

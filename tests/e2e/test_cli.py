@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEFAULT_BUNDLE, EXAMPLES, ROOT, USUAL_VARIANT, needs_default_model, run_cli
+from conftest import DEFAULT_BUNDLE, EXAMPLES, ROOT, USUAL_VARIANT, call_cli, needs_default_model, run_cli
 from PIL import Image
 
 from cbedge import __version__
@@ -19,8 +19,9 @@ def cbedge(*arguments: object):
 
 @pytest.fixture
 def generate(tiny_bundle: Path, chest_png: Path):
-    def call(*options: object, image: Path = chest_png, model: Path = tiny_bundle):
-        return cbedge("generate", image, "--model", model, "--device", "cpu", "--max-new-tokens", 8, *options)
+    def call(*options: object, image: Path = chest_png, model: Path = tiny_bundle, start=run_cli):
+        given = ("--model", model, "--device", "cpu", "--max-new-tokens", 8)
+        return start("cbedge.cli", "generate", image, *given, *options)
 
     return call
 
@@ -94,7 +95,7 @@ def test_an_unusable_image_is_one_line_and_exit_code_3(generate, tmp_path: Path,
     ],
 )
 def test_a_wrong_option_is_one_line_and_its_own_exit_code(generate, options: list, code: int, told: str):
-    done = generate(*options)
+    done = generate(*options, start=call_cli)
     assert done.returncode == code and told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -111,13 +112,13 @@ def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     assert done.returncode == 0 and "tiny 0.1.0" in done.stdout and "verified" in done.stdout
     (taken,) = [line for line in done.stdout.splitlines() if line.endswith("default on this machine")]
     assert taken.strip().startswith(f"{USUAL_VARIANT}:")
-    assert "# tiny 0.1.0" in cbedge("model", "--model", tiny_bundle, "--card").stdout
-    assert json.loads(cbedge("model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
+    assert "# tiny 0.1.0" in call_cli("cbedge.cli", "model", "--model", tiny_bundle, "--card").stdout
+    assert json.loads(call_cli("cbedge.cli", "model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
 
 
 @needs_default_model
 def test_the_model_command_shows_what_the_image_decides_first_and_the_controls_apart(tmp_path: Path):
-    lines = cbedge("model").stdout.splitlines()
+    lines = call_cli("cbedge.cli", "model").stdout.splitlines()
     head = next(line for line in lines if "METEOR" in line)
     names = ("balanced accuracy", "F1, micro", "F1, macro", "METEOR", "ROUGE-L", "CIDEr")
     assert [head.index(name) for name in names] == sorted(head.index(name) for name in names)
@@ -129,7 +130,7 @@ def test_the_model_command_shows_what_the_image_decides_first_and_the_controls_a
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     del manifest["quality"]["clinical"]
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    told = cbedge("model", "--model", bundle).stdout
+    told = call_cli("cbedge.cli", "model", "--model", bundle).stdout
     assert "Balanced accuracy and F1 are not in this bundle" in told and "CIDEr" in told
 
 
@@ -194,5 +195,5 @@ def test_a_terminal_shows_the_same_paragraphs_as_a_pipe():
 
 
 def test_help_says_what_is_taken_where_nothing_is_given():
-    told = cbedge("generate", "--help").stdout
+    told = call_cli("cbedge.cli", "generate", "--help").stdout
     assert "from the header" in told and "--no-template" in told
