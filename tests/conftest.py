@@ -339,7 +339,7 @@ def tiny_run(tiny_config: Path, tiny_data: Path, make_once: MakeOnce) -> Path:
 
     def train(folder: Path) -> None:
         output = ["--output", folder / "tiny", "--max-steps", 2]
-        done = run_cli("training", "run", "--config", tiny_config, "--data", tiny_data, *output)
+        done = call_cli("training", "run", "--config", tiny_config, "--data", tiny_data, *output)
         assert done.returncode == 0, done.stderr
 
     return make_once("runs", train) / "tiny"

@@ -55,6 +55,11 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def is_done(spool: Path) -> bool:
+    """Whether nothing waits to be drafted or delivered; in this order, as drafts move on meanwhile."""
+    return not any([*(spool / part).glob("*.dcm")] for part in ("incoming", "outgoing"))
+
+
 @pytest.fixture
 def listen(tiny_bundle: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, subprocess.Popen]]]:
     running = []

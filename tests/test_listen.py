@@ -11,7 +11,7 @@ from pathlib import Path
 import pydicom
 import pytest
 from conftest import free_port, needs_orthanc, needs_program, orthanc, run_cli, wait_for
-from dicom_node import another, another_bytes, names, send
+from dicom_node import another, another_bytes, is_done, names, send
 from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import EnhancedSRStorage
@@ -65,15 +65,16 @@ def test_two_views_of_a_study_make_one_draft_and_the_rest_one_each(listen: Calla
         dataset.ViewPosition, dataset.StudyInstanceUID, dataset.PatientOrientation = view, study, None
         dataset.PixelData = dataset.PixelData[1:] + dataset.PixelData[:1] if view == "LL" else dataset.PixelData
         assert send(port, dataset) == 0
-    wait_for(lambda: len(pacs.taken) == 3)
-    time.sleep(1)
+    wait_for(lambda: is_done(tmp_path / "spool"))
     # What is complete, or says of no view, does not wait.
     assert [d.StudyInstanceUID for d in pacs.taken] == ["1.2.3", "1.2.3", "1.2.4"]
     assert not [*(tmp_path / "spool").rglob("*.dcm")]
     pacs.server.shutdown()
 
 
-def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(listen: Callable, film: Path):
+def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(
+    listen: Callable, film: Path, tmp_path: Path
+):
     pacs_port = free_port()
     sent = []
     for _ in range(3):  # nobody is there to take the drafts, and the listener dies each time
@@ -86,8 +87,7 @@ def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(l
         process.wait()
     pacs = Pacs(pacs_port)
     listen(pacs_port)
-    wait_for(lambda: len({d.SOPInstanceUID for d in pacs.taken}) == len(sent))
-    time.sleep(0.5)
+    wait_for(lambda: is_done(tmp_path / "spool"))
     drafted = [
         d.CurrentRequestedProcedureEvidenceSequence[0]
         .ReferencedSeriesSequence[0]
@@ -140,15 +140,16 @@ def test_an_odd_header_gives_a_draft_without_what_is_odd(listen: Callable, film:
     pacs.server.shutdown()
 
 
-def test_one_image_sent_by_many_at_once_is_taken_from_each_and_drafted_once(listen: Callable, film: Path):
+def test_one_image_sent_by_many_at_once_is_taken_from_each_and_drafted_once(
+    listen: Callable, film: Path, tmp_path: Path
+):
     pacs_port = free_port()
     pacs = Pacs(pacs_port)
     port, _ = listen(pacs_port)
     dataset = another(film)
     with ThreadPoolExecutor(8) as pool:
         assert [*pool.map(lambda _: send(port, dataset), range(24))] == [0] * 24
-    wait_for(lambda: pacs.taken)
-    time.sleep(2)
+    wait_for(lambda: is_done(tmp_path / "spool"))
     assert len({d.SOPInstanceUID for d in pacs.taken}) == 1
     pacs.server.shutdown()
 
