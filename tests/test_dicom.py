@@ -445,6 +445,111 @@ def test_an_invalid_shutter_is_named_and_ignored(shutter: dict):
     assert len(film.warnings) == 1 and "ShutterShape" in film.warnings[0]
 
 
+def _jpeg(mode: str = "L", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((CHEST // 16).astype(np.uint8)).convert(mode).save(buffer, "JPEG", quality=97, **options)
+    return buffer.getvalue() + b"\0" * (buffer.tell() % 2)
+
+
+def _fragments(*parts: bytes, table: bytes = b"") -> bytes:
+    items = (b"\xfe\xff\x00\xe0" + struct.pack("<L", len(part)) + part for part in (table, *parts))
+    return b"".join(items) + b"\xfe\xff\xdd\xe0\0\0\0\0"
+
+
+def _compressed(pixels: bytes, **elements: object) -> bytes:
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": pixels, **elements}
+    dataset, buffer = pydicom.dcmread(io.BytesIO(make_dicom(**eight))), io.BytesIO()
+    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_fragments_of_uncompressed_pixels_are_joined(fragments: int):
+    pixels = (CHEST // 16).astype(np.uint8).tobytes()
+    size = len(pixels) // fragments
+    parts = [pixels[i * size : (i + 1) * size] for i in range(fragments)]
+    data = _compressed(_fragments(*parts)).replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.10008.1.2.1\0\0\0")
+    film = load_radiograph(data)
+    assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).max() < 0.01
+    assert len(film.warnings) == 1 and "PixelData" in film.warnings[0]
+
+
+def test_compressed_pixels_under_an_uncompressed_transfer_syntax_are_refused():
+    data = _compressed(_fragments(_jpeg())).replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.10008.1.2.1\0\0\0")
+    with pytest.raises(RadiographError, match="compressed pixels, but an uncompressed TransferSyntaxUID"):
+        load_radiograph(data)
+
+
+_COLOUR = {"SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422"}
+_HALF = len(_jpeg()) // 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (_compressed(_fragments(_jpeg())), None),
+        (_compressed(_fragments(_jpeg("RGB")), **_COLOUR), None),
+        (_compressed(_fragments(_jpeg("RGB")), PlanarConfiguration=0, **_COLOUR), None),
+        (_compressed(_fragments(_jpeg("RGB")), PlanarConfiguration=1, **_COLOUR), None),
+        (_compressed(_fragments(_jpeg()), BitsAllocated=16), "BitsAllocated"),
+        (_compressed(_fragments(_jpeg()), BitsAllocated=16, BitsStored=12, HighBit=11), "BitsAllocated"),
+        (_compressed(_fragments(_jpeg(), table=bytes(4))), None),
+        (_compressed(_fragments(_jpeg(), table=b"\xff\xff\xff\xff")), "PixelData"),
+        (
+            _compressed(_fragments(_jpeg()[:_HALF], _jpeg()[_HALF:], table=struct.pack("<LL", 0, 8 + _HALF))),
+            "PixelData",
+        ),
+        (_compressed(_fragments(_jpeg()[:_HALF], _jpeg()[_HALF:])), None),
+    ],
+)
+def test_compressed_pixels_are_read_by_their_codestream(data: bytes, named: str | None):
+    film = load_radiograph(data)
+    assert np.abs(film.pixels - load_radiograph(make_dicom()).pixels).mean() < 0.02 and film.chroma < 0.01
+    assert [warning.split()[3] for warning in film.warnings] == ([named] if named else [])
+
+
+@pytest.mark.parametrize("table", [b"", struct.pack("<LL", 0, 8 + len(_jpeg()))])
+def test_two_compressed_frames_are_refused_whatever_the_header_says(table: bytes):
+    with pytest.raises(RadiographError, match="has 2 frames"):
+        load_radiograph(_compressed(_fragments(_jpeg(), _jpeg(), table=table), NumberOfFrames=1))
+
+
+@pytest.mark.parametrize("frames", ["-1", "0"])
+def test_an_invalid_number_of_frames_is_one(frames: str):
+    film = load_radiograph(make_dicom(NumberOfFrames=frames))
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom()).pixels)
+    assert len(film.warnings) == 1 and "NumberOfFrames" in film.warnings[0]
+
+
+def test_colour_without_planar_configuration_is_interleaved():
+    values = np.repeat(CHEST[..., None], 3, axis=2)
+    data = make_dicom(PixelData=values.tobytes(), SamplesPerPixel=3, PhotometricInterpretation="RGB")
+    film = load_radiograph(data)
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom()).pixels)
+    assert len(film.warnings) == 1 and "PlanarConfiguration" in film.warnings[0]
+
+
+@pytest.mark.parametrize("attribute", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_the_bytes_of_a_lut_have_the_byte_order_of_the_file(attribute: str):
+    film = []
+    for order, syntax in (("<", ExplicitVRLittleEndian), (">", ExplicitVRBigEndian)):
+        item = pydicom.Dataset()
+        item.LUTDescriptor = [4096, 0, 16]
+        item.add_new("LUTData", "OW", (np.arange(4096) ** 2 // 256).astype(f"{order}u2").tobytes())
+        plain = pydicom.dcmread(io.BytesIO(make_dicom()))
+        dataset, buffer = pydicom.Dataset(), io.BytesIO()
+        dataset.update({element.tag: element for element in plain})
+        dataset.file_meta, dataset.PixelData = plain.file_meta, CHEST.astype(f"{order}u2").tobytes()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        setattr(dataset, attribute, [item])
+        dataset.save_as(buffer, enforce_file_format=True)
+        film.append(load_radiograph(buffer.getvalue()).pixels)
+    assert np.array_equal(*film)
+    assert np.abs(film[0] - stretch(CHEST.astype(np.int64) ** 2)).max() < 0.01
+
+
 def test_overlay_bits_above_the_stored_bits_are_masked():
     drawn = CHEST.copy()
     drawn[20:40, 20:120] |= 0x8000

@@ -22,6 +22,7 @@ from cbedge.images.dicom_pixels import (
     decode_pixels,
     integer,
     repair_pixel_attributes,
+    repair_pixel_data,
     stored_values,
 )
 from cbedge.images.dicom_view import orient, view_of
@@ -177,6 +178,9 @@ def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> 
     if not dataset.get("PixelData"):
         raise RadiographError(f"{name} has no image (no Pixel Data); export it with its pixels")
     frames = integer(dataset, "NumberOfFrames", 1)
+    if frames < 1:
+        found.add("NumberOfFrames", "is invalid; 1 was assumed")
+        dataset.NumberOfFrames = 1
     rows, columns = integer(dataset, "Rows", 0), integer(dataset, "Columns", 0)
     if rows < 1 or columns < 1:
         raise RadiographError(f"{name} lacks Rows or Columns: export it again")
@@ -186,6 +190,7 @@ def _check_header(dataset: Any, name: str, max_pixels: int, found: Warnings) -> 
         raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; the limit is {max_pixels:,}: scale it down")
     _check_syntax(dataset, name, found)
     repair_pixel_attributes(dataset, found)
+    repair_pixel_data(dataset, name, found)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         raise RadiographError(f"{name} is in palette colour, but a radiograph is greyscale: export it as greyscale")
 

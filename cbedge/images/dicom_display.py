@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbedge.images.dicom_pixels import Warnings, number
+from cbedge.images.dicom_pixels import Warnings, byte_order, number
 from cbedge.images.intensity import Transform, blocks, stretch
 from cbedge.images.memory import reduction
 
@@ -112,7 +112,8 @@ def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarr
         data = item.LUTData
         if isinstance(data, bytes | bytearray):
             narrow = len(data) < 2 * count and (bits <= 8 or len(data) in (count, count + 1))
-            table = np.frombuffer(data[: len(data) if narrow else len(data) // 2 * 2], "u1" if narrow else "<u2")
+            kind = "u1" if narrow else "<u2" if byte_order(dataset) == "little" else ">u2"
+            table = np.frombuffer(data[: len(data) if narrow else len(data) // 2 * 2], kind)
         else:
             table = np.atleast_1d(np.asarray(data, np.int64)) % 65536
         table = table[:count].astype(np.float64)

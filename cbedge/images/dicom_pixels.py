@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _MOST_STRAY = 0.05  # fraction of pixels above BitsStored that may be an overlay; with more, BitsStored is wrong
 _SAMPLE, _LEAST_LEVELS, _LEAST_SHARE = 2**18, 16, 0.02  # pixels looked at; levels and share of pixels of each sign
+_FRAME_START = re.compile(  # of JPEG, JPEG 2000, JP2, run lengths
+    rb"\xff\xd8\xff|\xff\x4f\xff\x51|\0\0\0\x0cjP|[\1-\x0f]\0\0\0\x40\0\0\0"
+)
+_ITEM = b"\xfe\xff\x00\xe0"  # tag before a fragment
 _DECODER_BYTES = 4  # per sample, used by pylibjpeg's decoders in addition to their output
 
 
@@ -86,6 +90,11 @@ def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
         dataset.PixelRepresentation = 0
     if integer(dataset, "SamplesPerPixel", 0) not in (1, 3):
         dataset.SamplesPerPixel = 1
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        dataset.PlanarConfiguration = 0  # codestreams have their own order
+    elif dataset.SamplesPerPixel == 3 and integer(dataset, "PlanarConfiguration", -1) not in (0, 1):
+        warnings.add("PlanarConfiguration", "is missing or invalid; 0 was assumed")
+        dataset.PlanarConfiguration = 0
     photometric = str(dataset.get("PhotometricInterpretation") or "").strip(" \0").upper()
     monochrome = re.fullmatch(r"MONO[A-Z]*[^A-Z0-9]*([12])", photometric)  # such as "MONOCHROME 1"
     photometric = f"MONOCHROME{monochrome[1]}" if monochrome else photometric
@@ -94,6 +103,39 @@ def repair_pixel_attributes(dataset: Dataset, warnings: Warnings) -> None:
         photometric = "MONOCHROME2" if dataset.SamplesPerPixel == 1 else "RGB"
         warnings.add("PhotometricInterpretation", f"is missing or unknown; {photometric} was assumed")
     dataset.PhotometricInterpretation = photometric
+
+
+def repair_pixel_data(dataset: Dataset, name: str, warnings: Warnings) -> None:
+    """Join the fragments of uncompressed Pixel Data, and remove an offset table that is wrong for one frame, in place.
+
+    Raises:
+        RadiographError: the pixels are compressed although the transfer syntax is not, or have several frames.
+    """
+    from pydicom.encaps import generate_fragments
+
+    element, syntax = dataset["PixelData"], dataset.file_meta.TransferSyntaxUID
+    data = element.value
+    if not syntax.is_encapsulated and not element.is_undefined_length and not data.startswith(_ITEM):
+        return
+    fragments = generate_fragments(data, endianness="<" if byte_order(dataset) == "little" else ">")
+    try:
+        table = next(fragments, b"")
+        if not syntax.is_encapsulated:
+            element.value, element.is_undefined_length = b"".join(fragments), False
+            if _FRAME_START.match(element.value):
+                raise RadiographError(
+                    f"{name} has compressed pixels, but an uncompressed TransferSyntaxUID: export it again"
+                )
+            warnings.add("PixelData", "has fragments, which uncompressed pixels do not have; they were joined")
+            return
+        frames = sum(_FRAME_START.match(fragment) is not None for fragment in fragments)
+    except ValueError:
+        return  # decoding will fail
+    if frames > 1:
+        raise RadiographError(f"{name} has {frames:,} frames; give a single radiograph")
+    if table.strip(b"\0") or len(table) > 4:
+        element.value = data[:4] + bytes(4) + data[8 + len(table) :]
+        warnings.add("PixelData", "has an offset table that is wrong for one frame and was ignored")
 
 
 def decode_pixels(dataset: Dataset, name: str) -> tuple[np.ndarray, float]:
@@ -226,7 +268,7 @@ def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
         unpacked = count * wide if dataset.PhotometricInterpretation == "YBR_FULL_422" else 0
         copied = pixels * wide if is_copied else 0
         return max(length + unpacked + copied, (copied or length) + kept) + mask
-    frame = _only_frame(dataset.PixelData, name)
+    frame = _only_frame(dataset.PixelData)
     try:
         found = _codestream(dataset, frame)
     except CodestreamError:
@@ -245,17 +287,18 @@ def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
         )
     if found.is_signed and dataset.PixelRepresentation == 0:
         _use_sign(dataset, "the compressed pixels", warnings)
+    allocated = next(bits for bits in (8, 16, 32, found.bits) if bits >= found.bits)
+    if allocated != dataset.BitsAllocated:
+        warnings.add("BitsAllocated", f"contradicts the compressed pixels, which have {found.bits} bits")
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, found.bits, found.bits - 1
     wide = max(wide, -(-found.bits // 8))
     decoding = length + len(frame) + count * (_DECODER_BYTES + 2 * wide) + found.overhead
     return max(decoding, (count + pixels) * wide + mask + kept)
 
 
-def _only_frame(data: bytes, name: str) -> bytes:
+def _only_frame(data: bytes) -> bytes:
     from pydicom.encaps import generate_frames
 
-    offsets = int.from_bytes(data[4:8], "little") // 4
-    if offsets > 1:
-        raise RadiographError(f"{name} has {offsets:,} frames; give a single radiograph")
     try:
         return next(generate_frames(data, number_of_frames=1), b"")
     except Exception:
