@@ -700,6 +700,18 @@ def test_a_dataset_in_memory_is_read_and_left_as_it_is():
     assert np.allclose(film.pixels, load_radiograph(make_dicom(PhotometricInterpretation="MONOCHROME1")).pixels)
 
 
+def test_pixel_data_of_a_dataset_may_be_a_file():
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom()))
+    wanted = load_radiograph(dataset)
+    dataset.PixelData = file = io.BytesIO(dataset.PixelData)
+    file.seek(100)
+    film = load_radiograph(dataset)
+    assert np.array_equal(film.pixels, wanted.pixels) and film.sha256 == wanted.sha256 and file.tell() == 100
+    file.close()
+    with pytest.raises(RadiographError, match="Pixel Data in a file that cannot be read"):
+        load_radiograph(dataset)
+
+
 def test_no_thread_prints_header_values(capfd):
     content = make_dicom()
     content = content.replace(b"Secret^Name", b"Secret^\xff\xfe^Na"[:11]).replace(b"DX", b"DX", 1)

@@ -140,6 +140,28 @@ def test_one_saturated_pixel_changes_nothing_else():
     assert np.abs(load_radiograph(hot).pixels - STRETCHED)[10:].max() < 0.01
 
 
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "offset", "share"),
+    [
+        ("u8", 2**63, 1),
+        ("u8", 2**60, 1),
+        (">u8", 2**63, 2**30),
+        ("i8", -(2**63), 1),
+        ("i8", 2**62, 1),
+        ("u4", 3 * 10**9, 1),
+    ],
+)
+@pytest.mark.parametrize("tint", [0, 1])
+def test_integers_far_from_zero_give_the_same_picture(planes: int, dtype: str, offset: int, share: int, tint: int):
+    native = np.dtype(dtype).newbyteorder("=")
+    values = (CHEST.astype(native) * share + np.array(offset, native)).astype(dtype)
+    if planes == 3:
+        values = np.stack([values] * 3, -1)
+        values[0, 0, 0] += tint  # a single pixel in colour
+    assert np.abs(load_radiograph(values).pixels - STRETCHED).max() < 0.005
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_an_orientation_tag_is_obeyed_as_in_every_viewer(orientation: int, kind: str):

@@ -26,7 +26,7 @@ from cbedge.images.dicom_pixels import (
     stored_values,
 )
 from cbedge.images.dicom_view import orient, view_of
-from cbedge.images.memory import working_memory
+from cbedge.images.memory import MAX_BYTES, working_memory
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, ClinicalContext
 
 if TYPE_CHECKING:
@@ -78,18 +78,41 @@ def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
     return _decoded(parse_dicom(io.BytesIO(data), name), name, max_pixels, len(data))
 
 
-def decode_dataset(dataset: Dataset, name: str, max_pixels: int) -> DicomFilm:
-    """Decode a dataset in memory without changing it; see :func:`read_dicom`."""
+def decode_dataset(dataset: Dataset, pixels: bytes, name: str, max_pixels: int) -> DicomFilm:
+    """Decode a dataset in memory with its :func:`pixel_bytes`, without changing it; see :func:`read_dicom`."""
     silence_pydicom()
-    return _decoded(dataset, name, max_pixels, 0)
+    return _decoded(dataset, name, max_pixels, 0, pixels)
 
 
-def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int) -> DicomFilm:
+def pixel_bytes(dataset: Dataset, name: str) -> bytes:
+    """The Pixel Data of a dataset, which pydicom also accepts as a file object; empty if it has none.
+
+    Raises:
+        RadiographError: the file object cannot be read, or is too large.
+    """
+    pixels = dataset.get("PixelData") or b""
+    if not hasattr(pixels, "read"):
+        return pixels  # type: ignore[no-any-return]
+    try:
+        at = pixels.tell()
+        pixels.seek(0)
+        content = pixels.read(MAX_BYTES + 1)
+        pixels.seek(at)
+    except (OSError, ValueError):
+        raise RadiographError(f"{name} has Pixel Data in a file that cannot be read: open it again") from None
+    if len(content) > MAX_BYTES:
+        raise RadiographError(f"{name} has more than {MAX_BYTES:,} bytes of Pixel Data: scale the radiograph down")
+    return content  # type: ignore[no-any-return]
+
+
+def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, content: bytes = b"") -> DicomFilm:
     found = Warnings()
     meta, indication = getattr(dataset, "file_meta", None), header_indication(dataset, found)
     dataset = _copied(dataset)
     if meta is not None:
         dataset.file_meta = copy.deepcopy(meta)
+    if content and hasattr(dataset["PixelData"].value, "read"):
+        dataset["PixelData"].value = content
     _check_header(dataset, name, max_pixels, found)
     needed = check_pixels(dataset, name, found) + file_bytes
     with working_memory(needed, name, (int(dataset.Columns), int(dataset.Rows))):

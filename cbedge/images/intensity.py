@@ -124,6 +124,7 @@ def _rendered(values: np.ndarray, to_unit: Transform, counted: np.ndarray | None
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     if not high > low:
         return np.zeros(values.shape, np.float32)
-    scaled = np.subtract(values, low, dtype=np.float64 if values.ndim == 1 else np.float32)
+    is_exact = values.ndim == 2 and (values.dtype.itemsize < 4 or values.dtype == np.float32)  # as float32
+    scaled = np.subtract(values, low, dtype=np.float32 if is_exact else np.float64)
     scaled /= high - low
     return np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)

@@ -107,10 +107,11 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
         return _read_file(Path(os.fsdecode(source)), max_pixels)
     pydicom = sys.modules.get("pydicom")
     if pydicom is not None and isinstance(source, pydicom.Dataset):
-        from cbedge.images.dicom import decode_dataset
+        from cbedge.images.dicom import decode_dataset, pixel_bytes
 
-        digest = hashlib.sha256(source.get("PixelData") or b"").hexdigest()
-        return _from_dicom(decode_dataset(source, "the dataset", max_pixels), digest, "the dataset")
+        pixels = pixel_bytes(source, "the dataset")
+        digest = hashlib.sha256(pixels).hexdigest()
+        return _from_dicom(decode_dataset(source, pixels, "the dataset", max_pixels), digest, "the dataset")
     if callable(getattr(source, "read", None)):
         data = _read_stream(source)
         with file_memory(len(data)):
@@ -215,10 +216,12 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
     rows, columns = array.shape[:2]
     coloured = array.ndim == 3 and array.shape[2] >= 3
     alpha = 3 * array.dtype.itemsize if coloured and array.shape[2] == 4 else 0
-    needed = ((4 + alpha) * rows * columns if coloured else 0) + 2 * kept_bytes(rows, columns, 7)
+    size = array.dtype.itemsize if array.dtype.kind in "iu" else 0
+    needed = (8 * array.size if size > 4 else 0) + 2 * kept_bytes(rows, columns, 7)
+    needed += ((8 if size > 2 else 4) + alpha) * rows * columns if coloured else 0
     with working_memory(needed, name, (columns, rows)):
         values = array.astype(array.dtype.newbyteorder("="), copy=False)
-        values = _on_black(values) if alpha else values
+        values = _without_offset(_on_black(values) if alpha else values)
         for part in blocks(values):
             block = values[part]
             if values.dtype.kind == "f" and not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
@@ -245,13 +248,26 @@ def _on_black(values: np.ndarray) -> np.ndarray:
     return shown
 
 
+def _without_offset(values: np.ndarray) -> np.ndarray:
+    """Integers of 64 bits less their minimum, uint64, if they are exact as float64 only then."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
+        return values
+    least, most = int(values.min()), int(values.max())
+    if most - least >= 2**53 or max(-least, most) < 2**53:
+        return values
+    moved = values.astype(np.uint64)
+    moved -= np.uint64(least % 2**64)
+    return moved
+
+
 def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Grey values of an array [rows, columns, 3], float32 if it is in colour, and its colourfulness, 0 to 1."""
-    grey, colour = np.empty(values.shape[:2], np.float32), 0.0
+    """Grey values of an array [rows, columns, 3], float if it is in colour, and its colourfulness, 0 to 1."""
+    exact = np.float64 if values.dtype.kind in "iu" and values.dtype.itemsize > 2 else np.float32
+    grey, colour = np.empty(values.shape[:2], exact), 0.0
     for part in blocks(values):
-        channels = values[part][..., :3].astype(np.float32)
+        channels = values[part][..., :3].astype(exact)
         colour += float(np.ptp(channels, axis=2).sum(dtype=np.float64))
-        grey[part] = channels @ np.array([0.299, 0.587, 0.114], np.float32)
+        grey[part] = channels @ np.array([0.299, 0.587, 0.114], exact)
     most = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
     return (grey, colour / grey.size / most) if colour else (values[..., 0], 0.0)
 
