@@ -12,6 +12,7 @@ from conftest import EXAMPLES, ROOT
 
 INSIDE = """
 import os, signal, subprocess, sys, time, socket
+from pathlib import Path
 port, command = int(sys.argv[1]), sys.argv[2:]
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 process = subprocess.Popen(command)
@@ -40,7 +41,10 @@ if port == 11112:
     association = node.associate("127.0.0.1", 11112, ae_title="CBEDGE")
     assert association.send_c_store(film).Status == 0
     association.release()
-    time.sleep(3)
+    drafts = Path(command[command.index("--spool") + 1], "outgoing")
+    while not [*drafts.glob("*.dcm")]:
+        assert process.poll() is None
+        time.sleep(0.1)
 if port:  # the traced process, which is the tracer's only child
     os.kill(int(open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()[0]), signal.SIGTERM)
 sys.exit(process.wait(60) if not port else process.wait(60) and 0)

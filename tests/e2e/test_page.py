@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import EXAMPLES, served
@@ -22,20 +23,26 @@ def address(tiny_bundle: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def page(address: str) -> Iterator[object]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900}, bypass_csp=True)
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(address)
-        yield page
-        assert not faults
-        assert all(url.startswith((address, "blob:", "data:")) for url in asked)
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(address: str, browser: Any) -> Iterator[object]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, bypass_csp=True)  # knows nothing of the others
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(address)
+    yield page
+    page.close()
+    assert not faults
+    assert all(url.startswith((address, "blob:", "data:")) for url in asked)
 
 
 def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page, tiny_bundle: Path):

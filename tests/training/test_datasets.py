@@ -184,7 +184,7 @@ def test_mimic_is_joined_and_what_is_dropped_is_counted(mimic: Path, tmp_path: P
 
 def test_the_index_of_a_large_tree_is_built_in_little_memory(tmp_path: Path):
     peaks = []
-    for count in (1000, 16000):
+    for count in (1000, 8000):
         folder = tmp_path / str(count)
         folder.mkdir()
         write_mimic(folder, count, pixels=False)
@@ -195,7 +195,7 @@ def test_the_index_of_a_large_tree_is_built_in_little_memory(tmp_path: Path):
             cwd=ROOT,
         )
         peaks.append(int(done.stdout))
-    # 15,000 rows of some 1 KB would be 15 MB; Python's table of interned strings grows in steps of up to 2 MB.
+    # 7,000 rows of some 1 KB would be 7 MB; Python's table of interned strings grows in steps of up to 2 MB.
     assert peaks[1] - peaks[0] < 4_000_000
 
 
