@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from scipy.special import log_softmax
 
 from benchmarks.common import conditions, typed, write_record
 from benchmarks.peer_runners import read_image
@@ -177,15 +178,10 @@ def _compare(generator: ReportGenerator, cases: list[Case]) -> dict[str, float]:
         same = found.argmax(1) == np.array(case.tokens)
         agreed += int(same.sum())
         equal += bool(same.all())
-        p, q = _log_softmax(case.expected), _log_softmax(found)
+        p, q = (log_softmax(logits.astype(np.float64), axis=1) for logits in (case.expected, found))
         divergence += float((np.exp(p) * (p - q)).sum())
     count = sum(len(case.tokens) for case in cases)
     return {"token_agreement": agreed / count, "kl": divergence / count, "drafts_equal": equal / len(cases)}
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 if __name__ == "__main__":

@@ -258,16 +258,15 @@ def unseen_fragments(parts: ModelAndTokenizers, data: Path | None) -> tuple[int,
 
     A draft with such a token would show a broken character.
     """
-    seen = {token for report in _phrases(parts, data) for token in report}
+    if data is None:
+        return ()
+    tokenizer = parts.tokenizer
+    reports = report_phrases(tokenizer.backend_tokenizer, tokenizer.eos_token_id, data)
+    seen = {token for report in reports for token in report}
     if not seen:
         return ()
     every = range(parts.model.config.text_config.vocab_size)
-    return tuple(i for i in every if i not in seen and "\ufffd" in parts.tokenizer.decode([i]))
-
-
-def _phrases(parts: ModelAndTokenizers, data: Path | None) -> list[list[int]]:
-    tokenizer = parts.tokenizer
-    return report_phrases(tokenizer.backend_tokenizer, tokenizer.eos_token_id, data) if data else []
+    return tuple(i for i in every if i not in seen and "\ufffd" in tokenizer.decode([i]))
 
 
 def _training_data(checkpoint: str, adapters: list[Path]) -> list[dict[str, str]]:

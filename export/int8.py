@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper, parser
 
 from cbedge.backends.int8 import QuantizedLinear, Table, read_files
 from export.tracing import HEAD, ExportError
@@ -22,6 +22,33 @@ _EXTERNAL = 1024  # tensors of this size and larger stay in their file
 _MIGRATION = 0.75  # share of the range that moves from activations to weights, SmoothQuant's alpha
 _DEVIATIONS = 3  # standard deviations that the activations of a channel are assumed to reach
 _MOST = 7  # largest exponent
+_FUNCTIONS = (
+    # float32 [..., K] → uint8 [..., K] around 128, and the largest absolute value of each row, float32 [..., 1]. A row
+    # of zeros becomes NaN and arbitrary integers; multiplied by its largest value, 0, they are zeros again.
+    """Round (x) => (rounded, largest) {
+        last = Constant <value = int64[1] {-1}> ()
+        step = Constant <value = float {0.007874016}> ()
+        middle = Constant <value = uint8 {128}> ()
+        sizes = Abs (x)
+        largest = ReduceMax <keepdims = 1> (sizes, last)
+        share = Div (x, largest)
+        rounded = QuantizeLinear (share, step, middle)
+    }""",
+    # uint8 [..., K], float32 [..., 1], int8 [K, N], float32 [N] → float32 [..., N].
+    """Multiply (x, largest, weights, scales) => (y) {
+        step = Constant <value = float {0.007874016}> ()
+        middle = Constant <value = uint8 {128}> ()
+        sum = com.microsoft.MatMulIntegerToFloat (x, weights, step, scales, middle)
+        y = Mul (sum, largest)
+    }""",
+    # float32 [K] divided by two to the power of int8 [K]; computed when a session loads.
+    """Divide (x, exponents) => (y) {
+        two = Constant <value = float {2}> ()
+        wide = Cast <to = 1> (exponents)
+        powers = Pow (two, wide)
+        y = Div (x, powers)
+    }""",
+)  # 0.007874016 is 1/127
 
 
 def multiply_in_int8(source: Path, target: Path) -> Path:
@@ -65,7 +92,8 @@ def multiply_in_int8(source: Path, target: Path) -> Path:
         shape = (product.columns, product.rows)
         graph.initializer.append(_made_at_loading(f"{product.name}/weights", TensorProto.INT8, shape))
         graph.initializer.append(_made_at_loading(f"{product.name}/scales", TensorProto.FLOAT, (product.rows,)))
-    model.functions.extend([_round(), _multiply(), _divide()])
+    head = f'<domain: "{_DOMAIN}", opset_import: ["": 18, "com.microsoft": 1]>'
+    model.functions.extend(parser.parse_function(f"{head} {function}") for function in _FUNCTIONS)
     model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     target.write_bytes(model.SerializeToString())
     Table(tuple(sorted(stored.sources)), tuple(products)).save(Table.path(target))
@@ -186,66 +214,3 @@ def _external(name: str, kind: int, shape: Iterable[int], file: str, offset: int
     for key, value in (("location", file), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def _constant(name: str, value: np.ndarray) -> NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
-
-
-def _function(name: str, inputs: list[str], outputs: list[str], nodes: list[NodeProto]) -> FunctionProto:
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_function(_DOMAIN, name, inputs, outputs, nodes, opsets)
-
-
-def _round() -> FunctionProto:
-    """float32 [..., K] → uint8 [..., K] around 128, and the largest absolute value of each row, float32 [..., 1].
-
-    A row of zeros becomes NaN and arbitrary integers; multiplied by its largest value, 0, they are zeros again.
-    """
-    node = helper.make_node
-    return _function(
-        "Round",
-        ["x"],
-        ["rounded", "largest"],
-        [
-            _constant("last", np.array([-1], np.int64)),
-            _constant("step", np.array(1 / 127, np.float32)),
-            _constant("middle", np.array(128, np.uint8)),
-            node("Abs", ["x"], ["sizes"]),
-            node("ReduceMax", ["sizes", "last"], ["largest"], keepdims=1),
-            node("Div", ["x", "largest"], ["share"]),
-            node("QuantizeLinear", ["share", "step", "middle"], ["rounded"]),
-        ],
-    )
-
-
-def _multiply() -> FunctionProto:
-    """uint8 [..., K], float32 [..., 1], int8 [K, N], float32 [N] → float32 [..., N]."""
-    node = helper.make_node
-    return _function(
-        "Multiply",
-        ["x", "largest", "weights", "scales"],
-        ["y"],
-        [
-            _constant("step", np.array(1 / 127, np.float32)),
-            _constant("middle", np.array(128, np.uint8)),
-            node("MatMulIntegerToFloat", ["x", "weights", "step", "scales", "middle"], ["sum"], domain="com.microsoft"),
-            node("Mul", ["sum", "largest"], ["y"]),
-        ],
-    )
-
-
-def _divide() -> FunctionProto:
-    """float32 [K] divided by two to the power of int8 [K]; computed when a session loads."""
-    node = helper.make_node
-    return _function(
-        "Divide",
-        ["x", "exponents"],
-        ["y"],
-        [
-            _constant("two", np.array(2, np.float32)),
-            node("Cast", ["exponents"], ["wide"], to=TensorProto.FLOAT),
-            node("Pow", ["two", "wide"], ["powers"]),
-            node("Div", ["x", "powers"], ["y"]),
-        ],
-    )

@@ -36,11 +36,9 @@ class VariantParity:
     """Differences of one variant from torch in fp32.
 
     Attributes:
-        megabytes: size of its files in MB.
         graph_errors: largest absolute error of each graph, with torch's inputs.
         relative_errors: relative error of each graph, by Euclidean norm.
         token_agreement: share of torch's tokens that the variant also chooses after the same tokens.
-        drafts_equal: share of equal drafts.
     """
 
     megabytes: float
@@ -56,8 +54,6 @@ class Parity:
 
     Attributes:
         merge_error: largest difference of a logit between merged and unmerged model, relative to the largest logit.
-        cases: number of studies.
-        source: where the radiographs come from.
         fp32_cases, fp32_equal: number of drafts of up to 64 tokens compared in fp32, and of equal ones.
         variants: the exported variants and ``fp32``.
     """

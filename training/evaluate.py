@@ -107,9 +107,11 @@ def to_markdown(record: dict[str, Any]) -> str:
         "",
         *table(("", *METRICS), scores),
         "",
-        *_looks(record["looks"]),
-        *_clinical_tables(record["clinical"]),
     ]
+    if looks := record["looks"]:
+        cider, f1 = looks["cider_lost_on_swap"], looks["finding_f1_lost_on_swap"]
+        lines += [f"Lost when images are swapped: {cider:.1%} of CIDEr, {f1:.1%} of the micro-F1 of findings.", ""]
+    lines += _clinical_tables(record["clinical"])
     if record["outside"]:
         names = list(next(iter(record["outside"].values())))
         rows = [(row, *(f"{values[name]:.3f}" for name in names)) for row, values in record["outside"].items()]
@@ -121,7 +123,8 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 
 def _clinical_tables(clinical: dict[str, Any]) -> list[str]:
-    rows = [(row, *(_interval(scores[name]) for name in CLINICAL)) for row, scores in clinical["scores"].items()]
+    scored = clinical["scores"].items()
+    rows = [(row, *(_with_interval(s[name][0], s[name][1:]) for name in CLINICAL)) for row, s in scored]
     main = next(iter(clinical["by_finding"]))
     found = [
         (label, f"{s['precision']:.2f}", f"{s['recall']:.2f}", f"{s['f1']:.2f}", s["positives"])
@@ -146,17 +149,6 @@ def _clinical_tables(clinical: dict[str, Any]) -> list[str]:
         f"sections of the references alone name an abnormality in {reference['sensitivity']:.1%} of abnormal and in "
         f"{1 - reference['specificity']:.1%} of normal ones.",
     ]
-
-
-def _looks(looks: dict[str, float]) -> list[str]:
-    if not looks:
-        return []
-    cider, f1 = looks["cider_lost_on_swap"], looks["finding_f1_lost_on_swap"]
-    return [f"Lost when images are swapped: {cider:.1%} of CIDEr, {f1:.1%} of the micro-F1 of findings.", ""]
-
-
-def _interval(values: list[float]) -> str:
-    return _with_interval(values[0], values[1:])
 
 
 def _with_interval(value: float, ends: list[float] | None) -> str:

@@ -30,7 +30,6 @@ class Checked:
     Attributes:
         record: the data's record, see :func:`training.datasets.provenance.data_record`.
         stages: the stages, without findings for which no threshold can be chosen.
-        notes: notes for the user, one sentence each.
     """
 
     record: dict[str, str]

@@ -31,10 +31,8 @@ def stage_folders(folder: Path) -> list[Path]:
 
 
 def checkpoint_of(folder: Path) -> str:
-    """The base model of a run: its folder ``base/`` if it was assembled, else the checkpoint of its configuration.
-
-    Args:
-        folder: a run, or one stage of it.
+    """The base model of a run, or of one stage of it: the folder ``base/`` if it was assembled, else the checkpoint of
+    its configuration.
 
     Raises:
         FileNotFoundError: the folder is neither.

@@ -16,7 +16,6 @@ class Collection:
 
     Attributes:
         files: names of its files, for messages.
-        provenance: provenance of the released collection.
         is_in: whether a folder has this collection or other data in its layout.
         is_recognised: whether a folder has the released collection itself.
         studies: folder, splits, limit and cache folder → the studies with a frontal radiograph and a report.
