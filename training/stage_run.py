@@ -250,6 +250,8 @@ class StageRun:
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
+        for left in self.folder.glob(".*.partial"):  # by a run that was killed while it saved
+            left.unlink(missing_ok=True)
         if not path.is_file():
             for log in ("loss.csv", "validation.csv"):
                 (self.folder / log).unlink(missing_ok=True)
