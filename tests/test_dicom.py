@@ -83,6 +83,22 @@ def test_sign_extended_pixels_are_signed_whatever_the_header_says(syntax: str | 
     assert len(film.warnings) == 1 and "PixelRepresentation" in film.warnings[0]
 
 
+@pytest.mark.parametrize("values", [CHEST, 4095 - CHEST, CHEST * 16, 65535 - CHEST * 16])
+def test_unsigned_pixels_are_unsigned_whatever_the_header_says(values: np.ndarray):
+    bits = {"BitsStored": 12, "HighBit": 11} if values.max() < 4096 else {"BitsStored": 16, "HighBit": 15}
+    wanted, film = (load_radiograph(make_dicom(values, PixelRepresentation=sign, **bits)) for sign in (0, 1))
+    assert np.array_equal(film.pixels, wanted.pixels) and wanted.warnings == ()
+    assert len(film.warnings) == 1 and "PixelRepresentation" in film.warnings[0]
+
+
+@pytest.mark.parametrize("padding", [-32768, 32767])
+def test_signed_pixels_stay_signed(padding: int):
+    values = (CHEST.astype(np.int32) * 16 - 32768 if padding > 0 else CHEST).astype(np.int16)
+    values[:40] = padding
+    film = load_radiograph(make_dicom(values, PixelRepresentation=1, BitsStored=16, HighBit=15))
+    assert np.array_equal(film.pixels, load_radiograph(values).pixels) and film.warnings == ()
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -90,9 +90,9 @@ def pixel_bytes(dataset: Dataset, name: str) -> bytes:
     Raises:
         RadiographError: the file object cannot be read, or is too large.
     """
-    pixels = dataset.get("PixelData") or b""
+    pixels: Any = dataset.get("PixelData") or b""
     if not hasattr(pixels, "read"):
-        return pixels  # type: ignore[no-any-return]
+        return bytes(pixels)
     try:
         at = pixels.tell()
         pixels.seek(0)
@@ -102,7 +102,7 @@ def pixel_bytes(dataset: Dataset, name: str) -> bytes:
         raise RadiographError(f"{name} has Pixel Data in a file that cannot be read: open it again") from None
     if len(content) > MAX_BYTES:
         raise RadiographError(f"{name} has more than {MAX_BYTES:,} bytes of Pixel Data: scale the radiograph down")
-    return content  # type: ignore[no-any-return]
+    return bytes(content)
 
 
 def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, content: bytes = b"") -> DicomFilm:

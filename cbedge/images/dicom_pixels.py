@@ -199,6 +199,9 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
     if _is_sign_extended(decoded, bits):
         _use_sign(dataset, "the pixels", warnings)
         decoded = decoded.view(f"i{decoded.dtype.itemsize}")
+    elif dataset.PixelRepresentation == 1 and dataset.HighBit == bits - 1 and _is_wrapped(decoded, bits):
+        _use_sign(dataset, "the pixels", warnings, 0)
+        decoded = decoded.view(f"u{decoded.dtype.itemsize}")
     if decoded.dtype.kind not in "iu" or bits >= 8 * decoded.dtype.itemsize:
         return decoded
     signed = dataset.PixelRepresentation == 1
@@ -219,9 +222,10 @@ def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> 
     return values
 
 
-def _use_sign(dataset: Dataset, pixels: str, warnings: Warnings) -> None:
-    warnings.add("PixelRepresentation", f"contradicts {pixels}, which are signed; signed values were used")
-    dataset.PixelRepresentation = 1
+def _use_sign(dataset: Dataset, pixels: str, warnings: Warnings, sign: int = 1) -> None:
+    kind = "signed" if sign else "unsigned"
+    warnings.add("PixelRepresentation", f"contradicts {pixels}, which are {kind}; {kind} values were used")
+    dataset.PixelRepresentation = sign
 
 
 def _is_sign_extended(decoded: np.ndarray, bits: int) -> bool:
@@ -239,6 +243,17 @@ def _is_sign_extended(decoded: np.ndarray, bits: int) -> bool:
     share = counts[negative].sum() / counts.sum()
     gap, extent = int(above[0]) - int(below[-1]), int(above[-1]) - int(below[0])
     return bool(_LEAST_SHARE < share < 1 - _LEAST_SHARE and 32 * gap <= extent)
+
+
+def _is_wrapped(decoded: np.ndarray, bits: int) -> bool:
+    """Whether signed pixels are clearly unsigned values: both ends of the signed range are in use, and neighbouring
+    pixels differ much less if they are read as unsigned."""
+    sample = decoded[:: max(1, decoded.size // _SAMPLE)].astype(np.int64) % (1 << bits)
+    signed = sample - ((sample >> (bits - 1)) << bits)
+    ends = signed[abs(signed) >= 1 << max(0, bits - 2)]
+    shares = [np.count_nonzero(end) / sample.size for end in (ends > 0, ends < 0)]
+    steps, wrapped = (int(abs(np.diff(values, axis=1)).sum()) for values in (signed, sample))
+    return bool(min(shares) > _LEAST_SHARE and np.unique(ends).size > _LEAST_LEVELS and wrapped < 0.8 * steps)
 
 
 def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
