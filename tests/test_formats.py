@@ -148,6 +148,9 @@ def test_the_command_writes_each_format(tiny_bundle: Path, tmp_path: Path, form:
 
 
 def test_an_unknown_format_or_a_missing_library_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch):
+    for name in (None, 7, ["text"]):
+        with pytest.raises(OptionError, match=r"unknown format .*; give one of: text"):
+            check_format(name)
     with pytest.raises(OptionError, match="unknown format 'xml'"):
         check_format("xml")
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)

@@ -90,7 +90,3 @@ def _run() -> int:
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise _Interrupted
-
-
-if __name__ == "__main__":
-    main()

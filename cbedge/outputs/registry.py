@@ -54,8 +54,8 @@ def check_format(name: str) -> None:
         OptionError: the format is unknown.
         OutputError: its library is missing.
     """
-    if name not in FORMATS:
-        raise OptionError(f"unknown format {name[:20]!r}; give one of: {', '.join(FORMATS)}")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise OptionError(f"unknown format {str(name)[:20]!r}; give one of: {', '.join(FORMATS)}")
     package = FORMATS[name].package
     try:
         if package is not None:

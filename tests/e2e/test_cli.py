@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,9 +164,22 @@ def test_help():
 def test_importing_cbedge_loads_neither_torch_nor_onnxruntime():
     heavy = ("torch", "transformers", "onnxruntime")
     code = f"import cbedge, cbedge.cli.main, sys; print([m for m in {heavy} if m in sys.modules])"
-    import subprocess
-
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("imported", ["cbedge.cli", "typer", "cbedge.cli.serve"])
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(imported: str):
+    code = f"""
+import os, runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("cbedge", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cbedge: interrupted\n")
 
 
 def on_a_terminal(*arguments: object) -> str:
