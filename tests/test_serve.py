@@ -185,8 +185,8 @@ def test_what_no_route_reads_is_refused_by_name(client: TestClient, chest_png: P
     ("content", "kind", "code"),
     [
         (b"{}", "application/json", 422),
-        (b"", "multipart/form-data; boundary=b", 422),
-        (b"--b\r\nnothing", "multipart/form-data; boundary=b", 422),
+        (b"", "multipart/form-data; boundary=b", 400),
+        (b"--b\r\nnothing", "multipart/form-data; boundary=b", 400),
         (b"x", "multipart/form-data", 400),
         (b"image=text", "application/x-www-form-urlencoded", 422),
     ],
@@ -194,6 +194,48 @@ def test_what_no_route_reads_is_refused_by_name(client: TestClient, chest_png: P
 def test_a_body_that_is_no_form_is_one_sentence(client: TestClient, content: bytes, kind: str, code: int):
     answer = client.post("/v1/reports", content=content, headers={"content-type": kind})
     assert answer.status_code == code and isinstance(answer.json()["detail"], str)
+
+
+def test_a_form_is_taken_whole_or_refused_as_incomplete(client: TestClient, chest_png: Path):
+    image = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + chest_png.read_bytes() + b"\r\n"
+    )
+    text = b'--b\r\nContent-Disposition: form-data; name="indication"\r\n\r\ncough\r\n'
+    whole = image + text + b"--b--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for size in (1, 7, len(whole)):  # the closing boundary may come in any number of pieces
+
+        def ask(body: bytes, size: int = size) -> httpx.Response:
+            start = max(0, len(image) - 5)  # only the end in small pieces
+            pieces = [body[:start], *(body[place : place + size] for place in range(start, len(body), size))]
+            return client.post("/v1/reports", content=iter(pieces), headers=headers)
+
+        for body in (whole, whole[:-2], whole + b"\r\n \t\n"):
+            answer = ask(body)
+            assert answer.status_code == 200 and answer.json()["indication_source"] == "given", answer.text
+        for body in (
+            whole[:-3],
+            whole[:-7],
+            image + text,
+            whole + b"junk",
+            whole[:-2] + text + b"--b--\r\n",
+            image + b"--b--\r\n" + text + b"--b--\r\n",
+        ):
+            answer = ask(body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["detail"].startswith(
+                "the form is incomplete: it does not end with its closing boundary"
+            )
+
+
+@pytest.mark.parametrize(
+    "name", ["filename*=UTF-8''a%20b.png", "FileName*=utf-8'en'%c3%a4", "filename=a; filename*=UTF-8''a"]
+)
+def test_a_file_may_have_an_extended_name(client: TestClient, chest_png: Path, name: str):
+    head = f'--b\r\nContent-Disposition: form-data; name="image"; {name}\r\n\r\n'.encode()
+    content = head + chest_png.read_bytes() + b"\r\n--b--\r\n"
+    answer = client.post("/v1/reports", content=content, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert answer.status_code == 200 and answer.json()["text"] == post(client, chest_png.read_bytes()).json()["text"]
 
 
 def test_text_fields_may_be_files(client: TestClient, chest_png: Path):
@@ -216,9 +258,20 @@ def test_another_host_or_a_page_of_another_site_is_refused(generator: ReportGene
             answer = client.get("/healthz", headers={"Host": host})
             assert answer.status_code == code, host
     with TestClient(create_app(generator, known), base_url="http://localhost:8642") as client:
-        for origin, code in (("http://localhost:8642", 200), ("http://evil.example", 403), ("null", 403)):
+        for origin, code in (
+            ("http://localhost:8642", 200),
+            ("http://LOCALHOST:8642", 200),
+            ("http://localhost:9999", 403),
+            ("http://localhost", 403),
+            ("http://127.0.0.1:8642", 403),
+            ("http://evil.example", 403),
+            ("null", 403),
+        ):
             files = {"image": ("x", chest_png.read_bytes())}
-            assert client.post("/v1/reports", files=files, headers={"Origin": origin}).status_code == code
+            assert client.post("/v1/reports", files=files, headers={"Origin": origin}).status_code == code, origin
+    with TestClient(create_app(generator, ServeSettings()), base_url="https://cbedge.example") as client:
+        for origin, code in (("https://cbedge.example", 422), ("https://cbedge.example:8443", 403)):
+            assert client.post("/v1/reports", headers={"Origin": origin}).status_code == code, origin
 
 
 def test_a_token_of_any_letters_works(generator: ReportGenerator):

@@ -120,6 +120,26 @@ BODY = form()
         (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
         (get(more=b"Host: evil.example\r\n"), 400),
         (b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
+        *(
+            (b"GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n" % host, status)
+            for status, hosts in (
+                (200, (b"LOCALHOST", b"localhost:8642", b"localhost:", b"[::1]:8642")),
+                (
+                    421,
+                    (b"", b":80", b"localhost:80, evil.example", b"localhost:abc", b"localhost:80:80", b"::1", b"[::1"),
+                ),
+                (421, (b"a@localhost", b"localhost/", b"localhost, localhost", b"[::1]x", b"localhost:999999")),
+            )
+            for host in hosts
+        ),
+        (get(b"http://evil@localhost/healthz"), 421),
+        (
+            post(BODY, more=b"Origin: http://localhost\r\n")
+            .replace(b"Host: localhost\r\n", b"")
+            .replace(b"1.1", b"1.0"),
+            403,
+        ),
+        (post(BODY).replace(b"Host: localhost\r\n", b"").replace(b"HTTP/1.1", b"HTTP/1.0"), 200),
         (get(more=b"X: " + b"y" * 1_000_000), 400),
         (get(more=b"".join(b"X-%d: y\r\n" % number for number in range(100_000))), 400),
         (get(b"/" + b"y" * 1_000_000), 400),

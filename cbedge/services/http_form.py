@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ _FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _MAX_FILES, _MAX_FIELDS = 8, 16
 _UTF_8, _PLAIN = ("utf-8", "utf8", "us-ascii", "ascii"), ("7bit", "8bit", "binary")
+_EXTENDED_NAME = re.compile(rb";\s*filename\*=", re.IGNORECASE)  # RFC 5987, which the parser ignores
 MAX_TEXT_BYTES = 4 * MAX_TEMPLATE_CHARACTERS  # of the longest text field, in UTF-8
 
 
@@ -48,12 +50,40 @@ class DraftForm:
 
 
 class _Parser(MultiPartParser):
-    """Refuses parts in an encoding that would be ignored."""
+    """Refuses what the parser would ignore: parts in an encoding, and everything after the last whole part."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None]):
+        super().__init__(headers, self._whole(stream), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+        self._ended = False
+
+    def on_end(self) -> None:
+        """See :class:`MultiPartParser`."""
+        self._ended = True
+
+    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The body; it must end with its closing boundary and white space."""
+        boundary = parse_options_header(self.headers["content-type"])[1].get(b"boundary", b"")
+        closing = b"\r\n--" + boundary + b"--"
+        last, after = b"\r\n", b""
+        async for chunk in stream:
+            begun = self._ended
+            yield chunk  # parsed before the next line
+            if self._ended:
+                after = chunk if begun else (last + chunk).partition(closing)[2]
+            if after.strip():
+                break
+            last = (last + chunk[-len(closing) :])[-len(closing) :]
+        if not self._ended or after.strip():
+            raise HTTPException(400, "the form is incomplete: it does not end with its closing boundary; send it again")
 
     def on_headers_finished(self) -> None:
         """See :class:`MultiPartParser`."""
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        if _EXTENDED_NAME.search(disposition) and b"filename" not in parse_options_header(disposition)[1]:
+            part.content_disposition = disposition + b'; filename=""'  # a file; its name is not used
         super().on_headers_finished()
-        name, headers = self._current_part.field_name, dict(self._current_part.item_headers)
+        name, headers = part.field_name, dict(part.item_headers)
         if name not in FILES:
             _check_charset(f"the form field {_shown(name)}", headers.get(b"content-type", b""))
         encoding = headers.get(b"content-transfer-encoding", b"binary").decode("latin-1").strip().lower()
@@ -89,7 +119,7 @@ async def open_form(request: Request) -> AsyncIterator[FormData]:
 
     Raises:
         ContextError: the request is not a multipart form, or is not in UTF-8.
-        HTTPException: the form is malformed (400), or there is no space for its files (503).
+        HTTPException: the form is malformed or incomplete (400), or there is no space for its files (503).
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
@@ -97,7 +127,7 @@ async def open_form(request: Request) -> AsyncIterator[FormData]:
     _check_charset("the form", kind)
     parts = [part for part in kind.split(";") if not part.strip().lower().startswith("charset=")]
     headers = Headers({"content-type": ";".join([*parts, " charset=latin-1"])})
-    parser = _Parser(headers, request.stream(), max_files=_MAX_FILES, max_fields=_MAX_FIELDS)
+    parser = _Parser(headers, request.stream())
     try:
         form = await parser.parse()
     except MultiPartException as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import h11
 from fastapi import HTTPException, Request
@@ -19,7 +19,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_OPEN_REQUESTS = 256
 MAX_CONNECTIONS = 512
 UNREAD_S = 30.0  # timeout for a client that does not read the response
-
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.%]+\]|[^\s:/?#@,\[\]\\]+)(?::(\d{0,5}))?")  # host:port, in lower case
 
 _LATER, _CLOSE = {"Retry-After": "5"}, {"Connection": "close"}
 
@@ -56,8 +56,8 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope, host = _origin_form(scope)
-        refusal = self._refusal(scope, host)
+        scope, authority = _origin_form(scope)
+        refusal = self._refusal(scope, authority)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -71,14 +71,16 @@ class RequestGuard:
             self._open -= 1
             self._together -= body.read
 
-    def _refusal(self, scope: Scope, host: str | None) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, authority: str | None) -> JSONResponse | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        own = _host_and_port(authority or "")
         if self._open >= MAX_OPEN_REQUESTS:
             return JSONResponse({"detail": "too many requests are open: retry in 5 s"}, 503, _LATER)
-        if self.hosts and host is not None and host not in self.hosts:
+        if authority is not None and (own is None or (self.hosts and own[0] not in self.hosts)):
             return JSONResponse({"detail": "the Host header is not allowed: use this service's own address"}, 421)
         origin = headers.get(b"origin")
-        if origin and scope["method"] not in ("GET", "HEAD", "OPTIONS") and _site(origin) != host:
+        foreign = own is None or _host_and_port((origin or "").partition("://")[2]) != own  # also another port
+        if origin and foreign and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             return JSONResponse({"detail": "the request comes from a page of another website"}, 403)
         announced = headers.get(b"content-length", "0")
         if b"content-length" in headers and b"transfer-encoding" in headers:
@@ -121,34 +123,26 @@ class RequestGuard:
         return f"the request is larger than {self.max_bytes:,} bytes: scale the radiograph down"
 
 
-def host_name(header: str) -> str:
-    """The host name in a Host header, in lower case, without the port."""
-    name = header.strip().lower()
-    if name.startswith("["):  # IPv6
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0]
+def _host_and_port(authority: str) -> tuple[str, str] | None:
+    """Host name in lower case and port of ``host:port``, the port empty for HTTP's own; ``None`` if malformed."""
+    match = _AUTHORITY.fullmatch(authority.strip().lower())
+    if match is None:
+        return None
+    return match[1].strip("[]"), "" if match[2] in (None, "80", "443") else match[2]
 
 
 def _origin_form(scope: Scope) -> tuple[Scope, str | None]:
-    """Normalize the request target to a path; returns the scope and the host name, or ``None`` if there is none.
+    """Normalize the request target to a path; returns the scope and ``host:port``, or ``None`` if there is none.
 
     A client may send an absolute URL as the target (RFC 9112, 3.2.2), which then overrides the Host header. An HTTP/1.0
     client, such as the health check of a load balancer, may omit the host. A browser always sends it.
     """
     host = next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"), None)
     if scope["path"].startswith("/") or "://" not in scope["path"]:
-        return scope, None if host is None else host_name(host)
+        return scope, host
     authority, _, path = scope["path"].partition("://")[2].partition("/")
     raw = scope.get("raw_path", b"").partition(b"://")[2].partition(b"/")[2]
-    return {**scope, "path": f"/{path}", "raw_path": b"/" + raw}, host_name(authority)
-
-
-def _site(origin: str) -> str | None:
-    """The host name in an Origin header, in lower case."""
-    try:
-        return urlsplit(origin).hostname
-    except ValueError:
-        return None
+    return {**scope, "path": f"/{path}", "raw_path": b"/" + raw}, authority
 
 
 def token_check(token: str | None) -> Callable[[Request], None]:
