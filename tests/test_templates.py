@@ -259,6 +259,7 @@ def test_decoration_and_adjectives_of_headings_do_not_count(findings: str, impre
 )
 def test_a_heading_without_a_colon_before_its_text_is_known(text: str):
     assert parse_template(text) == Template(("Lungs clear.",), ("Normal chest.",), True)
+    assert parse_template("Findings Lungs: Clear.").findings == ("Lungs: Clear.",)
     for sentence in ("Findings consistent with a normal chest.", "FINDINGS ARE NORMAL."):
         assert parse_template(sentence).findings == (sentence,)
 
@@ -278,6 +279,7 @@ def test_a_heading_without_a_colon_before_its_text_is_known(text: str):
             "There is no\nPneumonia or\nEffusion. Heart is\nNormal.",
             ["There is no Pneumonia or Effusion.", "Heart is Normal."],
         ),
+        ("Unchanged since\nAugust. No nodule on this\nFilm.", ["Unchanged since August.", "No nodule on this Film."]),
         ("Effusion no\nPneumothorax no\nHeart normal", ["Effusion no.", "Pneumothorax no.", "Heart normal."]),
         ("clear lungs\nnormal heart\nno fracture.", ["clear lungs.", "normal heart.", "no fracture."]),
         (
@@ -462,6 +464,8 @@ def test_a_signature_of_several_lines_is_left_out_up_to_the_next_sentence():
     template = parse_template("Lungs clear.\nSigned by\nJo Smith\nGeneral Hospital\nHeart normal.\nSkeleton normal")
     assert template.findings == ("Lungs clear.", "Heart normal.", "Skeleton normal.")
     assert [told.split(" of ")[0] for told in template.left_out] == ["Line 2", "Line 3", "Line 4"]
+    letter = parse_template("Dear Dr. Jones,\n\nLungs clear.\n\nKind regards\nJane Doe")
+    assert letter.findings == ("Lungs clear.",)
 
 
 def test_headings_of_one_study_are_told_if_they_have_text():

@@ -48,6 +48,7 @@ _PRIVATE = {
         r"^(?:(?:attending|reporting|staff) )?(?:radiologist|physician|consultant|resident)(?: name)?\s*[:.,]",
         r"^(?:gez\.|unterzeichnet|diktiert|befundet von|signé|dicté|firmado|dictado|firmato|assinado)(?!\w)",
         r"^(?:dr|prof)\.? \w",
+        r"^(?:(?:with )?(?:kind|best|warm) regards|(?:yours )?(?:sincerely|faithfully)|mit freundlichen grüßen)\b",
         r"\b(?-i:M\.?D|FRCR|MBBS|FACR|FRANZCR)\b\W*$",
     ),
     "patient data": (
@@ -62,7 +63,7 @@ _PRIVATE = {
         r"\b(?:discussed|reviewed) (?:with|by|on|at|in person)\b",
         r"\b(?:communicated|conveyed|notified|informed|paged|(?:tele)?phoned?|faxed|e-?mailed|telefonisch|mitgeteilt)\b",
         r"\bcalled (?:to|in|by|at)\b",
-        r"^(?:thank(?:s| you)|many thanks|dear|(?:kind|best) regards|(?:yours )?sincerely|vielen dank|merci|gracias)\b",
+        r"^(?:thank(?:s| you)|many thanks|dear|vielen dank|merci|gracias)\b",
     ),
     "a name": (r"(?-i:\b(?:D[Rr]|P[Rr](?:of|OF))\.? [A-Z])", r"\b(?:by|to|with|from) (?-i:(?:[A-Z]\. ?)+[A-Z]\w+)"),
     "a place": (r"\b(?:room|ward|bed|bay|cubicle|zimmer|station|bett)(?: no\.?| ?#)? ?\d",),

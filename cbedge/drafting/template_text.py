@@ -21,9 +21,7 @@ words of statements, which no heading has (``stating``); and words after which a
 _NAME = r"([^\W\d_][\w /&()#'’-]{0,50}?)"
 HEADING = re.compile(rf"{_NAME}\.?\s*[:：=]\s*")
 _MARKED_HEADING = re.compile(rf"(?:\[\s*{_NAME}\s*\]\s*[:：]?|{_NAME}\s*[-–—](?=\s|$))\s*")  # without a colon
-_UNMARKED_HEADING = re.compile(
-    r"(?:^|(?<=[.?!] ))((?i:findings?|impressions?|conclusions?)) (?=(?!And )[A-Z][a-z][^:：]*$)"
-)
+_UNMARKED_HEADING = re.compile(r"(?:^|(?<=[.?!] ))((?i:findings?|impressions?|conclusions?)) (?=(?!And )[A-Z][a-z])")
 _BRACKETS = re.compile(r"\s*\([^()]*\)")
 _RULE = re.compile(r"(?!\(.\)$)[^\w\s]{3,}|[*.]")  # "-----"; "-" and "(-)" are answers
 _FRAME = re.compile(r"^([=*#~_<>]+|-{2,})\s*|\s*([=*#~_<>;]+|-{2,})$")
@@ -119,7 +117,7 @@ def _is_cut(line: str, following: str) -> bool:
 def _is_title(line: str, answer: str) -> bool:
     """Whether a line before an answer is a heading without a colon: short, without punctuation or a statement."""
     short = _TITLE.fullmatch(line) and len(line.split()) <= _TITLE_WORDS and ends_sentence(f"{line}.")
-    return bool(short) and not _is_statement(line) and not _LABEL.match(answer)
+    return bool(short) and not _is_cut(line, answer) and not _is_statement(line) and not _LABEL.match(answer)
 
 
 def section_of(name: str, has_findings: bool) -> int | None:
