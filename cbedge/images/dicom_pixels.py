@@ -128,9 +128,11 @@ def repair_pixel_data(dataset: Dataset, name: str, warnings: Warnings) -> None:
                 )
             warnings.add("PixelData", "has fragments, which uncompressed pixels do not have; they were joined")
             return
-        frames = sum(_FRAME_START.match(fragment) is not None for fragment in fragments)
+        starts = [_FRAME_START.match(fragment) is not None for fragment in fragments]
     except ValueError:
         return  # decoding will fail
+    offsets = len(table) // 4
+    frames = sum(starts) if offsets <= len(starts) else offsets  # a fragment may be the part of a frame
     if frames > 1:
         raise RadiographError(f"{name} has {frames:,} frames; give a single radiograph")
     if table.strip(b"\0") or len(table) > 4:
