@@ -124,6 +124,11 @@ def _region(meaning: str, code: str = "1") -> list[pydicom.Dataset]:
         ({"BodyPartExamined": "FOOT"}, "BodyPartExamined"),
         ({"BodyPartExamined": "THORACIC SPINE"}, "BodyPartExamined"),
         ({"BodyPartExamined": "THORAX"}, None),
+        *(
+            ({"BodyPartExamined": text}, None)
+            for text in ("BRUST", "PECHO", "POITRINE", "TORAX", "T\u00d3RAX", "\u80f8\u90e8")
+        ),
+        ({"BodyPartExamined": "\u8db3"}, "BodyPartExamined"),
         ({"AnatomicRegionSequence": _region("Foot", "56459004")}, "AnatomicRegionSequence"),
         ({"AnatomicRegionSequence": _region("Thoracic vertebra")}, "AnatomicRegionSequence"),
         ({"AnatomicRegionSequence": _region("Chest")}, None),
@@ -248,6 +253,14 @@ def test_lateral_is_read_from_the_header():
         ({"ViewPosition": "LATL"}, "lateral", ""),
         ({"ViewPosition": "RAO"}, None, "oblique"),
         ({"ViewPosition": " pa "}, "frontal", ""),
+        *(
+            ({"ViewPosition": text}, "lateral", "")
+            for text in ("LAT CHEST", "RLAT UPRIGHT", "XTABLE LAT", "CHEST LEFT LAT")
+        ),
+        *(({"ViewPosition": text}, "frontal", "") for text in ("POST_ANT", "P-A", "ANT-POST", "AP ERECT", "CHEST PA")),
+        ({"ViewPosition": "L LAT DECUB"}, "frontal", "decubitus"),
+        ({"ViewPosition": "?"}, None, "unknown value"),
+        ({"ViewPosition": "PA/LAT"}, None, "unknown value"),
         ({"view": ("399173006", "SCT", "left lateral")}, "lateral", ""),
         ({"view": ("R-10206", "SRT", "antero-posterior")}, "frontal", ""),
         ({"view": ("X1", "99LOCAL", "Lateral erect")}, "lateral", ""),
@@ -284,9 +297,12 @@ def test_the_view_is_read_from_three_attributes_and_doubts_are_said(elements: di
         (["F", "R"], lambda a: a[:, ::-1].T),
         (["H", "L"], lambda a: a[::-1].T),
         (["H", "R"], lambda a: a[::-1, ::-1].T),
+        (["RIGHT", "FOOT"], lambda a: a[:, ::-1]),
+        (["RP", "FA"], lambda a: a[:, ::-1]),
+        *((text, lambda a: a[:, ::-1]) for text in ("R/F", "R,F", "R, F", "R F", "RF", "r\\f ")),
     ],
 )
-def test_patient_orientation_is_obeyed(orientation: list[str], turn: Callable[[np.ndarray], np.ndarray]):
+def test_patient_orientation_is_obeyed(orientation: Any, turn: Callable[[np.ndarray], np.ndarray]):
     turned = load_radiograph(make_dicom(np.ascontiguousarray(turn(CHEST)), PatientOrientation=orientation))
     assert np.array_equal(turned.pixels, load_radiograph(make_dicom()).pixels)
 
@@ -564,6 +580,20 @@ def test_the_bytes_of_a_lut_have_the_byte_order_of_the_file(attribute: str):
         film.append(load_radiograph(buffer.getvalue()).pixels)
     assert np.array_equal(*film)
     assert np.abs(film[0] - stretch(CHEST.astype(np.int64) ** 2)).max() < 0.01
+
+
+@pytest.mark.parametrize("orientation", [["R"], ["R", "F", "X"], ["", "F"], ["R", ""], ["L", "R"], "R/L", "RL", "RFH"])
+def test_an_invalid_orientation_is_named(orientation: Any):
+    film = load_radiograph(make_dicom(PatientOrientation=orientation, ViewPosition="PA"))
+    assert np.array_equal(film.pixels, load_radiograph(make_dicom()).pixels)
+    assert len(film.warnings) == 1 and "PatientOrientation" in film.warnings[0]
+
+
+def test_a_presentation_lut_is_named():
+    item = pydicom.Dataset()
+    item.LUTDescriptor, item.LUTData = [4096, 0, 16], np.arange(4096)[::-1].astype("<u2").tobytes()
+    film = load_radiograph(make_dicom(PresentationLUTSequence=[item]))
+    assert len(film.warnings) == 1 and "PresentationLUTSequence" in film.warnings[0]
 
 
 def test_overlay_bits_above_the_stored_bits_are_masked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 _MODALITIES = ("CR", "DX", "DR", "RG")  # DR and RG: computed and film radiography of older devices
 _MODALITY_OF_CLASS = {"1.2.840.10008.5.1.4.1.1.1": "CR"}
 _DX_CLASSES = "1.2.840.10008.5.1.4.1.1.1.1"
-_CHEST = re.compile(  # the numbers are those of SNOMED CT and RT
-    "CHEST|THORA|LUNG|RIB|HEART|CARDI|TORAX|PULMO|STERN|MEDIAST|TRUNK|BODY|51185008|T-D3000"
+_CHEST = re.compile(  # also in other languages; the numbers are those of SNOMED CT and RT
+    "CHEST|THORA|LUNG|RIB|HEART|CARDI|PULMO|STERN|MEDIAST|TRUNK|BODY|51185008|T-D3000|"
+    "TORA[XC]|BRUST|PECHO|POITRINE|BORST|BRYST|BROST|HRUDN|KLATKA|ГРУД|胸|肺|가슴|흉"
 )
 _SPINE = re.compile("SPINE|SPINAL|VERTEB")
 _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
@@ -258,7 +260,10 @@ def _check_body_part(dataset: Dataset, found: Warnings) -> None:
         codes = dataset.get("AnatomicRegionSequence") or ()
         region = " ".join(f"{code.get('CodeValue')} {code.CodeMeaning}" for code in codes if code.get("CodeMeaning"))
     for name, text in (("BodyPartExamined", part), ("AnatomicRegionSequence", region)):
-        text = text.strip(" \0").upper()
+        with suppress(UnicodeError):  # UTF-8, which pydicom reads as Latin-1 in this attribute
+            text = text.encode("latin-1").decode()
+        letters = unicodedata.normalize("NFKD", text.strip(" \0").upper())
+        text = unicodedata.normalize("NFC", "".join(c for c in letters if not unicodedata.combining(c)))
         is_spine = "CHEST" not in text and _SPINE.search(text)
         if text and (is_spine or not _CHEST.search(text)):
             found.add(name, "names a body part other than the chest: check that this is a chest radiograph")

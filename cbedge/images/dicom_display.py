@@ -34,6 +34,8 @@ def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None
     rows, columns = values.shape
     factor, inverted = reduction(rows, columns, 4), _is_inverted(dataset)
     modality, voi = _modality(dataset, warnings), _voi(dataset, warnings)
+    if dataset.get("PresentationLUTSequence"):
+        warnings.add("PresentationLUTSequence", "is not applied: the image may be inverted, brighter or darker")
     if voi is not None:
         name, window = voi
         pixels = stretch(

@@ -36,6 +36,7 @@ INDICATIONS = (
 _SEQUENCES = (
     "ModalityLUTSequence",
     "VOILUTSequence",
+    "PresentationLUTSequence",
     "ViewCodeSequence",
     "ProcedureCodeSequence",
     "AdmittingDiagnosesCodeSequence",

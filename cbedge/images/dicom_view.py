@@ -24,14 +24,16 @@ _CODES = {
     **dict.fromkeys(("399067008", "399173006", "399198007", "399352003", "399260004"), "lateral"),
     **dict.fromkeys(("R-10228", "R-10230", "R-10232", "R-10236", "R-10238"), "lateral"),
 }
-# Letters and digits of View Position. A lateral decubitus view is a frontal view of a patient who lies on the side.
-_DECUBITUS = re.compile("[LR]LD|((LEFT|RIGHT)LATERAL)?DECUBITUS|LATDEC")
+# Letters and digits of View Position, without words that do not change the view. A lateral decubitus view is a frontal
+# view of a patient who lies on the side.
+_QUALIFIERS = re.compile("UPRIGHT|ERECT|STANDING|SITTING|CHEST|THORAX|(X|CROSS)TABLE")
+_DECUBITUS = re.compile("[LR]LD|(LEFT|RIGHT|[LR])?(LAT(ERAL)?)?DEC(UB(ITUS)?)?")
 _POSITIONS = {
     "frontal": re.compile(
-        f"{_DECUBITUS.pattern}|FRONTAL|POSTEROANTERIOR|ANTEROPOSTERIOR|(PA|AP)(UPRIGHT|ERECT|CHEST)?|CHEST(PA|AP)|"
-        "PAAP|APPA|(AP)?(SUPINE|PORTABLE)|APSITTING"
+        f"{_DECUBITUS.pattern}|FRONT(AL)?|POST(ERO)?ANT(ERIOR)?|ANT(ERO)?POST(ERIOR)?|PA|AP|PAAP|"
+        "APPA|(AP)?(SUPINE|PORTABLE)"
     ),
-    "lateral": re.compile("(L|R|LEFT|RIGHT)?LATERAL|LATERAL(LEFT|RIGHT)|[LR]?LAT|LAT[LR]|LATLAT|[LR]L|LMLO|LM|ML"),
+    "lateral": re.compile("(LEFT|RIGHT|[LR])?LAT(ERAL)?|LAT(ERAL)?(LEFT|RIGHT|[LR])|LATLAT|[LR]L|LMLO|LM|ML"),
     "oblique": re.compile("[LR]([AP]|L)O|OBL(IQUES?)?"),
 }
 _AXES = {"L": 0, "R": 0, "A": 1, "P": 1, "H": 2, "F": 2}
@@ -87,8 +89,8 @@ def orient(pixels: np.ndarray, view: View) -> np.ndarray:
 
 def _by_position(dataset: Dataset, warnings: Warnings) -> str | None:
     text = str(dataset.get("ViewPosition") or "").strip(" \0").upper()
-    name = "".join(c for c in text if c.isalnum())
-    if not name:
+    name = _QUALIFIERS.sub("", "".join(c for c in text if c.isalnum()))
+    if not text:
         return None
     if _DECUBITUS.fullmatch(name):
         warnings.add(
@@ -123,8 +125,11 @@ def _by_orientation(dataset: Dataset, warnings: Warnings) -> View:
     value = dataset.get("PatientOrientation")
     if not value:
         return View(None)
-    parts = value.split("\\") if isinstance(value, str) else [str(part) for part in value]
-    letters = [part.strip(" \0").upper()[:1] for part in parts]
+    text = value if isinstance(value, str) else "\\".join(str(part) for part in value)
+    parts = re.split(r"[\\/,]|\s+", re.sub(r"\s*([\\/,])\s*", r"\1", text.upper().strip(" \0")))
+    if len(parts) == 1 and len(parts[0]) == 2:
+        parts = [*parts[0]]  # both directions without a separator
+    letters = [part[:1] for part in parts]
     axes = [_AXES.get(letter) for letter in letters]
     if len(axes) != 2 or None in axes or 2 not in axes or axes[0] == axes[1]:
         if any(letters):
