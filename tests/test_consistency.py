@@ -305,11 +305,16 @@ def test_a_section_says_nothing_twice():
 
 
 def test_beside_a_template_free_sentences_state_only_findings_with_a_score():
-    check = SentenceFilter(fixed=("There is no effusion.",), supported={"opacity"})
-    text = " There is no effusion. IMPRESSION: There is a pleural effusion. Right basilar opacity. No acute disease."
+    check = SentenceFilter(fixed=("There is no effusion.",), supported={"opacity", OTHER})
+    text = (
+        " There is no effusion. IMPRESSION: There is a pleural effusion. Lung volumes are low. Small mass. "
+        "There is pulmonary vascularity. No acute disease. Right basilar opacity. No pneumothorax. CT is recommended."
+    )
     said = [one.piece for piece in re.findall(r"\s\S+", text) for one in check.add(DraftToken(piece, 0.9))]
     said += [one.piece for one in check.end()]
-    assert "".join(said) == " There is no effusion. IMPRESSION: Right basilar opacity. No acute disease."
+    assert "".join(said) == (
+        " There is no effusion. IMPRESSION: Right basilar opacity. No pneumothorax. CT is recommended."
+    )
 
 
 def test_a_word_that_nobody_knows_takes_its_sentence_away_but_not_a_given_one():

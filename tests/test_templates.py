@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbedge import BundleError, ClinicalContext, ContextError
+from cbedge.drafting.language import are_english
 from cbedge.drafting.template_parser import parse_template, read_template
 from cbedge.drafting.templates import Template, Templates, context_features
+from cbedge.sentences import split_text
 
 TEXTS = ("FINDINGS: Lungs are clear. IMPRESSION: Normal chest.", "FINDINGS: No effusion. IMPRESSION: No acute disease.")
 
@@ -489,3 +491,30 @@ def test_a_template_that_was_read_reads_the_same_again(lines: list[str]):
     except ContextError:
         return
     assert parse_template(template.text).text == template.text
+
+
+LANGUAGES = {
+    "German": "Kein Pleuraerguss. Zwerchfell glatt. Hili schlank. Pneumonie rechts. Keine Infiltrate. Aorta elongiert.",
+    "French": "Pas d'épanchement. Cœur de volume normal. Culs-de-sac libres. Silhouette cardiaque normale.",
+    "Spanish": "No derrame. Silueta cardiaca normal. Senos libres. No infiltrados. Estructuras oseas sin alteraciones.",
+    "Italian": "Cuore nei limiti. Non versamento pleurico. No versamento. Nella norma. Ili nella norma.",
+    "Portuguese": "Pulmões sem opacidades. Sem alteracoes. Exame normal. Seios costofrênicos livres.",
+    "Dutch": "Hart niet vergroot. Geen pleuravocht. Longen schoon. Scherpe sinussen.",
+    "Swedish": "Hjärtat normalstort. Inga infiltrat. Lungorna är klara. Ej stas.",
+    "Polish": "Serce niepowiększone. Pluca bez zmian. Kąty wolne. Obraz prawidłowy.",
+}
+ABNORMAL_ENGLISH = """Right lower lobe consolidation with air bronchograms. Small right effusion. Left pacemaker.
+Pneumonia. Stable cardiomegaly. Sternotomy wires intact. Heart diameter 12.5 cm, CTR .45. Costophr. angles sharp.
+MSK: normal. ET tube 3 cm above carina. Non-specific opacity. Delayed film, do not repeat. No infiltrate."""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sentence_in_another_language_is_known_also_among_english_ones(language: str):
+    english = ["The heart is normal.", "No effusion.", "Lungs clear."]
+    for foreign in split_text(LANGUAGES[language]):
+        assert are_english([*english, foreign]) == [True, True, True, False], foreign
+
+
+def test_english_sentences_of_abnormalities_numbers_and_abbreviations_are_english():
+    sentences = split_text(ABNORMAL_ENGLISH)
+    assert [text for text, english in zip(sentences, are_english(sentences), strict=True) if not english] == []

@@ -1,35 +1,95 @@
-"""Sentences of a template that state an abnormality, which a normal report does not: found by words, in English."""
+"""What an English sentence says, by its words: which abnormalities it states, and which findings it is about.
+
+A normal sentence denies a finding in endless ways (``Both lungs are free.``, ``CTR 48%.``), so beside image findings a
+template's sentence is kept only if it is understood: it states one of them, or is about something else.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection
 
 from cbedge.findings.image_findings import OTHER
 
+
+def _both(one: str, other: str, between: str = ".*") -> str:
+    """A pattern of two words in any order."""
+    return rf"({one})\b{between}\b({other})|({other})\b{between}\b({one})"
+
+
+_FEW_WORDS = r"\s+(\w+\s+){0,3}"
 # finding of an image head → words that state it; findings without a score are "other abnormality"
 _STATED = {
-    "cardiomegaly": r"cardiomegaly|(heart|cardi\w+)\b.*\benlarge\w+|enlarge\w+\b.*\b(heart|cardiac)",
-    "effusion": r"effusions?|hydro-?thorax|blunt(ed|ing)",
-    "atelectasis": r"atelecta\w+|(?<!vertebral )(?<!body )collapse\w*|volume loss",
-    "opacity": r"opaci\w+|consolidat\w+|infiltrat\w+|(broncho)?pneumonia|shadowing|air-?\s?space disease",
-    "hyperinflation": r"hyper-?inflat\w+|hyper-?expan\w+|emphysem\w+",
-    "low volume": r"(low|reduced|small)( lung)? volumes|poor inspiration",
-    "aorta": r"tortuous|unfolded|ectatic|aneurysm\w*|atheroscler\w+",
-    "scar": r"scar\w*|fibro(sis|tic)",
-    "device": r"pacemakers?|catheters?|sternotomy|stents?|endotracheal|tubes?",
-    "congestion": r"congest\w+|o?edema|heart failure|decompensat\w+",
-    "fracture": r"fractur\w+",
+    "cardiomegaly": r"cardiomegaly|" + _both(r"hearts?|cardi\w+|ctr", r"enlarge\w+|big|large|dilated|increased"),
+    "effusion": r"effusions?|h(ydro|a?emo)-?thora\w+|blunt(ed|ing)|pleural (fluid|collections?)",
+    "atelectasis": r"atelecta\w+|(?<!vertebral )(?<!body )collapse\w*|volume loss|loss of volume",
+    "opacity": r"opaci\w+|consolidat\w+|infiltrat\w+|(broncho)?pneumoni[ac]|shadowing|air-?\s?space disease|"
+    r"ggo|infect\w+",
+    "hyperinflation": r"hyper-?inflat\w+|hyper-?expan\w+|emphysem\w+|copd|air[\s-]trapping|"
+    + _both(r"diaphragms?|hemi-?diaphragms?", r"flat\w*"),
+    "low volume": r"hypo-?(inflat|expan|ventilat)\w+|"
+    + _both(r"volumes?|inspirat\w+|inflat\w+", r"low|reduced|small|decreased|diminished|poor|shallow", _FEW_WORDS),
+    "aorta": r"tortu\w+|unfold\w+|ecta(tic|sia)|aneurysm\w*|athero\w+",
+    "scar": r"scar\w*|fibro(sis|tic)|sequela\w*",
+    "device": r"pacemakers?|catheters?|sternotomy|stents?|endotracheal|tubes?(?! (voltage|current))|drains?|picc|cvc|"
+    r"(sternal|surgical) (wires|clips)|implant\w*|prosthe\w+",
+    "congestion": r"congest\w+|o?edema|(heart|cardiac|ventricular) failure|chf|decompensat\w+|cephali[sz]ation|kerley|"
+    r"(fluid|volume) overload|redistribution|upper lobe (blood )?diversion",
+    "fracture": r"fractur\w+|broken",
     OTHER: r"nodul\w+|mass(es)?|pneumothora\w+|hernia\w*|malignan\w+|metasta\w+|tumou?rs?|cancer|carcinoma|"
     r"tuberculosis|cavit\w+|lesions?|thicken\w+|scoliosis|degenerative|granulom\w+|calcifi\w+|\w*adenopathy",
 }
-_PATTERNS = {name: re.compile(rf"\b({words})\b", re.IGNORECASE) for name, words in _STATED.items()}
+_LUNGS = r"(?<!no )lungs?(?! (volumes?|markings))|parenchym\w+|air-?\s?spaces?|alveol\w+"
+_VOLUME = r"volumes?|\w*inflat\w+|\w*expan\w+|aeration|inspirat\w+|ventilation"
+# finding → words of what it changes, besides those that state it
+_SUBJECTS = {
+    "cardiomegaly": r"hearts?|ht|cor|cardiac(?! (device|pacemaker|lead|monitor|valve|surg)\w*)|c/?t\W? ?r(atio)?|cms|"
+    r"cardio\w+|cardio-?\s?(thoracic|mediastin\w+|pericard\w+|vascular|pulmonary)|ventric\w+|pericardi\w+",
+    "effusion": r"pleura\w*|cost?o-?\s?(phrenic|diaphragmatic)|costophr\w*|angles?|c/?pa?s?|sulc(i|us)|recess(es)?|"
+    r"sinus(es)?|fluid",
+    "atelectasis": rf"{_LUNGS}|\w*expan\w+|aerat\w+|plate-?like",
+    "opacity": rf"{_LUNGS}|inflammat\w+|translucency|transparency|lucency",
+    "hyperinflation": rf"{_VOLUME}|(hemi-?)?diaphragms?(?=.*\b(level|height|position)\b)",
+    "low volume": _VOLUME,
+    "aorta": r"aort\w+|(great|large|mediastinal|thoracic) vessels",
+    "scar": rf"{_LUNGS}|interstiti\w+|ild|residu\w+|chronic|old|apical thickening|pleural thickening",
+    "device": r"devices?|(?<!pleural )(?<!kerley )(?<!paraspinal )(?<!septal )lines?|hardware|apparatus|"
+    r"foreign bod(y|ies)|wires?|clips|leads|icds?|ports?|metal\w*|art[ei]facts?|valves?|instrument\w*|ett|ngt?|lvad",
+    "congestion": rf"{_LUNGS}|\w*vascula\w+|vessels?|veins?|venous|markings|stasis|failure|interstiti\w+",
+    "fracture": r"bon[ey]\w*|osseous|skelet\w+|ribs?|clavicl\w+|spine|spinal|vertebra\w*|musculo-?skeletal|"
+    r"msk|scapula\w*|thoracic (cage|wall)|chest wall|trauma\w*|injur\w+|sternum",
+}
+# Words of what no finding changes.
+_ELSEWHERE = (
+    r"mediastin\w+|hil(um|a|ar|i)|trachea\w*|airways?|carina|bronch\w+|soft|tissues?|abdom\w+|free (air|gas)|"
+    r"subphrenic|(hemi-?)?diaphragm\w*|thymus|thyroid|o?esophag\w+|stomach|gastric|breasts?|neck|axilla\w*|fissures?|"
+    r"apex|apices|ha?emorrhage|lymph\w*|rotat\w+|comparison|priors?|previous|interval|patient|quality|technique|technical\w*|"
+    r"projection|exposure|penetrat\w+|views?|follow-?\s?up|thymic|shoulders?|joints?|arthr\w+|follow|correlat\w+"
+)
+_ACUTE = re.compile(r"\b(acute|active)\b", re.IGNORECASE)
+_ACUTE_FINDINGS = frozenset({"effusion", "opacity", "congestion"})
+# Words of an opacity, if they name nothing else.
+_FOCAL = r"focal|densit\w+|shadows?|patch\w*|process\w*|lobes?|zones?|bases?|markings|pneumoni\w+"
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"\b({pattern})\b", re.IGNORECASE)
+
+
+_PATTERNS = {name: _words(words) for name, words in _STATED.items()}
+_ABOUT = {name: _words(f"{words}|{_STATED[name]}") for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
+_ABOUT_FOCAL, _BONES = _words(_FOCAL), _words(_SUBJECTS["fracture"])
 # What is behind these is denied, and what is before them is not.
 _DENIED_BEHIND = re.compile(r"\b(without|(but|and|with) no|no longer)\b.*", re.IGNORECASE)
+_ABSENT = (
+    r"no(?!\.\s?\d)|not|without|negative|free|absent|absence|none|nil|neither|nor|nothing|excluded|unlikely|neg|n|\w+n['’]t)\b|"
+    r"[:=–-]\s*([–−-]|0|n|n/a)\W*$|\s(0|[–−-])\W*$|\([–−-]\)"
+)
+_DENIES_PRESENCE = re.compile(rf"\b({_ABSENT}", re.IGNORECASE)
 _DENIES = re.compile(
-    r"\b(no|not|without|normal|normally|clear|unremarkable|intact|negative|free|within|wnl|nad|sharp|absent|absence|"
-    r"none|nil|neither|nor|nothing|excluded|unlikely|satisfactory|neg|nl|n|ok|\w+n['’]t)\b|"
-    r"[:=–-]\s*([–−-]|0|n|n/a)\W*$|\s(0|[–−-])\W*$|\([–−-]\)",
+    r"\b(normal|normally|clear|unremarkable|intact|within|wnl|nad|sharp|satisfactory|nl|ok|healthy|fine|clean|"
+    rf"preserved|maintained|{_ABSENT}",
     re.IGNORECASE,
 )
 _ADVICE = re.compile(
@@ -39,15 +99,40 @@ _ADVICE = re.compile(
 
 def stated_by(sentence: str) -> list[str]:
     """The findings that an English sentence states; :data:`OTHER` stands for those without a score of their own."""
-    stated = _DENIED_BEHIND.sub("", sentence)
+    stated = _DENIED_BEHIND.sub("", unicodedata.normalize("NFKC", sentence))
     if _DENIES.search(stated):
         return []
     return [name for name, pattern in _PATTERNS.items() if pattern.search(stated)]
 
 
+def denied_by(sentence: str, present: Collection[str]) -> list[str] | None:
+    """The findings present that an English sentence is about and does not state. ``None`` if the sentence denies
+    something, but its words do not tell what; that says nothing of devices."""
+    text = unicodedata.normalize("NFKC", sentence)
+    if stated_by(text) or (not {*present} - {"device"} and not _ABOUT["device"].search(text)):
+        return []
+    if _ACUTE.search(text) and not _BONES.search(text):
+        return [name for name in present if name in _ACUTE_FINDINGS]
+    about = [name for name, pattern in _ABOUT.items() if pattern.search(text)]
+    about = about or ["opacity"] * bool(_ABOUT_FOCAL.search(text))
+    if not about:
+        return None if _DENIES.search(text) else []
+    affirmed = {OTHER, *["device"] * (not _DENIES_PRESENCE.search(text)), *["fracture"] * (not _DENIES.search(text))}
+    return [name for name in present if name in about and name not in affirmed]
+
+
+def understood(sentence: str, present: Collection[str]) -> bool:
+    """Whether an English sentence is understood to agree with the findings present, of which it states no other: it
+    states one, denies something else, or advises something."""
+    if stated := stated_by(sentence):
+        return {*stated} <= {*present} - {OTHER}
+    return denied_by(sentence, present) == [] if _DENIES.search(sentence) else bool(_ADVICE.search(sentence))
+
+
 def agrees(sentence: str, present: Collection[str]) -> bool:
     """Whether an English sentence of an impression can be understood, by its words, to agree with the findings present:
     it states one of them, speaks of other ones only, or advises something."""
+    sentence = unicodedata.normalize("NFKC", sentence)
     named = {name for name, pattern in _PATTERNS.items() if pattern.search(sentence)}
     if named.isdisjoint(present):
         return bool(named) or bool(_ADVICE.search(sentence) and not _DENIES.search(sentence))

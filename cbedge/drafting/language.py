@@ -1,43 +1,72 @@
-"""The language of a template: contradictions to image findings can be detected in English only."""
+"""The language of each sentence of a template: contradictions to image findings can be detected in English only."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cbedge.errors import ContextError
 
-# Frequent words of English reports that German, French, Spanish and Italian ones do not have.
-_ENGLISH = frozenset(
-    re.findall(
-        r"\w+",
-        "findings the is are and of with without within there not or in on for to seen has have been be by clear "
-        "intact unremarkable heart lungs lung size limits evidence acute chest ribs bones bony osseous spine pleural "
-        "effusion effusions disease soft tissues tissue film view views abnormality both appear appears free normally "
-        "well cardiac silhouette contours structures hila mediastinum airspace cardiomediastinal sharp angles trachea "
-        "pulmonary vascularity costophrenic recesses cardiomediastinum parenchyma skeleton radiograph opacity "
-        "opacities masses vessels thoracic hilar aortic diaphragm nad wnl appearances any change changes collapse "
-        "device devices enlarged expanded fracture fractures inflated lesion lines loss low lobe lobes old scarring "
-        "tubes volumes outline shadow nothing",
-    )
+# Regular expressions of words that English reports have, and reports in the languages below have not; and of words that
+# reports in these languages have, and English ones have not.
+_ENGLISH = re.compile(
+    r"no|the|are|of|and|with|without|there|not|for|to|seen|has|have|been|be|by|both|any|this|that|from|show|shown|"
+    r"none|nothing|nil|neither|normally|wnl|nad|clear(ly)?|intact|unremarkable|appears?|appearances?|hearts?|lungs?|"
+    r"sized?|limits?|evidence|chest|ribs?|bon[ey]\w*|osseous|spine|tissues?|views?|disease|abnormalit\w+|changes?|"
+    r"cardiac|silhouette|contours?|airspaces?|sharp|angles?|pulmonary|vascularity|costophrenic|skeleton|radiograph|"
+    r"findings|opacit(y|ies)|vessels?|thoracic|hilar|aortic|devices?|enlarge\w*|expanded|inflated|fractures?|loss|"
+    r"lobes?|scar(ring|s)?|tubes?|low|volumes|shadow\w*|effusions?|airways?|fluid|blood|soft|active|left|right|upper|"
+    r"lower|middle|small|mild(ly)?|unchanged|consolidation|infiltrates?|o?edema|failure|atelecta(sis|tic)|"
+    r"cardiomegaly|pacemaker|wires?|sternotomy|"
+    r"tortuous|thickening|degenerative|calcified|recommended|infection|collapse|patient|below|well|within",
 )
-# Words of languages in which "no" is a word too; without one of them, "no" is taken as English.
-_ROMANCE = frozenset(
-    re.findall(
-        r"\w+",
-        "se hay de del la el lo los las les sin con y il gli di e non nel da do sem com derrame corazon corazón "
-        "pulmones cuore polmoni versamento coração pulmões",
-    )
+_FOREIGN = re.compile(
+    # German
+    r"und|das|kein\w*|mit|ohne|nicht|ist|sind|beid\w+|bei|links\w*|rechts\w*|herz\w*|lungen?|\w*erguss|"
+    r"(?!\w*lung)\w{3,}ung(en)?|glatt|befunde?|zwerchfell\w*|rippe\w*|knochen\w*|schlank\w*|normale[nrsm]|hili|"
+    r"pulmonale\w*|\w*organe|pneumonie|frei|weichteil\w*|alters\w+|regelrecht\w*|infiltrat|kardio\w+|stauungs\w*|"
+    r"atelektas\w+|verbreitert|elongiert|zart|normalbefund|"
+    # French
+    r"les?|unes?|des?|du|pas|sans|sont|aux?|avec|ni|coeur|cœur|poumons?|pulmonaires?|pleuraux|normaux|"
+    r"(thorac|cardia|pleur|aort|hydroaer)iques?|foyers?|anomalies?|culs?|libres|osseu(x|ses?)|cadre|parenchyme|"
+    r"radiographie|"
+    # Spanish, Italian and Portuguese
+    r"hay|del?(la|lo|le|l)?|los|las|sin|con|gli|il|di|dei|nel\w*|nei|non|sem|com|nao|dos|da|uma?|derrames?|"
+    r"\w{4,}(cao|coes)|cora[cz]on|coracao|cuore|pulmon(es|ar|ares)|pulmoes|polmon\w*|versament\w*|pleuric\w+|pleurais|"
+    r"torac\w+|torax|card[ií]ac[oa]s?|silueta|neumo\w+|\w{3,}(cion|ciones|zion[ei]|[mn]ent[oi])|norma|limiti|"
+    r"\w{3,}idad(es)?|infiltrados?|normal(es|i|e)|normais|ose[oa]s?|osse[oai]s?|sen[oi]s?|livres?|liberi|aus[eê]ncia|"
+    r"lesion[ei]s|lesoes|fra[ct]turas?|fratture|atele[ct]+asias?|cardiomegalia|mediastin[io]co|mediastino|esame|exame|"
+    r"il[io]|polmonite|"
+    # Dutch and Swedish
+    r"geen|het|een|van|hart|long(en|velden)|niet|zijn|pleuravocht|normaal|afwijking\w*|schoon|slank|scherp\w*|"
+    r"sinussen|inga?|inget|och|utan|lungor\w*|lungf\w+|pleurav\w+|normal(t|a|st\w+|fynd)|vidgad\w*|klara|ej|stas|"
+    r"skelett\w*|"
+    # Polish
+    r"bez|nie|serc\w+|pluc\w*|zmian\w*|prawidlow\w*|oraz|klatki|piersiowej|katy|wolne|granicach|normy|ognisk\w*",
 )
-_ENGLISH_SHARE = 0.25
+_WORD = re.compile(r"(?<![-\w])[^\W\d_]{2,}(?![-\w])")  # parts of compounds, such as non-, are no evidence
+
+
+def are_english(sentences: Sequence[str]) -> list[bool]:
+    """Whether each sentence is English: it has more English words than words, or letters, of another language. A
+    sentence that has neither is like most others."""
+    scores = [_score(sentence) for sentence in sentences]
+    most = sum(score > 0 for score in scores) >= sum(score < 0 for score in scores)
+    return [score > 0 or (score == 0 and most) for score in scores]
 
 
 def is_english(sentences: Iterable[str]) -> bool:
-    """Whether sentences are English, by their share of frequent English words."""
-    words = re.findall(r"[^\W\d_]+", " ".join(sentences).lower())
-    english = _ENGLISH | {"no"} if _ROMANCE.isdisjoint(words) else _ENGLISH
-    return sum(word in english for word in words) >= _ENGLISH_SHARE * max(1, len(words))
+    """Whether all sentences are English."""
+    return all(are_english([*sentences]))
+
+
+def _score(sentence: str) -> int:
+    """Above 0 for an English sentence, below 0 for one in another language, 0 if it is unknown."""
+    words = _WORD.findall(unicodedata.normalize("NFKC", sentence).lower())
+    english = sum(bool(_ENGLISH.fullmatch(word)) for word in words)
+    foreign = sum(bool(_FOREIGN.fullmatch(word)) or not re.fullmatch("[a-zæœ]+", word) for word in words)
+    return english - foreign if english != foreign else -foreign
 
 
 def refuse_other_script(sentences: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,13 +12,14 @@ from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
-from cbedge.drafting.assertions import agrees, stated_by
+from cbedge.drafting.assertions import agrees, denied_by, stated_by
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
+from cbedge.drafting.language import are_english
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.drafting.templates import Template, Templates, split_report
-from cbedge.findings.image_findings import OTHER, AnyPattern, ImageFindings
+from cbedge.findings.image_findings import AnyPattern, ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
 from cbedge.report import DraftToken
@@ -73,7 +74,8 @@ class DraftPlan:
         denied: matches sentences that contradict a finding; they are removed. ``None`` without image findings.
         fixed: sentences that are never removed.
         affirming: remove free sentences of the findings section that only deny something.
-        supported: the only findings that free sentences may state; ``None`` for any, without a user's template.
+        supported: the findings present, the only ones that free sentences may state; ``None`` for any, without a user's
+            template.
         conclusion: the impression if the model writes none: the opening's sentences, one token each.
         max_new_tokens: maximum length, opening included.
         template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
@@ -156,7 +158,7 @@ def plan_draft(
         denied=findings.contradicting(present) if findings and present else None,
         fixed=(*openings.values(), *content.findings, *content.impression),
         affirming=affirming,
-        supported=frozenset(present) - {OTHER} if given else None,
+        supported=frozenset(present) if given else None,
         conclusion=_conclusion(openings, reading.scores, findings if given and present else None),
         max_new_tokens=limit,
         template=chosen,
@@ -200,19 +202,20 @@ def _sections(
     present: Sequence[str],
     manifest: Manifest,
 ) -> tuple[Template, list[str]]:
-    """The sentences of a template that a draft uses, and warnings about those left out.
+    """The sentences of a template that a draft uses, and warnings about those left out or not checked.
 
-    The impression repeats the opening sentences. Contradictions can be found in English only: if there is an image
-    finding, a template in another language loses its impression, and its findings stay with a warning.
+    The impression repeats the opening sentences. Contradictions can be found in English only: beside an image finding,
+    a sentence of the impression in another language is left out, and one of the findings stays with a warning.
     """
     warnings: list[str] = []
-    checked = present if template.english else ()  # the patterns of contradictions are English
-    scores_point = f"the image scores point to {', '.join(present)}"
+    sentences = (*template.findings, *template.impression)
+    foreign = {text for text, is_english in zip(sentences, are_english(sentences), strict=True) if not is_english}
+    unchecked = []
 
     def uncontradicted(sentences: Sequence[str], concluding: bool) -> list[str]:
         kept, follows_gap = [], False
         for text in sentences:
-            reason = _reason_against(text, checked, manifest.image_findings, concluding)
+            reason = _reason_against(text, text in foreign, present, manifest.image_findings, concluding)
             if follows_gap and not reason and _REFERS.search(text):
                 reason = "it refers to the sentence before, which was left out"
             follows_gap = reason is not None
@@ -220,42 +223,47 @@ def _sections(
                 warnings.append(f"The template's sentence {text!r} was left out because {reason}.")
             elif normalize(text) not in map(normalize, opening):
                 kept.append(text)
-                stated = stated_by(text) if template.english else []
-                if stated and not {*stated} & {*present}:
+                stated = [] if text in foreign else stated_by(text)
+                if text in foreign:
+                    unchecked.append(repr(text))
+                elif stated and not {*stated} & {*present}:
                     warnings.append(
                         f"The template's sentence {text!r} states {', '.join(stated)}, which the image scores do not "
                         "point to: check it, and give a template of normal sentences."
                     )
         return kept
 
-    concludes = template.english or not present
     findings = [] if impression_only else uncontradicted(template.findings, concluding=False)
-    impression = uncontradicted(template.impression, concluding=True) if concludes else []
-    if template.impression and not concludes:
+    impression = uncontradicted(template.impression, concluding=True)
+    if unchecked:
+        scores = f"the image scores, which point to {', '.join(present)}" if present else "the image scores"
+        what = f"sentence {unchecked[0]} is" if len(unchecked) == 1 else f"sentences {', '.join(unchecked)} are"
+        if len(foreign) == len({*sentences}):
+            what = "sentences are"
         warnings.append(
-            f"The template's impression was left out because {scores_point} and it is not in English, so it cannot be "
-            "checked."
-        )
-    if present and not template.english:
-        warnings.append(
-            "The template is not in English, so its sentences could not be checked against the image scores, which "
-            f"point to {', '.join(present)}. Check each sentence."
+            f"The template's {what} not in English and could not be checked against {scores}. Check each sentence."
         )
     impression = [*opening, *impression] if template.findings else []
-    return Template(tuple(findings), tuple(impression), template.english), warnings
+    return Template(tuple(findings), tuple(impression), not foreign), warnings
 
 
-def _reason_against(text: str, present: Sequence[str], findings: ImageFindings | None, concluding: bool) -> str | None:
-    """Why a template's sentence is left out beside findings, if it is. A sentence of the impression must be understood:
-    it contradicts another finding than those present, or its words agree with them."""
-    if not findings or not present:
+def _reason_against(
+    text: str, is_foreign: bool, present: Sequence[str], findings: ImageFindings | None, concluding: bool
+) -> str | None:
+    """Why a template's sentence is left out beside findings, if it is. It must be understood to be about something
+    else; in the impression, it also has to contradict another finding or agree with those present."""
+    if not findings or not present or (is_foreign and not concluding):
         return None
 
-    def denied(names: Iterable[str]) -> Iterator[str]:
-        return (name for name in names if findings.contradicting([name]).search(text))
+    def denied(names: Iterable[str]) -> list[str]:
+        return [name for name in names if findings.contradicting([name]).search(text)]
 
-    if against := [*denied(present)]:
+    scores = f"the image scores point to {', '.join(present)}"
+    if is_foreign:
+        return f"{scores} and it is not in English, so it cannot be checked"
+    about = denied_by(text, present)
+    if against := [n for n in present if n in {*denied(present), *(about or ())} - {*stated_by(text)}]:
         return f"the image scores point to {', '.join(against)}"
-    if concluding and not agrees(text, present) and not any(denied(findings.names)):
-        return f"the image scores point to {', '.join(present)} and it cannot be read as agreeing with that"
+    if about is None or (concluding and not agrees(text, present) and not denied(findings.names)):
+        return f"{scores} and it cannot be read as agreeing with that"
     return None

@@ -3,8 +3,8 @@
 A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
 that the lungs are clear after it stated an opacity), if an earlier sentence of its section has all its words, so that
 it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete; beside a user's template
-also if it states a finding without an image score. Opening sentences and template sentences are fixed and always pass.
-A section heading is held back until a sentence follows.
+also if it states a finding without an image score, or in the impression if it is not understood. Opening sentences and
+template sentences are fixed and always pass. A section heading is held back until a sentence follows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
-from cbedge.drafting.assertions import stated_by
+from cbedge.drafting.assertions import stated_by, understood
 from cbedge.drafting.lexicon import Lexicon
-from cbedge.findings.image_findings import AnyPattern
+from cbedge.findings.image_findings import OTHER, AnyPattern
 from cbedge.report import DraftToken
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
@@ -28,7 +28,8 @@ class SentenceFilter:
         lexicon: known words; ``None`` accepts every word.
         fixed: sentences that always pass, such as a template's.
         affirming: remove sentences of the findings section that deny something, unless they are fixed.
-        supported: the only findings that free sentences may state; ``None`` for no such check.
+        supported: the only findings that free sentences may state, and that those of the impression have to be
+            understood to agree with; ``None`` for no such check.
 
     Attributes:
         accepted: the accepted sentences, normalized, of findings and impression.
@@ -97,7 +98,9 @@ class SentenceFilter:
             return False
         if self._affirming and self._section == 0 and DENIES.search(text):
             return False
-        if self._supported is not None and not {*stated_by(text)} <= {*self._supported}:
+        if self._supported is not None and not (
+            understood(text, self._supported) if self._section else {*stated_by(text)} <= {*self._supported} - {OTHER}
+        ):
             return False
         if self._lexicon is not None and not self._lexicon.knows(text):
             self.has_unknown_word = True

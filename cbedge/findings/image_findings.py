@@ -13,6 +13,7 @@ lexical constraints of Hokamp and Liu, ACL 2017). Later sentences that contradic
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -115,12 +116,12 @@ class AnyPattern:
     patterns: tuple[str, ...]
 
     def search(self, text: str) -> bool:
-        """Whether one of the patterns matches somewhere in the text, quotation marks apart.
+        """Whether one of the patterns matches somewhere in the text in Unicode's form NFKC, quotation marks apart.
 
         Raises:
             BundleError: one is not a regular expression.
         """
-        text = _QUOTES.sub("", text)
+        text = _QUOTES.sub("", unicodedata.normalize("NFKC", text))
         return any(_compiled(pattern).search(text) for pattern in self.patterns)
 
 
