@@ -222,8 +222,8 @@ def test_the_usual_template_is_kept_to_where_nothing_abnormal_is_seen(
 
 
 def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportGenerator):
-    template = "FINDINGS: The heart is normal. Ribs are intact. IMPRESSION: Normal chest."
-    patterns = {"cardiomegaly": "heart.*normal", "effusion": "ribs.*intact|normal chest"}
+    template = "FINDINGS: The heart is normal. Ribs are intact. IMPRESSION: No pneumothorax."
+    patterns = {"cardiomegaly": "heart.*normal", "effusion": "ribs.*intact|no pneumothorax"}
     denials = tuple(((patterns[name],) if name in patterns else ()) for name in findings_of(generator).names)
     told = copy(generator)
     told.bundle = replace(
@@ -244,7 +244,7 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     assert planned(()) == (template, ())
     large = "The heart is enlarged."
     text, warnings = planned(("cardiomegaly",))
-    assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large} Normal chest."
+    assert text == f"FINDINGS: {large} Ribs are intact. IMPRESSION: {large} No pneumothorax."
     assert len(warnings) == 1 and "'The heart is normal.'" in warnings[0] and "cardiomegaly" in warnings[0]
     text, warnings = planned(("cardiomegaly", "effusion"))
     assert text == f"FINDINGS: {large} There is a pleural effusion.", (
@@ -252,7 +252,7 @@ def test_what_is_seen_takes_its_sentences_out_of_the_template(generator: ReportG
     )
     assert all("effusion" in warning for warning in warnings[1:]) and len(warnings) == 3
     text, warnings = planned(("cardiomegaly", "device"))
-    assert text.endswith(f"IMPRESSION: {large} Normal chest."), "a device alone takes no conclusion away"
+    assert text.endswith(f"IMPRESSION: {large} No pneumothorax."), "a device alone takes no conclusion away"
     text, _ = planned(("cardiomegaly",), usual=True)
     assert text == f"FINDINGS: {large}", "the findings are the language model's"
     text, _ = planned(("effusion",))
@@ -267,7 +267,7 @@ def test_a_template_without_an_impression_gets_one_that_the_scores_support(gener
         reading = ImageReading(np.zeros((1, 1, 1), np.float32), present, dict.fromkeys(names, 0.9), np.zeros(1))
         given = None if template is None else parse_template(template)
         plan = plan_draft(reading, ClinicalContext(), Decoding(), manifest, generator.resources, given)
-        assert plan.supported == (None if given is None else {*present} - {"other abnormality"})
+        assert plan.supported == (None if given is None else {*present})
         return [(token.piece.strip(), token.finding) for token in plan.conclusion]
 
     template = "FINDINGS: There is no effusion."
