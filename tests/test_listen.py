@@ -183,6 +183,35 @@ def test_an_image_with_the_uid_of_another_study_is_not_taken_for_it(listen: Call
     assert pydicom.dcmread(spool / "outgoing" / f"{uid}.dcm").StudyInstanceUID == "1.2.3"
 
 
+def test_another_film_of_a_uid_replaces_neither_the_waiting_one_nor_its_draft(
+    listen: Callable, film: Path, tmp_path: Path
+):
+    spool = tmp_path / "spool"
+    pacs_port = free_port()  # nobody takes the drafts yet
+    port, _ = listen(pacs_port, wait=8)
+    first, second = another(film), another(film)
+    uid = second.SOPInstanceUID = first.SOPInstanceUID
+    second.PixelData = second.PixelData[::-1]
+    for dataset in (first, second):
+        dataset.ViewPosition, dataset.PatientOrientation = "PA", None  # waits for the lateral view
+    assert [send(port, dataset) for dataset in (first, second, first, second)] == [0, 0xC000, 0, 0xC000]
+    wait_for(lambda: names(spool / "outgoing") == {f"{uid}.dcm"} and not list((spool / "incoming").iterdir()))
+    draft = (spool / "outgoing" / f"{uid}.dcm").read_bytes()
+    assert names(spool / "failed") == {f"{uid}.dcm", f"{uid}.txt"}
+    assert pydicom.dcmread(spool / "failed" / f"{uid}.dcm").PixelData == second.PixelData
+    reason = "its SOP Instance UID is also that of another radiograph that waits here"
+    assert reason in (spool / "failed" / f"{uid}.txt").read_text()
+    log = (tmp_path / "log").read_text()
+    assert log.count(f"moved to failed: {reason}") == 2 and log.count("drafted in") == 1
+    assert send(port, second) == 0  # the draft of the first one is not delivered, and is kept beside the second one
+    wait_for(lambda: len(names(spool / "outgoing")) == 2 and not list((spool / "incoming").iterdir()))
+    assert (spool / "outgoing" / f"{uid}.dcm").read_bytes() == draft
+    pacs = Pacs(pacs_port)
+    wait_for(lambda: not names(spool / "outgoing"))
+    assert len({document.SOPInstanceUID for document in pacs.taken}) == 2
+    pacs.server.shutdown()
+
+
 def test_a_failed_image_is_not_replaced_by_another_of_its_uid(listen: Callable, film: Path, tmp_path: Path):
     failed = tmp_path / "spool" / "failed"
     port, _ = listen(free_port())
@@ -204,6 +233,10 @@ def test_a_spool_heals(listen: Callable, film: Path, tmp_path: Path):
         (spool / part / ".hidden").mkdir()
     (spool / "incoming" / "1.2.3.dcm").touch()
     (spool / "incoming" / "notes.txt").write_text("somebody's")
+    (spool / "incoming" / "dead.dcm").symlink_to(tmp_path / "nothing")
+    for pipe in ("pipe.dcm", "1.2.5.7.attempts"):
+        os.mkfifo(spool / "incoming" / pipe)
+    (spool / "incoming" / "1.2.5.7.dcm").write_bytes(another_bytes(film, "1.2.5.7"))
     (spool / "outgoing" / "1.2.4.dcm").write_text("no draft")
     (spool / "incoming" / "1.2.5.dcm").write_bytes(film.read_bytes())
     (spool / "incoming" / "1.2.5.attempts").write_text("5")  # it ended five processes
@@ -212,13 +245,23 @@ def test_a_spool_heals(listen: Callable, film: Path, tmp_path: Path):
     assert send(port, another(film)) == 0
     wait_for(lambda: pacs.taken and {"1.2.3.txt", "sr-1.2.4.txt", "1.2.5.txt"} <= {*names(spool / "failed")})
     assert "5 processes ended while they drafted it" in (spool / "failed" / "1.2.5.txt").read_text()
-    assert names(spool / "incoming") == {"folder.dcm", ".hidden", "notes.txt"}
+    ignored = {"folder.dcm", ".hidden", "notes.txt", "dead.dcm", "pipe.dcm"}
+    wait_for(lambda: names(spool / "incoming") == ignored)
     os.replace(spool / "failed" / "1.2.5.dcm", spool / "incoming" / "1.2.5.dcm")  # as the reason tells to
     assert send(port, another(film)) == 0
-    wait_for(lambda: len(pacs.taken) == 3)
+    wait_for(lambda: len(pacs.taken) == 4)
+    log = (tmp_path / "log").read_text()
+    for fault in (
+        "it is a folder",
+        "it is a link to nothing",
+        "it is not a regular file",
+        "its name does not end with",
+    ):
+        count = 2 if fault == "it is not a regular file" else 1
+        assert log.count(f"an entry of the folder incoming is ignored because {fault}") == count
     shutil.rmtree(spool)
     assert send(port, another(film)) == 0
-    wait_for(lambda: len(pacs.taken) == 4)
+    wait_for(lambda: len(pacs.taken) == 5)
     pacs.server.shutdown()
 
 

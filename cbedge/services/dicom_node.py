@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import signal
 import threading
@@ -198,11 +199,8 @@ class Listener:
                 log(f"{self.settings.max_waiting:,} radiographs are already waiting: another one was rejected")
                 return _NO_SPACE
             header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
-            with self._storing:  # no other image of this UID may be stored between the check and this one
-                if self._is_of_another_study(f"{safe_name(uid)}.dcm", header, content):
-                    log("a radiograph with the SOP Instance UID of one of another study was moved to failed")
-                    return _CANNOT_STORE
-                self.spool.put(self.spool.incoming, f"{safe_name(uid)}.dcm", header, content)
+            if not self._store(f"{safe_name(uid)}.dcm", header, content):
+                return _CANNOT_STORE
         except OSError as error:
             log(f"a radiograph could not be stored ({error.strerror}) and was rejected")
             return _NO_SPACE
@@ -214,18 +212,42 @@ class Listener:
         self._arrived.set()
         return _SUCCESS
 
-    def _is_of_another_study(self, name: str, *parts: bytes | memoryview) -> bool:
-        """Whether the spool has a radiograph or draft of this name, but of another study or patient; then the new
-        radiograph is put into ``failed``."""
-        places = (self.spool.incoming / name, self.spool.outgoing / name)  # in this order: drafts move on meanwhile
-        waiting = [study for place in places if (study := study_and_patient(read_header(place, needed=False)))]
-        new = study_and_patient(read_header(b"".join(parts), needed=False)) if waiting else None
-        if all(new and _is_same_study(new, study) for study in waiting):
+    def _store(self, name: str, *parts: bytes | memoryview) -> bool:
+        """Store a radiograph in ``incoming``, unless it is there already, or in ``failed`` if another one has its name.
+
+        Returns:
+            Whether it will be drafted.
+        """
+        place = self.spool.incoming / name
+        with self._storing:  # no other image of this UID may be stored between the check and this one
+            if self.spool.holds(place, *parts):
+                return True
+            other = self._holder(name, *parts)
+            if not other:
+                self.spool.put(self.spool.incoming, name, *parts)
+                return True
+            reason = f"its SOP Instance UID is also that of {other} that waits here"
+            remedy = f"or move it to the folder {place.parent.name} of the spool once that one is delivered"
+            log(f"a radiograph was moved to failed: {reason}")
+            self.spool.put_aside(name, f"no draft: {reason}; correct it at its source, {remedy}", *parts)
             return False
-        reason = "its SOP Instance UID is also that of a radiograph of another study or patient that waits here"
-        remedy = f"correct it at its source, or move it to the folder {self.spool.incoming.name} of the spool"
-        self.spool.put_aside(name, f"no draft: {reason}; {remedy}", *parts)
-        return True
+
+    def _holder(self, name: str, *parts: bytes | memoryview) -> str:
+        """What has this name in the spool and must not be replaced by this radiograph; empty if nothing."""
+        if (self.spool.incoming / name).is_file():  # checked first: drafts move on to outgoing meanwhile
+            return "another radiograph"
+        draft = self.spool.outgoing / name
+        known = study_and_patient(read_header(draft, needed=False)) if draft.is_file() else None
+        new = study_and_patient(read_header(b"".join(parts), needed=False)) if known else None
+        same = known is None or (new is not None and _is_same_study(new, known))
+        return "" if same else "a radiograph of another study or patient"
+
+    def _draft_name(self, name: str, document: bytes) -> str:
+        """A draft's name in ``outgoing``; an undelivered draft of another radiograph with the same UID is kept."""
+        undelivered, uid = self.spool.outgoing / name, _uid(document)
+        if not undelivered.is_file() or _uid(undelivered) == uid:
+            return name
+        return f"{undelivered.stem}-{hashlib.sha256(uid.encode()).hexdigest()[:16]}.dcm"
 
     def _guarded(self, work: Callable[[], None]) -> None:
         while not self._stop.is_set():
@@ -328,7 +350,7 @@ class Listener:
             self.spool.fail(path, read[path], reason)
             log(f"no draft: {type(error).__name__}")
             return
-        self.spool.put(self.spool.outgoing, path.name, document)
+        self.spool.put(self.spool.outgoing, self._draft_name(path.name, document), document)
         for done in filter(None, (path, lateral)):
             self.spool.remove(done, read[done])  # a radiograph that was sent again is drafted again
         log(f"drafted in {monotonic() - start:.2f} s")
@@ -344,6 +366,12 @@ class Listener:
 def _is_same_study(first: tuple[str, str], second: tuple[str, str]) -> bool:
     """Whether study and patient are the same; a draft may lack the Patient ID, if the radiograph's was invalid."""
     return first[0] == second[0] and (first[1] == second[1] or not (first[1] and second[1]))
+
+
+def _uid(document: Path | bytes) -> str:
+    """The SOP Instance UID of a draft; empty if it cannot be read."""
+    header = read_header(document, needed=False)
+    return "" if header is None else str(header.get("SOPInstanceUID", ""))
 
 
 def _study_and_view(path: Path) -> tuple[tuple[str, str] | None, str | None]:

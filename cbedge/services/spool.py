@@ -10,12 +10,14 @@ import errno
 import hashlib
 import itertools
 import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cbedge.errors import OutputError
 from cbedge.files import file_sha256, lock_file, write_atomically
+from cbedge.services.dicom_log import log
 
 Version = tuple[int, int, int]
 _ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -39,6 +41,26 @@ def machine_trouble(error: BaseException | None) -> OSError | None:
     return None
 
 
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _entry_fault(path: Path) -> str:
+    """Why an entry of the queue cannot be read as a file of it; empty if it can.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    if stat.S_ISLNK(path.lstat().st_mode) and not path.exists():
+        return "it is a link to nothing"
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "it is not a regular file"
+    return "" if path.suffix in (".dcm", ".attempts") else "its name does not end with .dcm"
+
+
 class Spool:
     """The queue: ``incoming`` radiographs, ``outgoing`` drafts, and ``failed`` files of both, each with its reason.
 
@@ -49,6 +71,7 @@ class Spool:
     def __init__(self, folder: Path):
         self.folder = folder
         self.incoming, self.outgoing, self.failed = (folder / n for n in ("incoming", "outgoing", "failed"))
+        self._told: set[Path] = set()  # ignored entries that were logged
         self._changes = threading.Lock()  # no file may be replaced between its check and its removal
         try:
             self.make()
@@ -76,13 +99,26 @@ class Spool:
                 write_atomically(folder / name, *parts)
 
     def waiting(self, folder: Path) -> list[Path]:
-        """The files of a folder, oldest first."""
+        """The files of a folder, oldest first. Every other entry is ignored, and told once in the log."""
         found = []
-        for path in folder.glob("*.dcm"):
+        for path in folder.glob("[!.]*"):
             with contextlib.suppress(OSError):  # removed meanwhile
-                if path.is_file():
+                fault = _entry_fault(path)
+                if fault and path not in self._told:
+                    log(f"an entry of the folder {folder.name} is ignored because {fault}: remove it")
+                    self._told.add(path)
+                elif not fault and path.suffix == ".dcm":
                     found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found)]
+
+    def holds(self, path: Path, *parts: bytes | memoryview) -> bool | None:
+        """Whether a file of the queue has exactly this content; ``None`` if there is no such file."""
+        try:
+            if not path.is_file():
+                return None
+            return path.stat().st_size == sum(map(len, parts)) and file_sha256(path) == _sha256(parts)
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
     def is_full(self, most: int) -> bool:
         """Whether at least ``most`` radiographs are waiting."""
@@ -106,7 +142,7 @@ class Spool:
 
     def put_aside(self, name: str, reason: str, *parts: bytes | memoryview) -> None:
         """Write a file that was not in the queue to ``failed``, with its reason."""
-        target = self._free(name, hashlib.sha256(b"".join(parts)).hexdigest)
+        target = self._free(name, lambda: _sha256(parts))
         self.put(self.failed, target.with_suffix(".txt").name, f"{reason}\n".encode())
         self.put(self.failed, target.name, *parts)
 
@@ -122,7 +158,8 @@ class Spool:
         found = {}
         for beside in self.incoming.glob("*.attempts"):
             with contextlib.suppress(OSError, ValueError):
-                found[beside.with_suffix(".dcm")] = int(beside.read_text())
+                if beside.is_file():  # reading a pipe would not end
+                    found[beside.with_suffix(".dcm")] = int(beside.read_text())
         return found
 
     def begin(self, path: Path, deaths: int) -> None:
