@@ -95,6 +95,19 @@ def test_several_frames_are_refused():
         load_radiograph(data)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 4, 0), (1, 0, 1)])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_thumbnails_and_masks_in_a_tiff_are_no_frames(order: tuple[int, ...], byteorder: str, bigtiff: bool):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file, byteorder=byteorder, bigtiff=bigtiff) as writer:
+        for kind in order:
+            page = CHEST[::4, ::4] > 100 if kind == 4 else 255 - CHEST[::4, ::4] if kind else CHEST
+            writer.write(page, subfiletype=kind, photometric="minisblack")
+    assert np.array_equal(load_radiograph(file.getvalue()).pixels, STRETCHED)
+
+
 @pytest.mark.parametrize(
     "array",
     [

@@ -34,6 +34,7 @@ _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag and value
 _SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2  # TIFF tag and values
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH, _FURTHER_TAGS = 0x112, 322, 323, (34665, 34853, 40965)
 _BITS_PER_SAMPLE = 258
+_KIND_OF_PAGE, _NO_FILM = 254, 1 | 4  # TIFF tag and bits: a reduced copy, a mask
 _UNSUPPORTED = re.compile("unknown raw mode|conversion from .* not supported")  # in Pillow's messages
 _MAX_READS = 1_000_000  # read calls per file; a PNG of 60 MB needs 40,000
 _MAX_EXIF_BYTES, _MAX_EXIF_PARTS = 2**20, 16  # parts of 64 KB in a JPEG
@@ -144,9 +145,11 @@ def _silence_libtiff() -> None:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    tiff_frames = _check_tags(data, name)
+    tiff_frames, page = _check_tags(data, name)
     try:
         image = Image.open(PartedFile(io.BytesIO(data), name, _MAX_READS), formats=FORMATS)  # type: ignore[arg-type]
+        if page:
+            image.seek(page)
         # Additional frames of an MPO are previews. For a TIFF, Pillow would read all frames to count them.
         frames = tiff_frames or (1 if image.format == "MPO" else getattr(image, "n_frames", 1))
         exif = len(image.info.get("exif") or image.info.get("Raw profile type exif") or "")
@@ -176,31 +179,37 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _check_tags(data: bytes, name: str) -> int:
-    """Check that a file's tags are not too large for Pillow, and count the frames of a TIFF without reading them."""
+def _check_tags(data: bytes, name: str) -> tuple[int, int]:
+    """Check that a file's tags are not too large for Pillow, and read the kinds of a TIFF's pages without the pages.
+
+    Returns:
+        number of full pages, 0 if it is not a TIFF; index of the first full page, after thumbnails.
+    """
     if data[:2] == b"\xff\xd8" and data.count(b"Exif\0\0") > _MAX_EXIF_PARTS:
         raise RadiographError(f"{name} has too many parts of EXIF data: export it again")
     if data[:2] not in (b"II", b"MM"):
-        return 0
-    frames = size = 0
+        return 0, 0
+    pages: list[bool] = []
+    further: list[int] = []
+    size = 0
     with suppress(struct.error):  # Pillow refuses damaged files
-        following, further = _first_directory(data), []
+        following = _first_directory(data)
         seen: set[int] = set()
-        while following and following not in seen and frames < _MAX_FRAMES:
+        while following and following not in seen and len(pages) < _MAX_FRAMES:
             seen.add(following)
-            frames += 1
-            found, following, inner = _read_directory(data, following)
-            if frames == 1:  # Pillow reads only this one
-                size, further = found, inner
+            found, following, inner, is_full = _read_directory(data, following)
+            if True not in pages:  # Pillow reads those up to the first full page
+                size, further = size + found, further + inner
+            pages.append(is_full)
         while further and len(seen) < 2 * _MAX_FRAMES:
             seen.add(len(seen))
-            found, _, inner = _read_directory(data, further.pop())
+            found, _, inner, _ = _read_directory(data, further.pop())
             size, further = size + found, further + inner
     if size > _MAX_TAG_BYTES:
         raise RadiographError(
             f"{name} has {size:,} bytes of numbers in its tags; the limit is {_MAX_TAG_BYTES:,}: export it again"
         )
-    return max(frames, 1)
+    return (sum(pages), pages.index(True)) if True in pages else (max(len(pages), 1), 0)
 
 
 def _first_directory(data: bytes) -> int:
@@ -208,21 +217,25 @@ def _first_directory(data: bytes) -> int:
     return int(struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)[0])
 
 
-def _read_directory(data: bytes, at: int) -> tuple[int, int, list[int]]:
-    """Read a TIFF directory: size of its numbers in bytes, offset of the next directory, offsets of sub-directories."""
+def _read_directory(data: bytes, at: int) -> tuple[int, int, list[int], bool]:
+    """Read a TIFF directory: size of its numbers in bytes, offset of the next directory, offsets of sub-directories;
+    whether it is a page of its own, no thumbnail or mask."""
     order, big = "<" if data[:2] == b"II" else ">", data[2:3] == b"\x2b"
     entry = struct.Struct(order + ("HHQQ" if big else "HHLL"))
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
     at, size = at + (8 if big else 2), 0
-    further = []
+    further, is_full = [], True
     if count > 2**16:
         raise struct.error
     for _ in range(count):
         tag, kind, values, value = entry.unpack_from(data, at)
         size += values * _TAG_BYTES.get(kind, 0)
         further += [value] if tag in _FURTHER_TAGS else []
+        if tag == _KIND_OF_PAGE:
+            unused = max(0, (8 if big else 4) - _TAG_BYTES.get(kind, 4))  # bytes behind the number
+            is_full = not (value >> 8 * unused if order == ">" else value) & _NO_FILM
         at += entry.size
-    return size, int(struct.unpack_from(order + ("Q" if big else "L"), data, at)[0]), further
+    return size, int(struct.unpack_from(order + ("Q" if big else "L"), data, at)[0]), further, is_full
 
 
 def _needed(image: Image.Image) -> int:
