@@ -754,8 +754,16 @@ def test_pixel_data_of_a_dataset_may_be_a_file():
     film = load_radiograph(dataset)
     assert np.array_equal(film.pixels, wanted.pixels) and film.sha256 == wanted.sha256 and file.tell() == 100
     file.close()
-    with pytest.raises(RadiographError, match="Pixel Data in a file that cannot be read"):
+    with pytest.raises(RadiographError, match="Pixel Data that cannot be read"):
         load_radiograph(dataset)
+
+
+def test_pixel_data_of_a_dataset_may_be_a_bytearray():
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom()))
+    wanted = load_radiograph(dataset)
+    dataset.PixelData = bytearray(dataset.PixelData)
+    film = load_radiograph(dataset)
+    assert np.array_equal(film.pixels, wanted.pixels) and film.sha256 == wanted.sha256
 
 
 def test_no_thread_prints_header_values(capfd):

@@ -87,24 +87,25 @@ def decode_dataset(dataset: Dataset, pixels: bytes, name: str, max_pixels: int) 
 
 
 def pixel_bytes(dataset: Dataset, name: str) -> bytes:
-    """The Pixel Data of a dataset, which pydicom also accepts as a file object; empty if it has none.
+    """The Pixel Data of a dataset, which pydicom also accepts as a bytearray or file object; empty if it has none.
 
     Raises:
-        RadiographError: the file object cannot be read, or is too large.
+        RadiographError: the pixels cannot be read, or are too large.
     """
     pixels: Any = dataset.get("PixelData") or b""
-    if not hasattr(pixels, "read"):
-        return bytes(pixels)
     try:
-        at = pixels.tell()
-        pixels.seek(0)
-        content = pixels.read(MAX_BYTES + 1)
-        pixels.seek(at)
-    except (OSError, ValueError):
-        raise RadiographError(f"{name} has Pixel Data in a file that cannot be read: open it again") from None
+        if hasattr(pixels, "read"):
+            at = pixels.tell()
+            pixels.seek(0)
+            content = pixels.read(MAX_BYTES + 1)
+            pixels.seek(at)
+        else:
+            content = bytes(pixels)  # pydicom holds a bytearray as a list of integers
+    except (OSError, TypeError, ValueError):
+        raise RadiographError(f"{name} has Pixel Data that cannot be read: give bytes or an open file") from None
     if len(content) > MAX_BYTES:
         raise RadiographError(f"{name} has more than {MAX_BYTES:,} bytes of Pixel Data: scale the radiograph down")
-    return bytes(content)
+    return content
 
 
 def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, content: bytes = b"") -> DicomFilm:
@@ -113,7 +114,7 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, cont
     dataset = _copied(dataset)
     if meta is not None:
         dataset.file_meta = copy.deepcopy(meta)
-    if content and hasattr(dataset["PixelData"].value, "read"):
+    if content and not isinstance(dataset["PixelData"].value, bytes):
         dataset["PixelData"].value = content
     _check_header(dataset, name, max_pixels, found)
     needed = check_pixels(dataset, name, found) + file_bytes
