@@ -13,7 +13,16 @@ import pytest
 from conftest import EXAMPLES, USUAL_VARIANT, draw_chest, draw_lateral, needs_default_model
 from PIL import Image
 
-from cbedge import BundleError, ContextError, DeviceError, RadiographError, Report, ReportGenerator, load_radiograph
+from cbedge import (
+    BundleError,
+    ContextError,
+    DeviceError,
+    DraftError,
+    RadiographError,
+    Report,
+    ReportGenerator,
+    load_radiograph,
+)
 from cbedge.backends import provider as backend
 from cbedge.backends.ort_cuda import CudaDecoder
 from cbedge.backends.ort_decoder import OnnxDecoder
@@ -470,6 +479,18 @@ def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png:
         for seed in range(4)
     }
     assert beams.new_tokens <= 24 and len(drawn) > 1 and "" not in drawn
+
+
+def test_a_draft_that_ends_before_its_impression_is_an_error_unless_the_user_set_the_limit(
+    generator: ReportGenerator, chest_png: Path
+):
+    short, manifest = copy(generator), generator.bundle.manifest
+    limited = replace(manifest, decoding={**manifest.decoding, "max_new_tokens": 4})
+    short.bundle = replace(generator.bundle, manifest=limited)
+    with pytest.raises(DraftError, match=r"incomplete \(no .*impression\): write this report without a draft"):
+        short.generate(chest_png, indication="x" * 900)
+    report = short.generate(chest_png, indication="x" * 900, max_new_tokens=4)
+    assert not report.complete and not report.impression
 
 
 def test_a_bundle_without_a_phrasebook_works(tiny_bundle: Path, chest_png: Path, tmp_path: Path):

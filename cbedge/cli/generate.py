@@ -120,7 +120,9 @@ def generate(
 
         print_error(f"heat map: {heatmap}. {CAVEAT}")
     if not report.complete:
-        print_error("note: the draft was cut off at its maximum length; raise --max-new-tokens for a longer one")
+        where = f"by --max-new-tokens {max_new_tokens}" if max_new_tokens else "at its maximum length"
+        empty = "" if report.text else ", before the end of its first sentence, so it is empty"
+        print_error(f"note: the draft was cut off {where}{empty}; raise --max-new-tokens for a longer one")
 
 
 def _words(pieces: Iterable[str]) -> Iterator[str]:

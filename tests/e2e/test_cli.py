@@ -201,6 +201,12 @@ def test_a_terminal_sees_the_draft_and_the_statement(tiny_bundle: Path, chest_pn
     assert "Unreviewed draft" in shown and "cut off" in shown and "raise --max-new-tokens" in shown
 
 
+def test_the_note_about_a_draft_cut_off_names_the_limit_that_was_given(generate):
+    done = generate("--max-new-tokens", 3)
+    assert done.returncode == 0
+    assert "cut off by --max-new-tokens 3, before the end of its first sentence, so it is empty; raise" in done.stderr
+
+
 @needs_default_model
 def test_a_terminal_shows_the_same_paragraphs_as_a_pipe():
     command = ("generate", EXAMPLES / "chest_pa.png", "--device", "cpu")
