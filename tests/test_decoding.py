@@ -253,3 +253,14 @@ def test_a_token_comes_with_its_probability():
     plain = list(decode(RandomModel(3), logits, STOP, 20))
     ahead = list(decode(RandomModel(3), logits, STOP, 20, guesser=Phrasebook.compile([ids(plain)] * 2)))
     assert [t.probability for t in ahead] == pytest.approx([t.probability for t in plain])
+
+
+def test_a_length_is_chosen_while_another_thread_learns_a_new_one():
+    class Growing(dict):
+        def values(self):
+            self[len(self)] = 1.0
+            return super().values()
+
+    length = GuessLength()
+    length._seconds = Growing({0: 1.0, 1: 1.0})
+    assert length.choose() == 32  # the most, as long as more guesses cost nothing

@@ -61,8 +61,8 @@ class GuessLength:
 
     def _costs(self) -> np.ndarray:
         """Seconds of a pass with 0, 1, ... guesses: measured, or from a linear fit."""
-        sizes = np.array([*self._seconds])
-        times = np.array([*self._seconds.values()])
+        seconds = self._seconds.copy()  # drafts in other threads learn too
+        sizes, times = np.array([*seconds]), np.array([*seconds.values()])
         apart = sizes - sizes.mean()
         slope = apart @ times / (apart @ apart)
         line = times.mean() + slope * (np.arange(MAX_GUESSES + 1) - sizes.mean())
