@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -77,8 +78,11 @@ def picture_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]
     lossy = kind in ("JPEG", "WEBP")  # half of the range and lossy is not the same film any more
     low, share = (0, 1.0) if lossy else draw(st.sampled_from([(0, 1.0), (0, 0.5), (60, 0.6)]))
     values = low + film * share
+    profile = None
     if mode == "16":
         depth = draw(st.sampled_from([1, 16, 200]))
+        if depth == 200 and draw(st.booleans()):
+            values, profile = 65535 / depth * (values * depth / 65535) ** 2.2, _linear_profile()
         image = Image.fromarray((values * depth).astype(np.uint16))
     else:
         image = Image.fromarray(np.rint(values).astype(np.uint8)).convert(mode)
@@ -88,12 +92,20 @@ def picture_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]
     exif = Image.Exif()
     exif[0x112] = tag
     buffer = io.BytesIO()
-    image.save(buffer, kind, exif=exif, **({"quality": 95} if lossy else {}))
+    image.save(buffer, kind, exif=exif, icc_profile=profile, **({"quality": 95} if lossy else {}))
     data = buffer.getvalue()
     given_as = draw(st.sampled_from(["bytes", "file object", "image"]))
     told = {"kind": kind, "mode": mode, "tag": tag, "low": low, "share": share, "given as": given_as}
+    told["linear"] = profile is not None
     source = {"bytes": data, "file object": io.BytesIO(data), "image": Image.open(io.BytesIO(data))}[given_as]
     return source, told
+
+
+def _linear_profile() -> bytes:
+    """An ICC profile for grey values that are proportional to light."""
+    header = bytearray(128)
+    header[12:24], header[36:40] = b"mntrGRAYXYZ ", b"acsp"
+    return bytes(header) + struct.pack(">L4sLL", 1, b"kTRC", 144, 12) + b"curv" + bytes(8)
 
 
 def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +131,8 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
         bits, signed = 8, False
     slope, intercept = draw(st.sampled_from([(None, None), (1, 0), (2.5, -100), (-1, 4000)]))
     shown = draw(st.sampled_from(["none", "window", "exact", "lut", "useless"]))
-    padding = draw(st.booleans()) and syntax != JPEG2000Lossless
+    padding, shutter = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    padding = padding and syntax != JPEG2000Lossless
     used = 2**bits - 1 if not padding else 2**bits - 2
     grey = film / 255.0
     if inverse or photometric == "MONOCHROME1":
@@ -128,7 +141,7 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
         grey = 1 - grey
     stored = np.rint(grey * used).astype(np.int64) - (2 ** (bits - 1) if signed else 0)
     stored = _TURNS[orientation](stored)
-    if padding:
+    if padding or shutter:
         stored = np.pad(stored, 25, constant_values=2**bits - 1 - (2 ** (bits - 1) if signed else 0))
     dtype = np.dtype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
     values = stored.astype(dtype)
@@ -138,6 +151,11 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
         dataset.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
     if padding:
         dataset.add_new("PixelPaddingValue", "SS" if signed else "US", int(values[0, 0]))
+    if shutter:
+        rows, columns = values.shape
+        dataset.ShutterShape = "RECTANGULAR"
+        dataset.ShutterUpperHorizontalEdge, dataset.ShutterLowerHorizontalEdge = 25, rows - 24
+        dataset.ShutterLeftVerticalEdge, dataset.ShutterRightVerticalEdge = 25, columns - 24
     if slope is not None:
         dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), str(intercept)
     low = (slope or 1) * -(2 ** (bits - 1) if signed else 0) + (intercept or 0)
@@ -153,6 +171,7 @@ def dicom_file(draw: Callable, film: np.ndarray) -> tuple[Any, dict[str, Any]]:
         "slope": slope,
         "shown": shown,
         "padding": padding,
+        "shutter": shutter,
     }
     if syntax == RLELossless:
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -222,7 +241,8 @@ def _show(dataset: FileDataset, shown: str, ends: list[float], bits: int, signed
     elif shown == "lut" and not signed and slope in (None, 1):
         item = pydicom.Dataset()
         entries = min(2**bits, 65535)
-        item.LUTDescriptor, item.LUTData = [entries, 0, 16], np.arange(entries).astype("<u2").tobytes()
+        order = ">" if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian else "<"
+        item.LUTDescriptor, item.LUTData = [entries, 0, 16], np.arange(entries).astype(f"{order}u2").tobytes()
         dataset.VOILUTSequence = pydicom.Sequence([item])
 
 
