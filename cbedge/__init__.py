@@ -11,21 +11,24 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cbedge.api import DraftRequest, ReportGenerator, ReportStream
-    from cbedge.bundles.bundle import Bundle, open_bundle
-    from cbedge.errors import (
-        BundleError,
-        CbedgeError,
-        ContextError,
-        DeviceError,
-        DraftError,
-        OptionError,
-        OutputError,
-        RadiographError,
-    )
-    from cbedge.images.radiograph import Radiograph, load_radiograph
-    from cbedge.prompt import ClinicalContext
-    from cbedge.report import Report, Timings
+    from cbedge.api import DraftRequest as DraftRequest
+    from cbedge.api import ReportGenerator as ReportGenerator
+    from cbedge.api import ReportStream as ReportStream
+    from cbedge.bundles.bundle import Bundle as Bundle
+    from cbedge.bundles.bundle import open_bundle as open_bundle
+    from cbedge.errors import BundleError as BundleError
+    from cbedge.errors import CbedgeError as CbedgeError
+    from cbedge.errors import ContextError as ContextError
+    from cbedge.errors import DeviceError as DeviceError
+    from cbedge.errors import DraftError as DraftError
+    from cbedge.errors import OptionError as OptionError
+    from cbedge.errors import OutputError as OutputError
+    from cbedge.errors import RadiographError as RadiographError
+    from cbedge.images.radiograph import Radiograph as Radiograph
+    from cbedge.images.radiograph import load_radiograph as load_radiograph
+    from cbedge.prompt import ClinicalContext as ClinicalContext
+    from cbedge.report import Report as Report
+    from cbedge.report import Timings as Timings
 
 __version__ = "0.2.0"
 
@@ -53,27 +56,7 @@ _HOMES = {
     "OutputError": "errors",
 }
 
-__all__ = [
-    "Bundle",
-    "BundleError",
-    "CbedgeError",
-    "ClinicalContext",
-    "ContextError",
-    "DeviceError",
-    "DraftError",
-    "DraftRequest",
-    "OptionError",
-    "OutputError",
-    "Radiograph",
-    "RadiographError",
-    "Report",
-    "ReportGenerator",
-    "ReportStream",
-    "Timings",
-    "__version__",
-    "load_radiograph",
-    "open_bundle",
-]
+__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> object:

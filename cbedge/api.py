@@ -334,12 +334,8 @@ class ReportGenerator:
 
 
 _MOVED = {
-    "phrasebook": "resources",
-    "templates": "resources",
-    "lexicon": "resources",
-    "gate": "film_check",
-    "lateral_gate": "film_check",
-    "film_view": "film_check",
+    **dict.fromkeys(("phrasebook", "templates", "lexicon"), "resources"),
+    **dict.fromkeys(("gate", "lateral_gate", "film_view"), "film_check"),
 }
 
 

@@ -30,12 +30,12 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:
-            found += [_quota_v2(folder) for folder in _upwards(root / "sys/fs/cgroup", path)]
+            found += [_quota(folder / "cpu.max") for folder in _upwards(root / "sys/fs/cgroup", path)]
         elif "cpu" in controllers.split(","):
             for mount in (controllers, "cpu"):
-                found += [_quota_v1(folder) for folder in _upwards(root / "sys/fs/cgroup" / mount, path)]
-    limits = [quota for quota in found if quota is not None]
-    return min(limits, default=None)
+                for folder in _upwards(root / "sys/fs/cgroup" / mount, path):
+                    found.append(_quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    return min((quota for quota in found if quota is not None), default=None)
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
@@ -44,17 +44,10 @@ def _upwards(mount: Path, path: str) -> list[Path]:
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
 
 
-def _quota_v2(folder: Path) -> float | None:
+def _quota(*files: Path) -> float | None:
+    """The limit in a file that holds quota and period (version 2), or in one file for each (version 1)."""
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        quota, period = map(int, " ".join(file.read_text() for file in files).split())
         return quota / period if quota > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ZeroDivisionError):  # without a limit, the quota is "max" or -1
         return None

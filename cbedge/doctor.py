@@ -7,11 +7,11 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Literal, cast
 
 from cbedge.bench import drawn_chest
 from cbedge.bundles.bundle import Bundle, open_bundle
@@ -51,17 +51,15 @@ def examine(model: Path | None = None) -> Iterator[Check]:
     yield _memory()
     yield _disk()
     yield _network()
-    bundle = None
     try:
         bundle = open_bundle(model)
     except CbedgeError as error:
         yield Check("model", "fault", str(error))
-    if bundle is not None:
-        yield _files(bundle)
-    if runtime.state == "fault" or bundle is None:
         return
-    yield _draft("cpu", model)
-    yield from _cuda(model)
+    yield _files(bundle)
+    if runtime.state != "fault":
+        yield _draft("cpu", model)
+        yield from _cuda(model)
 
 
 def _python() -> Check:
@@ -148,31 +146,20 @@ def _draft(device: str, model: Path | None) -> Check:
     """Draft a few tokens from a synthetic image, through the public interface."""
     from cbedge.api import ReportGenerator
 
-    def attempt() -> str:
+    name, failure = f"draft on {device}", cast(State, "fault" if device == "cpu" else "warning")
+    try:
         start = perf_counter()
         generator = ReportGenerator.from_pretrained(model, device=device)
         loaded = perf_counter()
         report = generator.generate(drawn_chest(), max_new_tokens=_TOKENS, accept_any_image=True)
-        return (
-            f"{report.variant}: loaded in {loaded - start:.1f} s, a draft of at most {_TOKENS} tokens in "
-            f"{report.timings.total:.0f} ms"
-        )
-
-    return _tried(f"draft on {device}", attempt, "fault" if device == "cpu" else "warning")
-
-
-def _tried(name: str, attempt: Callable[[], str], failure: State) -> Check:
-    try:
-        return Check(name, "ok", attempt())
     except CbedgeError as error:
         return Check(name, failure, str(error))
     except Exception as error:  # the runtime may raise anything; the user must see it
-        return Check(
-            name,
-            failure,
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            "update the driver of the device, and install cbedge again",
-        )
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        remedy = "update the driver of the device, and install cbedge again"
+        return Check(name, failure, f"{type(error).__name__}: {first_line}", remedy)
+    took = f"loaded in {loaded - start:.1f} s, a draft of at most {_TOKENS} tokens in {report.timings.total:.0f} ms"
+    return Check(name, "ok", f"{report.variant}: {took}")
 
 
 def _free_memory_gb() -> float | None:

@@ -27,7 +27,7 @@ def machine(bandwidth: float | None = None) -> dict[str, Any]:
         "processor": _processor(),
         "cores": cores,
         "memory_gb": _memory_gb(),
-        "gpu": _gpu(),
+        "gpu": _nvidia_smi("--query-gpu=name"),
         "read_bandwidth_gb_s": None if bandwidth is None else round(bandwidth / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -59,10 +59,6 @@ def peak_memory(children: bool = False) -> float:
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes there, kilobytes elsewhere
     usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
     return round(usage.ru_maxrss * unit / 1e6, 1)
-
-
-def _gpu() -> str | None:
-    return _nvidia_smi("--query-gpu=name")
 
 
 def gpu_memory() -> float | None:

@@ -8,13 +8,14 @@ import re
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cbedge.errors import ContextError, RadiographError
 from cbedge.images.dicom_display import display_values
-from cbedge.images.dicom_file import INDICATIONS, decodable, parse_dicom, silence_pydicom
+from cbedge.images.dicom_file import INDICATIONS, decodable, parse_dicom, read_header, silence_pydicom
 from cbedge.images.dicom_header import UNREADABLE
 from cbedge.images.dicom_padding import crop_box, padding_mask
 from cbedge.images.dicom_pixels import (
@@ -270,9 +271,16 @@ def _check_body_part(dataset: Dataset, found: Warnings) -> None:
             found.add(name, "names a body part other than the chest: check that this is a chest radiograph")
 
 
-def header_view(dataset: Dataset) -> str | None:
-    """The view in a header: ``frontal``, ``lateral`` or ``None``."""
-    return view_of(dataset, Warnings()).name
+def study_and_view(path: Path) -> tuple[tuple[str, str] | None, str | None]:
+    """Study and patient of a file (:func:`study_and_patient`), and its view: ``frontal`` or ``lateral``; each ``None``
+    if the header does not state it, or cannot be read, which drafting will report."""
+    header = read_header(path, needed=False)
+    if header is None:
+        return None, None
+    try:
+        return study_and_patient(header), view_of(header, Warnings()).name
+    except Exception:  # damaged headers raise various exceptions
+        return None, None
 
 
 def study_and_patient(dataset: Dataset | None) -> tuple[str, str] | None:

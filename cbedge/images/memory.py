@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO
 
 from cbedge.errors import RadiographError
@@ -53,34 +53,14 @@ class PartedFile:
         return inner
 
 
-class _Pool:
-    """A budget of bytes that threads reserve and release."""
-
-    def __init__(self, size: int):
-        self._size, self._taken, self._changed = size, 0, threading.Condition()
-
-    @contextmanager
-    def taken(self, count: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._taken + count <= self._size)
-            self._taken += count
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= count
-                self._changed.notify_all()
-
-
-_pool = _Pool(MAX_WORKING_BYTES)
 _large_file = threading.Lock()
+_reservations: list[int] = []
+_changed = threading.Condition()  # of the reservations
 
 
-@contextmanager
-def file_memory(size: int) -> Iterator[None]:
+def file_memory(size: int) -> AbstractContextManager[object]:
     """Serialize the reading and decoding of large files; small files do not wait."""
-    with _large_file if size > LARGE_FILE_BYTES else nullcontext():
-        yield
+    return _large_file if size > LARGE_FILE_BYTES else nullcontext()
 
 
 @contextmanager
@@ -100,8 +80,15 @@ def working_memory(needed: int, name: str, size: tuple[int, int]) -> Iterator[No
             f"{name} has {size[0]:,} x {size[1]:,} pixels and needs {needed // 10**6:,} MB of memory to read; the "
             f"limit is {MAX_WORKING_BYTES // 10**6} MB: scale it down"
         )
-    with _pool.taken(needed):
+    with _changed:
+        _changed.wait_for(lambda: sum(_reservations) + needed <= MAX_WORKING_BYTES)
+        _reservations.append(needed)
+    try:
         yield
+    finally:
+        with _changed:
+            _reservations.remove(needed)
+            _changed.notify_all()
 
 
 def reduction(rows: int, columns: int, bytes_per_pixel: int) -> int:

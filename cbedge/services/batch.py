@@ -10,9 +10,10 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cbedge.api import ReportGenerator
 from cbedge.decoding import Decoding
@@ -221,7 +222,9 @@ def _run_locked(
                 tally.cut_off += not line["complete"]
             else:
                 tally.failed.append((item.id, line["error"]))
-            _append(file, {"id": item.id, "batch_model": model, "batch_input": prints[item.id], **line})
+            file.write(_encoded({"id": item.id, "batch_model": model, "batch_input": prints[item.id], **line}))
+            file.flush()
+            os.fsync(file.fileno())
             progress(tally)
     return tally
 
@@ -300,7 +303,7 @@ def _open_lines(
         if (line["status"] == "ok" or not retry_failed)
         and _is_current(line, items.get(line["id"]), prints.get(line["id"]))
     }
-    if sum(map(_size_of, kept.values())) != out.stat().st_size:
+    if sum(len(_encoded(line)) for line in kept.values()) != out.stat().st_size:
         with open_atomically(out) as file:
             for line in kept.values():
                 file.write(_encoded(line))
@@ -323,28 +326,12 @@ def _is_current(line: dict[str, Any], item: Item | None, now: dict[str, Any] | N
     files = [path for path in (item.image, item.lateral) if path is not None]
     hashes = (line["image_sha256"], line.get("lateral_sha256"))
     for path, old, new, digest in zip(files, before["files"], now["files"], hashes, strict=False):
-        if old != new and new is not None and _sha256(path) not in (digest, None):
-            return False
+        with suppress(OSError):
+            if old != new and new is not None and file_sha256(path) != digest:
+                return False
     return True
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None
-
-
-def _size_of(line: dict[str, Any]) -> int:
-    return len(_encoded(line))
 
 
 def _encoded(values: dict[str, Any]) -> bytes:
     # File names that are not UTF-8 have lone surrogates; escaped, they are valid JSON and survive a round trip.
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _append(file: IO[bytes], values: dict[str, Any]) -> None:
-    file.write(_encoded(values))
-    file.flush()
-    os.fsync(file.fileno())

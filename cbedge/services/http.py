@@ -165,13 +165,12 @@ _OUTCOMES = (
 )
 
 
-def _schema() -> dict[str, Any]:
-    return json.loads(SCHEMA.read_text(encoding="utf-8"))
-
-
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"application/json": {"schema": _schema()}, "text/event-stream": {}},
+        "content": {
+            "application/json": {"schema": json.loads(SCHEMA.read_text(encoding="utf-8"))},
+            "text/event-stream": {},
+        },
         "description": "The draft; with `stream`, events `piece` with text, and finally `report`.",
     },
     400: {"description": "The request or its multipart form is malformed."},

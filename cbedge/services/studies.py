@@ -104,13 +104,11 @@ class Found:
 
 def join_views(items: Sequence[Item]) -> list[Item]:
     """Combine the frontal and lateral DICOM file of a study into one item, if the study has exactly one of each."""
-    from cbedge.images.dicom import header_view, study_and_patient
-    from cbedge.images.dicom_file import read_header
+    from cbedge.images.dicom import study_and_view
 
     views: dict[tuple[str, str], dict[str, list[Item]]] = {}
     for item in items:
-        header = None if item.lateral is not None else read_header(item.image, needed=False)
-        study, view = study_and_patient(header), None if header is None else header_view(header)
+        study, view = study_and_view(item.image) if item.lateral is None else (None, None)
         if study and view:
             views.setdefault(study, {}).setdefault(view, []).append(item)
     laterals: dict[str, Path] = {}
