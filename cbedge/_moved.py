@@ -7,12 +7,7 @@ from typing import Any
 
 
 def forward(old: str, *new: str) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that takes its names from other modules.
-
-    Args:
-        old: the module's own name.
-        new: names of the modules to take from; the first that has a name is used.
-    """
+    """The ``__getattr__`` of the module ``old``, which takes its names from the first other module that has them."""
 
     def get(name: str) -> Any:
         for target in () if name.startswith("__") else new:

@@ -343,10 +343,6 @@ class ReportStream(Iterator[str]):
     """Iterator over the pieces of a draft as they are written; :attr:`report` is available once it is exhausted.
 
     Works with ``for`` and ``async for``; the latter generates each piece in a thread and does not block the event loop.
-
-    Args:
-        engine: the model and its resources.
-        study: the study to draft.
     """
 
     def __init__(self, engine: Engine, study: Study):

@@ -14,15 +14,9 @@ def check_type(
 ) -> None:
     """Check the type of an argument; ``True`` and ``False`` are not numbers.
 
-    Args:
-        name: name of the argument.
-        value: its value, which the message does not show.
-        kind: the allowed type or types.
-        wanted: the allowed types in words.
-        error: class of the error.
-
     Raises:
-        CbedgeError: the value has another type.
+        CbedgeError: the value has another type than ``kind``; the message has the allowed types in words (``wanted``),
+            but not the value.
     """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind in (numbers.Real, numbers.Integral)):
         raise error(f"{name} must be {wanted}, not {type(value).__name__}")

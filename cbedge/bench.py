@@ -71,10 +71,7 @@ def bench(
 ) -> dict[str, Any]:
     """Draft every radiograph several times with each variant, in this process.
 
-    Args:
-        images: loaded radiographs; the ``read`` stage of a draft is the time of loading, measured once.
-        settings: what is measured.
-        progress: gets what is being measured.
+    The ``read`` stage of a draft is the time of loading, measured once. ``progress`` gets what is being measured.
 
     Returns:
         A JSON-ready record: ``machine``, and for each of ``variants`` ``ms`` (median, p95, p99, least and most of every

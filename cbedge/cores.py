@@ -9,10 +9,7 @@ from pathlib import Path
 def usable_cores(root: Path = Path("/")) -> int:
     """The number of cores to start threads for, at least 1: the smallest of CPU count, affinity and quota.
 
-    By default, ONNX Runtime uses all cores of the machine (onnxruntime issue 29510).
-
-    Args:
-        root: root folder of the file system; tests replace it.
+    By default, ONNX Runtime uses all cores of the machine (onnxruntime issue 29510). Tests replace the root folder.
     """
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)

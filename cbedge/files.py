@@ -30,11 +30,7 @@ _STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a new file that appears at ``path``, complete and synced to disk, if the block ends without an error.
 
-    A new file's permissions follow the umask. A file that is replaced keeps its permissions.
-
-    Args:
-        path: the file; its folder must exist.
-        replace: whether a file that exists may be replaced.
+    The folder must exist. A new file's permissions follow the umask. A file that is replaced keeps its permissions.
 
     Raises:
         FileExistsError: the file exists and ``replace`` is false.
@@ -59,17 +55,7 @@ def open_atomically(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, *content: bytes | memoryview, replace: bool = True) -> None:
-    """Write a file atomically and sync it to disk; see :func:`open_atomically`.
-
-    Args:
-        path: the file; its folder must exist.
-        content: its bytes, in one or more pieces.
-        replace: whether a file that exists may be replaced.
-
-    Raises:
-        FileExistsError: the file exists and ``replace`` is false.
-        OSError: it cannot be written.
-    """
+    """Write a file, in one or more pieces, atomically and synced to disk, as :func:`open_atomically` does."""
     with open_atomically(path, replace) as file:
         file.writelines(content)
 
@@ -122,10 +108,8 @@ def check_output(path: Path, replace: bool, inputs: Iterable[Path] = (), regular
 
 
 def check_distinct(outputs: Mapping[str, Path | None]) -> None:
-    """Check that no two outputs are the same file, under any spelling or link, or on a file system that ignores case.
-
-    Args:
-        outputs: option → path, or ``None`` if the option is not given.
+    """Check that no two outputs are the same file, under any spelling or link, or on a file system that ignores case:
+    option → path, or ``None`` if the option is not given.
 
     Raises:
         OutputError: two are the same.
@@ -140,14 +124,8 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
 
 
 def write_output(path: Path, content: bytes, replace: bool, inputs: Iterable[Path] = ()) -> None:
-    """Write an output to a path given by a user. Pipes, terminals and other character devices are written directly; the
-    file behind a symbolic link is replaced and the link is kept.
-
-    Args:
-        path: path of the output; see :func:`check_output`.
-        content: its bytes.
-        replace: whether a file that exists may be replaced.
-        inputs: files that are never overwritten.
+    """Write an output to a path given by a user, after :func:`check_output`. Pipes, terminals and other character
+    devices are written directly; the file behind a symbolic link is replaced and the link is kept.
 
     Raises:
         OutputError: it cannot be written there.
@@ -198,16 +176,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path, busy: str) -> FileLock:
-    """Lock a file or folder until the returned lock is released or deleted.
+    """Lock a file, created if necessary, until the returned lock is released or deleted.
 
     The lock ends with the process: a lock file that was left behind has no effect.
 
-    Args:
-        path: the lock file, created if necessary.
-        busy: error message if another process has the lock.
-
     Raises:
-        OutputError: another process has the lock.
+        OutputError: another process has the lock; the message is ``busy``.
         OSError: the lock file cannot be created, or the file system cannot lock.
     """
     from filelock import FileLock, Timeout  # imported here because most commands need no lock

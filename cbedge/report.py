@@ -201,12 +201,8 @@ class Report:
 
 
 def split_sentences(tokens: Sequence[DraftToken], template: Sequence[str] = ()) -> tuple[Sentence, ...]:
-    """Split a draft into sentences; a sentence in both sections has the same confidence and finding in both.
-
-    Args:
-        tokens: tokens of the draft.
-        template: sentences of the template.
-    """
+    """Split a draft into sentences, some of them from a template; a sentence in both sections has the same confidence
+    and finding in both."""
     from_template = set(map(normalize, template))
     ends = [*accumulate(len(token.piece) for token in tokens)]
     text = "".join(token.piece for token in tokens)

@@ -155,13 +155,8 @@ def _block_of(flags: bytes, style: bytes) -> int:
 def check_run_lengths(data: bytes, pixels: int, bytes_per_pixel: int) -> None:
     """Check that run-length encoded pixels (PS3.5 annex G) unpack to the expected size.
 
-    Args:
-        data: one frame.
-        pixels: number of pixels.
-        bytes_per_pixel: bytes of all samples of a pixel; there is one segment for each.
-
     Raises:
-        CodestreamError: the pixels unpack to more bytes, or the number of segments differs.
+        CodestreamError: the pixels unpack to more bytes, or there is not one segment for each byte of a pixel.
     """
     if len(data) < 64:
         raise CodestreamError("no header")

@@ -50,13 +50,8 @@ _HL7_ESCAPE = re.compile(r"X[0-9A-F]{2,4}|\.br|[EFHNRST]")  # between backslashe
 class DicomFilm:
     """A radiograph read from a DICOM file.
 
-    Attributes:
-        pixels: float32 [rows, columns] in 0..1, upright, viewed from the front; padding is cropped or black.
-        view: ``frontal``, ``lateral``, or ``None`` if the header does not state it.
-        indication: reason for the study, or ``None``.
-        study_uid: Study Instance UID, or ``None``.
-        chroma: mean colourfulness of the pixels, 0 to 1.
-        warnings: unusable header attributes, one sentence each, without patient data.
+    The fields are those of :class:`cbedge.images.radiograph.Radiograph`; ``pixels`` are upright and viewed from the
+    front, with padding cropped or black.
     """
 
     pixels: np.ndarray
@@ -68,12 +63,8 @@ class DicomFilm:
 
 
 def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
-    """Decode one single-frame CR or DX image.
-
-    Args:
-        data: the file's bytes, with or without the preamble and the file meta information.
-        name: name for error messages.
-        max_pixels: limit on the number of pixels, checked before decoding.
+    """Decode a file, with or without the preamble and the file meta information, that is one single-frame CR or DX
+    image. Messages call it ``name``. The number of pixels is checked before decoding.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
@@ -165,11 +156,8 @@ def _copied(dataset: Dataset) -> Dataset:
 def header_indication(dataset: Dataset, found: Warnings) -> str | None:
     """The indication in the header: the first of four attributes that has content. Several values are joined.
 
-    ``-``, ``n/a``, ``none`` and the like count as empty (:func:`cbedge.prompt.is_no_text`).
-
-    Args:
-        dataset: the header, which is not changed.
-        found: gets a warning for each attribute whose text cannot be decoded or is too long.
+    ``-``, ``n/a``, ``none`` and the like count as empty (:func:`cbedge.prompt.is_no_text`). An attribute whose text
+    cannot be decoded or is too long gets a warning.
     """
     header = _indication_elements(dataset)
     for name in INDICATIONS:

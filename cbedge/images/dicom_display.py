@@ -22,8 +22,7 @@ def display_values(dataset: Dataset, values: np.ndarray, film: np.ndarray | None
     says so. A window or VOI LUT that leaves almost no grey is ignored.
 
     Args:
-        dataset: the header.
-        values: from :func:`~cbedge.images.dicom_pixels.stored_values`.
+        dataset, values: the header, and what :func:`~cbedge.images.dicom_pixels.stored_values` gave.
         film: which pixels are not padding, bool [rows, columns]; ``None`` for all.
         warnings: collects transforms that could not be applied.
 

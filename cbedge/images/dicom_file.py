@@ -108,12 +108,9 @@ def silence_pydicom() -> None:
 
 
 def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
-    """Parse the elements of a DICOM file that cbedge uses, and its ``file_meta``.
+    """Parse the elements of a DICOM file that cbedge uses, with or without Pixel Data, and its ``file_meta``.
 
-    Args:
-        file: read from its start.
-        name: name for error messages.
-        pixels: whether to read Pixel Data.
+    Messages call the file ``name``.
 
     Raises:
         RadiographError: it is not a DICOM file, is damaged, or has too large or too many elements.
@@ -149,13 +146,10 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
 
 
 def read_header(source: Path | bytes | None, needed: bool = True) -> Dataset | None:
-    """Read the header elements that cbedge uses, without pixels; ``None`` if ``source`` is ``None`` or not DICOM.
+    """Read the header elements that cbedge uses from a file or its bytes, without pixels.
 
-    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.images.dicom_header.UNREADABLE`.
-
-    Args:
-        source: the file, with or without the preamble, or its bytes.
-        needed: raise an error for an unreadable DICOM file, instead of returning ``None``.
+    A value whose bytes cannot be decoded is replaced by the text :data:`cbedge.images.dicom_header.UNREADABLE`. The
+    result is ``None`` without a source, or if it is not a DICOM file, or cannot be read and is not ``needed``.
 
     Raises:
         RadiographError: ``needed`` is true and the DICOM file cannot be read.

@@ -190,13 +190,8 @@ def _in_grey(decoded: np.ndarray, is_ybr: bool) -> tuple[np.ndarray, float]:
 
 
 def stored_values(dataset: Dataset, decoded: np.ndarray, warnings: Warnings) -> np.ndarray:
-    """Decoded pixels with the correct sign, without unused bits (overlays).
-
-    Args:
-        dataset: after :func:`repair_pixel_attributes`; its Pixel Representation is corrected for sign-extended pixels.
-        decoded: integers [rows, columns].
-        warnings: collects problems.
-    """
+    """Decoded pixels, integers [rows, columns], with the correct sign, without unused bits (overlays). The dataset's
+    Pixel Representation is corrected for sign-extended pixels, after :func:`repair_pixel_attributes`."""
     bits = int(dataset.BitsStored)
     if _is_sign_extended(decoded, bits):
         _use_sign(dataset, "the pixels", warnings)
@@ -259,13 +254,8 @@ def _is_wrapped(decoded: np.ndarray, bits: int) -> bool:
 
 
 def check_pixels(dataset: Dataset, name: str, warnings: Warnings) -> int:
-    """Check before decoding that the pixel data match the header.
-
-    Args:
-        dataset: after :func:`repair_pixel_attributes`; its Pixel Representation is corrected for signed compressed
-            pixels.
-        name: name for error messages.
-        warnings: collects contradictions to the compressed pixels.
+    """Check before decoding, after :func:`repair_pixel_attributes`, that the pixel data match the header. The dataset's
+    Pixel Representation is corrected for signed compressed pixels, with a warning.
 
     Returns:
         Bytes of memory that decoding and mapping need, Pixel Data included.

@@ -56,12 +56,7 @@ class View:
 
 
 def view_of(dataset: Dataset, warnings: Warnings) -> View:
-    """The view that a header states.
-
-    Args:
-        dataset: the header.
-        warnings: collects unknown values and contradictions.
-    """
+    """The view that a header states; unknown values and contradictions get warnings."""
     position, code = _by_position(dataset, warnings), _by_code(dataset, warnings)
     orientation = _by_orientation(dataset, warnings)
     stated = position or code

@@ -31,12 +31,7 @@ class FilmCheck:
 
     @classmethod
     def load(cls, folder: Path, files: Collection[str], reads_lateral: bool) -> FilmCheck:
-        """Load the classifiers of a bundle.
-
-        Args:
-            folder: the bundle's folder.
-            files: names of its files.
-            reads_lateral: as above.
+        """Load the classifiers in a bundle's folder, of those that are among its files.
 
         Raises:
             BundleError: a file cannot be read.

@@ -23,14 +23,8 @@ MAX_KEPT_BYTES = 144_000_000  # of a radiograph after reading: 36 megapixels in 
 
 
 class PartedFile:
-    """A binary file with a limited number of read calls. A file that consists of tiny parts would need a hundred times
-    its size in objects.
-
-    Args:
-        file: readable and seekable file.
-        name: name for error messages.
-        most: maximum number of read calls.
-    """
+    """A seekable binary file with a limited number of read calls. A file that consists of tiny parts would need a
+    hundred times its size in objects."""
 
     def __init__(self, file: IO[bytes], name: str, most: int):
         self._file, self._name, self._left = file, name, iter(range(most))
@@ -67,13 +61,9 @@ def file_memory(size: int) -> AbstractContextManager[object]:
 def working_memory(needed: int, name: str, size: tuple[int, int]) -> Iterator[None]:
     """Reserve memory for the block; wait while other threads have reserved too much.
 
-    Args:
-        needed: estimated bytes.
-        name: name for error messages.
-        size: columns and rows.
-
     Raises:
-        RadiographError: it exceeds :data:`MAX_WORKING_BYTES`.
+        RadiographError: the ``needed`` bytes exceed :data:`MAX_WORKING_BYTES`; the message has name and size (columns
+            and rows) of the image.
     """
     if needed > MAX_WORKING_BYTES:
         raise RadiographError(

@@ -95,12 +95,9 @@ def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
         ],
         "note": [{"text": note} for note in notes],
     }
-    empty = [key for key in ("component", "note") if not observation[key]]
-    for key in empty:
-        del observation[key]
-    if "component" not in observation:
+    if not report.finding_scores:
         observation["valueString"] = "none"
-    return observation
+    return {key: value for key, value in observation.items() if value}
 
 
 def _study(header: Dataset) -> tuple[dict[str, Any], list[str]]:

@@ -67,11 +67,7 @@ def check_format(name: str) -> None:
 
 
 def check_source(name: str, source: Source) -> None:
-    """Check that a report on a radiograph can be written in a format, before the report is drafted.
-
-    Args:
-        name: one of :data:`FORMATS`.
-        source: the radiograph's file.
+    """Check that a report on a radiograph's file can be written in a format, before the report is drafted.
 
     Raises:
         RadiographError: for ``sr``, the radiograph is not a DICOM file or its header lacks identifiers.

@@ -164,11 +164,13 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
     if report.impression:
         items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), report.impression))
-    for name, score in _scores(report):
+    for name in report.image_findings or ():  # their scores are above their thresholds
+        if name not in report.finding_scores:
+            continue
         item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
         number = NumContentItem(
             CodedConcept("score", "99CBEDGE", _SCORE_MEANING),
-            score,
+            round(float(report.finding_scores[name]), 3),
             CodedConcept("1", "UCUM", "no units"),
             relationship_type=RelationshipTypeValues.HAS_PROPERTIES,
         )
@@ -199,13 +201,4 @@ def _observer_context(report: Report) -> list[ContentItem]:
         TextContentItem(CodedConcept("121015", "DCM", "Device Observer Model Name"), report.model, context),
         TextContentItem(CodedConcept("111001", "DCM", "Algorithm Name"), f"{report.model} {report.variant}", context),
         TextContentItem(CodedConcept("111003", "DCM", "Algorithm Version"), report.model_version, context),
-    ]
-
-
-def _scores(report: Report) -> list[tuple[str, float]]:
-    """The findings whose image scores are above their thresholds, with these."""
-    return [
-        (name, round(float(report.finding_scores[name]), 3))
-        for name in report.image_findings or ()
-        if name in report.finding_scores
     ]

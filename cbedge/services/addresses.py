@@ -39,11 +39,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def check_ae_title(title: str, what: str) -> None:
-    """Check an application entity title; spaces around it are not significant.
-
-    Args:
-        title: the title.
-        what: the option that gives it.
+    """Check the application entity title that the option ``what`` gives; spaces around it are not significant.
 
     Raises:
         OptionError: it is empty, has more than 16 characters, or characters that DICOM does not allow.

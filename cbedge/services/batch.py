@@ -64,12 +64,7 @@ class Documents:
         return self.folder / f"{safe_name(item.id.removesuffix(Path(suffix).suffix))}{suffix}"
 
     def check(self, items: Iterable[Item], inputs: Iterable[Path], outputs: Iterable[Path] = ()) -> None:
-        """Check that no draft would overwrite an input of the batch or another of its outputs.
-
-        Args:
-            items: the radiographs of the batch.
-            inputs: all files that the batch reads.
-            outputs: its other output files.
+        """Check that no draft would overwrite one of all inputs of the batch or of its other outputs.
 
         Raises:
             OutputError: a draft would.
@@ -90,14 +85,10 @@ class Documents:
             names.add(name)
 
     def prepare(self, out: Path, force: bool) -> None:
-        """Create the folder, or open the one that the same batch created: a file in it names the batch's output.
-
-        Args:
-            out: the batch's JSON Lines file.
-            force: allow overwriting existing files.
+        """Create the folder, or open the one that the same batch created: a file in it has the path of ``out``.
 
         Raises:
-            OutputError: the folder has files of another origin, or cannot be created.
+            OutputError: the folder has files of another origin and ``force`` is false, or it cannot be created.
         """
         marker, owner = self.folder / _OWNER, os.fsencode(os.path.realpath(out))
         try:
@@ -255,11 +246,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_parquet(lines: Path, target: Path, replace: bool = True, inputs: Iterable[Path] = ()) -> None:
-    """Convert a batch output to a Parquet table; nested values become JSON text.
-
-    Args:
-        lines: the batch output.
-        target, replace, inputs: as in :func:`cbedge.files.write_output`; ``lines`` is never overwritten.
+    """Convert the batch output ``lines``, which is never overwritten, to a Parquet table; nested values become JSON
+    text. The other arguments are those of :func:`cbedge.files.write_output`.
 
     Raises:
         OutputError: pyarrow is not installed, or the file cannot be written.

@@ -30,11 +30,7 @@ _TITLES = slice(4, 36)  # the two AE titles in the rest of an A-ASSOCIATE-RQ
 
 
 class PeerSocket(socket.socket):
-    """A connection that is closed if a PDU is too long or too slow.
-
-    Args:
-        connection: the connection, whose ownership is transferred.
-    """
+    """Takes over a connection, and closes it if a PDU is too long or too slow."""
 
     def __init__(self, connection: socket.socket):
         super().__init__(fileno=connection.detach())

@@ -107,12 +107,7 @@ class ListenSettings:
 
 
 class Listener:
-    """Receives radiographs, drafts reports and sends them, each in its own thread.
-
-    Args:
-        generator: writes the drafts.
-        settings: settings of the node.
-    """
+    """Receives radiographs, drafts reports and sends them, each in its own thread."""
 
     def __init__(self, generator: ReportGenerator, settings: ListenSettings):
         self.generator, self.settings, self.spool = generator, settings, Spool(settings.spool)

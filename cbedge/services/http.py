@@ -77,12 +77,7 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 def create_app(generator: ReportGenerator, settings: ServeSettings | None = None) -> FastAPI:
-    """The service as an ASGI application.
-
-    Args:
-        generator: writes the drafts.
-        settings: settings of the service.
-    """
+    """The service as an ASGI application."""
     settings = settings or ServeSettings()
     metrics = Metrics()
     drafter = Drafter(generator, settings, metrics)

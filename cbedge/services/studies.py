@@ -129,10 +129,8 @@ def find_studies(studies: str, documents: Path | None = None) -> Found:
     ``image`` (paths relative to the table's folder) and optionally ``id``, ``indication``, ``comparison``, ``view`` and
     ``lateral`` (also a path).
 
-    Args:
-        studies: the folder, pattern, file or table.
-        documents: folder of the batch's drafts; a folder or pattern leaves its files out, so that no draft is read as a
-            radiograph when the batch is resumed.
+    A folder or pattern leaves out the files of ``documents``, the folder of the batch's drafts, so that no draft is
+    read as a radiograph when the batch is resumed.
 
     Raises:
         RadiographError: nothing is found, ``documents`` is the folder itself, two items have the same id, or a table
