@@ -44,10 +44,8 @@ class BenchSettings:
     """What is measured.
 
     Attributes:
-        model: folder of a bundle; ``None`` is the embedded one.
+        model, device, threads: as in :meth:`ReportGenerator.from_pretrained`.
         variants: variants of the bundle; empty means the best one for this machine.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        threads: CPU threads; ``None`` is one per core.
         indication: indication of every study.
         tokens: largest number of tokens in a draft; ``None`` lets the model end its reports.
         warm_up: number of untimed drafts before the measurement.

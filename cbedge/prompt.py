@@ -124,11 +124,8 @@ def build_query_instruction(context: ClinicalContext) -> str:
 def build_instruction(context: ClinicalContext, lateral: bool = False) -> str:
     """The instruction that the language model reads: one line, with the fields in a fixed order.
 
-    A field that is not given is omitted. Training also omits fields at random, so the model is used to it.
-
-    Args:
-        context: clinical context of the study.
-        lateral: whether a lateral radiograph follows the frontal one.
+    A field that is not given is omitted. Training also omits fields at random, so the model is used to it. ``lateral``
+    says whether a lateral radiograph follows the frontal one.
     """
     parts = [f"{_TASK} View: frontal and lateral." if lateral else build_query_instruction(context)]
     if context.indication:

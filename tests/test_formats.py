@@ -107,7 +107,7 @@ def test_an_error_of_a_formats_library_is_of_that_draft_and_not_of_the_disk(
     assert "secret" not in str(caught.value)
     documents = batch.Documents(tmp_path, "text")
     generator = Mock(ReportGenerator, **{"generate.return_value": report})
-    line = batch.draft_item(Item("a", DICOM), generator, None, False, documents=documents)
+    line = batch.draft_item(Item("a", DICOM), generator, documents)
     assert line == {"status": "failed", "error": str(caught.value)}
 
 

@@ -91,7 +91,8 @@ def batch(
         files.prepare(out, force)
 
     def draft(item: Item) -> dict[str, Any]:
-        return batch.draft_item(item, generator, max_new_tokens, accept_any_image, decoding, files)
+        options = {"max_new_tokens": max_new_tokens, "accept_any_image": accept_any_image, "decoding": decoding}
+        return batch.draft_item(item, generator, files, **options)
 
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
-from cbedge.cli.terminal import print_bytes, print_error, read_text_file
+from cbedge.cli.terminal import print_error, read_text_file
 from cbedge.errors import OptionError, OutputError
 from cbedge.files import check_distinct, check_output, write_output
 from cbedge.prompt import VIEW_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from cbedge.report import Report
 
 
 def generate(
@@ -56,7 +54,8 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --output and --heatmap.")] = False,
 ) -> None:
     """Draft the report of one study."""
-    from cbedge.outputs import check_format, check_source
+    from cbedge.outputs import check_format, check_source, render
+    from cbedge.report import format_sections
 
     form = form or ("json" if as_json else "text")
     check_format(form)
@@ -111,10 +110,13 @@ def generate(
         from cbedge.images.heatmap import overlay, png
 
         write_output(heatmap, png(overlay(radiograph, stream.attention)), force, sources)
-    if live:
-        _print_notes(report)
+    if live:  # the text is on the terminal; the notes follow
+        typer.echo(report.to_text().removeprefix(format_sections(report.text)))
+    elif output is not None:
+        write_output(output, render(report, form, image), force, sources)
     else:
-        _write_draft(report, form, image, output, force, sources)
+        sys.stdout.buffer.write(render(report, form, image))
+        sys.stdout.flush()
     if heatmap is not None:
         from cbedge.images.heatmap import CAVEAT
 
@@ -149,23 +151,3 @@ def _check_outputs(form: str, output: Path | None, heatmap: Path | None, force: 
     check_distinct({"--output": output, "--heatmap": heatmap})
     if output is None and sys.__stdout__ is None:
         raise OutputError("standard output is closed: give --output FILE")
-
-
-def _print_notes(report: Report) -> None:
-    """Print what belongs under a draft whose text is on the terminal."""
-    from cbedge.report import DRAFT_STATEMENT
-
-    for note in report.notes():
-        typer.echo(f"\n\n[{note}]", nl=False)
-    typer.echo(f"\n\n[{DRAFT_STATEMENT}]")
-
-
-def _write_draft(report: Report, form: str, image: Path, output: Path | None, force: bool, sources: list[Path]) -> None:
-    """Write a draft in its format to the output file, or else to standard output."""
-    from cbedge.outputs import render
-
-    content = render(report, form, image)
-    if output is not None:
-        write_output(output, content, force, sources)
-    else:
-        print_bytes(content)

@@ -1,4 +1,4 @@
-"""Terminal functions that several commands share: messages, status line, standard output, text files."""
+"""Terminal functions that several commands share: messages, status line, output streams, text files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cbedge.errors import ContextError, OutputError
+from cbedge.errors import ContextError
 
 if TYPE_CHECKING:
     from cbedge.api import ReportGenerator
@@ -79,19 +79,3 @@ def keep_to_template(generator: ReportGenerator, template: Path | None) -> Repor
     if template is not None:
         generator.keep_to(read_text_file(template))
     return generator
-
-
-def print_bytes(content: bytes) -> None:
-    """Write to standard output.
-
-    Raises:
-        OutputError: standard output cannot be written.
-    """
-    try:
-        sys.stdout.buffer.write(content)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        discard_output()
-        raise OutputError(f"cannot write to standard output: {error.strerror}; give --output FILE") from None

@@ -23,7 +23,6 @@ from cbedge.images.memory import MAX_BYTES, PartedFile
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-    from pydicom.dataset import FileMetaDataset
     from pydicom.tag import BaseTag
 
 _LATIN = ("latin_1", "iso8859_2", "iso8859_3", "iso8859_4", "iso8859_9")
@@ -115,6 +114,7 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
     Raises:
         RadiographError: it is not a DICOM file, is damaged, or has too large or too many elements.
     """
+    from pydicom.dataset import FileMetaDataset
     from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     silence_pydicom()
@@ -122,7 +122,7 @@ def parse_dicom(file: IO[bytes], name: str, pixels: bool = True) -> Dataset:
         start = file.read(132)
         file.seek(132 if start[128:] == MARK else 4 if start[:4] == MARK else 0)
         parts = PartedFile(file, name, _MAX_READS)
-        meta = _file_meta(parts, name)
+        meta = FileMetaDataset(_elements(parts, name, False, True, group=2))
         syntax = str(meta.get("TransferSyntaxUID") or "").strip(" \0")
         if syntax == _DEFLATED:
             parts, syntax = parts.within(_inflated(file.read(MAX_BYTES), name)), ExplicitVRLittleEndian
@@ -175,12 +175,6 @@ def _used_tags() -> tuple[frozenset[int], frozenset[int]]:
 
     tags = [frozenset(tag for name in names if (tag := tag_for_keyword(name))) for names in (_USED, _SEQUENCES)]
     return tags[0] | frozenset(_OVERLAY_BIT_POSITIONS), tags[1]
-
-
-def _file_meta(parts: PartedFile, name: str) -> FileMetaDataset:
-    from pydicom.dataset import FileMetaDataset
-
-    return FileMetaDataset(_elements(parts, name, False, True, group=2))
 
 
 def _elements(

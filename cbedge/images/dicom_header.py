@@ -115,12 +115,11 @@ def study_header(header: Dataset) -> StudyHeader:
     """
     from pydicom import Dataset
 
-    for name in _IDENTIFIERS:
-        if not _plain(header, name, "UI"):
-            found = "lacks" if not holds(header, name) else "has no valid"
-            raise RadiographError(f"the DICOM header {found} {name}, which an SR needs: export it again")
     values, left_out = Dataset(), []
     for name in _IDENTIFIERS:
+        if not usable(header, name):
+            found = "lacks" if not holds(header, name) else "has no valid"
+            raise RadiographError(f"the DICOM header {found} {name}, which an SR needs: export it again")
         setattr(values, name, usable(header, name))
     values.SOPClassUID = usable(header, "SOPClassUID") or _class_of(header)
     if not usable(header, "SOPClassUID"):
@@ -152,17 +151,11 @@ def usable(header: Dataset, name: str) -> Any:
     ``None`` if there is no valid value."""
     from pydicom.datadict import dictionary_VM, dictionary_VR
 
-    vr = dictionary_VR(name)
+    vr, value = dictionary_VR(name), _value(header, name)
     if dictionary_VM(name) == "1":
-        return _plain(header, name, vr)
-    value = _value(header, name)
+        return None if _is_list(value) else _checked(name, vr, value)
     values = [_checked(name, vr, v) for v in (value if _is_list(value) else [value])]
     return values if values and None not in values else None
-
-
-def _plain(header: Dataset, name: str, vr: str) -> Any:
-    value = _value(header, name)
-    return None if _is_list(value) else _checked(name, vr, value)
 
 
 def _value(header: Dataset, name: str) -> Any:
@@ -261,8 +254,8 @@ _CHECKS: dict[str, Callable[[str], Any]] = {
 def _class_of(header: Dataset) -> str:
     """The SOP class of an image whose header lacks it: from the file meta information, or from the modality."""
     meta = getattr(header, "file_meta", None)
-    of_file = _plain(meta, "MediaStorageSOPClassUID", "UI") if meta is not None else None
-    return of_file or _CLASSES["CR" if _plain(header, "Modality", "CS") in ("CR", "RG") else "DX"]
+    of_file = usable(meta, "MediaStorageSOPClassUID") if meta is not None else None
+    return of_file or _CLASSES["CR" if usable(header, "Modality") in ("CR", "RG") else "DX"]
 
 
 def _usable_codes(header: Dataset, name: str) -> list[Dataset]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cbedge.api import ReportGenerator
-from cbedge.decoding import Decoding
 from cbedge.errors import CbedgeError, OutputError, install_extra, memory_errors
 from cbedge.file_names import safe_name
 from cbedge.files import check_output, file_sha256, lock_file, lock_path, open_atomically, unlock_file, write_output
@@ -123,12 +122,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def draft_item(
     item: Item,
     generator: ReportGenerator,
-    max_new_tokens: int | None,
-    accept_any_image: bool,
-    decoding: Decoding | None = None,
     documents: Documents | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Draft one radiograph: the values of its line, with ``status`` ``ok``, or ``failed`` and ``error``.
+    """Draft one radiograph with the other fields of a :class:`cbedge.api.DraftRequest`: the values of its line, with
+    ``status`` ``ok``, or ``failed`` and ``error``.
 
     Raises:
         OutputError: a document cannot be written.
@@ -143,9 +141,7 @@ def draft_item(
                 comparison=item.comparison,
                 view=item.view,
                 lateral=item.lateral,
-                max_new_tokens=max_new_tokens,
-                accept_any_image=accept_any_image,
-                decoding=decoding,
+                **options,
             )
             if documents is not None:
                 documents.write(item, report)
