@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from cbedge.errors import CbedgeError, install_extra
 from cbedge.machine import machine
 
 State = Literal["ok", "warning", "fault"]
-_LEAST_PYTHON = (3, 11)
 _LEAST_MEMORY_GB = 1.0
 _LEAST_DISK_GB = 0.5
 _TOKENS = 8
@@ -45,7 +43,7 @@ class Check:
 
 def examine(model: Path | None = None) -> Iterator[Check]:
     """Check Python, ONNX Runtime, the machine and the model's files, and draft a report on every device."""
-    yield _python()
+    yield Check("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     runtime = _runtime()
     yield runtime
     yield _memory()
@@ -60,13 +58,6 @@ def examine(model: Path | None = None) -> Iterator[Check]:
     if runtime.state != "fault":
         yield _draft("cpu", model)
         yield from _cuda(model)
-
-
-def _python() -> Check:
-    version = platform.python_version()
-    if sys.version_info < _LEAST_PYTHON:
-        return Check("python", "fault", version, "install Python 3.11 or newer")
-    return Check("python", "ok", f"{version}, {platform.system()} {platform.machine()}")
 
 
 def _runtime() -> Check:

@@ -27,7 +27,8 @@ from cbedge.images.dicom_pixels import (
     repair_pixel_data,
     stored_values,
 )
-from cbedge.images.dicom_view import orient, view_of
+from cbedge.images.dicom_view import view_of
+from cbedge.images.intensity import turned
 from cbedge.images.memory import MAX_BYTES, working_memory
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, ClinicalContext
 
@@ -113,7 +114,7 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, cont
     with working_memory(needed, name, (int(dataset.Columns), int(dataset.Rows))):
         pixels, chroma = _film(dataset, name, found)
         view = view_of(dataset, found)
-        pixels = orient(pixels, view)
+        pixels = turned(pixels, view.transpose, view.flip_rows, view.flip_columns)
     _check_body_part(dataset, found)
     return DicomFilm(
         pixels,

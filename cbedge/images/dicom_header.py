@@ -230,13 +230,10 @@ def _is_name(text: str) -> bool:
 
 
 def _is_date(text: str) -> bool:
-    if not re.fullmatch(r"[12]\d{7}", text, re.ASCII):  # years such as 0001 and 9999 stand for an unknown date
-        return False
-    try:
-        date(int(text[:4]), int(text[4:6]), int(text[6:]))
+    try:  # years such as 0001 and 9999 stand for an unknown date
+        return re.fullmatch(r"[12]\d{7}", text, re.ASCII) is not None and bool(date.fromisoformat(text))
     except ValueError:
         return False
-    return True
 
 
 _CHECKS: dict[str, Callable[[str], Any]] = {

@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from cbedge.images.dicom_pixels import Warnings
 
 if TYPE_CHECKING:
@@ -41,7 +39,8 @@ _AXES = {"L": 0, "R": 0, "A": 1, "P": 1, "H": 2, "F": 2}
 
 @dataclass(frozen=True)
 class View:
-    """The view of a radiograph according to its header.
+    """The view of a radiograph according to its header, and what turns the head up and, in a frontal view, the
+    patient's left to the right.
 
     Attributes:
         name: ``frontal``, ``lateral`` or ``None`` if unknown.
@@ -72,14 +71,6 @@ def view_of(dataset: Dataset, warnings: Warnings) -> View:
         warnings.add("PatientOrientation", f"does not match a {stated} view: check the view")
         return View(stated)
     return replace(orientation, name=stated or orientation.name)
-
-
-def orient(pixels: np.ndarray, view: View) -> np.ndarray:
-    """Pixels [rows, columns] with the head up and, in a frontal view, the patient's left on the right."""
-    turned = pixels.T if view.transpose else pixels
-    turned = turned[::-1] if view.flip_rows else turned
-    turned = turned[:, ::-1] if view.flip_columns else turned
-    return np.ascontiguousarray(turned)
 
 
 def _by_position(dataset: Dataset, warnings: Warnings) -> str | None:

@@ -74,6 +74,13 @@ def averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
     return pixels if factor == 1 else np.asarray(Image.fromarray(pixels).reduce(factor))
 
 
+def turned(array: np.ndarray, transpose: bool, flip_rows: bool, flip_columns: bool) -> np.ndarray:
+    """An array [rows, columns, ...] with rows and columns swapped, then flipped vertically and horizontally."""
+    array = array.swapaxes(0, 1) if transpose else array
+    array = array[::-1] if flip_rows else array
+    return np.ascontiguousarray(array[:, ::-1] if flip_columns else array)
+
+
 def _unit_levels(values: np.ndarray, least: int, levels: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
     """The mapped value, float32 [L], of each level ``least``, ``least + 1``, ...; ``levels`` is float64 [L]."""
     counts = np.zeros(len(levels), np.int64)

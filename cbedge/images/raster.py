@@ -18,7 +18,7 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 
 from cbedge.errors import RadiographError
-from cbedge.images.intensity import Transform, averaged, blocks, stretch, to_uint8
+from cbedge.images.intensity import Transform, averaged, blocks, stretch, to_uint8, turned
 from cbedge.images.memory import PartedFile, kept_bytes, reduction, working_memory
 from cbedge.images.tags import MAX_FRAMES, check_tags
 from cbedge.images.tone import tone_curve, unusable
@@ -255,17 +255,10 @@ def _shown(picture: _Picture) -> Raster:
     pixels = stretch(grey, transform=transform, inverted=negative, factor=factor)
     values = averaged(grey, factor) if colour is None and grey.dtype == np.uint8 else colour
     stored = None if values is None else stored_values(values, pixels)
-    turned = [None if a is None else _turned(a, picture.orientation) for a in (pixels, stored)]
-    assert turned[0] is not None
-    return Raster(turned[0], picture.chroma, turned[1], picture.warnings)
-
-
-def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate or flip an array according to the EXIF orientation."""
-    turned = array.swapaxes(0, 1) if orientation > 4 else array
-    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
-    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
-    return np.ascontiguousarray(turned)
+    orientation = picture.orientation
+    turns = orientation > 4, orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    stored = None if stored is None else turned(stored, *turns)
+    return Raster(turned(pixels, *turns), picture.chroma, stored, picture.warnings)
 
 
 def _is_white_zero(image: Image.Image) -> bool:

@@ -40,7 +40,7 @@ from cbedge.errors import (
 )
 from cbedge.images.heatmap import overlay, png
 from cbedge.images.radiograph import load_radiograph
-from cbedge.outputs import FORMATS, SCHEMA, check_format, check_source, render
+from cbedge.outputs import FORMATS, SCHEMA, check_source, render
 from cbedge.report import Report
 from cbedge.services.addresses import open_socket
 from cbedge.services.http_form import DraftForm, check_nothing_ignored, form_schema, open_form, read_form
@@ -207,7 +207,6 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             return await answer(request, await read_form(sent), queue_ticket)
 
     async def answer(request: Request, form: DraftForm, queue_ticket: str | None) -> Response:
-        check_format(form.format)
         arrived, number = time.monotonic(), uuid.uuid4().hex[:12]
         held: dict[str, Any] = {}
 

@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cbedge.drafting.template_parser import MAX_TEMPLATE_CHARACTERS
 from cbedge.errors import ContextError, RadiographError
-from cbedge.outputs import FORMATS
+from cbedge.outputs import FORMATS, check_format
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, VIEW_NAMES
 
 TEXTS = ("indication", "comparison", "view", "template")
@@ -165,8 +165,7 @@ async def read_form(form: FormData) -> DraftForm:
         raise RadiographError("the form has no file image: send one, such as -F image=@study.dcm")
     texts = {name: await _text(name, fields.get(name)) for name in (*TEXTS, "format", *SWITCHES)}
     chosen = texts["format"] or "json"
-    if chosen not in FORMATS:
-        raise ContextError(f"unknown format {_shown(chosen)}; give one of: {', '.join(FORMATS)}")
+    check_format(chosen)
     stream, heatmap, anything = (_switch(name, texts[name]) for name in SWITCHES)
     if stream and chosen != "json":
         raise ContextError(f"stream sends the report as JSON, so format {chosen} cannot be combined with it: omit one")

@@ -187,20 +187,16 @@ def _read_folder(folder: Path, documents: Path | None) -> Found:
         raise RadiographError("--documents is the folder of the radiographs: give another folder for the drafts")
     found = Found([])
     for place, folders, names in os.walk(folder, onerror=lambda error: found.unreadable.append(str(error.filename))):
-        folders.sort()
-        links = [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]  # may be loops
-        left_out = [Path(place, name) for name in folders if _is_left_out(Path(place, name), documents)]
-        folders[:] = [name for name in folders if Path(place, name) not in left_out]
-        skipped = dict.fromkeys([*links, *left_out])
+        inside = [Path(place, name) for name in sorted(folders)]
+        skipped = [path for path in inside if path.is_symlink() or _is_left_out(path, documents)]  # links may be loops
+        folders[:] = [path.name for path in inside if path not in skipped]
         found.skipped.extend(_name(str(path.relative_to(folder))) for path in skipped)
-        for name in sorted(names):
-            path = Path(place, name)
-            if name.startswith("."):
-                continue
+        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            name = _name(str(path.relative_to(folder)))
             if _may_be_image(path):
-                found.items.append(Item(_name(str(path.relative_to(folder))), path))
+                found.items.append(Item(name, path))
             else:
-                found.skipped.append(_name(str(path.relative_to(folder))))
+                found.skipped.append(name)
     found.items.sort(key=lambda item: item.id)
     return found
 
