@@ -7,7 +7,6 @@ import io
 import re
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,10 @@ from cbedge.images.dicom_pixels import (
     stored_values,
 )
 from cbedge.images.dicom_view import view_of
+from cbedge.images.film import Radiograph, checked
 from cbedge.images.intensity import turned
-from cbedge.images.memory import MAX_BYTES, working_memory
+from cbedge.images.memory import MAX_BYTES, MAX_PIXELS, working_memory
+from cbedge.images.raster import check_size
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, ClinicalContext
 
 if TYPE_CHECKING:
@@ -47,36 +48,20 @@ _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 _HL7_ESCAPE = re.compile(r"X[0-9A-F]{2,4}|\.br|[EFHNRST]")  # between backslashes, which separate values in DICOM
 
 
-@dataclass(frozen=True)
-class DicomFilm:
-    """A radiograph read from a DICOM file.
-
-    The fields are those of :class:`cbedge.images.radiograph.Radiograph`; ``pixels`` are upright and viewed from the
-    front, with padding cropped or black.
-    """
-
-    pixels: np.ndarray
-    view: str | None
-    indication: str | None
-    study_uid: str | None
-    chroma: float
-    warnings: tuple[str, ...]
-
-
-def read_dicom(data: bytes, name: str, max_pixels: int) -> DicomFilm:
+def read_dicom(data: bytes, digest: str, name: str, max_pixels: int) -> Radiograph:
     """Decode a file, with or without the preamble and the file meta information, that is one single-frame CR or DX
-    image. Messages call it ``name``. The number of pixels is checked before decoding.
+    image. Messages call it ``name``; ``digest`` is its SHA-256. The number of pixels is checked before decoding.
 
     Raises:
         RadiographError: not a single-frame CR or DX image, an unknown transfer syntax, too large, or damaged.
     """
-    return _decoded(parse_dicom(io.BytesIO(data), name), name, max_pixels, len(data))
+    return _decoded(parse_dicom(io.BytesIO(data), name), digest, name, max_pixels, len(data))
 
 
-def decode_dataset(dataset: Dataset, pixels: bytes, name: str, max_pixels: int) -> DicomFilm:
+def decode_dataset(dataset: Dataset, pixels: bytes, digest: str, name: str, max_pixels: int) -> Radiograph:
     """Decode a dataset in memory with its :func:`pixel_bytes`, without changing it; see :func:`read_dicom`."""
     silence_pydicom()
-    return _decoded(dataset, name, max_pixels, 0, pixels)
+    return _decoded(dataset, digest, name, max_pixels, 0, pixels)
 
 
 def pixel_bytes(dataset: Dataset, name: str) -> bytes:
@@ -101,7 +86,9 @@ def pixel_bytes(dataset: Dataset, name: str) -> bytes:
     return content
 
 
-def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, content: bytes = b"") -> DicomFilm:
+def _decoded(
+    dataset: Dataset, digest: str, name: str, max_pixels: int, file_bytes: int, content: bytes = b""
+) -> Radiograph:
     found = Warnings()
     meta, indication = getattr(dataset, "file_meta", None), header_indication(dataset, found)
     dataset = _copied(dataset)
@@ -116,13 +103,10 @@ def _decoded(dataset: Dataset, name: str, max_pixels: int, file_bytes: int, cont
         view = view_of(dataset, found)
         pixels = turned(pixels, view.transpose, view.flip_rows, view.flip_columns)
     _check_body_part(dataset, found)
-    return DicomFilm(
-        pixels,
-        view.name,
-        indication,
-        str(dataset.get("StudyInstanceUID") or "") or None,
-        chroma,
-        tuple(found),
+    check_size(pixels.shape[::-1], name, MAX_PIXELS)
+    study = str(dataset.get("StudyInstanceUID") or "") or None
+    return Radiograph(
+        checked(pixels, name), view.name, digest, indication, chroma, study_uid=study, warnings=tuple(found)
     )
 
 

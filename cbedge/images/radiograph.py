@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
@@ -19,45 +19,14 @@ from PIL import Image
 
 from cbedge.errors import RadiographError
 from cbedge.images.file_type import is_dicom
+from cbedge.images.film import Radiograph as Radiograph
+from cbedge.images.film import checked
 from cbedge.images.intensity import averaged, blocks, stretch
 from cbedge.images.memory import MAX_BYTES, MAX_PIXELS, file_memory, kept_bytes, reduction, working_memory
-from cbedge.images.raster import MIN_SIDE, Raster, check_size, decode_raster, image_values, stored_values
+from cbedge.images.raster import Raster, check_size, decode_raster, image_values, stored_values
 
 if TYPE_CHECKING:
     import pydicom
-
-    from cbedge.images.dicom import DicomFilm
-
-
-@dataclass(frozen=True)
-class Radiograph:
-    """A decoded radiograph.
-
-    Attributes:
-        pixels: float32 [rows, columns], 0 (air, dark) to 1 (bone, bright). Images of more than 36 megapixels (29 with 8
-            bits, 20 in colour) are reduced by averaging blocks of 2 x 2 or more pixels, to at most 144 MB.
-        view: ``frontal`` or ``lateral`` according to the file, else ``None``.
-        sha256: hash of the input file's bytes (of the raw pixels for an array).
-        indication: reason for the study from the DICOM header, else ``None``.
-        chroma: colourfulness: mean difference of a pixel's largest and smallest channel, 0 (grey) to 1.
-        read_ms: time for reading and decoding, in milliseconds.
-        study_uid: Study Instance UID from the DICOM header, else ``None``.
-        warnings: what a reader of the draft must know about the file, such as an attribute that could not be used; one
-            sentence each, without patient data.
-        stored: stored values of an 8-bit file, uint8 [rows, columns] or in colour [rows, columns, 3], for models whose
-            preprocessing uses them (:mod:`cbedge.images.preprocess`), reduced like ``pixels``. ``None`` if ``pixels``
-            represent them exactly, or for other files.
-    """
-
-    pixels: np.ndarray
-    view: str | None
-    sha256: str
-    indication: str | None = None
-    chroma: float = 0.0
-    read_ms: float = 0.0
-    study_uid: str | None = None
-    warnings: tuple[str, ...] = ()
-    stored: np.ndarray | None = None
 
 
 if TYPE_CHECKING:
@@ -98,7 +67,7 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        check_size(source.size, "the image", max_pixels, MIN_SIDE)
+        check_size(source.size, "the image", max_pixels)
         return _from_raster(raster := image_values(source, "the image"), _digest(raster.pixels), "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         with file_memory(memoryview(source).nbytes):
@@ -110,8 +79,7 @@ def _load(source: Any, max_pixels: int) -> Radiograph:
         from cbedge.images.dicom import decode_dataset, pixel_bytes
 
         pixels = pixel_bytes(source, "the dataset")
-        digest = hashlib.sha256(pixels).hexdigest()
-        return _from_dicom(decode_dataset(source, pixels, "the dataset", max_pixels), digest, "the dataset")
+        return decode_dataset(source, pixels, hashlib.sha256(pixels).hexdigest(), "the dataset", max_pixels)
     if callable(getattr(source, "read", None)):
         data = _read_stream(source)
         with file_memory(len(data)):
@@ -181,26 +149,13 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Radiograph:
     if is_dicom(data[:132]):
         from cbedge.images.dicom import read_dicom
 
-        return _from_dicom(read_dicom(data, name, max_pixels), digest, name)
+        return read_dicom(data, digest, name, max_pixels)
     return _from_raster(decode_raster(data, name, max_pixels), digest, name)
 
 
 def _from_raster(raster: Raster, digest: str, name: str) -> Radiograph:
     pixels, chroma, stored, told = raster
-    return Radiograph(_checked(pixels, name), None, digest, chroma=chroma, stored=stored, warnings=told)
-
-
-def _from_dicom(film: "DicomFilm", digest: str, name: str) -> Radiograph:
-    check_size(film.pixels.shape[::-1], name, MAX_PIXELS, MIN_SIDE)
-    return Radiograph(
-        _checked(film.pixels, name),
-        film.view,
-        digest,
-        film.indication,
-        film.chroma,
-        study_uid=film.study_uid,
-        warnings=film.warnings,
-    )
+    return Radiograph(checked(pixels, name), None, digest, chroma=chroma, stored=stored, warnings=told)
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
@@ -212,7 +167,7 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
         raise RadiographError(f"{name} has shape {array.shape}; give [rows, columns] or [rows, columns, 3]")
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise RadiographError(f"{name} has dtype {array.dtype}; give bool, integers or float in 0..1")
-    check_size((array.shape[1], array.shape[0]), name, max_pixels, MIN_SIDE)
+    check_size((array.shape[1], array.shape[0]), name, max_pixels)
     rows, columns = array.shape[:2]
     coloured = array.ndim == 3 and array.shape[2] >= 3
     alpha = 3 * array.dtype.itemsize if coloured and array.shape[2] == 4 else 0
@@ -233,7 +188,7 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Radiograph:
         pixels = stretch(grey, factor=factor)
         eight_bits = values[..., :3] if coloured else values.reshape(rows, columns)
         stored = stored_values(averaged(eight_bits, factor), pixels) if is_stored else None
-        return Radiograph(_checked(pixels, name), None, _digest(array), chroma=chroma, stored=stored)
+        return Radiograph(checked(pixels, name), None, _digest(array), chroma=chroma, stored=stored)
 
 
 def _on_black(values: np.ndarray) -> np.ndarray:
@@ -275,9 +230,3 @@ def _in_grey(values: np.ndarray) -> tuple[np.ndarray, float]:
 def _digest(array: np.ndarray) -> str:
     """SHA-256 of an array's bytes, without copying them."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
-    if float(pixels.max()) - float(pixels.min()) < 1e-3:
-        raise RadiographError(f"{name} is blank: every pixel has the same value; give a radiograph")
-    return np.ascontiguousarray(pixels, dtype=np.float32)

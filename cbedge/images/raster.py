@@ -25,7 +25,7 @@ from cbedge.images.tone import tone_curve, unusable
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG includes MPO, the cameras' multi-picture format
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV")
-MIN_SIDE = 32
+_MIN_SIDE = 32
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # a RIFF file can be anything
 # Pillow's warnings about large and damaged images are replaced by the messages here. The filter is permanent because
 # warnings.catch_warnings is not thread-safe.
@@ -116,7 +116,7 @@ def stored_values(values: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
     return np.ascontiguousarray(values)
 
 
-def check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int) -> None:
+def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     """Check that (columns, rows) are plausible for a radiograph.
 
     Raises:
@@ -125,9 +125,9 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, min_side: int)
     columns, rows = size
     if columns * rows > max_pixels:
         raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; the limit is {max_pixels:,}: scale it down")
-    if min(columns, rows) < min_side:
+    if min(columns, rows) < _MIN_SIDE:
         raise RadiographError(
-            f"{name} has {columns} x {rows} pixels; the minimum is {min_side} x {min_side}: give the original image"
+            f"{name} has {columns} x {rows} pixels; the minimum is {_MIN_SIDE} x {_MIN_SIDE}: give the original image"
         )
 
 
@@ -163,7 +163,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise RadiographError(f"{name} has far too many pixels; the limit is {max_pixels:,}: scale it down") from None
     except Exception as error:  # Pillow raises various exceptions for damaged headers
         raise RadiographError(f"{name} has a damaged header: export it again") from error
-    check_size(image.size, name, max_pixels, MIN_SIDE)
+    check_size(image.size, name, max_pixels)
     if frames > 1:
         raise RadiographError(
             f"{name} has {frames if frames < MAX_FRAMES else 'very many'} frames; give a single radiograph"
