@@ -25,7 +25,7 @@ from cbedge.images.tone import tone_curve, unusable
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # JPEG includes MPO, the cameras' multi-picture format
 EIGHT_BIT_MODES = ("1", "P", "PA", "La", "LA", "CMYK", "YCbCr", "RGBA", "RGBa", "RGBX", "RGB", "HSV")
-_MIN_SIDE = 32
+MIN_SIDE = 32
 _STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # a RIFF file can be anything
 # Pillow's warnings about large and damaged images are replaced by the messages here. The filter is permanent because
 # warnings.catch_warnings is not thread-safe.
@@ -125,9 +125,9 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     columns, rows = size
     if columns * rows > max_pixels:
         raise RadiographError(f"{name} has {columns:,} x {rows:,} pixels; the limit is {max_pixels:,}: scale it down")
-    if min(columns, rows) < _MIN_SIDE:
+    if min(columns, rows) < MIN_SIDE:
         raise RadiographError(
-            f"{name} has {columns} x {rows} pixels; the minimum is {_MIN_SIDE} x {_MIN_SIDE}: give the original image"
+            f"{name} has {columns} x {rows} pixels; the minimum is {MIN_SIDE} x {MIN_SIDE}: give the original image"
         )
 
 
