@@ -75,7 +75,6 @@ _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
 COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # all attributes that are read here
 _CODE = ("CodeValue", "CodingSchemeDesignator", "CodingSchemeVersion", "CodeMeaning")
-_NUMBERS = ("US", "SS", "UL", "SL", "UV", "SV", "FL", "FD")  # VRs of binary numbers
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "PatientSex": ("M", "F", "O"),
     "SmokingStatus": ("YES", "NO", "UNKNOWN"),
@@ -183,8 +182,8 @@ def _checked(name: str, vr: str, value: Any) -> Any:
     """The value as a number or valid text of its VR, or ``None``."""
     from pydicom.valuerep import PersonName
 
-    if vr in _NUMBERS:
-        return value if _is_number(vr, value) and value in _ALLOWED.get(name, (value,)) else None
+    if vr == "US":  # the only binary numbers that are copied have a list of values
+        return value if isinstance(value, int) and value in _ALLOWED[name] else None
     if isinstance(value, bool) or not isinstance(value, str | int | float | PersonName):
         return None
     if isinstance(value, int | float) and not isinstance(value, str) and vr not in ("DS", "IS"):
@@ -202,17 +201,6 @@ def _checked(name: str, vr: str, value: Any) -> Any:
         return None
     check = _CHECKS.get(vr)
     return text if check is None or check(text) else None
-
-
-def _is_number(vr: str, value: Any) -> bool:
-    from pydicom.config import RAISE
-    from pydicom.valuerep import validate_value
-
-    try:
-        validate_value(vr, value, RAISE)
-    except ValueError:
-        return False
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_printable(text: str, vr: str) -> bool:
