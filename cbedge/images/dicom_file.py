@@ -41,46 +41,21 @@ _SEQUENCES = (
     "AdmittingDiagnosesCodeSequence",
     "AnatomicRegionSequence",
 )
-_USED = (
-    *COPIED,
-    *INDICATIONS,
-    *_SEQUENCES,
-    "SpecificCharacterSet",
-    "TransferSyntaxUID",
-    "MediaStorageSOPClassUID",
-    "SeriesNumber",
-    "Modality",
-    "BodyPartExamined",
-    "ViewPosition",
-    "PatientOrientation",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "ShutterShape",
+_FILE = ("SpecificCharacterSet", "TransferSyntaxUID", "MediaStorageSOPClassUID", "SeriesNumber", "Modality")
+_VIEW = ("BodyPartExamined", "ViewPosition", "PatientOrientation")
+_SIZE = ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration")
+_DEPTH = ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+_PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+_EDGES = (
     "ShutterLeftVerticalEdge",
     "ShutterRightVerticalEdge",
     "ShutterUpperHorizontalEdge",
     "ShutterLowerHorizontalEdge",
-    "CenterOfCircularShutter",
-    "RadiusOfCircularShutter",
-    "VerticesOfThePolygonalShutter",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "WindowCenter",
-    "WindowWidth",
-    "VOILUTFunction",
-    "PresentationLUTShape",
-    "PixelData",
 )
+_SHUTTER = ("ShutterShape", "CenterOfCircularShutter", "RadiusOfCircularShutter", "VerticesOfThePolygonalShutter")
+_DISPLAY = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape")
+_PIXELS = (*_SIZE, *_DEPTH, *_PADDING, *_EDGES, *_SHUTTER, *_DISPLAY, "PixelData")
+_USED = (*COPIED, *INDICATIONS, *_SEQUENCES, *_FILE, *_VIEW, *_PIXELS)
 _OVERLAY_BIT_POSITIONS = tuple(0x60000102 + 0x20000 * i for i in range(16))
 _PIXEL_DATA, _UNDEFINED = 0x7FE00010, 0xFFFFFFFF
 _MAX_VALUE, _MAX_SEQUENCE = 2**16, 2**22  # bytes of one attribute

@@ -23,17 +23,9 @@ if TYPE_CHECKING:
 UNREADABLE = "\ufffd"  # replaces a header value whose bytes cannot be decoded
 
 _IDENTIFIERS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-_EMPTY_IF_MISSING = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-    "StudyID",
-    "AccessionNumber",
-)
+_PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+_STUDY = ("StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
+_EMPTY_IF_MISSING = (*_PATIENT, *_STUDY)
 # The Patient, General Study and Patient Study modules, without attributes that require others; then the equipment that
 # acquired the image.
 _SCALARS = (
@@ -61,16 +53,9 @@ _SCALARS = (
     "AdditionalPatientHistory",
     "AdmissionID",
 )
-_EQUIPMENT = (
-    "Manufacturer",
-    "ManufacturerModelName",
-    "DeviceSerialNumber",
-    "SoftwareVersions",
-    "InstitutionName",
-    "InstitutionalDepartmentName",
-    "InstitutionAddress",
-    "StationName",
-)
+_DEVICE = ("Manufacturer", "ManufacturerModelName", "DeviceSerialNumber", "SoftwareVersions")
+_INSTITUTION = ("InstitutionName", "InstitutionalDepartmentName", "InstitutionAddress", "StationName")
+_EQUIPMENT = (*_DEVICE, *_INSTITUTION)
 _CODES = ("ProcedureCodeSequence", "AdmittingDiagnosesCodeSequence")
 PATIENT_AND_STUDY = (*_SCALARS, *_CODES)
 COPIED = (*_IDENTIFIERS, "SOPClassUID", *PATIENT_AND_STUDY, *_EQUIPMENT)  # all attributes that are read here
