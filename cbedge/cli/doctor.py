@@ -7,10 +7,7 @@ import typer
 from cbedge.cli.options import Model
 
 
-def doctor(
-    model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def doctor(model: Model = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Check whether this machine can draft reports, and say how to fix what is wrong."""
     from dataclasses import asdict
 

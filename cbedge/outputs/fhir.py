@@ -50,10 +50,7 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
             "valueString": text,
             "device": {"reference": "#software"},
         }
-        for name, code, text in (
-            ("findings", FINDINGS, report.findings),
-            ("impression", IMPRESSION, report.impression),
-        )
+        for name, code, text in (("findings", FINDINGS, report.findings), ("impression", IMPRESSION, report.impression))
         if text
     ]
     values: dict[str, Any] = {

@@ -120,10 +120,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def draft_item(
-    item: Item,
-    generator: ReportGenerator,
-    documents: Documents | None = None,
-    **options: Any,
+    item: Item, generator: ReportGenerator, documents: Documents | None = None, **options: Any
 ) -> dict[str, Any]:
     """Draft one radiograph with the other fields of a :class:`cbedge.api.DraftRequest`: the values of its line, with
     ``status`` ``ok``, or ``failed`` and ``error``.
