@@ -59,9 +59,9 @@ def _is_inverted(dataset: Dataset) -> bool:
 
 
 def _modality(dataset: Dataset, warnings: Warnings) -> Transform:
-    table = _lut(dataset, "ModalityLUTSequence", warnings)
-    if table is not None:
-        return lambda values: _looked_up(values, *table)
+    look_up = _lut(dataset, "ModalityLUTSequence", warnings)
+    if look_up is not None:
+        return look_up
     slope, intercept = number(dataset, "RescaleSlope"), number(dataset, "RescaleIntercept")
     if "RescaleSlope" in dataset and not slope:
         warnings.add("RescaleSlope", "is empty or invalid; 1 was used")
@@ -72,9 +72,9 @@ def _modality(dataset: Dataset, warnings: Warnings) -> Transform:
 
 def _voi(dataset: Dataset, warnings: Warnings) -> tuple[str, Transform] | None:
     """The first VOI LUT or the first valid window, with its attribute; ``None`` if the header has neither."""
-    table = _lut(dataset, "VOILUTSequence", warnings)
-    if table is not None:
-        return "VOILUTSequence", lambda values: _looked_up(values, *table)
+    look_up = _lut(dataset, "VOILUTSequence", warnings)
+    if look_up is not None:
+        return "VOILUTSequence", look_up
     if "WindowCenter" not in dataset and "WindowWidth" not in dataset:
         return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip(" \0").upper()
@@ -100,8 +100,8 @@ def _window(function: str, centre: float, width: float) -> Transform:
     return lambda values: np.clip((values - centre) / width + 0.5, 0, 1)
 
 
-def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarray] | None:
-    """A sequence's first lookup table, as (first value mapped, float64 table); ``None`` if it is invalid."""
+def _lut(dataset: Dataset, name: str, warnings: Warnings) -> Transform | None:
+    """Looks values up in a sequence's first table, float64; ``None`` if it is invalid."""
     sequence = dataset.get(name)
     if not sequence:
         return None
@@ -125,8 +125,4 @@ def _lut(dataset: Dataset, name: str, warnings: Warnings) -> tuple[int, np.ndarr
         return None
     if len(table) < count:
         warnings.add(name, "is shorter than declared; its last value was used for the rest")
-    return first, table
-
-
-def _looked_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
-    return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]
+    return lambda values: table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]
