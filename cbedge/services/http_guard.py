@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -20,7 +20,15 @@ MAX_OPEN_REQUESTS = 256
 MAX_CONNECTIONS = 512
 UNREAD_S = 30.0  # timeout for a client that does not read the response
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.%]+\]|[^\s:/?#@,\[\]\\]+)(?::(\d{0,5}))?")  # host:port, in lower case
+
 _LATER, _CLOSE = {"Retry-After": "5"}, {"Connection": "close"}
+
+
+@dataclass
+class _Body:
+    """Number of bytes received of a request's body."""
+
+    read: int = 0
 
 
 class RequestGuard:
@@ -56,35 +64,12 @@ class RequestGuard:
         if scope["method"] == "HEAD":  # treated as GET; the server omits the body
             scope = {**scope, "method": "GET"}
         self._open += 1
-        read, complete = 0, False
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.body_s
-
-        async def limited() -> Message:
-            """Receive a part of the body within the limits on size and time; after the body, wait without a limit."""
-            nonlocal read, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(min(deadline, loop.time() + self.idle_s)):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, "the request was too slow: send it again", _CLOSE) from None
-            size = len(message.get("body", b""))
-            read += size
-            self._together += size
-            complete = message["type"] != "http.request" or not message.get("more_body", False)
-            if read > self.max_bytes:
-                raise HTTPException(413, self._too_large())
-            if self._together > self.max_together:
-                raise HTTPException(503, "too many requests are being sent at once: retry in 5 s", _LATER)
-            return message
-
+        body = _Body()
         try:
-            await self.app(scope, limited, send)
+            await self.app(scope, self._limited(receive, body), send)
         finally:
             self._open -= 1
-            self._together -= read
+            self._together -= body.read
 
     def _refusal(self, scope: Scope, authority: str | None) -> JSONResponse | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -106,6 +91,33 @@ class RequestGuard:
         if int(announced) > self.max_bytes:
             return JSONResponse({"detail": self._too_large()}, 413)
         return None
+
+    def _limited(self, receive: Receive, body: _Body) -> Receive:
+        """``receive`` with limits on size and time until the body is complete."""
+        complete = False
+        deadline = asyncio.get_running_loop().time() + self.body_s
+
+        async def limited() -> Message:
+            nonlocal complete
+            if complete:
+                return await receive()
+            try:
+                until = min(deadline, asyncio.get_running_loop().time() + self.idle_s)
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request was too slow: send it again", _CLOSE) from None
+            size = len(message.get("body", b""))
+            body.read += size
+            self._together += size
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            if body.read > self.max_bytes:
+                raise HTTPException(413, self._too_large())
+            if self._together > self.max_together:
+                raise HTTPException(503, "too many requests are being sent at once: retry in 5 s", _LATER)
+            return message
+
+        return limited
 
     def _too_large(self) -> str:
         return f"the request is larger than {self.max_bytes:,} bytes: scale the radiograph down"
@@ -140,12 +152,20 @@ def token_check(token: str | None) -> Callable[[Request], None]:
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
         wanted = f"Bearer {token}"
         forms = [wanted.encode()]
-        with suppress(UnicodeEncodeError):
-            forms.append(wanted.encode("latin-1"))
+        if token and not token.isascii():
+            forms += [wanted.encode(name, "ignore") for name in ("latin-1",) if _fits(wanted, name)]
         if token and not any([hmac.compare_digest(given, form) for form in forms]):
             raise HTTPException(401, "send the token as: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"})
 
     return check
+
+
+def _fits(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class PatientProtocol(H11Protocol):
