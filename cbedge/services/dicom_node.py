@@ -29,7 +29,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from cbedge.api import ReportGenerator
 from cbedge.errors import CbedgeError, RadiographError
 from cbedge.file_names import safe_name
-from cbedge.images.dicom import header_view, study_and_patient
+from cbedge.images.dicom import study_and_patient, study_and_view
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import is_uid
 from cbedge.outputs.registry import rendering
@@ -279,7 +279,7 @@ class Listener:
         if not self._pair_wait:
             return [(path, None) for path in waiting]
         places = {
-            path: (None, None) if deaths.get(path, 0) >= MAX_DEATHS_AS_PAIR else _study_and_view(path)
+            path: (None, None) if deaths.get(path, 0) >= MAX_DEATHS_AS_PAIR else study_and_view(path)
             for path in waiting
         }
         found: list[tuple[Path, Path | None]] = []
@@ -367,17 +367,6 @@ def _uid(document: Path | bytes) -> str:
     """The SOP Instance UID of a draft; empty if it cannot be read."""
     header = read_header(document, needed=False)
     return "" if header is None else str(header.get("SOPInstanceUID", ""))
-
-
-def _study_and_view(path: Path) -> tuple[tuple[str, str] | None, str | None]:
-    """Study and view of a radiograph; (None, None) if the header cannot be read, which drafting will report."""
-    try:
-        header = read_header(path)
-        if header is None:
-            return None, None
-        return study_and_patient(header), header_view(header)
-    except Exception:  # damaged headers raise various exceptions
-        return None, None
 
 
 def run_listener(generator: ReportGenerator, settings: ListenSettings) -> None:
