@@ -112,6 +112,9 @@ def test_unsigned_pixels_stay_unsigned(values: np.ndarray):
     assert np.array_equal(film.pixels, load_radiograph(values.astype(np.uint16)).pixels) and film.warnings == ()
 
 
+_UTF8_CHEST = "\u80f8\u90e8".encode().decode("latin-1")  # whose bytes pydicom writes
+
+
 def _region(meaning: str, code: str = "1") -> list[pydicom.Dataset]:
     item = pydicom.Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code, "SCT", meaning
@@ -126,9 +129,9 @@ def _region(meaning: str, code: str = "1") -> list[pydicom.Dataset]:
         ({"BodyPartExamined": "THORAX"}, None),
         *(
             ({"BodyPartExamined": text}, None)
-            for text in ("BRUST", "PECHO", "POITRINE", "TORAX", "T\u00d3RAX", "\u80f8\u90e8")
+            for text in ("BRUST", "PECHO", "POITRINE", "TORAX", "T\u00d3RAX", _UTF8_CHEST)
         ),
-        ({"BodyPartExamined": "\u8db3"}, "BodyPartExamined"),
+        ({"BodyPartExamined": "\u8db3".encode().decode("latin-1")}, "BodyPartExamined"),
         ({"AnatomicRegionSequence": _region("Foot", "56459004")}, "AnatomicRegionSequence"),
         ({"AnatomicRegionSequence": _region("Thoracic vertebra")}, "AnatomicRegionSequence"),
         ({"AnatomicRegionSequence": _region("Chest")}, None),
