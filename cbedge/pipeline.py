@@ -244,12 +244,13 @@ def compose_report(
     """Assemble the finished report.
 
     Raises:
-        DraftError: a section is empty, and not because of the user's limit of tokens.
+        DraftError: a section of a complete draft, or of a sampled one without a limit by the user, is empty.
     """
     text = "".join(token.piece for token in draft.tokens).strip()
     findings, impression = split_sections(text)
     missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
-    if missing and (draft.is_complete or study.max_new_tokens is None):
+    unlimited = study.max_new_tokens is None and study.decoding.temperature > 0
+    if missing and (draft.is_complete or unlimited):
         raise DraftError(f"the model's report is incomplete (no {missing}): write this report without a draft")
     unknown = "A sentence was removed because it contained a word that occurs in no training report."
     of_films = [warning for film in study.films for warning in film.warnings]

@@ -481,15 +481,15 @@ def test_beams_and_sampling_write_reports(generator: ReportGenerator, chest_png:
     assert beams.new_tokens <= 24 and len(drawn) > 1 and "" not in drawn
 
 
-def test_a_draft_that_ends_before_its_impression_is_an_error_unless_the_user_set_the_limit(
+def test_a_sampled_draft_that_ends_before_its_impression_is_an_error_unless_the_user_set_the_limit(
     generator: ReportGenerator, chest_png: Path
 ):
     short, manifest = copy(generator), generator.bundle.manifest
     limited = replace(manifest, decoding={**manifest.decoding, "max_new_tokens": 4})
     short.bundle = replace(generator.bundle, manifest=limited)
     with pytest.raises(DraftError, match=r"incomplete \(no .*impression\): write this report without a draft"):
-        short.generate(chest_png, indication="x" * 900)
-    report = short.generate(chest_png, indication="x" * 900, max_new_tokens=4)
+        short.generate(chest_png, decoding=Decoding(temperature=5.0, seed=3))
+    report = short.generate(chest_png, decoding=Decoding(temperature=5.0, seed=3), max_new_tokens=4)
     assert not report.complete and not report.impression
 
 
