@@ -65,7 +65,6 @@ def generate(
     _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
-    from cbedge.drafting.template_parser import parse_template
     from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import ClinicalContext
 
@@ -74,6 +73,8 @@ def generate(
         raise OptionError("--template and --no-template cannot be combined: give one of them")
     wording = read_text_file(template) if template else None
     if wording is not None:
+        from cbedge.drafting.template_parser import parse_template
+
         parse_template(wording)
     chosen: dict[str, Any] = {
         "temperature": temperature,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cache
 
 from cbedge.findings.image_findings import OTHER
 
@@ -73,13 +74,7 @@ _ACUTE_FINDINGS = frozenset({"effusion", "opacity", "congestion"})
 _FOCAL = r"focal|densit\w+|shadows?|patch\w*|process\w*|lobes?|zones?|bases?|markings|pneumoni\w+"
 
 
-def _words(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"\b({pattern})\b", re.IGNORECASE)
-
-
-_PATTERNS = {name: _words(words) for name, words in _STATED.items()}
-_ABOUT = {name: _words(f"{words}|{_STATED[name]}") for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
-_ABOUT_FOCAL, _BONES = _words(_FOCAL), _words(_SUBJECTS["fracture"])
+_ABOUT = {name: f"{words}|{_STATED[name]}" for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
 # What is behind these is denied, and what is before them is not.
 _DENIED_BEHIND = re.compile(r"\b(without|(but|and|with) no|no longer)\b.*", re.IGNORECASE)
 _ABSENT = (
@@ -97,24 +92,32 @@ _ADVICE = re.compile(
 )
 
 
+@cache
+def _words(pattern: str) -> re.Pattern[str]:
+    """Compiled when needed: a draft without a user's template needs few of them."""
+    return re.compile(rf"\b({pattern})\b", re.IGNORECASE)
+
+
+def _named(patterns: Mapping[str, str], text: str) -> list[str]:
+    """The findings whose words a text has."""
+    return [name for name, pattern in patterns.items() if _words(pattern).search(text)]
+
+
 def stated_by(sentence: str) -> list[str]:
     """The findings that an English sentence states; :data:`OTHER` stands for those without a score of their own."""
     stated = _DENIED_BEHIND.sub("", unicodedata.normalize("NFKC", sentence))
-    if _DENIES.search(stated):
-        return []
-    return [name for name, pattern in _PATTERNS.items() if pattern.search(stated)]
+    return [] if _DENIES.search(stated) else _named(_STATED, stated)
 
 
 def denied_by(sentence: str, present: Collection[str]) -> list[str] | None:
     """The findings present that an English sentence is about and does not state. ``None`` if the sentence denies
     something, but its words do not tell what; that says nothing of devices."""
     text = unicodedata.normalize("NFKC", sentence)
-    if stated_by(text) or (not {*present} - {"device"} and not _ABOUT["device"].search(text)):
+    if stated_by(text) or (not {*present} - {"device"} and not _words(_ABOUT["device"]).search(text)):
         return []
-    if _ACUTE.search(text) and not _BONES.search(text):
+    if _ACUTE.search(text) and not _words(_SUBJECTS["fracture"]).search(text):
         return [name for name in present if name in _ACUTE_FINDINGS]
-    about = [name for name, pattern in _ABOUT.items() if pattern.search(text)]
-    about = about or ["opacity"] * bool(_ABOUT_FOCAL.search(text))
+    about = _named(_ABOUT, text) or ["opacity"] * bool(_words(_FOCAL).search(text))
     if not about:
         return None if _DENIES.search(text) else []
     affirmed = {OTHER, *["device"] * (not _DENIES_PRESENCE.search(text)), *["fracture"] * (not _DENIES.search(text))}
@@ -133,7 +136,7 @@ def agrees(sentence: str, present: Collection[str]) -> bool:
     """Whether an English sentence of an impression can be understood, by its words, to agree with the findings present:
     it states one of them, speaks of other ones only, or advises something."""
     sentence = unicodedata.normalize("NFKC", sentence)
-    named = {name for name, pattern in _PATTERNS.items() if pattern.search(sentence)}
+    named = {*_named(_STATED, sentence)}
     if named.isdisjoint(present):
         return bool(named) or bool(_ADVICE.search(sentence) and not _DENIES.search(sentence))
     return not named.isdisjoint(stated_by(sentence))
