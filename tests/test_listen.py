@@ -188,7 +188,7 @@ def test_another_film_of_a_uid_replaces_neither_the_waiting_one_nor_its_draft(
 ):
     spool = tmp_path / "spool"
     pacs_port = free_port()  # nobody takes the drafts yet
-    port, _ = listen(pacs_port, wait=8)
+    port, _ = listen(pacs_port, wait=4)
     first, second = another(film), another(film)
     uid = second.SOPInstanceUID = first.SOPInstanceUID
     second.PixelData = second.PixelData[::-1]
