@@ -111,6 +111,10 @@ def evaluate_command(
     radgraph: Annotated[
         Path | None, typer.Option(help="Folder with the unpacked model radgraph/, for RadGraph F1.")
     ] = None,
+    external: Annotated[
+        list[str] | None,
+        typer.Option(help="nih_cxr14=FOLDER: evaluate the first --model on films of another hospital too; repeatable."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing results.")] = False,
     cache: Annotated[Path, typer.Option(help="Cache folder for base weights.")] = DEFAULT_CACHE,
 ) -> None:
@@ -121,6 +125,7 @@ def evaluate_command(
     """
     from training.drafting import Drafter, Encoder, RuntimeDrafter, TorchDrafter
     from training.evaluate import evaluate, to_markdown
+    from training.external import evaluate_films, parse_external, read_films
     from training.labelers import Chexbert
     from training.run_bundle import ReportResources
     from training.trained import load_merged
@@ -131,6 +136,9 @@ def evaluate_command(
     _check_results(output, force)
     if variant and not model:
         raise ValueError("--variant needs a bundle: give --model")
+    if external and not model:
+        raise ValueError("--external needs a bundle: give --model")
+    away = {name: read_films(name, folder, split) for name, folder in map(parse_external, external or ())}
     variants: list[str | None] = [*variant] if variant else [None]
     drafters: list[Drafter] = [RuntimeDrafter(folder, name) for folder in (model or [])[:1] for name in variants]
     drafters += [RuntimeDrafter(folder, None) for folder in (model or [])[1:]]
@@ -147,6 +155,7 @@ def evaluate_command(
         blind = TorchDrafter(parts, "image-blind model (torch)", True, ReportResources.learn(parts, data))
     labelers: dict[str, Any] = {"chexbert": Chexbert(chexbert, cache=cache) if chexbert else None, "radgraph": radgraph}
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts, **labelers)
+    record["external"] = {name: evaluate_films(drafters[0].generator, films) for name, films in away.items()}
     _finish(record, to_markdown, output)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from cbedge.prompt import split_sections
+from training import external
 from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
@@ -112,6 +113,8 @@ def to_markdown(record: dict[str, Any]) -> str:
         cider, f1 = looks["cider_lost_on_swap"], looks["finding_f1_lost_on_swap"]
         lines += [f"Lost when images are swapped: {cider:.1%} of CIDEr, {f1:.1%} of the micro-F1 of findings.", ""]
     lines += _clinical_tables(record["clinical"])
+    for name, films in record.get("external", {}).items():
+        lines += ["", *external.to_markdown(name, films)]
     if record["outside"]:
         names = list(next(iter(record["outside"].values())))
         rows = [(row, *(f"{values[name]:.3f}" for name in names)) for row, values in record["outside"].items()]

@@ -1,0 +1,253 @@
+"""Evaluate a bundle on labelled films of another hospital: what its users see of films from elsewhere.
+
+NIH ChestX-ray14 (Wang et al., CVPR 2017) has labels that rules mined from reports, right in more than 90% according to
+its authors. An image can show what its label does not say, so scores are judged by AUC rather than by F1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from cbedge.api import ReportGenerator
+from cbedge.errors import DraftError
+from cbedge.images.gate import NotAChestRadiograph
+from cbedge.images.radiograph import load_radiograph
+from training.encoder.films import patient_share
+from training.encoder.labels import COMPARED, FINDINGS, nih_labels
+from training.findings import find_mentions
+from training.ontology import ONTOLOGY
+from training.records import table
+
+COLLECTIONS = ("nih_cxr14",)
+BINS = 15
+MIN_FILMS = 5  # with and without a finding, for its figures
+# CheXNet (DenseNet-121 trained on 86,000 films of the NIH) on 621 films, of which the split "test" is half.
+CHEXNET = {
+    "abnormal": 0.790,
+    "cardiomegaly": 0.920,
+    "effusion": 0.859,
+    "atelectasis": 0.738,
+    "opacity": 0.696,
+    "hyperinflation": 0.850,
+    "congestion": 0.906,
+    "scar": 0.719,
+}
+
+
+@dataclass(frozen=True)
+class LabelledFilm:
+    """One film: its file, a patient's identifier, and labels, int8 [FINDINGS], 1, 0 or -1 (unknown)."""
+
+    file: Path
+    patient: str
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a user gets for one film.
+
+    Attributes:
+        accepted: whether the gate takes it for a chest radiograph.
+        scores: score of each of the model's findings, 0 to 1.
+        text: the draft, written also of a refused film; empty if there is none.
+    """
+
+    film: LabelledFilm
+    accepted: bool
+    scores: dict[str, float]
+    text: str
+
+
+def read_films(collection: str, folder: Path, split: str = "test") -> list[LabelledFilm]:
+    """The films of a split of ``nih_cxr14``: ``test``, or ``val``, which are 15% of its training patients.
+
+    Raises:
+        ValueError: the collection or the split is unknown.
+        FileNotFoundError: the folder has no ``films.jsonl``.
+    """
+    if collection not in COLLECTIONS:
+        raise ValueError(f"unknown external collection {collection[:40]!r}; known: {', '.join(COLLECTIONS)}")
+    if split not in ("test", "val"):
+        raise ValueError(f"unknown split {split[:40]!r}; known: test, val")
+    films = []
+    for line in (folder / "films.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["split"] == ("test" if split == "test" else "train") and (
+            split == "test" or patient_share(row["patient"]) < 0.15
+        ):
+            films.append(LabelledFilm(folder / "images" / row["file"], row["patient"], nih_labels(row["labels"])))
+    return films
+
+
+def parse_external(option: str) -> tuple[str, Path]:
+    """Split ``nih_cxr14=FOLDER``.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    name, separator, folder = option.partition("=")
+    if not separator or not folder:
+        raise ValueError(f"--external is {option[:60]!r}: give COLLECTION=FOLDER, such as nih_cxr14=data/nih")
+    return name, Path(folder)
+
+
+def evaluate_films(generator: ReportGenerator, films: Sequence[LabelledFilm]) -> dict[str, Any]:
+    """Draft films (:func:`draft_films`) and measure (:func:`external_record`)."""
+    findings = generator.bundle.manifest.image_findings
+    if findings is None:
+        raise ValueError(f"{generator.bundle.manifest.name} has no image findings to evaluate")
+    return external_record(draft_films(generator, films), dict(zip(findings.names, findings.thresholds, strict=True)))
+
+
+def draft_films(
+    generator: ReportGenerator, films: Sequence[LabelledFilm], progress: Callable[[int], None] = lambda count: None
+) -> list[Outcome]:
+    """Draft every film, without an indication, also those that the gate refuses.
+
+    Args:
+        generator: a bundle with image findings.
+        films: from :func:`read_films`.
+        progress: called with 1 after each film.
+    """
+    outcomes = []
+    for film in films:
+        radiograph, accepted, text = load_radiograph(film.file), True, ""
+        try:
+            try:
+                report = generator.generate(radiograph)
+            except NotAChestRadiograph:
+                accepted = False
+                report = generator.generate(radiograph, accept_any_image=True)
+            text, scores = report.text, dict(report.finding_scores or {})
+        except DraftError:
+            scores = {}
+        outcomes.append(Outcome(film, accepted, scores, text))
+        progress(1)
+    return outcomes
+
+
+def external_record(outcomes: Sequence[Outcome], thresholds: dict[str, float], seed: int = 0) -> dict[str, Any]:
+    """A JSON-ready record: the gate's rate, figures of each finding, and denials of what is labelled.
+
+    Each finding with at least :data:`MIN_FILMS` films with it and without it has its AUC with a 95% interval (bootstrap
+    over patients), sensitivity and specificity at its threshold, and the expected calibration error of its score
+    (:data:`BINS` bins of equal width; Guo et al., ICML 2017). A label is denied if the draft names it only to deny it.
+
+    Args:
+        outcomes: of :func:`draft_films`.
+        thresholds: of the model's findings.
+        seed: of the bootstrap.
+    """
+    labels = np.stack([outcome.film.labels for outcome in outcomes])
+    groups = [np.array(rows) for rows in _by_patient(outcomes).values()]
+    scored = np.array([bool(outcome.scores) for outcome in outcomes])
+    findings: dict[str, dict[str, Any]] = {}
+    for column, name in enumerate(FINDINGS):
+        known = (labels[:, column] >= 0) & scored
+        truth = labels[:, column] == 1
+        if name not in thresholds or min(truth[known].sum(), (~truth[known]).sum()) < MIN_FILMS:
+            continue
+        scores = np.array([outcome.scores.get(name, 0.0) for outcome in outcomes])
+        called = scores >= thresholds[name]
+        findings[name] = {
+            "films": int(known.sum()),
+            "positives": int(truth[known].sum()),
+            "auc": _auc_with_interval(truth, scores, known, groups, seed),
+            "threshold": thresholds[name],
+            "sensitivity": float(called[known & truth].mean()),
+            "specificity": float((~called[known & ~truth]).mean()),
+            "calibration_error": calibration_error(truth[known], scores[known]),
+        }
+    compared = [name for name in COMPARED if name in findings]
+    aucs = [findings[name]["auc"][0] for name in compared]
+    return {
+        "films": len(outcomes),
+        "patients": len(groups),
+        "without_draft": int((~scored).sum()),
+        "accepted": sum(outcome.accepted for outcome in outcomes),
+        "findings": findings,
+        "mean_auc": {"findings": compared, "value": float(np.mean(aucs)) if aucs else None},
+        "denied": _denied(outcomes, labels),
+    }
+
+
+def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Expected calibration error: the mean distance of score and share of positives over bins, weighted by films."""
+    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+    return sum(
+        float((bins == one).mean() * abs(truth[bins == one].mean() - scores[bins == one].mean()))
+        for one in np.unique(bins)
+    )
+
+
+def _by_patient(outcomes: Sequence[Outcome]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, outcome in enumerate(outcomes):
+        rows.setdefault(outcome.film.patient, []).append(row)
+    return rows
+
+
+def _auc_with_interval(
+    truth: np.ndarray, scores: np.ndarray, known: np.ndarray, groups: list[np.ndarray], seed: int, resamples: int = 1000
+) -> list[float]:
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(resamples):
+        rows = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        rows = rows[known[rows]]
+        if truth[rows].any() and not truth[rows].all():
+            samples.append(roc_auc_score(truth[rows], scores[rows]))
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return [float(roc_auc_score(truth[known], scores[known])), float(low), float(high)]
+
+
+def _denied(outcomes: Sequence[Outcome], labels: np.ndarray) -> dict[str, dict[str, int]]:
+    """For each finding: films labelled with it, and drafts of those that name it only to deny it."""
+    mentions = [*find_mentions(outcome.text for outcome in outcomes)]
+    denied = {}
+    for column, name in enumerate(FINDINGS):
+        rows = np.flatnonzero(labels[:, column] == 1)
+        if not len(rows) or not ONTOLOGY[name].read_as:
+            continue
+        said = [[m.denied for m in mentions[row] if m.finding in ONTOLOGY[name].read_as] for row in rows]
+        denied[name] = {"films": len(rows), "denied": sum(bool(one) and all(one) for one in said)}
+    return denied
+
+
+def to_markdown(name: str, record: dict[str, Any]) -> list[str]:
+    """The record as tables, CheXNet's figures beside."""
+    films, mean = record["films"], record["mean_auc"]
+    rows = [
+        (
+            finding,
+            f"{row['auc'][0]:.3f} ({row['auc'][1]:.3f} to {row['auc'][2]:.3f})",
+            f"{CHEXNET[finding]:.3f}" if finding in CHEXNET else "",
+            f"{row['sensitivity']:.2f}",
+            f"{row['specificity']:.2f}",
+            f"{row['calibration_error']:.2f}",
+            f"{row['positives']} of {row['films']}",
+        )
+        for finding, row in record["findings"].items()
+    ]
+    header = ("", "AUC (95% interval)", "CheXNet's", "sensitivity", "specificity", "calibration error", "films")
+    denied = [(finding, row["films"], row["denied"]) for finding, row in record["denied"].items()]
+    return [
+        f"## {name}: {films} films of {record['patients']} patients",
+        "",
+        f"The gate accepts {record['accepted']} of {films} films. Mean AUC of {len(mean['findings'])} findings "
+        f"({', '.join(mean['findings'])}): {mean['value'] or 0:.3f}. CheXNet's figures are of 621 films of the same "
+        "hospital, which include the test split.",
+        "",
+        *table(header, rows),
+        "",
+        *table(("labelled", "films", "drafts that deny it"), denied),
+        "",
+    ]
