@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,7 +123,7 @@ def evaluate_command(
     The first --model, or else the run, also gets the controls: images swapped, image blank, indication withheld. The
     retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
-    from training.drafting import Drafter, Encoder, RuntimeDrafter, TorchDrafter
+    from training.drafting import Encoder, TorchDrafter
     from training.evaluate import evaluate, to_markdown
     from training.external import evaluate_films, parse_external, read_films
     from training.labelers import Chexbert
@@ -134,20 +134,10 @@ def evaluate_command(
     if not model and run_folder is None and image_blind is None:
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both, or --image-blind RUN")
     _check_results(output, force)
-    if variant and not model:
-        raise ValueError("--variant needs a bundle: give --model")
-    if external and not model:
-        raise ValueError("--external needs a bundle: give --model")
+    if (variant or external) and not model:
+        raise ValueError(f"--{'variant' if variant else 'external'} needs a bundle: give --model")
     away = {name: read_films(name, folder, split) for name, folder in map(parse_external, external or ())}
-    variants: list[str | None] = [*variant] if variant else [None]
-    drafters: list[Drafter] = [RuntimeDrafter(folder, name) for folder in (model or [])[:1] for name in variants]
-    drafters += [RuntimeDrafter(folder, None) for folder in (model or [])[1:]]
-    seeing = drafters[:1]
-    if run_folder is not None:
-        parts = load_merged(run_folder, cache, device)
-        resources = ReportResources.learn(parts, data, with_templates=True)
-        seeing = [TorchDrafter(parts, resources=resources)]
-        drafters += seeing
+    drafters, seeing = _drafters(model or [], variant or [None], run_folder, data, cache, device)
     encoder = Encoder(seeing[0].generator, batch_size) if seeing else None
     blind = None
     if image_blind is not None:
@@ -157,6 +147,23 @@ def evaluate_command(
     record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts, **labelers)
     record["external"] = {name: evaluate_films(drafters[0].generator, films) for name, films in away.items()}
     _finish(record, to_markdown, output)
+
+
+def _drafters(
+    models: list[Path], variants: Sequence[str | None], run_folder: Path | None, data: Path, cache: Path, device: str
+) -> tuple[list[Any], list[Any]]:
+    """A drafter for each row of the table, and the one whose image side is measured: the run's or the first bundle's."""
+    from training.drafting import RuntimeDrafter, TorchDrafter
+    from training.run_bundle import ReportResources
+    from training.trained import load_merged
+
+    drafters: list[Any] = [RuntimeDrafter(folder, name) for folder in models[:1] for name in variants]
+    drafters += [RuntimeDrafter(folder, None) for folder in models[1:]]
+    if run_folder is None:
+        return drafters, drafters[:1]
+    parts = load_merged(run_folder, cache, device)
+    seeing = TorchDrafter(parts, resources=ReportResources.learn(parts, data, with_templates=True))
+    return [*drafters, seeing], [seeing]
 
 
 @app.command("ablate")
