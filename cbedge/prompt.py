@@ -19,7 +19,7 @@ _NO_TEXT = re.compile(
     r"n/?a|n\.a|none( available)?|null|nil|nan|unknown|unspecified|not (known|available|given|provided|specified)|"
     r"no data|k\. ?a|keine( angabe)?"
 )
-_NO_PRIOR = re.compile(r"none( available)?|nil|n/?a|n\.a|not available|keine")
+_NO_PRIOR = re.compile(r"none|nil|n/?a|n\.a|not available|keine")
 _TASK = "Describe the chest radiograph."
 _JOINED = re.compile("[\u0590-\u0dff][\u200c\u200d][\u0590-\u0dff]")
 _DEIDENTIFIED = re.compile(r"X{3,}|_{2,}")
@@ -103,7 +103,8 @@ def _checked(field: str, text: str | None) -> str | None:
     cleaned = clean_context(text)
     if field == "comparison" and _NO_PRIOR.fullmatch(cleaned.casefold()):
         return "None"  # as most training reports write it
-    return None if is_no_text(cleaned) else cleaned
+    known = field == "comparison" and cleaned.casefold() == "none available"  # many training reports write this
+    return cleaned if known or not is_no_text(cleaned) else None
 
 
 def is_no_text(text: str) -> bool:

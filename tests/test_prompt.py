@@ -45,9 +45,14 @@ def test_a_field_that_says_nothing_counts_as_none(text: str):
     assert ClinicalContext(indication="none", comparison="2019").indication is None
 
 
-@pytest.mark.parametrize("text", ["none", "None.", "NONE", "n/a", " N.A. ", "None available."])
+@pytest.mark.parametrize("text", ["none", "None.", "NONE", "n/a", " N.A. "])
 def test_a_comparison_that_says_none_is_the_same_answer_in_any_words(text: str):
     assert ClinicalContext(indication=text, comparison=text) == ClinicalContext(comparison="None")
+
+
+def test_the_other_words_of_training_reports_for_no_comparison_stay():
+    given = ClinicalContext(indication="None available.", comparison="None available.")
+    assert given == ClinicalContext(comparison="None available")
 
 
 def test_an_over_long_indication_is_refused_with_the_limit():

@@ -152,7 +152,7 @@ def evaluate_command(
 def _drafters(
     models: list[Path], variants: Sequence[str | None], run_folder: Path | None, data: Path, cache: Path, device: str
 ) -> tuple[list[Any], list[Any]]:
-    """A drafter for each row of the table, and the one whose image side is measured: the run's or the first bundle's."""
+    """A drafter for each row of the table, and the one whose image side is measured: the run's, or a bundle's."""
     from training.drafting import RuntimeDrafter, TorchDrafter
     from training.run_bundle import ReportResources
     from training.trained import load_merged
