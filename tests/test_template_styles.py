@@ -21,21 +21,21 @@ def generator(request: pytest.FixtureRequest) -> ReportGenerator:
     return ReportGenerator.from_pretrained(variant=request.param, device="cpu")
 
 
-def check(rows: dict[tuple[str, str], Row], films: int) -> None:
-    """No draft is broken or missing, and of each style's uncontradicted sentences 95% stand word for word."""
-    assert {row.template for row in rows.values()} == {style.name for style in STYLES}
-    for row in rows.values():
-        assert row.refused is None and row.drafts == films, f"{row.template}: {row.refused}"
-        assert row.broken == 0, f"{row.template}: {row.examples}"
-        assert row.wanted + row.contradicted > 0, row.template
-        assert row.share >= 0.95, f"{row.template}: {row.share:.1%}, {row.examples}"
+def faults_in(rows: dict[tuple[str, str], Row], films: int) -> list[str]:
+    """Styles of which a draft is broken or missing, or fewer than 95% of the uncontradicted sentences are kept."""
+    missing = {style.name for style in STYLES} - {row.template for row in rows.values()}
+    return [f"{name}: no draft" for name in missing] + [
+        f"{row.template}: {row.refused}, {row.drafts} drafts, {row.broken} broken, {row.share:.1%}, {row.examples}"
+        for row in rows.values()
+        if row.refused or row.drafts != films or row.broken or not row.wanted + row.contradicted or row.share < 0.95
+    ]
 
 
 def test_drafts_of_the_example_films_keep_to_templates_of_any_style(generator: ReportGenerator):
     rows: dict[tuple[str, str], Row] = {}
     for name in FILMS:
         draft(generator, EXAMPLES / name, STYLES, ClinicalContext(), name, rows)
-    check(rows, len(FILMS))
+    assert faults_in(rows, len(FILMS)) == []
 
 
 @pytest.mark.skipif("CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY")
@@ -45,7 +45,7 @@ def test_drafts_of_twenty_real_films_keep_to_templates_of_any_style(generator: R
     rows: dict[tuple[str, str], Row] = {}
     for study in read_studies(Path(os.environ["CBEDGE_IU_XRAY"]), ("val",))[:20]:
         draft(generator, study.image, STYLES, study.context, study.study_id, rows)
-    check(rows, 20)
+    assert faults_in(rows, 20) == []
 
 
 def test_there_are_twelve_styles_each_with_its_sentences_written_down():

@@ -19,7 +19,7 @@ from cbedge.api import ReportGenerator
 from cbedge.errors import DraftError
 from cbedge.images.gate import NotAChestRadiograph
 from cbedge.images.radiograph import load_radiograph
-from training.encoder.films import patient_share
+from training.encoder.films import VALIDATION_SHARE, patient_share
 from training.encoder.labels import COMPARED, FINDINGS, nih_labels
 from training.findings import find_mentions
 from training.ontology import ONTOLOGY
@@ -81,7 +81,7 @@ def read_films(collection: str, folder: Path, split: str = "test") -> list[Label
     for line in (folder / "films.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["split"] == ("test" if split == "test" else "train") and (
-            split == "test" or patient_share(row["patient"]) < 0.15
+            split == "test" or patient_share(row["patient"]) < VALIDATION_SHARE
         ):
             films.append(LabelledFilm(folder / "images" / row["file"], row["patient"], nih_labels(row["labels"])))
     return films

@@ -56,11 +56,6 @@ def are_english(sentences: Sequence[str]) -> list[bool]:
     return [score > 0 or (score == 0 and most) for score in scores]
 
 
-def is_english(sentences: Iterable[str]) -> bool:
-    """Whether all sentences are English."""
-    return all(are_english([*sentences]))
-
-
 def _score(sentence: str) -> int:
     """Above 0 for an English sentence, below 0 for one in another language, 0 if it is unknown."""
     words = _WORD.findall(unicodedata.normalize("NFKC", sentence).lower())

@@ -137,9 +137,11 @@ def plan_draft(
     opening = _opening(openings, reading.scores, codec)
     given = template if settings.keep_to_template else None
     default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
-    parsed = given or (split_report(default) if default else Template((), (), True))
+    parsed = given or (split_report(default) if default else Template((), ()))
     chosen = given.text if given else default if not present else None
-    content, warnings = _sections(parsed, not chosen, [*openings.values()], present, manifest)
+    content, warnings = (
+        _sections(parsed, not chosen, [*openings.values()], present, manifest) if given or present else (parsed, [])
+    )
     affirming = bool(content.findings and present and not openings)
     first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
     texts = [text for text in (context.indication, context.comparison) if text]
@@ -244,7 +246,7 @@ def _sections(
             f"The template's {what} not in English and could not be checked against {scores}. Check each sentence."
         )
     impression = [*opening, *impression] if template.findings else []
-    return Template(tuple(findings), tuple(impression), not foreign), warnings
+    return Template(tuple(findings), tuple(impression)), warnings
 
 
 def _reason_against(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cbedge.bundles.manifest import Manifest
 from cbedge.drafting.codec import TextCodec
-from cbedge.drafting.language import is_english, refuse_other_script
+from cbedge.drafting.language import refuse_other_script
 from cbedge.drafting.plan import EXTRA_TOKENS, MAX_NEW_TOKENS
 from cbedge.drafting.template_checks import private_content, refuse_what_is_no_report
 from cbedge.drafting.template_text import HEADING, is_not_drafted, lines_of, section_of
@@ -61,9 +61,7 @@ def parse_template(text: str) -> Template:
             )
     if not sections[0]:
         raise ContextError("the template has no findings: give the sentences of a normal report")
-    return Template(
-        tuple(sections[0]), tuple(sections[1]), is_english([*sections[0], *sections[1]]), tuple(dict.fromkeys(left_out))
-    )
+    return Template(tuple(sections[0]), tuple(sections[1]), tuple(dict.fromkeys(left_out)))
 
 
 def _sections_of(lines: Sequence[tuple[int, int, str]]) -> tuple[tuple[list[str], list[str]], list[str]]:

@@ -22,7 +22,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cbedge.drafting.language import is_english
 from cbedge.errors import BundleError
 from cbedge.prompt import ClinicalContext, build_target, split_sections
 from cbedge.sentences import split_text
@@ -37,13 +36,11 @@ class Template:
 
     Attributes:
         findings, impression: the sentences of each section, each with its full stop; the impression may be empty.
-        english: whether the text is English. Contradictions to image findings can be detected in English only.
         left_out: what was left out and why, one sentence each.
     """
 
     findings: tuple[str, ...]
     impression: tuple[str, ...]
-    english: bool
     left_out: tuple[str, ...] = ()
 
     @property
@@ -55,7 +52,7 @@ class Template:
 def split_report(text: str) -> Template:
     """Split a template of a bundle, ``FINDINGS: … IMPRESSION: …``, into its sentences."""
     findings, impression = map(split_text, split_sections(text))
-    return Template(tuple(findings), tuple(impression), is_english([*findings, *impression]))
+    return Template(tuple(findings), tuple(impression))
 
 
 class Templates:

@@ -21,6 +21,7 @@ from training.encoder.labels import FINDINGS, iu_labels, nih_labels
 COLLECTIONS = ("iu_xray", "nih")
 VIEWS = ("frontal", "lateral")
 SPLITS = ("train", "val")
+VALIDATION_SHARE = 0.15  # of the NIH's training patients
 _IU_SPLITS = {"train": "train", "extra": "train", "val": "val"}
 
 
@@ -68,7 +69,7 @@ class Films:
         )
 
 
-def list_films(folders: dict[str, Path], validation_share: float = 0.15) -> list[Film]:
+def list_films(folders: dict[str, Path], validation_share: float = VALIDATION_SHARE) -> list[Film]:
     """List the films for training and validation. No file of a test split is opened.
 
     Args:
