@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,8 @@ import pytest
 
 from cbedge import ReportGenerator
 from cbedge.decoding import Decoding
-from cbedge.findings.image_findings import OTHER, ImageFindings, scores_of
+from cbedge.errors import OptionError
+from cbedge.findings.image_findings import OTHER, ImageFindings, Measured, Standing, scores_of
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt, build_query_instruction
 from training.findings import positive_findings
 from training.ontology import OPENINGS, TAG_FINDINGS
@@ -126,3 +127,33 @@ def test_what_the_model_saw_does_not_hang_on_the_indication(tiny_bundle: Path, c
     generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
     one, other = (generator.generate(chest_png, indication=i, max_new_tokens=2) for i in ("cough", "heart failure"))
     assert one.finding_scores == other.finding_scores
+
+
+def test_a_finding_is_assessed_where_its_lower_bound_holds():
+    good, poor = Measured(0.85, 0.78, 0.91, 300, 30), Measured(0.74, 0.66, 0.81, 300, 30)
+    assert [Standing(*pair).is_assessed(familiar=True) for pair in ((good, good), (good, poor), (poor, good))] == [
+        True,
+        False,
+        True,
+    ]
+    assert Standing(good).is_assessed(familiar=True) and not Standing(good).is_assessed(familiar=False)
+    assert not Standing(poor).is_assessed(familiar=True) and not Standing().is_assessed(familiar=True)
+
+
+def test_standings_and_operating_points_survive_a_manifest():
+    measured = Measured(0.85, 0.78, 0.91, 300, 30)
+    findings = replace(
+        FINDINGS,
+        standings=(Standing(measured, measured), Standing(measured), Standing()),
+        operating_points={"sensitive": (0.2, 0.1, 0.1)},
+    )
+    again = ImageFindings.from_json(json.loads(json.dumps(asdict(findings))))
+    assert again == findings
+    assert (again.unassessed(familiar=True), again.unassessed(familiar=False)) == (
+        ("opacity",),
+        ("effusion", "opacity"),
+    )
+    assert again.at("sensitive").thresholds == (0.2, 0.1, 0.1)
+    with pytest.raises(OptionError, match="unknown operating point 'keen'; known: sensitive"):
+        again.at("keen")
+    assert FINDINGS.unassessed() == ()  # nothing was measured of an older bundle

@@ -15,17 +15,61 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from cbedge.errors import BundleError
+from cbedge.errors import BundleError, OptionError
 
 OTHER = "other abnormality"
 _QUOTES = re.compile(r'["“”„«»‘]|’(?!\w)')
 CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such pairs
+
+
+MIN_AUC = 0.70  # a finding is assessed if the lower bound of its AUC reaches this
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How well a finding's score separates the films of one collection.
+
+    Attributes:
+        auc: area under the ROC curve, 0 to 1.
+        low, high: its 95% interval.
+        films: number of films; ``positives`` of them have the finding.
+    """
+
+    auc: float
+    low: float
+    high: float
+    films: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What was measured of one finding.
+
+    Attributes:
+        home: on films of the hospitals that the model was trained for; ``None`` if not measured.
+        away: on films of another hospital; ``None`` if not measured.
+    """
+
+    home: Measured | None = None
+    away: Measured | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Standing:
+        """Read what :func:`dataclasses.asdict` gives as JSON."""
+        return cls(**{place: Measured(**values[place]) for place in ("home", "away") if values.get(place)})
+
+    def is_assessed(self, familiar: bool) -> bool:
+        """Whether a draft may state or deny the finding without a mark: the lower bound of its AUC away from home, or,
+        if that was not measured, at home on a film that resembles those of training, reaches :data:`MIN_AUC`."""
+        measured = self.away or (self.home if familiar else None)
+        return measured is not None and measured.low >= MIN_AUC
 
 
 @dataclass(frozen=True)
@@ -43,6 +87,9 @@ class ImageFindings:
         lateral_shares: for each name, the weight of the lateral radiograph, 0 to 1; chosen on validation studies. An
             empty tuple for equal weights.
         excludes: pairs of findings that are never reported together.
+        standings: for each name, what was measured of it. An empty tuple if nothing was: then every finding counts as
+            assessed.
+        operating_points: name of an operating point, such as ``sensitive``, → a threshold for each name.
 
     Raises:
         ValueError: lengths differ, there are no names, or a share is invalid.
@@ -54,6 +101,8 @@ class ImageFindings:
     denials: tuple[tuple[str, ...], ...] = ()
     lateral_shares: tuple[float, ...] = ()
     excludes: tuple[tuple[str, str], ...] = CONTRARY
+    standings: tuple[Standing, ...] = ()
+    operating_points: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.thresholds):
@@ -64,6 +113,11 @@ class ImageFindings:
             raise ValueError(f"{len(self.names)} findings with {len(self.denials)} denials")
         if self.lateral_shares and len(self.lateral_shares) != len(self.names):
             raise ValueError(f"{len(self.names)} findings with {len(self.lateral_shares)} shares of the lateral view")
+        if self.standings and len(self.standings) != len(self.names):
+            raise ValueError(f"{len(self.names)} findings with {len(self.standings)} standings")
+        for point, thresholds in self.operating_points.items():
+            if len(thresholds) != len(self.names):
+                raise ValueError(f"{len(self.names)} findings with {len(thresholds)} thresholds of {point}")
         if not all(0 <= share <= 1 for share in self.lateral_shares):
             raise ValueError(f"the lateral view's shares are {self.lateral_shares}; give 0 to 1")
 
@@ -78,7 +132,32 @@ class ImageFindings:
             denials=tuple(tuple(map(str, of)) for of in denials),
             lateral_shares=tuple(map(float, values.get("lateral_shares", ()))),
             excludes=tuple((str(one), str(other)) for one, other in values.get("excludes", CONTRARY)),
+            standings=tuple(map(Standing.from_json, values.get("standings", ()))),
+            operating_points={
+                str(point): tuple(map(float, thresholds))
+                for point, thresholds in values.get("operating_points", {}).items()
+            },
         )
+
+    def at(self, operating_point: str) -> ImageFindings:
+        """These findings with the thresholds of an operating point.
+
+        Raises:
+            OptionError: there is no such operating point.
+        """
+        if operating_point not in self.operating_points:
+            known = ", ".join(self.operating_points) or "none; this model has one threshold for each finding"
+            raise OptionError(f"unknown operating point {operating_point[:40]!r}; known: {known}")
+        return replace(self, thresholds=self.operating_points[operating_point])
+
+    def unassessed(self, familiar: bool = True) -> tuple[str, ...]:
+        """The findings that a draft must neither state nor deny without a mark.
+
+        Args:
+            familiar: whether the film resembles those of training, so that figures measured at home hold.
+        """
+        rows = zip(self.names, self.standings, strict=False)
+        return tuple(name for name, standing in rows if not standing.is_assessed(familiar))
 
     def join(self, frontal: np.ndarray, lateral: np.ndarray) -> np.ndarray:
         """Combine the logits of both radiographs, [..., names]."""
