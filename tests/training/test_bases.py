@@ -33,7 +33,9 @@ def assemble(cache, seed=0, layers=2):
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         tie_word_embeddings=False,
     )
-    return replace(parts, model=InstructBlipForConditionalGeneration(config))
+    model = InstructBlipForConditionalGeneration(config)
+    model.language_model.lm_head.weight.data[2] = 0  # never the likeliest token: a random model must not stop at once
+    return replace(parts, model=model)
 
 
 POCKET = Base(assemble, image_side={"layers": 1})
@@ -52,9 +54,9 @@ stages:
     batch_size: 4
   - name: language
     train: [projection]
-    lora: {part: language, r: 16, alpha: 64, targets: [q_proj, v_proj, up_proj, down_proj, lm_head]}
+    lora: {part: language, r: 16, alpha: 64, targets: [q_proj, v_proj, up_proj, down_proj]}
     losses: {language: 1.0}
-    lora_learning_rate: 0.03
+    lora_learning_rate: 0.01
     epochs: 20
     batch_size: 4
 """
@@ -91,6 +93,7 @@ def test_a_new_base_model_is_one_file_and_one_entry(
     parts = load_adapted(checkpoint_of(run), [run], tiny_checkpoint)
     requests = own(open_studies(tiny_data, ("train", "val", "test")))
     ours, theirs = (one.draft(requests, lambda count: None) for one in (bundle, TorchDrafter(parts)))
+    print("DRAFTS", ours[:6], sum(map(bool, ours)), len(ours))
     assert theirs == ours and any(ours)  # a random model writes some empty drafts; which ones, depends on the threads
 
 
