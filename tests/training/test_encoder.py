@@ -300,6 +300,17 @@ def test_each_view_has_its_own_head(start: dict[str, torch.Tensor]):
     assert not torch.allclose(frontal, lateral)
 
 
+def test_a_training_step_reads_a_share_of_the_patches_and_validation_all(start: dict[str, torch.Tensor]):
+    model, read = build_model(start, SIZE), []
+    model.vision_model.post_layernorm.register_forward_hook(lambda module, inputs, tokens: read.append(tokens.shape[1]))
+    model.patches = 0.5
+    images = torch.rand(2, 1, SIZE, SIZE)
+    model.train().features(images)
+    model.eval().features(images)
+    patches = (SIZE // 14) ** 2
+    assert read[0] == 1 + patches // 2 and patches + 1 in read[1:]
+
+
 def test_areas_leave_out_what_is_unknown_or_seldom():
     labels = np.full((20, len(FINDINGS)), -1, np.int8)
     labels[:10, 0], labels[10:, 0] = 1, 0

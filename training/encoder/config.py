@@ -31,6 +31,8 @@ class EncoderConfig:
         smoothing: collection → label smoothing, for labels from text mining.
         rare: films with a finding that has at most this many positives in its group are sampled twice as often.
         augment: strength of the augmentation.
+        patches: share of the patches that a training step reads, drawn anew for each step (PatchDropout, Liu et al., WACV
+            2023): half of them take half the time. Validation reads all.
         seed: random seed.
         validate_every: steps between validations; 0 for one per epoch.
         save_minutes: minutes between saved states.
@@ -54,6 +56,7 @@ class EncoderConfig:
     smoothing: dict[str, Share] = field(default_factory=lambda: {"iu_xray": 0.02, "nih": 0.1})
     rare: Size = 60
     augment: float = 1.0
+    patches: Positive = 1.0
     seed: int = 0
     validate_every: Size = 0
     save_minutes: float = 4.0

@@ -41,11 +41,21 @@ class EncoderWithHead(nn.Module):
         self.register_buffer("std", torch.tensor(settings.std).view(1, 3, 1, 1), persistent=False)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.patches = 1.0  # share of the patches that are read in training
+        vision.embeddings.register_forward_hook(lambda module, inputs, tokens: self._drop_patches(tokens))
 
     def features(self, images: Tensor) -> Tensor:
         """Films float [B, 1, S, S] in 0..1 → [class token, mean patch], float32 [B, 2H]."""
         output = self.vision_model(pixel_values=(images - self.mean) / self.std).last_hidden_state
         return torch.cat([output[:, 0], output[:, 1:].mean(1)], 1).float()
+
+    def _drop_patches(self, tokens: Tensor) -> Tensor:
+        """The class token and a random share of the patches, the same ones for the whole batch; all in evaluation."""
+        count = tokens.shape[1] - 1
+        if not self.training or self.patches >= 1:
+            return tokens
+        kept = torch.randperm(count, device=tokens.device)[: max(1, round(self.patches * count))] + 1
+        return tokens[:, torch.cat([kept.new_zeros(1), kept])]
 
     def logits(self, features: Tensor, view: Tensor) -> Tensor:
         """Features [B, 2H] and views int64 [B] → logits of the findings, float32 [B, F]."""

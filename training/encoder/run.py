@@ -67,6 +67,7 @@ class EncoderRun:
         self._check_config()
         torch.manual_seed(config.seed)
         self.model = build_model(start, config.image_size).to(self.device)
+        self.model.patches = config.patches
         self._has_head = start.get("head.weight", torch.empty(0)).shape == self.model.head.weight.shape
         groups = parameter_groups(
             self.model, config.learning_rate, config.head_learning_rate, config.layer_decay, config.weight_decay
@@ -140,6 +141,7 @@ class EncoderRun:
         smoothing = [self.config.smoothing.get(COLLECTIONS[c], 0.0) for c in self.films.collection[rows]]
         amount = torch.tensor(smoothing, device=self.device).unsqueeze(1)
         self.model.train()
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # which patches are read
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(images, self._view(rows))
         known = labels >= 0
