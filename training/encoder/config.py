@@ -31,8 +31,8 @@ class EncoderConfig:
         smoothing: collection → label smoothing, for labels from text mining.
         rare: films with a finding that has at most this many positives in its group are sampled twice as often.
         augment: strength of the augmentation.
-        patches: share of the patches that a training step reads, drawn anew for each step (PatchDropout, Liu et al., WACV
-            2023): half of them take half the time. Validation reads all.
+        patches: share of the patches that a training step reads, drawn anew for each step (PatchDropout, Liu et al.,
+            WACV 2023): half of them take half the time. Validation reads all.
         seed: random seed.
         validate_every: steps between validations; 0 for one per epoch.
         save_minutes: minutes between saved states.
