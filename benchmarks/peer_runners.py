@@ -75,9 +75,10 @@ def read_image(generator: ReportGenerator, image: Path, context: ClinicalContext
 
     manifest, codec = generator.bundle.manifest, generator.resources.codec
     pixels = preprocess_radiograph(load_radiograph(image), manifest.preprocessing)
-    features = [generator.backend.encode_image(pixels)]
-    reading = read_images(generator.backend, codec, manifest.image_findings, features, context)
-    return reading, np.array([codec.encode_prompt(build_prompt(context, reading.findings))], np.int64)
+    features, findings = [generator.backend.encode_image(pixels)], manifest.image_findings
+    reading = read_images(generator.backend, codec, findings, features, context, generator.finding_reader)
+    prompted = findings.prompted(reading.findings) if findings and reading.findings is not None else None
+    return reading, np.array([codec.encode_prompt(build_prompt(context, prompted))], np.int64)
 
 
 def cbedge_runner(job: Job, variant: str, guesses: str = "") -> Runner:

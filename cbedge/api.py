@@ -21,6 +21,7 @@ from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources
 from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.templates import Template
 from cbedge.errors import CbedgeError, ContextError, RadiographError, memory_errors
+from cbedge.findings.finding_reader import FINDINGS, FindingReader
 from cbedge.findings.reading import ImageReading
 from cbedge.images.film_check import FilmCheck
 from cbedge.images.radiograph import Radiograph, load_radiograph
@@ -109,6 +110,7 @@ class ReportGenerator:
         backend: as given.
         resources: tokenizers, phrasebook, templates and lexicon of the bundle.
         film_check: the bundle's check of input images.
+        finding_reader: calibrated readers of findings; ``None`` if the bundle has none.
         recent: the cached studies; ``recent.clear()`` removes them.
 
     Examples:
@@ -122,6 +124,10 @@ class ReportGenerator:
         self.recent = Recent(recent_studies)
         self.resources = DraftingResources(bundle, backend.vocabulary)
         self.film_check = FilmCheck.load(bundle.folder, bundle.manifest.files, bundle.manifest.reads_lateral)
+        findings, has_reader = bundle.manifest.image_findings, FINDINGS in bundle.manifest.files
+        self.finding_reader = (
+            FindingReader.load(bundle.folder / FINDINGS, findings) if findings and has_reader else None
+        )
         self._guess_length = GuessLength()
         self._house_template: Template | None = None
 
@@ -133,6 +139,7 @@ class ReportGenerator:
         device: str = "auto",
         threads: int | None = None,
         recent_studies: int = 1,
+        operating_point: str | None = None,
     ) -> ReportGenerator:
         """Open a bundle, verify the hash of every file it needs, and load it.
 
@@ -143,17 +150,19 @@ class ReportGenerator:
             device: ``auto``, ``cpu`` or ``cuda``.
             threads: CPU threads, 1 to 1,024; default is one per core.
             recent_studies: number of studies to cache in memory for repeated drafts, 0 to 64.
+            operating_point: thresholds of all findings, such as ``sensitive``, ``balanced`` or ``specific``; default
+                is the bundle's. It applies to every draft, so that those of a department agree.
 
         Raises:
             BundleError: the bundle is missing, altered, of an unknown format, or lacks the variant.
-            OptionError: ``threads`` or ``recent_studies`` is out of range.
+            OptionError: ``threads`` or ``recent_studies`` is out of range, or the operating point is unknown.
             DeviceError: ONNX Runtime is not installed, the device is unknown or not available, or memory ran out.
         """
         if threads is not None:
             check_count("threads", threads, 1, MAX_THREADS)
         check_count("recent_studies", recent_studies, 0, MAX_RECENT_STUDIES)
         with memory_errors():
-            bundle = open_bundle(model)
+            bundle = open_bundle(model).at(operating_point)
             name, device = choose_variant(bundle, variant, device)  # reports a missing runtime before files are read
             chosen = bundle.manifest.variants[name]
             files = bundle.variant_files(chosen)
@@ -257,6 +266,7 @@ class ReportGenerator:
             self.backend,
             self.resources,
             self.film_check,
+            self.finding_reader,
             self.recent,
             self._guess_length,
         )

@@ -28,8 +28,10 @@ from cbedge.drafting.recent import CachedStudy, Recent
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.drafting.templates import Template
 from cbedge.errors import DraftError
+from cbedge.findings.finding_reader import FindingReader
 from cbedge.findings.reading import ImageReading, interpret
 from cbedge.images.film_check import FilmCheck
+from cbedge.images.gate import pooled
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph
 from cbedge.prompt import ClinicalContext, split_sections
@@ -46,6 +48,7 @@ class Engine:
         backend: runs the model.
         resources: tokenizers, templates, phrasebook and lexicon.
         film_check: checks that images look like chest radiographs.
+        finding_reader: calibrated readers of findings; ``None`` if the scores are the Q-Former's.
         recent: cache of recent studies.
         guess_length: chooses the number of speculative tokens.
     """
@@ -55,6 +58,7 @@ class Engine:
     backend: Backend
     resources: DraftingResources
     film_check: FilmCheck
+    finding_reader: FindingReader | None
     recent: Recent
     guess_length: GuessLength
 
@@ -112,7 +116,8 @@ def draft_report(
 
     outputs = cached.qformer_outputs or query_films(backend, codec, features, study.context)
     cached.features, cached.qformer_outputs = features, outputs
-    reading = interpret(outputs, manifest.image_findings)
+    rows = [pooled(found) for found in features]
+    reading = interpret(outputs, manifest.image_findings, rows, engine.finding_reader, study.context.view)
     on_reading(reading)
     marks.append(perf_counter())
 
@@ -271,6 +276,8 @@ def compose_report(
         indication_source=study.indication_source,
         image_findings=reading.findings,
         finding_scores=reading.scores,
+        finding_scores_calibrated=reading.calibrated,
+        operating_point=found.operating_point if found else None,
         image_sha256=study.films[0].sha256,
         lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
         template=plan.template,

@@ -101,8 +101,9 @@ class Report:
         template_source: ``given`` for the user's, ``model`` for the model's template for this indication.
         image_findings: findings whose score reaches its threshold, which the prompt lists; empty if none does;
             ``None`` for a model without finding scores. The text can still contradict them.
-        finding_scores: score of every finding that the model knows, 0 to 1; scores rank findings and are not
-            probabilities.
+        finding_scores: score of every finding that the model knows, 0 to 1.
+        finding_scores_calibrated: whether the scores are calibrated probabilities; else they only rank films.
+        operating_point: the operating point of the thresholds, such as ``balanced``; ``None`` for a model without.
         finding_thresholds: the score at which each finding counts as present.
         sentences: the sentences of the draft, with confidence and source.
         image_sha256: hash of the input file.
@@ -144,6 +145,8 @@ class Report:
     passes: int
     timings: Timings
     finding_thresholds: dict[str, float] = field(default_factory=dict)
+    finding_scores_calibrated: bool = False
+    operating_point: str | None = None
     lateral_sha256: str | None = None
     template: str | None = None
     template_source: str | None = None
@@ -173,7 +176,8 @@ class Report:
         opened = dict.fromkeys(s.finding for s in self.sentences if s.finding)
         if opened:
             scored = ", ".join(map(self._scored, opened))
-            notes.append(f"Written because of image scores (not probabilities), check first: {scored}.")
+            kind = "calibrated probabilities" if self.finding_scores_calibrated else "not probabilities"
+            notes.append(f"Written because of image scores ({kind}), check first: {scored}.")
         others = [name for name in self.image_findings or () if name not in opened]
         if self.finding_scores and others and others[0] not in self.finding_scores:  # "other abnormality"
             abnormal = self._scored(next(iter(self.finding_scores)))
@@ -192,7 +196,8 @@ class Report:
             return finding
         threshold = self.finding_thresholds.get(finding)
         behind = "" if threshold is None else f", threshold {threshold:.2f}"
-        return f"{finding} (score {self.finding_scores[finding]:.2f}{behind})"
+        kind = "probability" if self.finding_scores_calibrated else "score"
+        return f"{finding} ({kind} {self.finding_scores[finding]:.2f}{behind})"
 
     def to_text(self) -> str:
         """The report as readable text: one paragraph per section, the notes, and the draft statement."""

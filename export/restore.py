@@ -230,9 +230,9 @@ def _language_tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
 
 def _finding_head(graph: Graph, bundle: Bundle) -> FindingHead | None:
     """The finding head: the last product of the graph, and the lookup of its queries."""
-    findings = bundle.manifest.image_findings
-    if findings is None:
+    if bundle.manifest.image_findings is None:
         return None
+    findings = bundle.manifest.image_findings.head
     made = {output: node for node in graph.nodes for output in node.output}
     add = made["finding_logits"]
     bias = next(i for i in add.input if i in graph.tensors)

@@ -147,7 +147,7 @@ def external_record(outcomes: Sequence[Outcome], thresholds: dict[str, float], s
         seed: of the bootstrap.
     """
     labels = np.stack([outcome.film.labels for outcome in outcomes])
-    groups = [np.array(rows) for rows in _by_patient(outcomes).values()]
+    patients = np.array([outcome.film.patient for outcome in outcomes])
     scored = np.array([bool(outcome.scores) for outcome in outcomes])
     findings: dict[str, dict[str, Any]] = {}
     for column, name in enumerate(FINDINGS):
@@ -160,7 +160,7 @@ def external_record(outcomes: Sequence[Outcome], thresholds: dict[str, float], s
         findings[name] = {
             "films": int(known.sum()),
             "positives": int(truth[known].sum()),
-            "auc": _auc_with_interval(truth, scores, known, groups, seed),
+            "auc": auc_with_interval(truth[known], scores[known], patients[known], seed),
             "threshold": thresholds[name],
             "sensitivity": float(called[known & truth].mean()),
             "specificity": float((~called[known & ~truth]).mean()),
@@ -170,7 +170,7 @@ def external_record(outcomes: Sequence[Outcome], thresholds: dict[str, float], s
     aucs = [findings[name]["auc"][0] for name in compared]
     return {
         "films": len(outcomes),
-        "patients": len(groups),
+        "patients": len({*patients.tolist()}),
         "without_draft": int((~scored).sum()),
         "accepted": sum(outcome.accepted for outcome in outcomes),
         "findings": findings,
@@ -188,25 +188,30 @@ def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
     )
 
 
-def _by_patient(outcomes: Sequence[Outcome]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, outcome in enumerate(outcomes):
-        rows.setdefault(outcome.film.patient, []).append(row)
-    return rows
-
-
-def _auc_with_interval(
-    truth: np.ndarray, scores: np.ndarray, known: np.ndarray, groups: list[np.ndarray], seed: int, resamples: int = 1000
+def auc_with_interval(
+    truth: np.ndarray, scores: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 1000
 ) -> list[float]:
-    rng = np.random.default_rng(seed)
+    """AUC and its 95% interval, by bootstrap over groups.
+
+    Args:
+        truth: bool [N], with both values.
+        scores: float [N].
+        groups: the patient or study of each film, [N].
+        seed: of the bootstrap.
+        resamples: number of bootstrap samples.
+    """
+    order = np.argsort(scores)
+    _, member = np.unique(groups, return_inverse=True)
+    count, rng = member.max() + 1, np.random.default_rng(seed)
     samples = []
     for _ in range(resamples):
-        rows = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        rows = rows[known[rows]]
-        if truth[rows].any() and not truth[rows].all():
-            samples.append(roc_auc_score(truth[rows], scores[rows]))
+        weights = np.bincount(rng.integers(count, size=count), minlength=count)[member][order]
+        above, below = weights * truth[order], weights * ~truth[order]
+        if above.any() and below.any():
+            wins = above @ (np.cumsum(below) - below / 2)
+            samples.append(wins / (above.sum() * below.sum()))
     low, high = np.percentile(samples, (2.5, 97.5))
-    return [float(roc_auc_score(truth[known], scores[known])), float(low), float(high)]
+    return [float(roc_auc_score(truth, scores)), float(low), float(high)]
 
 
 def _denied(outcomes: Sequence[Outcome], labels: np.ndarray) -> dict[str, dict[str, int]]:

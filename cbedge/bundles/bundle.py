@@ -14,8 +14,9 @@ from pathlib import Path
 
 from cbedge.arguments import check_type
 from cbedge.bundles.manifest import MANIFEST, FileRecord, Manifest, Variant, read_manifest
-from cbedge.errors import BundleError, OutputError
+from cbedge.errors import BundleError, OptionError, OutputError
 from cbedge.files import file_sha256
+from cbedge.findings.finding_reader import FINDINGS
 from cbedge.images.film_view import FILM_VIEW
 from cbedge.images.gate import GATE, LATERAL_GATE
 
@@ -49,6 +50,20 @@ class Bundle:
             raise BundleError(f"unknown variant {name[:40]!r}; {self.manifest.name} has: {known}")
         return name, self.manifest.variants[name]
 
+    def at(self, operating_point: str | None) -> "Bundle":
+        """This bundle with the thresholds of an operating point; ``None`` keeps them.
+
+        Raises:
+            OptionError: there is no such operating point.
+        """
+        if operating_point is None:
+            return self
+        check_type("operating_point", operating_point, str, "text", OptionError)
+        findings = self.manifest.image_findings
+        if findings is None:
+            raise OptionError(f"{self.manifest.name} has no image findings, so it has no operating point: leave it out")
+        return replace(self, manifest=replace(self.manifest, image_findings=findings.at(operating_point)))
+
     def verify(self, names: tuple[str, ...] | None = None, sizes_alone: bool = False) -> None:
         """Check size and SHA-256 of the named files (default: all), or only existence and size.
 
@@ -63,7 +78,7 @@ class Bundle:
         """All files that are needed to run a variant."""
         optional = [
             name
-            for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, LATERAL_GATE, FILM_VIEW)
+            for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, LATERAL_GATE, FILM_VIEW, FINDINGS)
             if name in self.manifest.files
         ]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)

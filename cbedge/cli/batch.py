@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
+from cbedge.cli.options import (
+    AcceptAnyImage,
+    Device,
+    MaxNewTokens,
+    Model,
+    NoTemplate,
+    OperatingPoint,
+    Template,
+    Variant,
+    written_file,
+)
 from cbedge.cli.terminal import keep_to_template, print_error, read_text_file
 from cbedge.errors import OptionError, RadiographError
 from cbedge.files import check_distinct, check_output
@@ -27,6 +37,7 @@ def batch(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
+    operating_point: OperatingPoint = None,
     max_new_tokens: MaxNewTokens = None,
     template: Template = None,
     no_template: NoTemplate = False,
@@ -80,12 +91,14 @@ def batch(
     from cbedge.drafting.codec import TextCodec
     from cbedge.drafting.template_parser import check_template
 
-    bundle = open_bundle(model)
+    bundle = open_bundle(model).at(operating_point)
     name, device = choose_variant(bundle, variant, device)
     wording = None if template is None else check_template(bundle.manifest, read_text_file(template), TextCodec(bundle))
     if pair_views and not bundle.manifest.reads_lateral:
         raise OptionError(f"{bundle.manifest.name} reads one radiograph a study: leave --pair-views out")
-    generator = keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template)
+    generator = keep_to_template(
+        ReportGenerator.from_pretrained(model, variant, device, operating_point=operating_point), template
+    )
     decoding = replace(generator.decoding, keep_to_template=not no_template)
     if files is not None:
         files.prepare(out, force)
@@ -98,6 +111,7 @@ def batch(
     if wording is not None:
         drafted_by += f" template {hashlib.sha256(wording.text.encode()).hexdigest()[:8]}"
     drafted_by += " no template" if no_template else ""
+    drafted_by += f" operating point {operating_point}" if operating_point else ""
     drafted_by += f" max new tokens {max_new_tokens}" if max_new_tokens is not None else ""
     drafted_by += f" documents {form}" if documents else ""  # a finished draft without its document is not resumed
     with _progress_bar(len(items)) as advance:

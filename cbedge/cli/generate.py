@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cbedge.cli.options import AcceptAnyImage, Device, MaxNewTokens, Model, NoTemplate, Template, Variant, written_file
+from cbedge.cli.options import (
+    AcceptAnyImage,
+    Device,
+    MaxNewTokens,
+    Model,
+    NoTemplate,
+    OperatingPoint,
+    Template,
+    Variant,
+    written_file,
+)
 from cbedge.cli.terminal import print_error, read_text_file
 from cbedge.errors import OptionError, OutputError
 from cbedge.files import check_distinct, check_output, write_output
@@ -30,6 +40,7 @@ def generate(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
+    operating_point: OperatingPoint = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     top_p: Annotated[
@@ -89,7 +100,7 @@ def generate(
     check_source(form, image)
     from cbedge.api import ReportGenerator
 
-    generator = ReportGenerator.from_pretrained(model, variant, device)
+    generator = ReportGenerator.from_pretrained(model, variant, device, operating_point=operating_point)
     stream = generator.stream(
         radiograph,
         indication=indication,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model, Template, Variant, number
+from cbedge.cli.options import Device, Model, OperatingPoint, Template, Variant, number
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError, install_extra
 
@@ -23,6 +23,7 @@ def listen(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
+    operating_point: OperatingPoint = None,
     retry: Annotated[float, number(0.1, 600, "Seconds until a failed delivery is first retried.")] = 5.0,
     pair_wait: Annotated[
         float, number(0, 86_400, "Seconds to wait for the other view of a study; 0 drafts every view alone.")
@@ -41,4 +42,9 @@ def listen(
     check_format("sr")
     node = Peer.parse(peer) if peer else None
     settings = ListenSettings(aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait)
-    run_listener(keep_to_template(ReportGenerator.from_pretrained(model, variant, device), template), settings)
+    run_listener(
+        keep_to_template(
+            ReportGenerator.from_pretrained(model, variant, device, operating_point=operating_point), template
+        ),
+        settings,
+    )

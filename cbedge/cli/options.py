@@ -56,6 +56,11 @@ Variant = Annotated[
     str | None, typer.Option(help="Variant of the model, such as int4.", show_default="chosen for this machine")
 ]
 
+OperatingPoint = Annotated[
+    str | None,
+    typer.Option(help="Thresholds of the image findings: sensitive, balanced or specific.", show_default="the model's"),
+]
+
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum length of a draft in tokens.", show_default="model's")]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model, Template, Variant, number
+from cbedge.cli.options import Device, Model, OperatingPoint, Template, Variant, number
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError, install_extra
 
@@ -15,6 +15,7 @@ def serve(
     model: Model = None,
     variant: Variant = None,
     device: Device = "auto",
+    operating_point: OperatingPoint = None,
     token: Annotated[
         str | None,
         typer.Option(envvar="CBEDGE_TOKEN", help="Token that clients must send; prefer the environment variable."),
@@ -46,7 +47,9 @@ def serve(
     check_exposure(host, token)
     from cbedge.api import ReportGenerator
 
-    generator = ReportGenerator.from_pretrained(model, variant, device, recent_studies=recent_studies)
+    generator = ReportGenerator.from_pretrained(
+        model, variant, device, recent_studies=recent_studies, operating_point=operating_point
+    )
     generator = keep_to_template(generator, template)
     settings = ServeSettings(token, max_mb * 2**20, queue, deadline, idle, tuple(allowed_host or ()))
     run_server(generator, host, port, settings)

@@ -151,9 +151,10 @@ def plan_draft(
     limit = min(MAX_NEW_TOKENS, default_limit) if max_new_tokens is None else max_new_tokens
     opening = opening[:limit]
     opening_ids = [token.token_id for token in opening]
+    prompted = findings.prompted(present) if findings and reading.findings is not None else None
     constraint = DraftConstraint((first, second), opening_ids, manifest.stop_ids, words, codec.full_stop)
     return DraftPlan(
-        prompt_ids=tuple(codec.encode_prompt(build_prompt(context, reading.findings, reading.has_lateral))),
+        prompt_ids=tuple(codec.encode_prompt(build_prompt(context, prompted, reading.has_lateral))),
         opening=opening,
         constraint=constraint,
         processors=processors_of(settings, manifest.stop_ids, manifest.never_ids, constraint.begins_word),

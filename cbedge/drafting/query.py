@@ -9,8 +9,10 @@ import numpy as np
 
 from cbedge.backends import Backend
 from cbedge.drafting.codec import TextCodec
+from cbedge.findings.finding_reader import FindingReader
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.findings.reading import ImageReading, QFormerOutput, interpret
+from cbedge.images.gate import pooled
 from cbedge.prompt import ClinicalContext, build_query_instruction
 
 
@@ -36,6 +38,8 @@ def read_images(
     findings: ImageFindings | None,
     features: Sequence[np.ndarray],
     context: ClinicalContext,
+    reader: FindingReader | None = None,
 ) -> ImageReading:
     """Run :func:`query_films` and :func:`interpret`."""
-    return interpret(query_films(backend, codec, features, context), findings)
+    outputs, rows = query_films(backend, codec, features, context), [pooled(found) for found in features]
+    return interpret(outputs, findings, rows, reader, context.view)

@@ -90,6 +90,9 @@ class ImageFindings:
         standings: for each name, what was measured of it. An empty tuple if nothing was: then every finding counts as
             assessed.
         operating_points: name of an operating point, such as ``sensitive``, → a threshold for each name.
+        head_thresholds: for the first names, which the Q-Former scores and the prompt lists, the thresholds of the
+            Q-Former's own scores, if the bundle has other readers (:mod:`cbedge.findings.finding_reader`). Empty if the
+            Q-Former scores all.
 
     Raises:
         ValueError: lengths differ, there are no names, or a share is invalid.
@@ -103,6 +106,7 @@ class ImageFindings:
     excludes: tuple[tuple[str, str], ...] = CONTRARY
     standings: tuple[Standing, ...] = ()
     operating_points: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    head_thresholds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.thresholds):
@@ -118,6 +122,8 @@ class ImageFindings:
         for point, thresholds in self.operating_points.items():
             if len(thresholds) != len(self.names):
                 raise ValueError(f"{len(self.names)} findings with {len(thresholds)} thresholds of {point}")
+        if len(self.head_thresholds) > len(self.names):
+            raise ValueError(f"{len(self.names)} findings with {len(self.head_thresholds)} thresholds of the Q-Former")
         if not all(0 <= share <= 1 for share in self.lateral_shares):
             raise ValueError(f"the lateral view's shares are {self.lateral_shares}; give 0 to 1")
 
@@ -137,6 +143,7 @@ class ImageFindings:
                 str(point): tuple(map(float, thresholds))
                 for point, thresholds in values.get("operating_points", {}).items()
             },
+            head_thresholds=tuple(map(float, values.get("head_thresholds", ()))),
         )
 
     def at(self, operating_point: str) -> ImageFindings:
@@ -149,6 +156,33 @@ class ImageFindings:
             known = ", ".join(self.operating_points) or "none; this model has one threshold for each finding"
             raise OptionError(f"unknown operating point {operating_point[:40]!r}; known: {known}")
         return replace(self, thresholds=self.operating_points[operating_point])
+
+    @property
+    def operating_point(self) -> str | None:
+        """The name of the operating point that has these thresholds; ``None`` if none has."""
+        return next((name for name, values in self.operating_points.items() if values == self.thresholds), None)
+
+    @property
+    def head(self) -> ImageFindings:
+        """The findings that the Q-Former's head scores, with the thresholds of its scores."""
+        count = len(self.head_thresholds)
+        if not count:
+            return self
+        pairs = tuple(pair for pair in self.excludes if {*pair} <= {*self.names[:count]})
+        return ImageFindings(
+            self.names[:count],
+            self.head_thresholds,
+            self.openings[:count],
+            self.denials[:count],
+            self.lateral_shares[:count],
+            pairs,
+        )
+
+    def prompted(self, present: Sequence[str]) -> tuple[str, ...]:
+        """What the prompt lists of the present findings: those that the language model was trained with, or
+        :data:`OTHER` if there are only others."""
+        known = {OTHER, *self.head.names}
+        return tuple(name for name in present if name in known) or (OTHER,) * bool(present)
 
     def unassessed(self, familiar: bool = True) -> tuple[str, ...]:
         """The findings that a draft must neither state nor deny without a mark.

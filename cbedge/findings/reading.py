@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cbedge.findings.finding_reader import FindingReader
 from cbedge.findings.image_findings import ImageFindings, scores_of
 
 
@@ -38,6 +39,7 @@ class ImageReading:
         attention: attention to each patch of the frontal radiograph for these findings (for "abnormal" if there are
             none), float32 [P], class token first.
         has_lateral: whether a lateral radiograph was read.
+        calibrated: whether the scores are calibrated probabilities.
     """
 
     image_embeds: np.ndarray
@@ -45,19 +47,35 @@ class ImageReading:
     scores: dict[str, float]
     attention: np.ndarray
     has_lateral: bool = False
+    calibrated: bool = False
 
 
-def interpret(outputs: Sequence[QFormerOutput], findings: ImageFindings | None) -> ImageReading:
-    """Combine the Q-Former's outputs for the radiographs of a study, and derive its findings from their scores."""
-    embeds, attention, logits = outputs[0]
-    for more, _, second in outputs[1:]:
-        embeds = np.concatenate([embeds, more], axis=1)
-        logits = findings.join(logits, second) if findings and logits is not None and second is not None else None
-    has_lateral = len(outputs) > 1
-    if findings is None or logits is None:
+def interpret(
+    outputs: Sequence[QFormerOutput],
+    findings: ImageFindings | None,
+    pooled: Sequence[np.ndarray] = (),
+    reader: FindingReader | None = None,
+    view: str | None = None,
+) -> ImageReading:
+    """Combine the Q-Former's outputs for the radiographs of a study, and derive its findings from their scores.
+
+    Args:
+        outputs: the Q-Former's output for each radiograph, the frontal one first.
+        findings: the model's findings; ``None`` for a model without finding scores.
+        pooled: class token and mean patch of each radiograph, float32 [1, 2H], for the reader.
+        reader: the bundle's calibrated readers; without them, the scores are the Q-Former's.
+        view: view of the first radiograph.
+    """
+    embeds = np.concatenate([output.embeds for output in outputs], axis=1)
+    attention, has_lateral = outputs[0].attention, len(outputs) > 1
+    logits = [output.finding_logits for output in outputs if output.finding_logits is not None]
+    if findings is None or len(logits) < len(outputs):
         return ImageReading(embeds, None, {}, attention.mean(0), has_lateral)
-    scores = scores_of(logits)
+    if reader is not None:
+        scores = scores_of(reader.logits(pooled, logits, view))
+    else:
+        scores = scores_of(findings.join(*logits) if has_lateral else logits[0])
     present = findings.read(scores)
-    rows = [i for i, name in enumerate(findings.names) if name in present] or [0]
+    rows = [i for i, name in enumerate(findings.names[: len(attention)]) if name in present] or [0]
     named = dict(zip(findings.names, map(float, scores), strict=True))
-    return ImageReading(embeds, present, named, attention[rows].mean(0), has_lateral)
+    return ImageReading(embeds, present, named, attention[rows].mean(0), has_lateral, reader is not None)

@@ -80,11 +80,16 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
 
 def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
     """The image scores and the notes."""
+    kind = (
+        "calibrated probabilities"
+        if report.finding_scores_calibrated
+        else "they rank findings and are not probabilities"
+    )
     observation: dict[str, Any] = {
         "resourceType": "Observation",
         "id": "image-scores",
         "status": "preliminary",
-        "code": {"text": "Image scores of a research model, 0 to 1; they rank findings and are not probabilities"},
+        "code": {"text": f"Image scores of a research model, 0 to 1; {kind}"},
         "device": {"reference": "#software"},
         "component": [
             {"code": {"text": name}, "valueQuantity": {"value": round(score, 3)}}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MANUFACTURER = "cbedge"
 _SCORE_MEANING = "Image finding score, 0 to 1; ranks, not a probability"
+_PROBABILITY_MEANING = "Image finding, calibrated probability"
 
 
 def check(source: Source) -> None:
@@ -164,12 +165,15 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
     if report.impression:
         items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), report.impression))
+    score = CodedConcept("score", "99CBEDGE", _SCORE_MEANING)
+    if report.finding_scores_calibrated:
+        score = CodedConcept("probability", "99CBEDGE", _PROBABILITY_MEANING)
     for name in report.image_findings or ():  # their scores are above their thresholds
         if name not in report.finding_scores:
             continue
         item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
         number = NumContentItem(
-            CodedConcept("score", "99CBEDGE", _SCORE_MEANING),
+            score,
             round(float(report.finding_scores[name]), 3),
             CodedConcept("1", "UCUM", "no units"),
             relationship_type=RelationshipTypeValues.HAS_PROPERTIES,

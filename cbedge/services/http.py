@@ -279,6 +279,7 @@ def _info_routes(
             "license": manifest.license,
             "reads_lateral": manifest.reads_lateral,
             "takes_template": manifest.image_findings is not None,
+            "operating_point": manifest.image_findings.operating_point if manifest.image_findings else None,
             "card": card,
         }
 
