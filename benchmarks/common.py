@@ -1,4 +1,4 @@
-"""What the benchmarks share: processes of cbedge, free ports, the conditions of a measurement, and records."""
+"""What the benchmarks share: processes of cbedge, free ports, and records."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import typer
-
-from cbedge.backends.provider import is_installed
-from cbedge.machine import machine
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "chest_pa.png"
@@ -88,26 +84,6 @@ def serving(folder: Path, *words: object) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def conditions(command: str) -> dict[str, Any]:
-    """The first entries of a record: the command, the commit of this checkout, and the machine."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return {"command": command, "commit": "", "machine": machine()}
-    return {"command": command, "commit": done.stdout.strip(), "machine": machine()}
-
-
-def typed(module: str) -> str:
-    """This program's command line, folders left out of its arguments."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join([f"python -m benchmarks.{module}", *words])
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    return {name: version(name) for name in packages if is_installed(name)}
 
 
 def write_record(record: dict[str, Any], output: Path | None, page: str | None = None) -> None:

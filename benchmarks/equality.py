@@ -20,11 +20,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.common import conditions, versions, write_record
+from benchmarks.common import write_record
 from benchmarks.drawn_studies import draw_films, write_collection
 from benchmarks.equality_answers import Answer, Reference, in_bundle, in_torch
 from benchmarks.released_layout import FAMILIES, write_released
 from cbedge import ReportGenerator
+from cbedge.provenance import provenance
 from training.base import load_model
 from training.trained import load_adapted, merge_adapters
 
@@ -219,7 +220,7 @@ def main(
             for row in measure(Path(scratch) / name, name, films, *SIZES[name]):
                 typer.echo(f"{name}: {row}", err=True)
                 families[name].append(asdict(row))
-    record = conditions("python -m benchmarks.equality") | {"versions": versions(*PACKAGES), "families": families}
+    record = provenance("drawn films", packages=PACKAGES, bundle=False) | {"families": families}
     write_record(record, output, to_markdown(record))
 
 

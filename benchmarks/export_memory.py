@@ -20,8 +20,9 @@ import typer
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from benchmarks.common import conditions, start_module, write_record
+from benchmarks.common import start_module, write_record
 from benchmarks.shape import byte_tokenizer
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -111,9 +112,8 @@ def main(
             max_position_embeddings=2048,
         )
         rows.append(measure(config, variant, at_once))
-    command = f"python -m benchmarks.export_memory --at-once {at_once} --variant {variant} --output …"
     settings = {"width": width, "vocabulary": vocabulary, "variant": variant, "at_once": at_once}
-    write_record(conditions(command) | settings | {"depths": rows}, output)
+    write_record(provenance("random weights", bundle=False) | settings | {"depths": rows}, output)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import numpy as np
 import typer
 from PIL import Image
 
-from benchmarks.common import TRACEBACK, conditions, start_cbedge, write_record
+from benchmarks.common import TRACEBACK, start_cbedge, write_record
 from benchmarks.mutations import film
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -112,7 +113,7 @@ def main(
     """Run, print and record; exit with 1 if a line is lost, repeated or broken."""
     with tempfile.TemporaryDirectory() as folder:
         counts = kill_rounds(rounds, 8 * rounds, seed, Path(folder))
-    write_record(conditions(f"python -m benchmarks.kill_batch --rounds {rounds} --seed {seed}") | counts, output)
+    write_record(provenance(f"{8 * rounds} copies of the example radiograph") | counts, output)
     clean = counts["finished"] and not any(counts[name] for name in ("lost", "twice", "broken", "tracebacks"))
     raise typer.Exit(0 if clean else 1)
 

@@ -18,8 +18,9 @@ import numpy as np
 import typer
 from pydicom.uid import generate_uid
 
-from benchmarks.common import TRACEBACK, conditions, free_port, write_record
+from benchmarks.common import TRACEBACK, free_port, write_record
 from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -90,8 +91,7 @@ def main(
     """Run, print and record; exit with 1 if a radiograph is lost, repeated or failed."""
     with tempfile.TemporaryDirectory() as folder:
         counts = kill_rounds(rounds, per_round, seed, Path(folder))
-    command = f"python -m benchmarks.kill_listen --rounds {rounds} --per-round {per_round} --seed {seed}"
-    write_record(conditions(command) | counts, output)
+    write_record(provenance(f"{rounds * per_round} copies of the example radiograph") | counts, output)
     clean = counts["finished"] and not any(counts[name] for name in ("lost", "twice", "failed", "tracebacks"))
     raise typer.Exit(0 if clean else 1)
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from benchmarks.common import EXAMPLE, ROOT, conditions, refuse_existing, start_module, typed, write_record
+from benchmarks.common import EXAMPLE, ROOT, refuse_existing, start_module, write_record
 from benchmarks.drawn_studies import write_collection
 from benchmarks.export_memory import watch
+from cbedge.provenance import provenance
 from training.command_line import run
 
 CONFIG = ROOT / "training" / "configs" / "instructblip_vicuna_7b.yaml"
@@ -70,7 +71,8 @@ def main(
 ) -> None:
     """Measure, print and record."""
     refuse_existing(output, force)
-    record = conditions(typed("large_training")) | {"shape": shape, "layers": layers, "base_precision": base_precision}
+    settings = {"shape": shape, "layers": layers, "base_precision": base_precision}
+    record = provenance("drawn studies", bundle=False) | settings
     with tempfile.TemporaryDirectory() as scratch:
         kept = ["--layers", layers] if layers else []
         measured = measure(Path(scratch), ["--shape", shape, *kept], base_precision)

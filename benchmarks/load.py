@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 import typer
 
-from benchmarks.common import conditions, serving, write_record
+from benchmarks.common import serving, write_record
 from cbedge import ReportGenerator
+from cbedge.provenance import provenance
 from training.datasets.iu_xray import read_studies
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -54,8 +55,7 @@ def main(
     options = ["--deadline", 600, "--recent-studies", 0, *(["--model", model] if model else [])]
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *options) as (address, pid):
         measured = asyncio.run(_measure(address, pid, images, wanted, requests, clients))
-    command = f"python -m benchmarks.load --requests {requests} --clients {clients} …"
-    write_record(conditions(command) | measured, output)
+    write_record(provenance(f"{len(images)} validation studies of IU X-RAY", model) | measured, output)
 
 
 async def _measure(

@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.common import write_record
 from cbedge import ReportGenerator
-from cbedge.machine import machine
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 TOKENS = (1, 2, 5, 9, 17, 33)  # a GPU runs passes over 2, 5, 9, 17 or 33
@@ -69,8 +69,9 @@ def main_command(
 ) -> None:
     """Measure and print as JSON."""
     generator = ReportGenerator.from_pretrained(bundle, variant, device)
-    record = {"variant": generator.variant, "device": generator.backend.device}
-    write_record(record | {"ms": measure(generator, prompt, runs), "machine": machine()}, None)
+    record = provenance("random embeddings", bundle)
+    record |= {"variant": generator.variant, "device": generator.backend.device}
+    write_record(record | {"ms": measure(generator, prompt, runs)}, None)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer
 
-from benchmarks.common import EXAMPLE, conditions, refuse_existing, versions, write_record
+from benchmarks.common import EXAMPLE, refuse_existing, write_record
 from benchmarks.peer_models import prepare
 from benchmarks.peer_report import plot, summarize, to_markdown
 from benchmarks.peer_runners import RUNNERS, USUAL, Job, Run, Study, Task, read_image
 from cbedge import open_bundle
 from cbedge.bundles.bundle import TOKENIZER
 from cbedge.prompt import ClinicalContext, build_prompt
+from cbedge.provenance import provenance
 from training.command_line import run
 from training.datasets import open_studies
 
@@ -180,10 +181,8 @@ def main(
         job = Job(model.absolute(), bundle.absolute(), threads, device, optimum_python)
         tasks = plan(job.bundle, studies, tokens, threads)
         found = measure(job, names, tasks)
-    length = "--data IU_XRAY" if data else f"--tokens {tokens}"
-    command = f"python -m benchmarks.peers --device {device} {length} --rounds {rounds} --threads {threads} …"
-    record = conditions(command) | {
-        "versions": versions(*PACKAGES),
+    drafted = f"{rounds} validation studies of IU X-RAY" if data else image.name
+    record = provenance(drafted, bundle, PACKAGES) | {
         "tokens": [pick(task.tokens for task in tasks) for pick in (min, statistics.median, max)],
         "rounds": len(tasks),
         "threads": threads,

@@ -17,12 +17,13 @@ import numpy as np
 import typer
 from scipy.special import log_softmax
 
-from benchmarks.common import conditions, typed, write_record
+from benchmarks.common import write_record
 from benchmarks.peer_runners import read_image
 from cbedge import ReportGenerator
 from cbedge.backends.ort import OnnxBackend
 from cbedge.bundles.bundle import Bundle
 from cbedge.decoding import decode
+from cbedge.provenance import provenance
 from export.blockwise import Int4Settings, quantize_language_model
 from export.console import quiet_libraries
 from export.quantize import round_for
@@ -108,13 +109,13 @@ def main(
                 rows[name]["cider"] = _cider(drafter, written)
         typer.echo(f"{name}: {rows[name]}", err=True)
         record = {
+            **provenance("IU X-RAY, val", bundle),
             "studies": len(cases),
             "drafts": len(written),
             "tokens": sum(len(c.tokens) for c in cases),
             "settings": rows,
         }
-        record = conditions(typed("quantization")) | record  # written each time, so that a stopped run leaves a record
-        write_record(record, output, to_markdown(record))
+        write_record(record, output, to_markdown(record))  # each time, so that a stopped run leaves a record
 
 
 def to_markdown(record: dict[str, Any]) -> str:

@@ -22,11 +22,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import conditions, versions, write_record
+from benchmarks.common import write_record
 from benchmarks.mutations import KINDS, Input, make_input, plan
 from benchmarks.robustness_outcome import COUNTS, Failure, Outcome
 from benchmarks.robustness_routes import ListenRoute, ServeRoute, ServiceRoute, WorkerRoute
 from cbedge.cli.options import number
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 PACKAGES = ("numpy", "pillow", "pydicom", "onnxruntime", "pynetdicom", "fastapi", "uvicorn")
@@ -113,16 +114,15 @@ def _keep(campaign: Campaign, failure: Failure, made: Input) -> None:
     path.with_suffix(".txt").write_text(note, encoding="utf-8")
 
 
-def to_record(outcome: Outcome, command: str, seconds: float) -> dict[str, Any]:
+def to_record(outcome: Outcome, seconds: float) -> dict[str, Any]:
     """A campaign as JSON."""
     counts = Counter(failure.fault for failure in outcome.failures)
     kinds = Counter({kind: sum(n for (k, _), n in outcome.tried.items() if k == kind) for kind, _ in outcome.tried})
     by_route = Counter({r: sum(n for (_, q), n in outcome.tried.items() if q == r) for _, r in outcome.tried})
     return {
-        **conditions(command),
+        **provenance("mutated inputs", packages=PACKAGES),
         "seconds": round(seconds, 1),
         "python": sys.version.split()[0],
-        "versions": versions(*PACKAGES),
         "inputs": outcome.tried.total(),
         "drafted": outcome.drafted,
         "refused": outcome.refused,
@@ -187,9 +187,7 @@ def main(
         raise typer.BadParameter(f"unknown kind {only!r}; give one of: {', '.join(KINDS)}")
     start = time.monotonic()
     outcome = run_campaign(Campaign(inputs, seed, only, inputs_from, workers, limit, keep, progress=True))
-    command = f"python -m benchmarks.robustness --inputs {inputs} --seed {seed}"
-    command += (f" --inputs-from {inputs_from}" if inputs_from else "") + (f" --only {only}" if only else "")
-    record = to_record(outcome, command, time.monotonic() - start)
+    record = to_record(outcome, time.monotonic() - start)
     write_record(record, output, to_markdown(record))
     raise typer.Exit(1 if outcome.failures else 0)
 

@@ -20,6 +20,7 @@ import typer
 
 from benchmarks.common import refuse_existing, write_record
 from cbedge.machine import machine
+from cbedge.provenance import provenance
 from training.command_line import run
 
 TOKENS, PROMPT = 100, 80  # of the report for which models are compared
@@ -170,13 +171,13 @@ def measure(latency: dict[str, Any], workers: int, seed: int = 0) -> dict[str, A
     }
 
 
-def to_markdown(record: dict[str, Any], command: str) -> str:
+def to_markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
     roof, where = record["roofline"], record["latency_of"]
     lines = [
         "# Roofline and scale",
         "",
-        f"Command: `{command}`",
+        f"Command: `{record['command']}`",
         "",
         f"{record['model']}, {record['variant']}; latency measured on {where['processor']}, {where['cores']} cores, "
         f"{where['read_bandwidth_gb_s']} GB/s; fp32 arithmetic {record['arithmetic_gflops']:.0f} GFLOP/s.",
@@ -233,9 +234,9 @@ def scale_command(
         raise ValueError(f"{latency} was not written by `cbedge bench --format json`: run that first") from None
     if (there := measured["machine"]["processor"]) != (here := machine()["processor"]):
         raise ValueError(f"{latency} was measured on {there}, and this is {here}: run `cbedge bench` here first")
-    record = measure(measured, workers)
-    command = f"python -m benchmarks.scale --latency {latency.name} --output {output.name} --workers {workers}"
-    write_record(record, output, to_markdown(record, command))
+    record = provenance(f"computed from {latency.name}", bundle=False) | measure(measured, workers)
+    record["bundle"] = measured.get("bundle")  # the one whose latency this is
+    write_record(record, output, to_markdown(record))
 
 
 if __name__ == "__main__":

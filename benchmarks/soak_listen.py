@@ -24,9 +24,10 @@ import typer
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
-from benchmarks.common import TRACEBACK, conditions, free_port, write_record
+from benchmarks.common import TRACEBACK, free_port, write_record
 from benchmarks.listen_node import Node, Pacs, encode, radiograph, send
 from cbedge.cli.options import number
+from cbedge.provenance import provenance
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 GARBAGE = ("noise", "cut short", "no pixels", "another modality", "malformed study")
@@ -172,10 +173,11 @@ def soak(objects: int, peers: int, seed: int, folder: Path, limit_s: float) -> d
 
 def to_markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
-    lines = ["# A soak of `cbedge listen`", "", f"`{record['command']}` at commit {record['commit'][:7]}", ""]
+    lines = ["# A soak of `cbedge listen`", "", f"`{record['command']}` at commit {record['commit']}", ""]
+    provenance_names = ("command", "commit", "bundle", "data", "versions", "machine")
     lines += ["| | |", "|---|---|"]
     for name, value in record.items():
-        if name not in ("command", "machine", "commit"):
+        if name not in provenance_names:
             shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
             lines.append(f"| {name.replace('_', ' ')} | {shown} |")
     return "\n".join(lines) + "\n"
@@ -190,9 +192,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the record; a table is written beside it.")] = None,
 ) -> None:
     """Run the soak and print or write the record; exit with 1 if an object is not accounted for."""
-    command = f"python -m benchmarks.soak_listen --objects {objects} --peers {peers} --seed {seed}"
     with tempfile.TemporaryDirectory() as folder:
-        record = conditions(command) | soak(objects, peers, seed, Path(folder), limit)
+        record = provenance("drawn DICOM objects") | soak(objects, peers, seed, Path(folder), limit)
     write_record(record, output, to_markdown(record))
     wrong = ("lost", "twice", "good_not_drafted", "left_in_spool", "tracebacks")
     raise typer.Exit(0 if record["alive"] and not any(record[name] for name in wrong) else 1)

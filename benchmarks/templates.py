@@ -24,12 +24,13 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import conditions, versions, write_record
+from benchmarks.common import write_record
 from cbedge import CbedgeError, ContextError, Report, ReportGenerator
 from cbedge.backends.int8 import multiplies_exactly
 from cbedge.bundles.manifest import IN_INT8
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import ClinicalContext
+from cbedge.provenance import provenance
 from cbedge.sentences import normalize, split_text
 from training.datasets.iu_xray import read_studies
 
@@ -237,15 +238,14 @@ def _without_names(warning: str) -> str:
     return re.sub(r"point to .*?(?= and none of its sentences|\.$|$)", "point to …", warning)
 
 
-def to_record(rows: Iterable[Row], films: int, command: str, seconds: float) -> dict[str, Any]:
+def to_record(rows: Iterable[Row], films: int, seconds: float, model: Path | None = None) -> dict[str, Any]:
     """The counts as JSON."""
     rows = list(rows)
     wanted, found = sum(row.wanted for row in rows), sum(row.found for row in rows)
     strict = wanted + sum(row.unmatched for row in rows)
     return {
-        **conditions(command),
+        **provenance(f"{films} validation studies of IU X-RAY", model, ("numpy", "onnxruntime", "tokenizers")),
         "seconds": round(seconds, 1),
-        "versions": versions("numpy", "onnxruntime", "tokenizers"),
         "films": films,
         "drafts": sum(row.drafts for row in rows),
         "broken": sum(row.broken for row in rows),
@@ -326,9 +326,7 @@ def main(
         generator = ReportGenerator.from_pretrained(model, name, "cpu")
         for study in studies:
             draft(generator, study.image, styles, study.context, study.study_id, rows)
-    words = [f"--films {len(studies)}", *[f"--variant {name}" for name in variant or ()]]
-    command = " ".join(["python -m benchmarks.templates --data IU_XRAY", *words])
-    record = to_record(rows.values(), len(studies), command, time.monotonic() - start)
+    record = to_record(rows.values(), len(studies), time.monotonic() - start, model)
     write_record(record, output, to_markdown(record))
     if record["broken"] or record["share"] < 0.95:
         sys.exit(1)

@@ -16,12 +16,13 @@ import typer
 from pydicom.data import get_testdata_files
 from rich.progress import track
 
-from benchmarks.common import conditions, typed, write_record
+from benchmarks.common import write_record
 from cbedge import CbedgeError, ReportGenerator
 from cbedge.images.gate import Gate
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import clean_context
+from cbedge.provenance import provenance
 from training.datasets.iu_xray import read_studies
 from training.datasets.studies import Study
 from training.scoring import rouge_matrix
@@ -73,6 +74,7 @@ def gate_command(data: Data, output: Output, model: Model = None) -> None:
     others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
     refusals = {name: _refused(gate, generator, image) for name, image in others.items()}
     record = {
+        **provenance("IU X-RAY, test", model),
         "limit": gate.limit,
         "radiographs": len(scores),
         "false_alarms": float(np.mean(np.array(scores) > gate.limit)),
@@ -80,7 +82,7 @@ def gate_command(data: Data, output: Output, model: Model = None) -> None:
         "caught": float(np.mean(list(refusals.values()))),
         "let_pass": sorted(name for name, refused in refusals.items() if not refused),
     }
-    write_record(conditions(typed("trust")) | record, output)
+    write_record(record, output)
 
 
 @app.command("occlusion")
@@ -107,13 +109,14 @@ def occlusion_command(
     difference = np.array(changes["top"]) - np.array(changes["random"])
     samples = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(2000)]
     record = {
+        **provenance("IU X-RAY, val", model),
         "studies": len(difference),
         "window_patches": _WINDOW,
         "draft_changed": {kind: float(np.mean(values)) for kind, values in changes.items()},
         "difference": [float(difference.mean()), *map(float, np.percentile(samples, (2.5, 97.5)))],
         "finding_scores_changed": {kind: float(np.mean(values)) for kind, values in scores.items()},
     }
-    write_record(conditions(typed("trust")) | record, output)
+    write_record(record, output)
 
 
 def other_images() -> dict[str, np.ndarray]:

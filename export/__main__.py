@@ -105,7 +105,7 @@ def export(
     )
     parity = export_model(settings, Steps())
     if record:
-        write_parity(parity, record)
+        write_parity(parity, out, record)
     Console().print(summary(parity, out))
 
 

@@ -1,7 +1,6 @@
 """Compare exported variants with torch: the output of each graph, and the tokens of whole drafts."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,12 +13,15 @@ from cbedge.findings.image_findings import scores_of
 from cbedge.images.preprocess import Preprocessing, preprocess_radiograph
 from cbedge.images.radiograph import load_radiograph
 from cbedge.prompt import ClinicalContext
+from cbedge.provenance import provenance
 from training.base import ModelAndTokenizers
 from training.batches import encode_instructions, encode_prompt
+from training.records import origin, write_record
 from training.special_tokens import stop_ids
 
 GREEDY_TOKENS = 64
 FP32_CASES = 8  # drafts that are compared token by token in fp32
+GRAPH_CASES = 8  # cases whose graphs are compared
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chest_pa.png"
 
 
@@ -36,8 +38,8 @@ class VariantParity:
     """Differences of one variant from torch in fp32.
 
     Attributes:
-        graph_errors: largest absolute error of each graph, with torch's inputs.
-        relative_errors: relative error of each graph, by Euclidean norm.
+        graph_errors: largest absolute error of each graph over several cases, with torch's inputs.
+        relative_errors: relative error of each graph over the same cases, by Euclidean norm.
         token_agreement: share of torch's tokens that the variant also chooses after the same tokens.
     """
 
@@ -56,6 +58,7 @@ class Parity:
         merge_error: largest difference of a logit between merged and unmerged model, relative to the largest logit.
         fp32_cases, fp32_equal: number of drafts of up to 64 tokens compared in fp32, and of equal ones.
         variants: the exported variants and ``fp32``.
+        graph_cases: number of cases whose graphs were compared; 1 in records that do not say.
     """
 
     merge_error: float
@@ -64,6 +67,7 @@ class Parity:
     fp32_cases: int
     fp32_equal: int
     variants: dict[str, VariantParity]
+    graph_cases: int = 1
 
     def to_markdown(self) -> str:
         """The parity table for the model card and the terminal."""
@@ -79,7 +83,7 @@ class Parity:
             "",
             f"- {self.cases} cases ({self.source}), up to {GREEDY_TOKENS} tokens each. *Equal tokens*: share of "
             "positions at which the variant chooses the token of torch in fp32 after the same tokens. Errors of graphs "
-            "are the largest absolute error and the relative error (Euclidean norm).",
+            f"are the largest absolute error and the relative error (Euclidean norm) over {self.graph_cases} case(s).",
             f"- Merging the adapters changes the fp32 logits by at most {self.merge_error:.1e} of the largest logit.",
             f"- fp32: {self.fp32_equal} of {self.fp32_cases} greedy drafts of {GREEDY_TOKENS} tokens equal torch's.",
         ]
@@ -135,11 +139,12 @@ def compare(
             agreed += sum(a == b for a, b in zip(forced, tokens, strict=True))
             same += forced == tokens
             progress(next(done), total)
-        errors, relative = _graph_errors(exact, backend, parts, cases[0])
+        errors, relative = _graph_errors(exact, backend, parts, cases[:GRAPH_CASES])
         variants[name] = VariantParity(
             megabytes[name], errors, relative, agreed / sum(map(len, wanted)), same / len(cases)
         )
-    return Parity(merge_error, len(cases), source, min(FP32_CASES, len(cases)), equal, variants)
+    compared = (min(count, len(cases)) for count in (FP32_CASES, GRAPH_CASES))
+    return Parity(merge_error, len(cases), source, next(compared), equal, variants, next(compared))
 
 
 def _instruction(parts: ModelAndTokenizers, case: Case) -> np.ndarray:
@@ -175,29 +180,39 @@ def _forced(backend: Backend, parts: ModelAndTokenizers, case: Case, wanted: lis
 
 
 def _graph_errors(
-    exact: Backend, backend: Backend, parts: ModelAndTokenizers, case: Case
+    exact: Backend, backend: Backend, parts: ModelAndTokenizers, cases: Sequence[Case]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Absolute and relative errors of each graph with torch's inputs, so that errors do not add up."""
+    """Absolute and relative errors of each graph over the cases, with torch's inputs, so that errors do not add up."""
+    largest: dict[str, float] = {}
+    squares: dict[str, np.ndarray] = {}  # of the differences and of torch's values
+    for case in cases:
+        for kind, (ours, theirs) in _graph_outputs(exact, backend, parts, case).items():
+            largest[kind] = max(largest.get(kind, 0.0), float(np.abs(ours - theirs).max()))
+            squares[kind] = squares.get(kind, 0.0) + np.square([np.linalg.norm(ours - theirs), np.linalg.norm(theirs)])
+    return largest, {kind: float(np.sqrt(error / whole)) for kind, (error, whole) in squares.items()}
+
+
+def _graph_outputs(
+    exact: Backend, backend: Backend, parts: ModelAndTokenizers, case: Case
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The outputs of each graph, of the backend and of torch, both with torch's inputs."""
     features, instruction = exact.encode_image(case.pixels), _instruction(parts, case)
     embeds, prompt = _read(exact, parts, case)
     (our_image, _, our_logits), (image, _, logits) = (b.query_image(features, instruction) for b in (backend, exact))
+    ours, theirs = (b.new_decoder(embeds.shape[1]).prefill(embeds) for b in (backend, exact))
     pairs = {
         "vision_encoder": (backend.encode_image(case.pixels), features),
         "qformer": (our_image, image),
         "embed_tokens": (backend.embed_tokens(prompt), exact.embed_tokens(prompt)),
-        "decoder_model_merged": tuple(b.new_decoder(embeds.shape[1]).prefill(embeds) for b in (backend, exact)),
+        "decoder_model_merged": (ours, theirs),
     }
     if our_logits is not None and logits is not None:
         pairs["qformer, findings"] = (our_logits, logits)
-    absolute, relative = {}, {}
-    for kind, (ours, theirs) in pairs.items():
-        absolute[kind] = float(np.abs(ours - theirs).max())
-        relative[kind] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    return absolute, relative
+    return pairs
 
 
-def write_parity(parity: Parity, folder: Path) -> None:
-    """Record a parity table as JSON and Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "parity.json").write_text(json.dumps(asdict(parity), indent=1) + "\n", encoding="utf-8")
-    (folder / "parity.md").write_text(f"# Parity with torch\n\n{parity.to_markdown()}\n", encoding="utf-8")
+def write_parity(parity: Parity, bundle: Path, folder: Path) -> None:
+    """Record the parity table of a bundle, with its provenance, as JSON and Markdown in a folder."""
+    record = provenance(parity.source, bundle, ("torch", "transformers")) | asdict(parity)
+    page = f"# Parity with torch\n\n{origin(record)}\n\n{parity.to_markdown()}\n"
+    write_record(record, page, folder / "parity")

@@ -9,6 +9,7 @@ from conftest import USUAL_VARIANT, call_cli
 
 from cbedge import ReportGenerator, bench, bench_report
 from cbedge.images.radiograph import load_radiograph
+from cbedge.provenance import describe_bundle
 
 
 def run_bench(bundle: Path, *arguments: object):
@@ -76,6 +77,7 @@ def test_the_command_writes_a_record_a_plot_and_cold_starts(tiny_bundle: Path, c
     written = json.loads(out.read_text())
     assert written["cold"]["variant"] == written["variants"][0]["variant"] == USUAL_VARIANT
     assert written["cold"]["first_token_s"] <= written["cold"]["command_s"] and written["cold"]["peak_memory_mb"] > 10
+    assert written["bundle"] == describe_bundle(tiny_bundle) and written["data"] == "radiographs: 1"
     assert png.read_bytes().startswith(b"\x89PNG")
     assert str(chest_png.parent) not in out.read_text()
     again = run_bench(tiny_bundle, *arguments)

@@ -1,7 +1,6 @@
 """Commands for building models: download base weights, check data, train, and evaluate."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,6 +104,9 @@ def evaluate_command(
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     limit: Annotated[int | None, typer.Option(min=2, help="Maximum number of studies, for trials.")] = None,
     drafts: Annotated[Path | None, typer.Option(help="JSON Lines file for all drafts; do not commit it.")] = None,
+    from_drafts: Annotated[
+        Path | None, typer.Option(help="Score the drafts of such a file, written by the first --model, again.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for --run.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Radiographs per batch of the encoder.")] = 16,
     chexbert: Annotated[Path | None, typer.Option(help="Path of chexbert.pth, for CheXbert scores.")] = None,
@@ -124,13 +126,15 @@ def evaluate_command(
     retrieval controls and linear probes are measured with the run's encoder, or else with the first --model's.
     """
     from training.drafting import Encoder, TorchDrafter
-    from training.evaluate import evaluate, to_markdown
+    from training.evaluate import PACKAGES, evaluate, to_markdown
     from training.external import evaluate_films, parse_external, read_films
     from training.labelers import Chexbert
     from training.run_bundle import ReportResources
     from training.trained import load_merged
 
     _check_split(split)
+    if from_drafts and not model:
+        raise ValueError("--from-drafts needs the bundle that wrote them: give --model")
     if not model and run_folder is None and image_blind is None:
         raise ValueError("nothing to evaluate: give --model BUNDLE, --run RUN or both, or --image-blind RUN")
     _check_results(output, force)
@@ -144,9 +148,20 @@ def evaluate_command(
         parts = load_merged(image_blind, cache, device)
         blind = TorchDrafter(parts, "image-blind model (torch)", True, ReportResources.learn(parts, data))
     labelers: dict[str, Any] = {"chexbert": Chexbert(chexbert, cache=cache) if chexbert else None, "radgraph": radgraph}
-    record = evaluate(data, drafters, encoder, split, limit, image_blind=blind, drafts_file=drafts, **labelers)
+    record = evaluate(
+        data,
+        drafters,
+        encoder,
+        split,
+        limit,
+        image_blind=blind,
+        drafts_file=drafts,
+        recorded=from_drafts,
+        **labelers,
+    )
     record["external"] = {name: evaluate_films(drafters[0].generator, films) for name, films in away.items()}
-    _finish(record, to_markdown, output)
+    studied = [f"IU X-RAY, {split}", *[f"{name}, {split}" for name in away]]
+    _finish(record, to_markdown, output, "; ".join(studied), model[0] if model else None, PACKAGES)
 
 
 def _drafters(
@@ -195,7 +210,7 @@ def ablate_command(
     settings = load_config(config, data=data, output=runs, device=device, precision=precision)
     cells = tuple(known[name] for name in cell or known)
     record = ablate(settings, runs, cache, split=split, limit=limit, cells=cells, max_steps=max_steps)
-    _finish(record, to_markdown, output)
+    _finish(record, to_markdown, output, f"IU X-RAY, {split}")
 
 
 @app.command("curve")
@@ -225,7 +240,7 @@ def curve_command(
     parts.model.to(choose_device(device))
     record = curve.measure(Encoder(open_run(parts), batch_size), data, split, repeats, limit)
     curve.plot(record, output.with_suffix(".png"))
-    _finish(record | {"base": base}, curve.to_markdown, output)
+    _finish(record | {"base": base}, curve.to_markdown, output, f"IU X-RAY, train and {split}")
 
 
 @app.command("browse")
@@ -261,7 +276,7 @@ def like_paper_command(
 
     _check_results(output, force)
     record = evaluate_drafts(drafts, data, wordnet, lambda row: typer.echo(f"scoring {row}", err=True))
-    _finish(record, to_markdown, output)
+    _finish(record, to_markdown, output, f"the studies of {drafts.name}", packages=("nltk", "rouge-score"))
 
 
 @app.command("compare")
@@ -282,14 +297,22 @@ def compare_command(
 
     _check_results(output, force)
     record = compare_drafts(first, second, (first_row, second_row))
-    _finish(record, to_markdown, output)
+    _finish(record, to_markdown, output, f"the studies of {first.name} and {second.name}")
 
 
-def _finish(record: dict[str, Any], to_markdown: Callable[[dict[str, Any]], str], output: Path) -> None:
-    """Write a record with its command, and print its tables."""
+def _finish(
+    record: dict[str, Any],
+    to_markdown: Callable[[dict[str, Any]], str],
+    output: Path,
+    data: str,
+    model: Path | None = None,
+    packages: Sequence[str] = ("torch", "transformers"),
+) -> None:
+    """Write a record with its provenance, and print its tables; ``data`` and ``model`` are what was measured."""
+    from cbedge.provenance import provenance
     from training.records import write_record
 
-    record["command"] = "python -m training " + " ".join(_shown(a) for a in sys.argv[1:])
+    record = provenance(data, model, packages, bundle=model is not None) | record
     write_record(record, to_markdown(record), output)
     typer.echo(to_markdown(record))
 
@@ -303,12 +326,6 @@ def _check_results(output: Path, force: bool) -> None:
     for suffix in (".json", ".md"):
         if output.with_suffix(suffix).exists():
             check_output(output.with_suffix(suffix), force)
-
-
-def _shown(argument: str) -> str:
-    """A path is recorded by its last two parts, without the folders of this machine."""
-    path = Path(argument)
-    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else argument
 
 
 if __name__ == "__main__":

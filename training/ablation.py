@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from training.config import RunConfig
 from training.controls import own, swapped, withheld
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.drafting import TorchDrafter
-from training.records import table
+from training.records import origin, table
 from training.run_bundle import ReportResources
 from training.scoring import METRICS, score
 from training.train import run
@@ -98,7 +97,6 @@ def ablate(
         "stages": [stage.name for stage in config.stages],
         "shortened": max_steps,
         "cells": rows,
-        "date": date.today().isoformat(),
     }
 
 
@@ -109,7 +107,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Ablation, {record['split']} split: {record['studies']} studies{limited}",
         "",
-        f"{record['date']}. fp32, torch, greedy. Command: `{record.get('command', 'unknown')}`",
+        f"{origin(record)}. fp32, torch, greedy.",
         "",
     ]
     rows = []

@@ -11,7 +11,7 @@ import numpy as np
 from cbedge.prompt import split_sections
 from training.clinical import Labels, clinical_scores, label_reports, paired_difference
 from training.datasets.iu_xray import clean_reference
-from training.records import drafts_of, read_drafts, table
+from training.records import drafts_of, origin, read_drafts, table
 from training.scoring import PROTOCOL, score
 
 CLINICAL = {"finding_f1": "F1 of 13 findings, micro", "balanced_accuracy": "abnormal or normal, balanced accuracy"}
@@ -49,7 +49,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# {first} against {second}",
         "",
-        f"{record['studies']} studies. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        f"{origin(record)}. {record['studies']} studies. {record['protocol']}.",
         "",
     ]
     rows = []

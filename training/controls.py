@@ -1,25 +1,39 @@
 """Controls for scores: reports that do not use the study's own radiograph, and drafts from changed inputs."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 
 from cbedge.images.radiograph import Radiograph
+from cbedge.prompt import split_sections
+from cbedge.sentences import split_text
+from training.clinical import label_reports
 from training.datasets import Study
 from training.drafting import Request
+from training.findings import LABELS
 from training.scoring import rouge_matrix
 
 CONSENSUS = 25
 _BLANK_SIDE = 256
-_CANDIDATES = 300
 
 
-def best_constant(train_reports: list[str], seed: int = 0) -> str:
-    """The training report with the highest mean ROUGE-L to all others, among 300 random candidates."""
-    rng = np.random.default_rng(seed)
-    distinct = sorted({r for r in train_reports if r})
-    candidates = [distinct[i] for i in rng.permutation(len(distinct))[:_CANDIDATES]]
-    return candidates[int(np.mean(rouge_matrix(candidates, train_reports), axis=1).argmax())]
+def best_constant(train_reports: list[str]) -> str:
+    """The training report with the highest mean ROUGE-L to all training reports."""
+    candidates = sorted({r for r in train_reports if r})
+    return max(candidates, key=lambda report: float(np.mean(rouge_matrix([report], train_reports))))
+
+
+def commonest_findings(train_reports: Sequence[str], count: int = 3) -> str:
+    """A report that names the findings which most training reports name: what can be scored by always saying so."""
+    named = label_reports(train_reports).matrix[:, 1:].sum(0)
+    return " ".join(f"There is {LABELS[1 + i].lower()}." for i in np.argsort(-named, kind="stable")[:count])
+
+
+def opening_of(draft: str, openings: Collection[str]) -> str:
+    """The opening sentences of a draft's findings, without what the language model or a template continues with."""
+    return " ".join(takewhile(lambda sentence: sentence in openings, split_text(split_sections(draft)[0])))
 
 
 def neighbours(queries: np.ndarray, train: np.ndarray, count: int = CONSENSUS) -> np.ndarray:

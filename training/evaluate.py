@@ -1,29 +1,43 @@
 """Score a model on the test split of IU X-RAY (R2Gen's), with controls."""
 
 import json
-import platform
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from cbedge.prompt import split_sections
+from cbedge.prompt import ClinicalContext, split_sections
+from cbedge.provenance import bundle_sha256
 from training import external
 from training.clinical import finding_f1, label_known, validate, with_intervals
-from training.controls import best_constant, blank, consensus, neighbours, own, swapped, withheld
+from training.controls import (
+    best_constant,
+    blank,
+    commonest_findings,
+    consensus,
+    neighbours,
+    opening_of,
+    own,
+    swapped,
+    withheld,
+)
 from training.datasets.iu_xray import clean_reference, read_studies
 from training.datasets.studies import Study
-from training.drafting import Drafter, Encoder, Request
+from training.drafting import Drafter, Encoder, Request, RuntimeDrafter
 from training.labelers import Chexbert, outside_scores
 from training.ontology import TAGS
 from training.probes import KINDS, probe, represent
-from training.records import table
+from training.records import origin, read_drafts, table
 from training.scoring import METRICS, PROTOCOL, Scores, score
 
+PACKAGES = ("torch", "transformers", "onnxruntime", "pycocoevalcap")
+OPENINGS_ALONE = "opening sentences alone"
+_ADDED = (
+    "In {same} of {studies} studies a draft names the findings of its opening sentences and no other: there the "
+    "language model adds no finding."
+)
 CLINICAL = {
     "balanced_accuracy": "abnormal or normal, balanced accuracy",
     "sensitivity": "abnormal studies called so",
@@ -44,6 +58,7 @@ def evaluate(
     seed: int = 0,
     image_blind: Drafter | None = None,
     drafts_file: Path | None = None,
+    recorded: Path | None = None,
     console: Console | None = None,
     chexbert: Chexbert | None = None,
     radgraph: Path | None = None,
@@ -55,24 +70,31 @@ def evaluate(
             indications. It may be empty if there is an image-blind model.
         encoder: a run or a bundle, for the retrieval controls and the linear probes; ``None`` for neither.
         limit: maximum number of studies, for a trial; the record says so.
-        seed: random seed of the swap and of the constant report's candidates.
+        seed: random seed of the swap.
         image_blind: a model that was trained without images, for its row.
         drafts_file: JSON Lines file for all drafts and references; it must stay out of the repository.
+        recorded: such a file; its drafts are scored, and none is written. The first drafter must be their model.
         chexbert, radgraph: labelers with their weights, see :mod:`training.labelers`.
 
     Returns:
-        A JSON-ready record with ``scores``, ``looks``, ``clinical``, ``outside``, ``probe`` and provenance.
+        A JSON-ready record with ``scores``, ``looks``, ``clinical``, ``outside`` and ``probe``.
     """
-    studies = [s for s in read_studies(data, (split,)) if s.findings][:limit]
+    studies = [s for s in read_studies(data, (split,)) if s.findings]
+    rows = _recorded(recorded, drafters[0]) if recorded else {}
+    studies = [s for s in studies if not rows or s.study_id in rows][:limit]
     references = [clean_reference(s.findings) for s in studies]
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
-        texts = _draft_all(drafters, image_blind, studies, seed, progress)
+        if rows:
+            texts = {name: [rows[s.study_id][name] for s in studies] for name in next(iter(rows.values()))}
+        else:
+            texts = _draft_all(drafters, image_blind, studies, seed, progress)
         if drafts_file:
-            _write_drafts(drafts_file, studies, texts)
+            _write_drafts(drafts_file, studies, texts, next(iter(drafters), None))
+        texts |= _parts_alone(drafters, next(iter(texts.values())))
         drafted = {row: [split_sections(t)[0] for t in drafts] for row, drafts in texts.items()}
         findings = {row: [clean_reference(text) for text in drafts] for row, drafts in drafted.items()}
-        controls, probed = _controls(encoder, studies, data, seed, progress)
+        controls, probed = _controls(encoder, studies, data, progress)
         findings |= controls
     scores = {row: score(drafts, references) for row, drafts in findings.items()}
     clinical = _clinical(studies, findings | drafted)
@@ -84,13 +106,10 @@ def evaluate(
         "seed": seed,
         "scores": {row: s.corpus for row, s in scores.items()},
         "intervals": {row: s.intervals() for row, s in scores.items()},
-        "looks": _lost_on_swap(drafters, scores, clinical),
+        "looks": _lost_on_swap(next(iter(texts)), scores, clinical),
         "clinical": clinical,
         "outside": outside_scores(findings | drafted, [s.findings for s in studies], chexbert, radgraph),
         "probe": probed,
-        "date": date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {p: version(p) for p in ("torch", "transformers", "onnxruntime", "pycocoevalcap")},
     }
 
 
@@ -104,7 +123,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# IU X-RAY, {record['split']} split: {record['studies']} studies{limited}",
         "",
-        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        f"{origin(record)}. {record['protocol']}.",
         "",
         *table(("", *METRICS), scores),
         "",
@@ -137,16 +156,19 @@ def _clinical_tables(clinical: dict[str, Any]) -> list[str]:
     return [
         "## Findings that drafts name",
         "",
-        "Labels of drafts and references by `training/findings.py`; abnormal or normal by curated tags (abnormal: "
-        f"{clinical['abnormal_studies']} of {clinical['studies']}). 95% bootstrap intervals.",
+        "Findings of drafts and references are labelled by the rules of `training/findings.py`, not by a radiologist. "
+        "Abnormal or normal by the collection's index terms, which its indexers chose from the reports and a program "
+        f"added to (abnormal: {clinical['abnormal_studies']} of {clinical['studies']}). 95% bootstrap intervals.",
         "",
         *table(("", *CLINICAL.values()), rows),
+        "",
+        *([_ADDED.format(**clinical["added"])] if "added" in clinical else []),
         "",
         f"By finding, {main}:",
         "",
         *table(("", "precision", "recall", "F1", "positives"), found),
         "",
-        f"The labeler of findings, on the reports of these studies compared with curated tags: abnormal precision "
+        f"The labeler of findings, on the reports of these studies compared with the index terms: abnormal precision "
         f"{reader['abnormal']['precision']:.2f}, recall {reader['abnormal']['recall']:.2f}; over {len(TAGS) - 1} tags "
         f"micro precision {reader['micro']['precision']:.2f}, recall {reader['micro']['recall']:.2f}. The findings "
         f"sections of the references alone name an abnormality in {reference['sensitivity']:.1%} of abnormal and in "
@@ -158,11 +180,11 @@ def _with_interval(value: float, ends: list[float] | None) -> str:
     return f"{value:.3f}" + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
-def _lost_on_swap(drafters: list[Drafter], scores: dict[str, Scores], clinical: dict[str, Any]) -> dict[str, float]:
-    """The shares of CIDEr and of the findings' F1 that swapped images cost; empty without drafters."""
-    if not drafters:
+def _lost_on_swap(main: str, scores: dict[str, Scores], clinical: dict[str, Any]) -> dict[str, float]:
+    """The shares of CIDEr and of the findings' F1 that swapped images cost; empty without drafts of swapped images."""
+    pair = (main, "images swapped")
+    if pair[1] not in scores:
         return {}
-    pair = (drafters[0].name, "images swapped")
     ciders = [scores[row].corpus["CIDEr"] for row in pair]
     f1s = [clinical["scores"][row]["finding_f1"][0] for row in pair]
     lost = [(whole - left) / whole if whole else 0.0 for whole, left in (ciders, f1s)]
@@ -191,13 +213,28 @@ def _draft_all(
     return texts | template_alone
 
 
+def _parts_alone(drafters: list[Drafter], drafts: list[str]) -> dict[str, list[str]]:
+    """Rows that need no model's sentences: the opening sentences of the drafts, and one template for every study."""
+    rows: dict[str, list[str]] = {}
+    for main in drafters[:1]:
+        findings = main.generator.bundle.manifest.image_findings
+        if openings := {sentence for sentence in (findings.openings if findings else ()) if sentence}:
+            rows[OPENINGS_ALONE] = [opening_of(draft, openings) for draft in drafts]
+        if (templates := main.generator.resources.templates) is not None:
+            rows["template of an empty context"] = [templates.choose(ClinicalContext())] * len(drafts)
+    return rows
+
+
 def _controls(
-    encoder: Encoder | None, studies: list[Study], data: Path, seed: int, progress: Progress
+    encoder: Encoder | None, studies: list[Study], data: Path, progress: Progress
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Findings that are not drafted: constant, and from the nearest training images; and the linear probes."""
     train, val = ([s for s in read_studies(data, (split,)) if s.findings] for split in ("train", "val"))
     reports = [clean_reference(s.findings) for s in train]
-    rows = {"constant": [best_constant(reports, seed)] * len(studies)}
+    rows = {
+        "constant": [best_constant(reports)] * len(studies),
+        "three commonest findings, always": [commonest_findings([s.findings for s in train])] * len(studies),
+    }
     if encoder is None:
         return rows, {}
     groups = {"train": train, "val": val, "studied": studies}
@@ -212,10 +249,15 @@ def _controls(
 
 
 def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str, Any]:
-    """Compare the findings that drafts and references name, and abnormality with curated tags."""
+    """Compare the findings that drafts and references name, and abnormality with the collection's index terms."""
     references, _, abnormal = label_known(studies, [s.findings for s in studies])
     labels = {row: label_known(studies, drafts)[0] for row, drafts in findings.items()}
+    added = {}
+    if OPENINGS_ALONE in labels:
+        whole, alone = (labels[row].matrix[:, 1:] for row in (next(iter(findings)), OPENINGS_ALONE))
+        added = {"added": {"studies": len(whole), "same": int((whole == alone).all(1).sum())}}
     return {
+        **added,
         "studies": len(abnormal),
         "abnormal_studies": int(abnormal.sum()),
         "scores": {row: with_intervals(drafts, references, abnormal) for row, drafts in labels.items()},
@@ -228,12 +270,28 @@ def _clinical(studies: list[Study], findings: dict[str, list[str]]) -> dict[str,
     }
 
 
-def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]]) -> None:
+def _recorded(path: Path, drafter: Drafter) -> dict[str, dict[str, str]]:
+    """Study → the drafts of each row of a file that ``evaluate --drafts`` wrote with this model."""
+    rows = read_drafts(path)
+    if rows and rows[0].get("bundle") not in (None, ours := _bundle_of(drafter)):
+        raise ValueError(
+            f"{path} has drafts of the bundle {rows[0]['bundle'][:12]}…, and --model is {ours}: give theirs"
+        )
+    return {row["study_id"]: row["drafts"] for row in rows}
+
+
+def _bundle_of(drafter: Drafter | None) -> str | None:
+    return bundle_sha256(drafter.generator.bundle.folder) if isinstance(drafter, RuntimeDrafter) else None
+
+
+def _write_drafts(path: Path, studies: list[Study], texts: dict[str, list[str]], main: Drafter | None) -> None:
+    bundle = _bundle_of(main)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for i, study in enumerate(studies):
             row = {
                 "study_id": study.study_id,
+                "bundle": bundle,
                 "indication": study.context.indication,
                 "findings": study.findings,
                 "impression": study.impression,

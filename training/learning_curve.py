@@ -6,7 +6,6 @@ The encoder must not be trained on these studies: only then do the features not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from training.datasets import Study
 from training.datasets.iu_xray import read_studies
 from training.drafting import Encoder
 from training.probes import KINDS, Representation, probe, represent
-from training.records import table
+from training.records import origin, table
 
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 _SHOWN = ("abnormal", "cardiomegaly", "effusion", "mean")
@@ -108,7 +107,6 @@ def measure(
         "repeats": repeats,
         "kinds": [*kinds],
         "points": points,
-        "date": date.today().isoformat(),
     }
 
 
@@ -119,9 +117,9 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Would more studies help?{limited}",
         "",
-        f"{record['date']}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, fitted to parts "
+        f"{origin(record)}. Linear probes of the frozen base `{record['base']}`, frontal radiographs, fitted to parts "
         f"of the train split ({record['repeats']} samples each), AUC on {record['studies']} {record['split']} studies "
-        f"± standard deviation of the samples. Command: `{record.get('command', 'unknown')}`",
+        "± standard deviation of the samples.",
         "",
     ]
     for kind in record["kinds"]:

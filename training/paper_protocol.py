@@ -11,8 +11,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ import numpy as np
 from cbedge.prompt import split_sections
 from training.controls import best_constant
 from training.datasets.iu_xray import clean_reference, read_studies
-from training.records import read_drafts, table
+from training.records import origin, read_drafts, table
 from training.scoring import Scores
 
 if TYPE_CHECKING:
@@ -126,8 +124,7 @@ def evaluate_drafts(
             progress(name)
             scores = score_like_paper(given, references, reader)
             record["scores"][name], record["intervals"][name] = scores.corpus, scores.intervals()
-    versions = {package: version(package) for package in ("nltk", "rouge-score")}
-    return record | {"date": date.today().isoformat(), "versions": versions}
+    return record
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -136,7 +133,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Near the paper's protocol: {record['studies']} studies",
         "",
-        f"{record['date']}. {record['protocol']}. Command: `{record.get('command', 'unknown')}`",
+        f"{origin(record)}. {record['protocol']}.",
         "",
     ]
     rows = []

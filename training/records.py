@@ -13,6 +13,14 @@ def write_record(record: dict[str, Any], markdown: str, stem: Path) -> None:
     stem.with_suffix(".md").write_text(markdown, encoding="utf-8")
 
 
+def origin(record: dict[str, Any]) -> str:
+    """Where a record's figures come from (:func:`cbedge.provenance.provenance`), in one line."""
+    bundle = record["bundle"]
+    model = f"{bundle['name']} {bundle['version']} (SHA-256 {bundle['sha256'][:12]}…)" if bundle else "no bundle"
+    when = record["machine"]["date"]
+    return f"{when}; {record['data']}; {model}; commit {record['commit']}. Command: `{record['command']}`"
+
+
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

@@ -46,6 +46,7 @@ def bench(
 ) -> None:
     """Measure this machine: time of each stage, memory, tokens per second, share of the memory bandwidth."""
     from cbedge import bench, bench_report
+    from cbedge.provenance import provenance
 
     if form not in bench_report.FORMATS:
         raise OptionError(f"unknown format {form[:20]!r}; give one of: {', '.join(bench_report.FORMATS)}")
@@ -59,11 +60,12 @@ def bench(
         model, names, device, threads, indication, tokens, warm_up, repeat, not no_speculative
     )
     with status_line() as show_status:
-        record = bench.bench(bench.load_all(paths), settings, show_status)
+        measured = bench.bench(bench.load_all(paths), settings, show_status)
+        record = provenance(f"radiographs: {len(paths)}" if paths else "a drawn image", model) | measured
         if cold:
             show_status("cold start")
-            measured = record["variants"][0]["variant"]
-            record["cold"] = bench.cold_start(paths[0] if paths else None, model, measured, cold)
+            variant = record["variants"][0]["variant"]
+            record["cold"] = bench.cold_start(paths[0] if paths else None, model, variant, cold)
     if plot:
         bench_report.plot(record, plot)
     text = bench_report.render(record, form, before)

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 from conftest import call_cli
 
-from training.controls import best_constant, blank, consensus, neighbours, swapped, withheld
+from cbedge.provenance import describe_bundle
+from training.clinical import label_reports
+from training.controls import (
+    best_constant,
+    blank,
+    commonest_findings,
+    consensus,
+    neighbours,
+    opening_of,
+    swapped,
+    withheld,
+)
 from training.datasets.iu_xray import read_studies
+from training.findings import LABELS
 from training.scoring import METRICS, rouge_matrix, score
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java, which is not installed here")
@@ -37,9 +49,27 @@ def test_scores_without_drafts_are_refused():
 
 def test_the_constant_and_the_consensus_are_real_reports_of_the_middle():
     reports = [*REPORTS, "the heart is normal . the lungs are clear ."]
-    assert best_constant(reports) in reports
+    assert best_constant(reports) == reports[-1]  # it shares words with two others
     assert consensus(["a b c", "a b d", "x y z"]) in ("a b c", "a b d")
     assert rouge_matrix(["a b"], ["a b", "c d"]) == [[1.0, 0.0]]
+
+
+def test_the_commonest_findings_are_those_that_most_reports_affirm():
+    reports = ["There is atelectasis. No pneumothorax.", "Cardiomegaly. Small pleural effusion."] * 2
+    reports += ["The heart is enlarged. Atelectasis and an effusion.", "There is a fracture.", "No pneumothorax."]
+    named = label_reports([commonest_findings(reports)]).matrix[0]
+    assert {label for label, flag in zip(LABELS, named, strict=True) if flag} == {
+        "Atelectasis",
+        "Cardiomegaly",
+        "Pleural Effusion",
+    }
+
+
+def test_an_opening_ends_where_other_sentences_begin():
+    openings = ("There is atelectasis.", "There is a pleural effusion.")
+    draft = "FINDINGS: There is atelectasis. The heart is normal. There is a pleural effusion. IMPRESSION: Atelectasis."
+    assert opening_of(draft, openings) == "There is atelectasis."
+    assert opening_of("FINDINGS: The lungs are clear. IMPRESSION: Normal.", openings) == ""
 
 
 def test_the_nearest_image_is_itself():
@@ -101,12 +131,28 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
         "indication withheld",
         "without template",
         "template alone",
+        "opening sentences alone",
+        "template of an empty context",
         "constant",
+        "three commonest findings, always",
         "nearest image",
         "consensus of 25",
     ]
+    assert record["data"] == "IU X-RAY, test" and record["bundle"] == describe_bundle(tiny_bundle)
+    assert record["commit"] and {"torch", "onnxruntime"} <= record["versions"].keys()
     assert str(tmp_path) not in stem.with_suffix(".json").read_text()
     assert len((tmp_path / "drafts.jsonl").read_text().splitlines()) == 4
+    rescored = tmp_path / "rescored"
+    scored = ("training", "evaluate", "--data", tiny_data, "--model", tiny_bundle, "--output", rescored)
+    done = call_cli(*scored, "--from-drafts", tmp_path / "drafts.jsonl")
+    assert done.returncode == 0, done.stderr
+    rescored_record = json.loads(rescored.with_suffix(".json").read_text())
+    assert all(rescored_record[key] == record[key] for key in ("scores", "clinical", "looks"))
+    lines = (tmp_path / "drafts.jsonl").read_text().splitlines()
+    assert {json.loads(line)["bundle"] for line in lines} == {record["bundle"]["sha256"]}
+    (tmp_path / "others.jsonl").write_text("\n".join(lines).replace(record["bundle"]["sha256"], "0" * 64))
+    other = call_cli(*scored[:-1], tmp_path / "other", "--from-drafts", tmp_path / "others.jsonl")
+    assert other.returncode == 1 and "drafts of the bundle 000000000000…" in other.stderr
     again = call_cli(*arguments)
     assert again.returncode == 1 and "--force" in again.stderr
     blind = call_cli(
@@ -123,7 +169,8 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
     )
     assert blind.returncode == 0, blind.stderr
     alone = json.loads((tmp_path / "blind.json").read_text())
-    assert list(alone["scores"]) == ["image-blind model (torch)", "constant"] and not alone["looks"]
+    assert list(alone["scores"]) == ["image-blind model (torch)", "constant", "three commonest findings, always"]
+    assert not alone["looks"] and alone["bundle"] is None
     assert "images are swapped" not in (tmp_path / "blind.md").read_text()
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import REPORTS, call_cli
 
+from cbedge.provenance import provenance
 from training.paper_protocol import open_wordnet, score_like_paper, to_markdown
 
 WORDNET = Path("/usr/share/wordnet")
@@ -44,7 +45,7 @@ def test_a_drafts_file_is_scored_beside_the_constant(wordnet, tiny_data: Path, t
     record = evaluate_drafts(drafts, tiny_data, folder)
     assert record["scores"]["own"]["ROUGE-L"] == pytest.approx(1)
     assert record["scores"]["constant"]["METEOR"] < record["scores"]["own"]["METEOR"]
-    assert "ClinicalBLIP as published | 0.570" in to_markdown(record)
+    assert "ClinicalBLIP as published | 0.570" in to_markdown(provenance("drafts", bundle=False) | record)
 
 
 def test_what_is_no_drafts_file_is_named(tiny_data: Path, tmp_path: Path):
