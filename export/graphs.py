@@ -4,15 +4,16 @@ No released Optimum exports InstructBLIP. ``torch.onnx`` traces the first three 
 builder writes the decoder with GroupQueryAttention, which is fastest in ONNX Runtime.
 """
 
-import subprocess
-import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,13 +143,13 @@ def build_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sc
         del model.config.quantization_config  # of the base weights (GGUF); these are in fp32
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    options = ["-i", checkpoint, "-o", built, "-p", "fp32", "-e", "cpu", "-c", scratch / "cache"]
-    options += ["--extra_options", "exclude_embeds=true", "prune_lm_head=true"]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, options)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode or not (built / "model.onnx").is_file():
-        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {reason}")
+    where = (None, str(checkpoint), str(built), "fp32", "cpu", str(scratch / "cache"))
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it tells of every layer
+            options = parse_extra_options(*where, ["exclude_embeds=true", "prune_lm_head=true"])
+            create_model(*where, **options)
+    except Exception as error:
+        raise ExportError(f"the decoder's builder failed on {type(model).__name__}: {error}") from error
     graph = onnx.load(str(built / "model.onnx"))
     choose_logits(graph)
     return graph

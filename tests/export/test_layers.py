@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from cbedge import ReportGenerator, open_bundle
+from export.graphs import build_decoder
 from export.layers import app
 from export.restore import restore
 from export.tracing import ExportError
@@ -102,3 +104,10 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(tmp_path: Path, 
     with pytest.raises(ExportError, match=told):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_that_the_builder_does_not_know_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ExportError, match=r"builder failed on GPT2LMHeadModel: .*not currently supported"):
+        build_decoder(model, tokenizer, tmp_path)
