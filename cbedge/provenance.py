@@ -38,7 +38,7 @@ def provenance(
     """
     return {
         "command": command_line(),
-        "commit": commit(),
+        "commit": _COMMIT,
         "bundle": describe_bundle(model or DEFAULT_BUNDLE) if bundle else None,
         "data": data,
         "versions": {name: version(name) for name in packages if is_installed(name)},
@@ -86,3 +86,6 @@ def _shown(word: str) -> str:
     option, separator, path = word.rpartition("=")
     elsewhere = Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts
     return f"{option}{separator}{Path(path).name if elsewhere else path}"
+
+
+_COMMIT = commit()  # when the program starts: files may change while it measures

@@ -31,7 +31,7 @@ _TEMPLATES = (
 _KNOWN = {PROVENANCE.name: PROVENANCE.population}  # for manifests without it
 _MODEL = (
     "InstructBLIP (vision transformer, instruction-aware Q-Former, language model), fine-tuned on radiograph and "
-    "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP (Ji et al., JMIR Form Res "
+    "report pairs by LoRA in stages with priors in the prompt, after ClinicalBLIP's recipe (Ji et al., JMIR Form Res "
     "2024;8:e32690). It reads one frontal chest radiograph{} with indication and comparison, and writes findings and "
     "impression."
 )
@@ -129,8 +129,8 @@ def _clinical(measured: dict[str, Any] | None) -> list[str]:
     rows = {row: {text: values[name][0] for name, text in names.items()} for row, values in measured["scores"].items()}
     main, by_finding = next(iter(measured["by_finding"].items()))
     return [
-        f"Abnormal by manual tags: {measured['abnormal_studies']} of {measured['studies']}. Findings of drafts and "
-        "references are labelled by `training/findings.py`.",
+        f"Abnormal by the collection's index terms, chosen from the reports: {measured['abnormal_studies']} of "
+        f"{measured['studies']}. The rules of `training/findings.py` label findings of drafts and references.",
         "",
         *_table(rows),
         "",

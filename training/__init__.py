@@ -1,1 +1,1 @@
-"""Staged LoRA training of ClinicalBLIP: data, base weights, stages, evaluation. Run as ``python -m training``."""
+"""Staged LoRA training after ClinicalBLIP's recipe: data, base, stages, evaluation. Run as ``python -m training``."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cbedge.files import check_output
+from cbedge.provenance import provenance
 from training.command_line import run
 from training.fetch import DEFAULT_CACHE
 
@@ -309,7 +310,6 @@ def _finish(
     packages: Sequence[str] = ("torch", "transformers"),
 ) -> None:
     """Write a record with its provenance, and print its tables; ``data`` and ``model`` are what was measured."""
-    from cbedge.provenance import provenance
     from training.records import write_record
 
     record = provenance(data, model, packages, bundle=model is not None) | record

@@ -103,7 +103,7 @@ class StudyTags:
     """The tags of training studies for :func:`prompted_findings`.
 
     Args:
-        source: ``tags`` for curated tags, ``report`` for the findings that the report names.
+        source: ``tags`` for index terms, ``report`` for the findings that the report names.
     """
 
     def __init__(self, source: str):

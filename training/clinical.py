@@ -42,7 +42,7 @@ def label_reports(reports: Sequence[str]) -> Labels:
 
 
 def label_known(studies: Sequence[Study], drafts: Sequence[str]) -> tuple[Labels, Labels, np.ndarray]:
-    """For studies with curated tags: labels of drafts, labels of references, and whether they are abnormal."""
+    """For studies with index terms: labels of drafts, labels of references, and whether they are abnormal."""
     known = [i for i, s in enumerate(studies) if s.tags[0] >= 0]
     abnormal = np.array([studies[i].abnormal for i in known], bool)
     references = label_reports([studies[i].findings for i in known])
@@ -54,7 +54,7 @@ def clinical_scores(drafts: Labels, references: Labels, truly_abnormal: np.ndarr
 
     Args:
         drafts, references: labels of the same studies.
-        truly_abnormal: bool [studies], by curated tags; default is by the references.
+        truly_abnormal: bool [studies], by index terms; default is by the references.
 
     Returns:
         ``micro_*`` and ``macro_*`` over the 14 labels, including ``No Finding``; ``finding_*`` (micro) and
@@ -86,10 +86,10 @@ def finding_f1(drafts: Labels, references: Labels) -> dict[str, dict[str, float]
 
 
 def validate(studies: Sequence[Study], reports: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Compare the findings that are found in reports with the curated tags of the same studies.
+    """Compare the findings that are found in reports with the index terms of the same studies.
 
     Args:
-        studies: studies; those without curated tags are skipped.
+        studies: studies; those without index terms are skipped.
         reports: their reports, findings with impression.
 
     Returns:

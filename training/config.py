@@ -49,10 +49,10 @@ class Stage:
             (see :func:`training.stages.start_cross_attention`).
         prior_dropout: probability of withholding the indication, and independently the comparison.
         tell_findings: findings that the prompt may list (``Seen: cardiomegaly, effusion.``). In training they come from
-            curated tags with some noise, at inference from the Q-Former's tag head, whose thresholds are chosen on
+            index terms with some noise, at inference from the Q-Former's tag head, whose thresholds are chosen on
             validation studies when the stage ends.
         tell_share: share of training studies whose prompt has this line.
-        tell_from: source of these findings in training: ``tags`` (curated), or ``report`` (found in the report by
+        tell_from: source of these findings in training: ``tags`` (index terms), or ``report`` (found in the report by
             :mod:`training.findings`, so that the language model learns to write all listed findings and no others).
         openings: finding → the sentence that opens a draft with this finding. It must not say more than the finding's
             name does, because side and size are not known.

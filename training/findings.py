@@ -1,7 +1,7 @@
 """Find the findings that a report names, and whether it denies them; used for precision, recall and F1.
 
 spaCy matches phrases (``finding_phrases.yaml``, most from radlabels), and NegEx (Chapman et al., J Biomed Inform
-2001;34:301-310; negspacy) recognizes denied ones. Every record of scores says how well this agrees with curated tags
+2001;34:301-310; negspacy) recognizes denied ones. Every record of scores says how well this agrees with index terms
 (:func:`training.clinical.validate`).
 """
 

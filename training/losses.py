@@ -3,7 +3,7 @@
 Three of them train the Q-Former without the language model:
 
 - contrastive: image-text contrast (Li et al., BLIP-2, 2023); the Q-Former encodes image and text separately.
-- tags: query i predicts curated tag i, so each finding has its own query.
+- tags: query i predicts tag i, so each finding has its own query.
 - words: similarity of projected queries and the language model's word embeddings predicts the words of the report, so
   the projection maps into the language model's embedding space.
 """
@@ -28,7 +28,7 @@ class AlignmentHeads(nn.Module):
     """The small heads of these losses, for training only.
 
     Args:
-        num_tags: number of curated tags, at most the number of queries.
+        num_tags: number of tags, at most the number of queries.
         word_ids: tokens of the words loss, int64 [W].
         word_frequency: share of training reports with each token, float [W]; initializes the bias.
     """

@@ -1,9 +1,17 @@
+import os
+from pathlib import Path
+
+import pytest
+from conftest import needs_default_model
 from test_consensus import LONG, NAMES, NONE, SHORT, known, study
 
+from cbedge.bundles.bundle import DEFAULT_BUNDLE, TEMPLATES
+from cbedge.drafting.templates import Templates
 from cbedge.prompt import ClinicalContext
 from training.consensus import ConsensusReports
+from training.datasets.iu_xray import records
 from training.ontology import OPENINGS
-from training.templates import learn_templates
+from training.templates import check_templates, learn_templates, sentence_set
 
 
 def test_templates_are_made_of_normal_sentences_that_many_reports_share():
@@ -33,3 +41,15 @@ def test_no_template_has_the_findings_of_a_report():
     composed = learn_templates(reports, taken)
     for text in composed.texts if composed is not None else ():
         assert text.partition("IMPRESSION:")[0].removeprefix("FINDINGS:").strip() not in taken
+
+
+@needs_default_model
+@pytest.mark.skipif("CBEDGE_IU_XRAY" not in os.environ, reason="set CBEDGE_IU_XRAY to the folder of IU X-RAY")
+def test_no_embedded_template_has_the_findings_of_a_report_of_the_collection():
+    taken = {sentence_set(record.findings or "") for record in records(Path(os.environ["CBEDGE_IU_XRAY"]))}
+    assert len(taken) > 2000
+    texts = Templates.load(DEFAULT_BUNDLE / TEMPLATES).texts
+    assert len(texts) == 48
+    check_templates(texts, taken)
+    with pytest.raises(ValueError, match="has the findings of a report"):
+        check_templates([*texts, f"FINDINGS: {LONG} {SHORT} IMPRESSION: {NONE}"], {sentence_set(f"{SHORT} {LONG}")})

@@ -297,7 +297,10 @@ def _present(images: list[View], tally: Tally) -> tuple[View, ...]:
 
 
 def study_tags(problems: list[str]) -> tuple[int, ...]:
-    """The curated problems of a study as tags: 0 or 1 each, or -1 for all if there are none."""
+    """The index terms of a study as tags: 0 or 1 each, or -1 for all if there are none.
+
+    The collection's annotators chose most terms from the report; a program added others (``mesh_automatic``).
+    """
     names = [problem.lower() for problem in problems]
     if not names or all(name.startswith("no indexing") for name in names):
         return (-1,) * len(TAGS)
