@@ -1,7 +1,8 @@
 """Commands for building models: download base weights, check data, train, and evaluate."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,8 +89,11 @@ def run_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    data: Annotated[Path, typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).")],
     output: Annotated[Path, typer.Option(help="Output files: OUTPUT.json and OUTPUT.md.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of IU X-RAY (studies.jsonl and images/).", show_default="--external alone"),
+    ] = None,
     model: Annotated[list[Path] | None, typer.Option(help="Folder of a bundle; repeatable.")] = None,
     variant: Annotated[
         list[str] | None,
@@ -128,7 +132,7 @@ def evaluate_command(
     """
     from training.drafting import Encoder, TorchDrafter
     from training.evaluate import PACKAGES, evaluate, to_markdown
-    from training.external import evaluate_films, parse_external, read_films
+    from training.external import document, evaluate_films, parse_external, read_films
     from training.labelers import Chexbert
     from training.run_bundle import ReportResources
     from training.trained import load_merged
@@ -142,6 +146,12 @@ def evaluate_command(
     if (variant or external) and not model:
         raise ValueError(f"--{'variant' if variant else 'external'} needs a bundle: give --model")
     away = {name: read_films(name, folder, split) for name, folder in map(parse_external, external or ())}
+    if data is None:
+        if not away or not model:
+            raise ValueError("nothing to evaluate without --data: give it, or --model BUNDLE and --external")
+        measured = _evaluate_external(away, model[0], variant[0] if variant else None)
+        _finish(measured, document, output, "; ".join(f"{name}, {split}" for name in away), model[0])
+        return
     drafters, seeing = _drafters(model or [], variant or [None], run_folder, data, cache, device)
     encoder = Encoder(seeing[0].generator, batch_size) if seeing else None
     blind = None
@@ -163,6 +173,23 @@ def evaluate_command(
     record["external"] = {name: evaluate_films(drafters[0].generator, films) for name, films in away.items()}
     studied = [f"IU X-RAY, {split}", *[f"{name}, {split}" for name in away]]
     _finish(record, to_markdown, output, "; ".join(studied), model[0] if model else None, PACKAGES)
+
+
+def _evaluate_external(away: Mapping[str, Any], model: Path, variant: str | None) -> dict[str, Any]:
+    """A record of films of other hospitals alone."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cbedge.api import ReportGenerator
+    from training.external import evaluate_films
+
+    generator = ReportGenerator.from_pretrained(model, variant, "cpu")
+    record: dict[str, Any] = {"variant": generator.variant, "external": {}}
+    for name, films in away.items():
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(name, total=len(films))
+            record["external"][name] = evaluate_films(generator, films, partial(bar.advance, task))
+    return record
 
 
 def _drafters(

@@ -23,7 +23,7 @@ from training.encoder.films import VALIDATION_SHARE, patient_share
 from training.encoder.labels import COMPARED, FINDINGS, nih_labels
 from training.findings import find_mentions
 from training.ontology import ONTOLOGY
-from training.records import table
+from training.records import origin, table
 
 COLLECTIONS = ("nih_cxr14",)
 BINS = 15
@@ -99,12 +99,16 @@ def parse_external(option: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def evaluate_films(generator: ReportGenerator, films: Sequence[LabelledFilm]) -> dict[str, Any]:
+def evaluate_films(
+    generator: ReportGenerator, films: Sequence[LabelledFilm], progress: Callable[[int], None] = lambda count: None
+) -> dict[str, Any]:
     """Draft films (:func:`draft_films`) and measure (:func:`external_record`)."""
     findings = generator.bundle.manifest.image_findings
     if findings is None:
         raise ValueError(f"{generator.bundle.manifest.name} has no image findings to evaluate")
-    return external_record(draft_films(generator, films), dict(zip(findings.names, findings.thresholds, strict=True)))
+    points = {findings.operating_point or "default": findings.thresholds} | dict(findings.operating_points)
+    thresholds = {point: dict(zip(findings.names, values, strict=True)) for point, values in points.items()}
+    return external_record(draft_films(generator, films, progress), thresholds)
 
 
 def draft_films(
@@ -134,36 +138,43 @@ def draft_films(
     return outcomes
 
 
-def external_record(outcomes: Sequence[Outcome], thresholds: dict[str, float], seed: int = 0) -> dict[str, Any]:
+def external_record(
+    outcomes: Sequence[Outcome], operating_points: dict[str, dict[str, float]], seed: int = 0
+) -> dict[str, Any]:
     """A JSON-ready record: the gate's rate, figures of each finding, and denials of what is labelled.
 
     Each finding with at least :data:`MIN_FILMS` films with it and without it has its AUC with a 95% interval (bootstrap
-    over patients), sensitivity and specificity at its threshold, and the expected calibration error of its score
+    over patients), sensitivity and specificity at each operating point, and the expected calibration error of its score
     (:data:`BINS` bins of equal width; Guo et al., ICML 2017). A label is denied if the draft names it only to deny it.
 
     Args:
         outcomes: of :func:`draft_films`.
-        thresholds: of the model's findings.
+        operating_points: name → threshold of each of the model's findings; the first is the one of the drafts.
         seed: of the bootstrap.
     """
     labels = np.stack([outcome.film.labels for outcome in outcomes])
     patients = np.array([outcome.film.patient for outcome in outcomes])
     scored = np.array([bool(outcome.scores) for outcome in outcomes])
     findings: dict[str, dict[str, Any]] = {}
+    first = next(iter(operating_points.values()))
     for column, name in enumerate(FINDINGS):
         known = (labels[:, column] >= 0) & scored
         truth = labels[:, column] == 1
-        if name not in thresholds or min(truth[known].sum(), (~truth[known]).sum()) < MIN_FILMS:
+        if name not in first or min(truth[known].sum(), (~truth[known]).sum()) < MIN_FILMS:
             continue
         scores = np.array([outcome.scores.get(name, 0.0) for outcome in outcomes])
-        called = scores >= thresholds[name]
         findings[name] = {
             "films": int(known.sum()),
             "positives": int(truth[known].sum()),
             "auc": auc_with_interval(truth[known], scores[known], patients[known], seed),
-            "threshold": thresholds[name],
-            "sensitivity": float(called[known & truth].mean()),
-            "specificity": float((~called[known & ~truth]).mean()),
+            "operating_points": {
+                point: {
+                    "threshold": thresholds[name],
+                    "sensitivity": float((scores[known & truth] >= thresholds[name]).mean()),
+                    "specificity": float((scores[known & ~truth] < thresholds[name]).mean()),
+                }
+                for point, thresholds in operating_points.items()
+            },
             "calibration_error": calibration_error(truth[known], scores[known]),
         }
     compared = [name for name in COMPARED if name in findings]
@@ -227,6 +238,14 @@ def _denied(outcomes: Sequence[Outcome], labels: np.ndarray) -> dict[str, dict[s
     return denied
 
 
+def document(record: dict[str, Any]) -> str:
+    """A record of films of other hospitals alone as Markdown."""
+    tables = [line for name, films in record["external"].items() for line in ("", *to_markdown(name, films))]
+    return (
+        "\n".join(["# Films of other hospitals", "", f"{origin(record)}. Variant {record['variant']}.", *tables]) + "\n"
+    )
+
+
 def to_markdown(name: str, record: dict[str, Any]) -> list[str]:
     """The record as tables, CheXNet's figures beside."""
     films, mean = record["films"], record["mean_auc"]
@@ -235,21 +254,22 @@ def to_markdown(name: str, record: dict[str, Any]) -> list[str]:
             finding,
             f"{row['auc'][0]:.3f} ({row['auc'][1]:.3f} to {row['auc'][2]:.3f})",
             f"{CHEXNET[finding]:.3f}" if finding in CHEXNET else "",
-            f"{row['sensitivity']:.2f}",
-            f"{row['specificity']:.2f}",
+            *(f"{one['sensitivity']:.2f} / {one['specificity']:.2f}" for one in row["operating_points"].values()),
             f"{row['calibration_error']:.2f}",
             f"{row['positives']} of {row['films']}",
         )
         for finding, row in record["findings"].items()
     ]
-    header = ("", "AUC (95% interval)", "CheXNet's", "sensitivity", "specificity", "calibration error", "films")
+    points: list[str] = next(([*row["operating_points"]] for row in record["findings"].values()), [])
+    header = ("", "AUC (95% interval)", "CheXNet's", *points, "calibration error", "films")
     denied = [(finding, row["films"], row["denied"]) for finding, row in record["denied"].items()]
     return [
         f"## {name}: {films} films of {record['patients']} patients",
         "",
         f"The gate accepts {record['accepted']} of {films} films. Mean AUC of {len(mean['findings'])} findings "
         f"({', '.join(mean['findings'])}): {mean['value'] or 0:.3f}. CheXNet's figures are of 621 films of the same "
-        "hospital, which include the test split.",
+        "hospital, which include the test split. Sensitivity / specificity is that of the score alone at each "
+        "operating point; in a draft, a finding also needs an abnormal score.",
         "",
         *table(header, rows),
         "",

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from training.__main__ import app
 from training.encoder.labels import FINDINGS, nih_labels
 from training.external import (
     LabelledFilm,
@@ -26,9 +28,18 @@ def _outcome(number: int, labels: list[str], score: float, text: str = "", accep
 def test_figures_of_a_finding_are_those_that_a_hand_counts():
     outcomes = [_outcome(i, ["Effusion"], 0.6 + i / 100) for i in range(10)]
     outcomes += [_outcome(20 + i, [], 0.7 if i < 2 else 0.1, accepted=i > 0) for i in range(10)]
-    record = external_record(outcomes, {"abnormal": 0.4, "effusion": 0.5, "device": 0.5})
+    points = {
+        "balanced": {"abnormal": 0.4, "effusion": 0.5, "device": 0.5},
+        "specific": {"abnormal": 0.6, "effusion": 0.65},
+    }
+    record = external_record(outcomes, points)
     row = record["findings"]["effusion"]
-    assert (row["positives"], row["films"], row["sensitivity"], row["specificity"]) == (10, 20, 1.0, 0.8)
+    assert (row["positives"], row["films"]) == (10, 20)
+    assert row["operating_points"] == {
+        "balanced": {"threshold": 0.5, "sensitivity": 1.0, "specificity": 0.8},
+        "specific": {"threshold": 0.65, "sensitivity": 0.5, "specificity": 0.8},
+    }
+    assert "| 1.00 / 0.80 | 0.50 / 0.80 |" in "\n".join(to_markdown("nih_cxr14", record))
     assert row["auc"][0] == pytest.approx(0.8) and row["auc"][1] < 0.8 < row["auc"][2]
     assert (record["accepted"], record["films"], record["patients"]) == (19, 20, 20)
     assert "device" not in record["findings"]  # the NIH has no such label
@@ -46,7 +57,7 @@ def test_a_label_that_a_draft_only_denies_is_counted():
     texts = ["No pneumothorax.", "Left pneumothorax. No right pneumothorax.", "Heart normal."]
     outcomes = [_outcome(i, ["Pneumothorax"], 0.1, f"FINDINGS: {text}") for i, text in enumerate(texts)]
     outcomes += [_outcome(10 + i, ["Effusion"] * (i < 5), 0.5) for i in range(10)]
-    record = external_record(outcomes, {"abnormal": 0.4, "effusion": 0.5})
+    record = external_record(outcomes, {"default": {"abnormal": 0.4, "effusion": 0.5}})
     assert record["denied"]["pneumothorax"] == {"films": 3, "denied": 1}
     assert "| pneumothorax | 3 | 1 |" in to_markdown("nih_cxr14", record)
 
@@ -70,3 +81,24 @@ def test_an_option_of_another_form_is_refused(option: str, told: str):
         parse_external(option)
     with pytest.raises(ValueError, match="unknown external collection 'chexpert'"):
         read_films("chexpert", Path("x"))
+
+
+def test_films_of_another_hospital_are_evaluated_alone(tiny_bundle: Path, chest_png: Path, tmp_path: Path):
+    rows = [
+        {"file": chest_png.name, "split": "test", "patient": str(i), "labels": ["Effusion"] * (i < 5)}
+        for i in range(10)
+    ]
+    folder = tmp_path / "films"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / chest_png.name).write_bytes(chest_png.read_bytes())
+    (folder / "films.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["evaluate", "--model", tiny_bundle, "--output", tmp_path / "away"]
+    runner = CliRunner()
+    done = runner.invoke(app, [*map(str, arguments), "--external", f"nih_cxr14={folder}"], catch_exceptions=False)
+    assert done.exit_code == 0
+    record = json.loads((tmp_path / "away.json").read_text())
+    row = record["external"]["nih_cxr14"]["findings"]["effusion"]
+    assert (row["films"], row["positives"], row["auc"][0]) == (10, 5, 0.5) and [*row["operating_points"]] == ["default"]
+    assert "10 films of 10 patients" in (tmp_path / "away.md").read_text()
+    with pytest.raises(ValueError, match="nothing to evaluate without --data"):
+        runner.invoke(app, [*map(str, arguments[:3]), "--output", str(tmp_path / "x")], catch_exceptions=False)
