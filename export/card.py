@@ -3,8 +3,10 @@
 from typing import Any
 
 from cbedge.bundles.manifest import Manifest
+from cbedge.findings.image_findings import ImageFindings, Measured
 from cbedge.report import DRAFT_STATEMENT
 from export.parity import Parity
+from training import external
 from training.datasets.iu_xray import PROVENANCE
 from training.datasets.provenance import NO_LICENCE
 
@@ -55,6 +57,7 @@ def model_card(manifest: Manifest, parity: Parity | None, templates: bool = Fals
         "Licence": [_LICENCE.format(manifest.license)],
         "Base weights": bases,
         "Training data": data,
+        **_findings(manifest.image_findings, manifest.quality),
         "Measured quality": _quality(manifest.quality),
         "Parity with torch": ["", parity.to_markdown() if parity else _NOT_COMPARED],
         "Limits": _limits(manifest),
@@ -73,6 +76,38 @@ def _description(manifest: Manifest, templates: bool) -> list[str]:
         *([_CONSISTENT] if findings is not None and any(findings.denials) else []),
         *([_TEMPLATES] if templates else []),
     ]
+
+
+def _findings(findings: ImageFindings | None, quality: dict[str, Any]) -> dict[str, list[str]]:
+    """What was measured of each finding, if it was."""
+    if findings is None or not findings.standings:
+        return {}
+    columns = ("AUC at home", "AUC away", "assessed", *findings.operating_points)
+    points = [*findings.operating_points.values()]
+    rows = [
+        f"| {name} | {_interval(standing.home)} | {_interval(standing.away)} | "
+        f"{'yes' if standing.is_assessed(False) else 'no'} | {' | '.join(f'{values[i]:.3f}' for values in points)} |"
+        for i, (name, standing) in enumerate(zip(findings.names, findings.standings, strict=True))
+    ]
+    lines = [
+        "Scores are calibrated probabilities. AUC with 95% interval and the number of films with the finding, on films "
+        "that no reader has seen: at home IU X-RAY's validation films, away the NIH's training films (cross-fitted by "
+        "patient). A finding is assessed if the lower bound away is at least .70. The last columns are the thresholds "
+        "of the operating points.",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+        *rows,
+    ]
+    for name, record in quality.get("external", {}).items():
+        lines += ["", *external.to_markdown(f"Test films: {name}", record)]
+    return {"Image findings": [line.replace("## ", "**", 1) + "**" * line.startswith("## ") for line in lines]}
+
+
+def _interval(measured: Measured | None) -> str:
+    if measured is None:
+        return "not measured"
+    return f"{measured.auc:.3f} ({measured.low:.3f} to {measured.high:.3f}), {measured.positives} of {measured.films}"
 
 
 def _quality(quality: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from cbedge.backends import open_backend
 from cbedge.bundles.bundle import CARD, PHRASEBOOK, TEMPLATES, WORDS, Bundle, write_bundle
 from cbedge.bundles.manifest import IN_INT8, Manifest, Variant
+from cbedge.findings.finding_reader import FINDINGS, FindingReader
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.images.film_view import FILM_VIEW
 from export.bundle import PARITY, PARITY_CASES
@@ -90,10 +91,16 @@ class Revision:
         self.manifest = replace(self.manifest, image_findings=with_denials(self._findings("--denials")))
 
     def set_quality(self, path: Path) -> None:
-        """Take the measured scores from a JSON file; the comparison with torch stays."""
+        """Take the measured scores from a JSON file. The comparison with torch stays, and what a record does not have:
+        the scores if it is of films of other hospitals alone."""
         measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        parity = {name: value for name, value in self.manifest.quality.items() if name == "parity"}
-        self.manifest = replace(self.manifest, quality=measured | parity)
+        quality = self.manifest.quality
+        if "scores" in measured:
+            quality = {name: value for name, value in quality.items() if name in ("parity", "external")}
+            measured = {name: value for name, value in measured.items() if value or name != "external"}
+        else:
+            measured = {"external": measured["external"]}
+        self.manifest = replace(self.manifest, quality=quality | measured)
 
     def compare(self, checkpoint: Path, data: Path | None, progress: Progress) -> None:
         """Compare the source's variants with a merged fp32 checkpoint; recorded variants on the same cases stay.
@@ -140,6 +147,11 @@ class Revision:
         if learnt is None:
             raise ValueError(f"{data} has too few training films to tell lateral and mirrored ones")
         self.files[FILM_VIEW] = learnt.save
+
+    def set_findings(self, findings: ImageFindings, reader: FindingReader) -> None:
+        """Take fitted readers of findings (:mod:`export.finding_fit`)."""
+        self.manifest = replace(self.manifest, image_findings=findings)
+        self.files[FINDINGS] = reader.save
 
     def set_words(self, data: Path) -> None:
         """Build the word list from train reports."""

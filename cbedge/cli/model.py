@@ -1,12 +1,19 @@
 """``cbedge model``: describe and verify a model."""
 
+from __future__ import annotations
+
 import io
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cbedge.cli.options import Model
 from cbedge.errors import DeviceError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cbedge.findings.image_findings import ImageFindings, Measured
 
 _CLINICAL = {"balanced_accuracy": "balanced accuracy", "finding_f1": "F1, micro", "finding_macro_f1": "F1, macro"}
 _TEXT = ("METEOR", "ROUGE-L", "CIDEr")
@@ -48,16 +55,53 @@ def model(
         typer.echo(f"  based on {base['origin']} ({base['licence']})")
     for data in manifest.training_data:
         typer.echo(f"  trained on {data['name']} ({data['licence']})")
+    if manifest.image_findings and manifest.image_findings.standings:
+        _print_findings(manifest.image_findings)
     if manifest.quality.get("scores"):
         _print_quality(manifest.quality)
     typer.echo(f"{len(manifest.files)} files verified (SHA-256) in {bundle.folder}")
     typer.echo("Model card: cbedge model --card")
 
 
+def _print_findings(findings: ImageFindings) -> None:
+    """Print each finding with its thresholds, its AUC at home and away, and whether it is assessed."""
+    from rich.box import HORIZONTALS
+    from rich.table import Table
+
+    columns = (*(findings.operating_points or ("threshold",)), "AUC at home", "AUC away", "assessed")
+    table = Table("finding", *columns, title="Image findings", title_justify="left", box=HORIZONTALS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    points = [*findings.operating_points.values()] or [findings.thresholds]
+    for name, standing, *thresholds in zip(findings.names, findings.standings, *points, strict=True):
+        assessed = "yes" if standing.is_assessed(False) else "no"
+        if assessed == "no" and standing.is_assessed(True):
+            assessed = "familiar films"
+        cells = [*(f"{value:.2f}" for value in thresholds), _interval(standing.home), _interval(standing.away)]
+        table.add_row(name, *cells, assessed)
+    _print_table(table)
+    typer.echo(
+        "  AUC with 95% interval, and films with the finding. At home: the hospitals that the model was trained for."
+    )
+    if findings.operating_point:
+        typer.echo(f"  Thresholds of each --operating-point; without one: {findings.operating_point}.")
+
+
+def _interval(measured: Measured | None) -> str:
+    return f"{measured.auc:.2f} ({measured.low:.2f}-{measured.high:.2f}), {measured.positives}" if measured else "-"
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=100).print(table)
+    typer.echo("\n" + out.getvalue().rstrip())
+
+
 def _print_quality(quality: dict[str, Any]) -> None:
     """Print the measured quality: the model's drafts first, then the controls."""
     from rich.box import HORIZONTALS
-    from rich.console import Console
     from rich.table import Table
 
     scores, clinical = quality["scores"], quality.get("clinical", {}).get("scores", {})
@@ -77,9 +121,7 @@ def _print_quality(quality: dict[str, Any]) -> None:
         values = [found[key][0] if key in found else None for key in clinical_names]
         values += [scores[name].get(key) for key in _TEXT]
         table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
-    out = io.StringIO()
-    Console(file=out, width=100).print(table)
-    typer.echo("\n" + out.getvalue().rstrip())
+    _print_table(table)
     for name, meaning in _CONTROLS.items():
         if name in controls:
             typer.echo(f"  {name}: {meaning}")
