@@ -5,7 +5,6 @@ without them, is "away". No film of a test split is opened. --features keeps the
 time: an existing file is read. The record holds all figures (AUC, calibration error, reliability).
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +12,13 @@ import typer
 
 from cbedge.api import ReportGenerator
 from cbedge.bundles.bundle import check_target, open_bundle
+from cbedge.provenance import provenance
 from export.console import Verbose
 from export.finding_features import FilmFeatures, compute_features, list_films
-from export.finding_fit import STRENGTH, fit_findings
+from export.finding_fit import STRENGTH, fit_findings, to_markdown
 from export.revision import Revision
 from training.command_line import run
+from training.records import write_record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -29,7 +30,7 @@ def findings(
     iu_xray: Annotated[Path, typer.Option(help="IU X-RAY folder.")],
     nih: Annotated[Path | None, typer.Option(help="Folder of NIH ChestX-ray14 films with films.jsonl.")] = None,
     features: Annotated[Path | None, typer.Option(help="File (.npz) of the features; read if it exists.")] = None,
-    record: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Files for the figures: RECORD.json and RECORD.md.")] = None,
     strength: Annotated[float, typer.Option(min=0, help="L2 penalty of the readers.")] = STRENGTH,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
     verbose: Verbose = False,
@@ -52,7 +53,9 @@ def findings(
     revision.set_findings(fitted.findings, fitted.reader)
     revision.write(out, force)
     if record is not None:
-        record.write_text(json.dumps(fitted.record, indent=1) + "\n", encoding="utf-8")
+        data = "IU X-RAY, train, extra and val" + "; NIH ChestX-ray14, train" * (nih is not None)
+        values = provenance(data, out, ("scikit-learn", "scipy")) | fitted.record
+        write_record(values, to_markdown(values), record)
     typer.echo(f"bundle: {out}: {len(fitted.findings.names)} findings")
 
 
