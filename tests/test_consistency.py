@@ -356,3 +356,49 @@ def test_the_embedded_models_denials_are_those_of_the_ontology():
 )
 def test_a_sentence_of_an_impression_is_understood_to_agree_or_not(sentence: str, present: list[str], agreeing: bool):
     assert agrees(sentence, present) == agreeing
+
+
+@pytest.mark.parametrize(
+    ("finding", "denials", "others"),
+    [
+        (
+            "nodule",
+            ["No nodules or masses.", "The lungs are clear.", "No suspicious pulmonary nodule is seen."],
+            ["There is a nodule in the right upper lobe.", "No pleural effusion.", "No acute bony lesion."],
+        ),
+        ("calcification", ["No calcified granulomas."], ["Calcified granuloma in the right lung.", "No pneumothorax."]),
+        (
+            "spine",
+            ["The spine is normal.", "No degenerative changes.", "Osseous structures are unremarkable."],
+            ["No acute bony abnormality.", "Degenerative changes of the spine.", "No rib fractures."],
+        ),
+        ("hernia", ["No hiatal hernia.", "Hernia: none."], ["There is a hiatal hernia.", "Heart size is normal."]),
+        (
+            "pneumothorax",
+            ["No pleural effusion or pneumothorax.", "Pneumothorax: no.", "The pleural spaces are clear."],
+            ["There is a small left pneumothorax.", "The lungs are clear.", "No rib fracture."],
+        ),
+        (
+            "consolidation",
+            ["No focal consolidation.", "No focal airspace disease.", "The lungs are clear."],
+            ["Consolidation in the left lower lobe.", "No pneumothorax."],
+        ),
+        (
+            "edema",
+            ["No evidence of pulmonary oedema.", "Pulmonary vasculature is within normal limits."],
+            ["Mild interstitial edema.", "Heart size is normal."],
+        ),
+        (
+            "pleural thickening",
+            ["No pleural thickening.", "The pleura is unremarkable.", "No pleural abnormality."],
+            ["There is apical pleural thickening.", "No pleural effusion."],
+        ),
+    ],
+)
+def test_what_denies_a_finding_without_an_opening_is_known(finding: str, denials: list[str], others: list[str]):
+    pattern = told(finding)
+    for sentence in denials:
+        assert pattern.search(sentence), sentence
+        assert pattern.search("Normal chest.")
+    for sentence in others:
+        assert not pattern.search(sentence), sentence

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, needs_default_model
 
 from cbedge import ReportGenerator
 from cbedge.bundles.bundle import Bundle, open_bundle, write_bundle
 from cbedge.bundles.manifest import MANIFEST, Manifest
 from cbedge.errors import BundleError, OptionError
 from cbedge.findings.finding_reader import FINDINGS, FindingReader
-from cbedge.findings.image_findings import OTHER, ImageFindings
+from cbedge.findings.image_findings import OTHER, ImageFindings, Measured
 from cbedge.images.gate import pooled
 
 HEAD = ("abnormal", "cardiomegaly", "effusion", "opacity")
@@ -151,3 +152,20 @@ def test_the_manifest_keeps_readers_points_and_thresholds_of_the_qformer(tiny_bu
     assert findings.operating_point == "balanced"
     with pytest.raises(ValueError, match="2 findings with 3 thresholds of the Q-Former"):
         ImageFindings(("abnormal", "effusion"), (0.5, 0.5), head_thresholds=(0.1, 0.2, 0.3))
+
+
+@needs_default_model
+def test_figures_of_the_embedded_model_are_those_of_the_record():
+    findings = open_bundle().manifest.image_findings
+    record = json.loads((ROOT / "benchmarks" / "results" / "findings.json").read_text(encoding="utf-8"))
+    assert findings is not None and findings.operating_points == {
+        point: tuple(values[name] for name in findings.names) for point, values in record["operating_points"].items()
+    }
+    for name, standing in zip(findings.names, findings.standings, strict=True):
+        for place, measured in (("home", standing.home), ("away", standing.away)):
+            row = record[place].get(name)
+            expected = None if row is None else Measured(*row["auc"], row["films"], row["positives"])
+            assert measured == expected, name
+    for low, middle, high in zip(*findings.operating_points.values(), strict=True):
+        assert 0 < low <= middle <= high < 1
+    assert findings.head.names == findings.names[:12] and "pneumothorax" not in findings.prompted(("pneumothorax",))
