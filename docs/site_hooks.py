@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from typer.cli import app as typer_command
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 FROM_ELSEWHERE = {
@@ -18,6 +19,11 @@ FROM_ELSEWHERE = {
     "images/peers.png": "benchmarks/results/peers.png",
     "images/learning_curve.png": "benchmarks/results/learning_curve.png",
 }
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Let the packages of this folder be imported: training and export are not installed."""
+    sys.path.insert(0, str(ROOT))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,7 +52,9 @@ def _name(found: re.Match[str]) -> str:
 
 
 def _commands(module: str, command: str) -> str:
-    run = [sys.executable, "-m", "typer", module, "utils", "docs", "--name", command]
-    text = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    text = text.replace(str(Path.home()), "~").replace("{", "&#123;")
+    words = [module, "utils", "docs", "--name", command]
+    run = CliRunner().invoke(typer_command, words, catch_exceptions=False)
+    if run.exit_code:
+        raise ValueError(f"typer {' '.join(words)}: {run.output}")
+    text = run.stdout.replace(str(Path.home()), "~").replace("{", "&#123;")
     return re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE)
