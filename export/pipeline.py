@@ -18,7 +18,7 @@ from export.merge import merge
 from export.nf4 import write_nf4
 from export.parity import Parity
 from export.quantize import ALIASES, HALF, NF4, VARIANTS, round_for, write_variant
-from export.tracing import HEAD
+from export.tracing import HEAD, ExportError
 from export.vocabulary import COMMON, domain_texts, restrict_vocabulary
 from training.base import ModelAndTokenizers
 from training.fetch import DEFAULT_CACHE
@@ -77,6 +77,9 @@ def export_model(settings: ExportSettings, steps: Steps) -> Parity:
     """
     parts = load_adapted(settings.checkpoint, settings.adapters, settings.cache)
     wanted = choose_variants(settings.variants, steps, parts.model.config.use_decoder_only_language_model)
+    copied = {*settings.language.manifest.variants} if settings.language else set()
+    for name in sorted(copied & {*wanted} - {"fp32", NF4, "int8", "int4"}):
+        raise ExportError(f"{name}: a language model can be copied from a bundle only in int8 or int4")
     steps.done("loaded", f"{sum(p.numel() for p in parts.model.parameters()) / 1e6:,.0f} million weights")
     merge_error = merge(parts)
     int4 = _int4_settings(settings, parts)
@@ -101,11 +104,14 @@ def choose_variants(names: list[str], steps: Steps, decoder_only: bool = True) -
     """The variants to write, by their full names and without repetition.
 
     Raises:
-        ValueError: a name is unknown, or this machine cannot run the variant.
+        ValueError: a name is unknown, or the model or this machine cannot run the variant.
     """
     wanted = _known_variants(names)
-    if "all" in names and not decoder_only:
-        wanted = [one for one in wanted if one not in HALF]  # 16-bit floats do not hold what Flan-T5 computes
+    if not decoder_only:
+        half = [one for one in wanted if one in HALF]
+        if half and "all" not in names:
+            raise ExportError(f"{half[0]}: Flan-T5 does not fit 16-bit floats; give fp32, int8, int4 or nf4")
+        wanted = [one for one in wanted if one not in half]
     if IN_INT8 in wanted and not multiplies_exactly():  # it could not be compared with torch here
         if "all" not in names:
             raise ValueError(

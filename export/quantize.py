@@ -19,7 +19,7 @@ from export.embedding import write_embedding
 from export.gptq import Rounded, calibration_inputs, round_language_model
 from export.half import to_half
 from export.int8 import multiply_in_int8
-from export.tracing import DECODER, EMBED, ENCODER, QFORMER, VISION, ExportError, save_graph
+from export.tracing import DECODER, EMBED, ENCODER, QFORMER, VISION, save_graph
 from export.tune import tune_scales
 from training.base import ModelAndTokenizers
 
@@ -54,17 +54,10 @@ def write_variant(
         name: one of :data:`VARIANTS`, except ``fp32`` and ``nf4``.
         settings: quantization of ``int4`` and of variants with its weights.
         rounded: with ``gptq``, the weights from :func:`export.gptq.round_language_model`.
-        language: a bundle with this variant, whose language model is copied.
-
-    Raises:
-        ExportError: the variant does not fit the language model.
+        language: a bundle with this variant, ``int8`` or ``int4``, whose language model is copied.
     """
     settings = settings_of(name, settings)
-    if name in HALF and ENCODER in paths:
-        raise ExportError(f"{name}: the values of Flan-T5 do not fit 16-bit floats; give fp32, int8, int4 or nf4")
     if language is not None:
-        if name not in ("int8", "int4"):
-            raise ExportError(f"{name}: a language model can be copied from a bundle only in int8 or int4")
         written = quantize_image_side(paths, folder, settings, SUFFIX[name])
         return written | _language_of(language, name, folder)
     if name == "fp16":

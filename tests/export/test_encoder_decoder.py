@@ -11,7 +11,7 @@ from cbedge import ReportGenerator
 from cbedge.backends import open_backend
 from cbedge.bundles.bundle import open_bundle
 from cbedge.decoding import Decoding
-from tests.conftest import IN_INT8, call_cli, run_cli, save_tiny
+from tests.conftest import IN_INT8, call_cli, save_tiny
 from training.controls import own
 from training.datasets.iu_xray import read_studies
 from training.drafting import Drafter, TorchDrafter
@@ -46,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("flan-t5")
     base, config, run, out = (folder / name for name in ("base", "run.yaml", "run", "bundle"))
     config.write_text(RUN.format(base=save_tiny(base, flan_t5=True)), encoding="utf-8")
-    done = run_cli("training", "run", "--config", config, "--data", tiny_data, "--output", run, "--max-steps", 2)
+    done = call_cli("training", "run", "--config", config, "--data", tiny_data, "--output", run, "--max-steps", 2)
     assert done.returncode == 0, done.stderr
     done = call_cli(
         "export",
