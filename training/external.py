@@ -106,7 +106,7 @@ def evaluate_films(
     findings = generator.bundle.manifest.image_findings
     if findings is None:
         raise ValueError(f"{generator.bundle.manifest.name} has no image findings to evaluate")
-    points = {findings.operating_point or "default": findings.thresholds} | dict(findings.operating_points)
+    points = findings.operating_points or {"default": findings.thresholds}
     thresholds = {point: dict(zip(findings.names, values, strict=True)) for point, values in points.items()}
     return external_record(draft_films(generator, films, progress), thresholds)
 
@@ -149,7 +149,7 @@ def external_record(
 
     Args:
         outcomes: of :func:`draft_films`.
-        operating_points: name → threshold of each of the model's findings; the first is the one of the drafts.
+        operating_points: name → threshold of each of the model's findings.
         seed: of the bootstrap.
     """
     labels = np.stack([outcome.film.labels for outcome in outcomes])
