@@ -86,14 +86,14 @@ def _findings(findings: ImageFindings | None, quality: dict[str, Any]) -> dict[s
     points = [*findings.operating_points.values()]
     rows = [
         f"| {name} | {_interval(standing.home)} | {_interval(standing.away)} | "
-        f"{'yes' if standing.is_assessed(False) else 'no'} | {' | '.join(f'{values[i]:.3f}' for values in points)} |"
+        f"{standing.assessed} | {' | '.join(f'{values[i]:.3f}' for values in points)} |"
         for i, (name, standing) in enumerate(zip(findings.names, findings.standings, strict=True))
     ]
     lines = [
         "Scores are calibrated probabilities. AUC with 95% interval and the number of films with the finding, on films "
         "that no reader has seen: at home IU X-RAY's validation films, away the NIH's training films (cross-fitted by "
-        "patient). A finding is assessed if the lower bound away is at least .70. The last columns are the thresholds "
-        "of the operating points.",
+        "patient). A finding is assessed if the lower bound away is at least .70; if it was not measured there, on "
+        "familiar films if the bound at home is. The last columns are the thresholds of the operating points.",
         "",
         "| | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * len(columns),

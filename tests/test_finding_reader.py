@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, needs_default_model
+from conftest import ROOT, needs_default_model, run_cli
 
 from cbedge import ReportGenerator
 from cbedge.bundles.bundle import Bundle, open_bundle, write_bundle
@@ -169,3 +169,16 @@ def test_figures_of_the_embedded_model_are_those_of_the_record():
     for low, middle, high in zip(*findings.operating_points.values(), strict=True):
         assert 0 < low <= middle <= high < 1
     assert findings.head.names == findings.names[:12] and "pneumothorax" not in findings.prompted(("pneumothorax",))
+
+
+@needs_default_model
+def test_the_command_shows_thresholds_areas_and_standing_of_each_finding():
+    shown = run_cli("cbedge", "model").stdout
+    findings = open_bundle().manifest.image_findings
+    assert findings is not None
+    for i, (name, standing) in enumerate(zip(findings.names, findings.standings, strict=True)):
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
+        assert " / ".join(f"{values[i]:.2f}" for values in findings.operating_points.values()) in line
+        assert line.rstrip().endswith(standing.assessed)
+        for measured in (standing.home, standing.away):
+            assert measured is None or f"{measured.auc:.2f} ({measured.low:.2f}-{measured.high:.2f})" in line

@@ -68,27 +68,23 @@ def _print_findings(findings: ImageFindings) -> None:
     from rich.box import HORIZONTALS
     from rich.table import Table
 
-    columns = (*(findings.operating_points or ("threshold",)), "AUC at home", "AUC away", "assessed")
-    table = Table("finding", *columns, title="Image findings", title_justify="left", box=HORIZONTALS)
-    for column in table.columns[1:]:
+    named = " / ".join(findings.operating_points) or "threshold"
+    table = Table("finding", named, "AUC at home", "AUC away", "assessed", title="Image findings", box=HORIZONTALS)
+    table.title_justify = "left"
+    for column in table.columns[1:-1]:
         column.justify = "right"
     points = [*findings.operating_points.values()] or [findings.thresholds]
     for name, standing, *thresholds in zip(findings.names, findings.standings, *points, strict=True):
-        assessed = "yes" if standing.is_assessed(False) else "no"
-        if assessed == "no" and standing.is_assessed(True):
-            assessed = "familiar films"
-        cells = [*(f"{value:.2f}" for value in thresholds), _interval(standing.home), _interval(standing.away)]
-        table.add_row(name, *cells, assessed)
+        shown = " / ".join(f"{value:.2f}" for value in thresholds)
+        table.add_row(name, shown, _interval(standing.home), _interval(standing.away), standing.assessed)
     _print_table(table)
-    typer.echo(
-        "  AUC with 95% interval, and films with the finding. At home: the hospitals that the model was trained for."
-    )
+    typer.echo("  AUC with its 95% interval; at home: a hospital whose films trained the model.")
     if findings.operating_point:
-        typer.echo(f"  Thresholds of each --operating-point; without one: {findings.operating_point}.")
+        typer.echo(f"  The operating point is {findings.operating_point}; --operating-point chooses another.")
 
 
 def _interval(measured: Measured | None) -> str:
-    return f"{measured.auc:.2f} ({measured.low:.2f}-{measured.high:.2f}), {measured.positives}" if measured else "-"
+    return f"{measured.auc:.2f} ({measured.low:.2f}-{measured.high:.2f})" if measured else "-"
 
 
 def _print_table(table: Table) -> None:

@@ -65,6 +65,11 @@ class Standing:
         """Read what :func:`dataclasses.asdict` gives as JSON."""
         return cls(**{place: Measured(**values[place]) for place in ("home", "away") if values.get(place)})
 
+    @property
+    def assessed(self) -> str:
+        """``yes``, ``no``, or ``familiar films``: whether the finding is assessed."""
+        return "yes" if self.is_assessed(False) else "familiar films" if self.is_assessed(True) else "no"
+
     def is_assessed(self, familiar: bool) -> bool:
         """Whether a draft may state or deny the finding without a mark: the lower bound of its AUC away from home, or,
         if that was not measured, at home on a film that resembles those of training, reaches :data:`MIN_AUC`."""

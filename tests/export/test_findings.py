@@ -1,14 +1,20 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import needs_default_model
 from scipy.special import expit
 
+from cbedge.bundles.bundle import open_bundle
 from cbedge.findings.finding_reader import FRONTAL, PAIRED_FRONTAL, PAIRED_LATERAL
 from cbedge.findings.image_findings import ImageFindings
+from export.card import model_card
 from export.finding_features import IU_XRAY, NIH, FilmFeatures
 from export.finding_fit import Fitted, fit_findings
-from training.encoder.labels import FINDINGS
+from export.revision import Revision
+from training.encoder.labels import FINDINGS, nih_labels
+from training.external import LabelledFilm, Outcome, external_record
 
 HEAD = ImageFindings(("abnormal", "cardiomegaly", "fracture"), (0.4, 0.5, 0.6), ("", "The heart is enlarged.", ""))
 SIGNAL = {"abnormal": 0, "cardiomegaly": 1, "pneumothorax": 2}  # finding → feature that shows it
@@ -112,3 +118,28 @@ def test_features_are_kept(films: FilmFeatures, tmp_path: Path):
 def read(fitted: Fitted, films: FilmFeatures, rows: np.ndarray) -> np.ndarray:
     assert FRONTAL == 0
     return np.array([fitted.reader.logits([films.pooled[i : i + 1]], [films.logits[i]], "frontal") for i in rows])
+
+
+@needs_default_model
+def test_the_card_shows_the_figures_of_every_finding_and_of_other_hospitals(tmp_path: Path):
+    manifest = open_bundle().manifest
+    outcomes = [
+        Outcome(
+            LabelledFilm(Path("1.jpg"), str(i), nih_labels(["Effusion"] * (i < 5))),
+            True,
+            {"effusion": i / 10},
+            "Normal.",
+        )
+        for i in range(10)
+    ]
+    record = external_record(outcomes, {"balanced": {"effusion": 0.45}})
+    quality = tmp_path / "away.json"
+    quality.write_text(json.dumps({"external": {"nih_cxr14": record}}))
+    revision = Revision(open_bundle())
+    revision.set_quality(quality)
+    assert revision.manifest.quality["scores"] == manifest.quality["scores"]
+    card = model_card(revision.manifest, None)
+    standing = manifest.image_findings.standings[1].home
+    assert f"| cardiomegaly | {standing.auc:.3f} ({standing.low:.3f} to {standing.high:.3f}), 32 of 298 |" in card
+    assert "**Test films: nih_cxr14: 10 films of 10 patients**" in card
+    assert "| effusion | 0.000 (0.000 to 0.000) | 0.859 | 0.00 / 0.00 | " in card
