@@ -17,6 +17,7 @@ from cbedge.arguments import check_count, check_names, check_type
 from cbedge.backends import Backend, choose_variant, open_backend
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
+from cbedge.drafting.assessment import check_shown_as
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources
 from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.templates import Template
@@ -27,7 +28,7 @@ from cbedge.images.film_check import FilmCheck
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.pipeline import Engine, Study, draft_report
 from cbedge.prompt import ClinicalContext
-from cbedge.report import Report
+from cbedge.report import MARKED, Report
 
 if TYPE_CHECKING:
     from cbedge.images.radiograph import ImageSource
@@ -46,6 +47,7 @@ class DraftOptions(TypedDict, total=False):
     max_new_tokens: int | None
     decoding: Decoding | Mapping[str, Any] | None
     accept_any_image: bool
+    unassessed: str
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class DraftRequest:
             is not ``complete``. Default is the bundle's limit, or more if the template needs it.
         decoding: decoding settings; default is :attr:`~ReportGenerator.decoding`. A mapping changes some of them.
         accept_any_image: also draft from an image that does not look like a chest radiograph.
+        unassessed: sentences that state or deny what the model does not assess: ``mark`` them with ``*``, ``omit``
+            them, or ``plain``, as the others. The text itself follows it, and so do the stream and every output.
 
     Raises:
-        OptionError: ``accept_any_image`` is neither ``True`` nor ``False``.
+        OptionError: ``accept_any_image`` is neither ``True`` nor ``False``, or ``unassessed`` is another text.
     """
 
     image: ImageSource
@@ -81,9 +85,11 @@ class DraftRequest:
     max_new_tokens: int | None = None
     decoding: Decoding | Mapping[str, Any] | None = None
     accept_any_image: bool = False
+    unassessed: str = MARKED
 
     def __post_init__(self) -> None:
         check_type("accept_any_image", self.accept_any_image, (bool, np.bool_), "True or False")
+        check_shown_as(self.unassessed)
 
 
 _FIELDS = [field.name for field in fields(DraftRequest)]
@@ -294,6 +300,7 @@ class ReportGenerator:
             max_new_tokens=limit,
             decoding=self._decoding_of(request.decoding),
             accept_any_image=request.accept_any_image,
+            unassessed=request.unassessed,
         )
 
     def _checked_template(self, template: str) -> Template:

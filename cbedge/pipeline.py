@@ -21,6 +21,7 @@ from cbedge.decoding import (
     decode,
 )
 from cbedge.decoding.samplers import sampler_of
+from cbedge.drafting.assessment import LEFT_OUT_TOKEN, MARK_TOKEN
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.plan import DraftingResources, DraftPlan, plan_draft
 from cbedge.drafting.query import query_films
@@ -35,7 +36,7 @@ from cbedge.images.gate import pooled
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph
 from cbedge.prompt import ClinicalContext, split_sections
-from cbedge.report import DraftToken, Report, Timings, split_sentences
+from cbedge.report import MARKED, DraftToken, Report, Timings, split_sentences
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Study:
         max_new_tokens: the user's limit, or ``None``.
         decoding: decoding settings.
         accept_any_image: do not refuse images that do not look like chest radiographs.
+        unassessed: how sentences that the model does not assess are shown.
     """
 
     films: tuple[Radiograph, ...]
@@ -86,6 +88,7 @@ class Study:
     max_new_tokens: int | None
     decoding: Decoding
     accept_any_image: bool
+    unassessed: str = MARKED
 
 
 def draft_report(
@@ -117,12 +120,20 @@ def draft_report(
     outputs = cached.qformer_outputs or query_films(backend, codec, features, study.context)
     cached.features, cached.qformer_outputs = features, outputs
     rows = [pooled(found) for found in features]
-    reading = interpret(outputs, manifest.image_findings, rows, engine.finding_reader, study.context.view)
+    familiar = True  # the film check does not tell yet whether the films resemble those of training
+    reading = interpret(outputs, manifest.image_findings, rows, engine.finding_reader, study.context.view, familiar)
     on_reading(reading)
     marks.append(perf_counter())
 
     plan = plan_draft(
-        reading, study.context, study.decoding, manifest, engine.resources, study.template, study.max_new_tokens
+        reading,
+        study.context,
+        study.decoding,
+        manifest,
+        engine.resources,
+        study.template,
+        study.max_new_tokens,
+        study.unassessed,
     )
     decoder, logits = prefill(backend, reading, plan, cached)
     marks.append(perf_counter())
@@ -194,6 +205,7 @@ class _Draft:
 
     Attributes:
         tokens: tokens of the accepted sentences.
+        text: the draft as it is shown: these tokens, and marks.
         is_complete: whether the model wrote a stop token.
         has_unknown_word: whether a sentence was removed because of a word that is not in the lexicon.
     """
@@ -201,18 +213,25 @@ class _Draft:
     def __init__(self, sentence_filter: SentenceFilter):
         self._filter = sentence_filter
         self.tokens: list[DraftToken] = []
+        self.text = ""
         self.is_complete = False
 
     @property
     def has_unknown_word(self) -> bool:
         return self._filter.has_unknown_word
 
+    @property
+    def omitted(self) -> int:
+        return sum(map(len, self._filter.left_out))
+
     def checked(
         self, plan: DraftPlan, written: Iterator[Token], manifest: Manifest, codec: TextCodec
     ) -> Iterator[DraftToken]:
         """The accepted tokens of the opening and of what is written before the stop token, one sentence at a time."""
         for token in self._sentences(plan, written, manifest, codec):
-            self.tokens.append(token)
+            self.text += token.piece
+            if token not in (MARK_TOKEN, LEFT_OUT_TOKEN):
+                self.tokens.append(token)
             yield token
 
     def _sentences(
@@ -229,9 +248,9 @@ class _Draft:
             yield from self._filter.add(DraftToken(stream.step(token_id), probability, None, token_id))
         yield from self._filter.end()
         if self.is_complete and not self._filter.accepted[1]:  # no conclusion passed: repeat the findings instead
-            for place, sentence in enumerate(plan.conclusion):
-                heading = [DraftToken(" IMPRESSION:", None)] if place == 0 else []
-                yield from [*heading, sentence]
+            conclusion = plan.conclusion or (LEFT_OUT_TOKEN,) * bool(self._filter.left_out[1])
+            yield from [DraftToken(" IMPRESSION:", None)] * bool(conclusion)
+            yield from conclusion
 
 
 def compose_report(
@@ -251,7 +270,7 @@ def compose_report(
     Raises:
         DraftError: a section of a complete draft, or of a sampled one without a limit by the user, is empty.
     """
-    text = "".join(token.piece for token in draft.tokens).strip()
+    text = draft.text.strip()
     findings, impression = split_sections(text)
     missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
     unlimited = study.max_new_tokens is None and study.decoding.temperature > 0
@@ -284,7 +303,11 @@ def compose_report(
         template_source=plan.template_source,
         warnings=tuple(dict.fromkeys(all_warnings)),
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
-        sentences=split_sentences(draft.tokens, plan.fixed),
+        sentences=tuple(map(plan.assessment.label, split_sentences(draft.tokens, plan.fixed))),
+        unassessed=tuple(plan.assessment.unassessed),
+        unassessed_above_threshold=reading.unassessed_above,
+        unassessed_shown_as=study.unassessed,
+        omitted_sentences=draft.omitted,
         prompt_tokens=reading.image_embeds.shape[1] + len(plan.prompt_ids),
         new_tokens=len(draft.tokens),
         opening_tokens=len(plan.opening),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -17,6 +18,9 @@ DRAFT_STATEMENT = (
 
 
 LOW_CONFIDENCE = 0.5  # see Sentence.confidence
+MARK = "*"  # behind a sentence that is not assessed
+MARKED, OMITTED = "mark", "omit"  # how unassessed sentences are shown; any other way: as the others
+_SOURCES = {"language": "language model"}  # basis → the deprecated source of a sentence
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,14 @@ class Sentence:
         confidence: geometric mean of its tokens' probabilities, 0 to 1, tokens without a probability excluded. It
             measures how typical the words are for the model at this place; a typical sentence can be wrong. For a
             finding's opening sentence it is the finding's score.
-        low: whether it is the language model's own (``source``) and its confidence is below :data:`LOW_CONFIDENCE`.
-            ``False`` for the other sources: a score is compared with its own threshold, and a template is given.
+        low: whether it is the language model's own (``basis``) and its confidence is below :data:`LOW_CONFIDENCE`.
+            ``False`` for the others: a score is compared with its own threshold, and a template is given.
         finding: the image finding that the sentence states; ``None`` for any other sentence.
-        source: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is a
-            template's sentence), or ``language model`` (the model's own words).
+        basis: why the sentence is there: ``image`` (a finding's score reached its threshold), ``template`` (it is a
+            template's sentence), or ``language`` (the language model's own words).
+        assessed: ``False`` if it states or denies a finding that is not assessed, or is not in English.
+        unassessed: those findings.
+        marked: whether :data:`MARK` follows it in the report's text.
     """
 
     text: str
@@ -79,7 +86,16 @@ class Sentence:
     confidence: float
     low: bool
     finding: str | None = None
-    source: str = "language model"
+    basis: str = "language"
+    assessed: bool = True
+    unassessed: tuple[str, ...] = ()
+    marked: bool = False
+
+    @property
+    def source(self) -> str:
+        """Deprecated: :attr:`basis`, with ``language model`` for ``language``."""
+        warnings.warn("Sentence.source is deprecated: use .basis", DeprecationWarning, stacklevel=2)
+        return _SOURCES.get(self.basis, self.basis)
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class Report:
     Attributes:
         findings: the findings section; can be empty.
         impression: the impression section; can be empty.
-        text: both sections as one text.
+        text: both sections as one text, with :data:`MARK` behind marked sentences.
         complete: ``False`` if the draft was cut off at ``max_new_tokens``.
         model: name of the model that wrote it.
         model_version: its version.
@@ -99,11 +115,15 @@ class Report:
         indication_source: ``given``, ``DICOM header``, or ``None`` if the prompt has no indication.
         template: the normal report whose wording the draft follows, or ``None``.
         template_source: ``given`` for the user's, ``model`` for the model's template for this indication.
-        image_findings: findings whose score reaches its threshold, which the prompt lists; empty if none does;
+        image_findings: assessed findings whose score reaches its threshold, which the prompt lists; empty if none does;
             ``None`` for a model without finding scores. The text can still contradict them.
         finding_scores: score of every finding that the model knows, 0 to 1.
         finding_scores_calibrated: whether the scores are calibrated probabilities; else they only rank films.
         operating_point: the operating point of the thresholds, such as ``balanced``; ``None`` for a model without.
+        unassessed: findings that the model does not assess on these radiographs; empty if nothing was measured.
+        unassessed_above_threshold: those of them whose scores reach their thresholds. They change no sentence.
+        unassessed_shown_as: ``mark``, ``omit`` or ``plain``: how sentences on them are shown.
+        omitted_sentences: number of sentences left out because they are not assessed.
         finding_thresholds: the score at which each finding counts as present.
         sentences: the sentences of the draft, with confidence and source.
         image_sha256: hash of the input file.
@@ -147,6 +167,10 @@ class Report:
     finding_thresholds: dict[str, float] = field(default_factory=dict)
     finding_scores_calibrated: bool = False
     operating_point: str | None = None
+    unassessed: tuple[str, ...] = ()
+    unassessed_above_threshold: tuple[str, ...] = ()
+    unassessed_shown_as: str = MARKED
+    omitted_sentences: int = 0
     lateral_sha256: str | None = None
     template: str | None = None
     template_source: str | None = None
@@ -160,6 +184,7 @@ class Report:
         values = asdict(self)
         for sentence in values["sentences"]:
             sentence["confidence"] = round(sentence["confidence"], 3)
+            sentence["source"] = _SOURCES.get(sentence["basis"], sentence["basis"])  # deprecated
         values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
         values["finding_thresholds"] = {name: round(value, 3) for name, value in self.finding_thresholds.items()}
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
@@ -167,8 +192,8 @@ class Report:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def notes(self) -> list[str]:
-        """Notes for the reader: warnings, sentences of low confidence, sentences written because of image scores, and
-        findings with a high score that the draft may not mention."""
+        """Notes for the reader: warnings, sentences of low confidence, sentences written because of image scores,
+        findings with a high score that the draft may not mention, and what is not assessed."""
         unsure = [sentence.text for sentence in self.sentences if sentence.low]
         notes = [f"Warning: {warning}" for warning in self.warnings]
         if unsure:
@@ -181,13 +206,30 @@ class Report:
         others = [name for name in self.image_findings or () if name not in opened]
         if self.finding_scores and others and others[0] not in self.finding_scores:  # "other abnormality"
             abnormal = self._scored(next(iter(self.finding_scores)))
+            kind = "assessed finding" if self.unassessed else "finding"
             notes.append(
-                f"The image scores call this study {abnormal}, but no single finding reached its threshold. The draft "
+                f"The image scores call this study {abnormal}, but no single {kind} reached its threshold. The draft "
                 "may read as normal: check the image."
             )
         elif others:
             scored = ", ".join(map(self._scored, others))
             notes.append(f"Image scores also point to: {scored}. The draft may not mention this: check the image.")
+        return notes + self._unassessed_notes()
+
+    def _unassessed_notes(self) -> list[str]:
+        notes = []
+        if self.unassessed_above_threshold:
+            scored = ", ".join(map(self._scored, self.unassessed_above_threshold))
+            notes.append(
+                f"Image scores also point to: {scored}, which this model does not assess reliably: check the image."
+            )
+        if count := self.omitted_sentences:
+            some = "1 sentence was" if count == 1 else f"{count} sentences were"
+            notes.append(f"Incomplete: {some} left out because this model does not assess what they say.")
+        if any(sentence.marked for sentence in self.sentences):
+            notes.append(f"{MARK} This model does not assess what the sentence says: check the image.")
+        if self.unassessed and self.unassessed_shown_as in (MARKED, OMITTED):
+            notes.append(f"Not assessed: {', '.join(self.unassessed)}.")
         return notes
 
     def _scored(self, finding: str) -> str:
@@ -223,10 +265,10 @@ def split_sentences(tokens: Sequence[DraftToken], template: Sequence[str] = ()) 
             logs = [math.log(max(w.probability, 1e-9)) for w in words if w.probability is not None]
             confidence = math.exp(sum(logs) / max(1, len(logs)))
             finding = next((w.finding for w in words if w.finding), None)
-            own = "template" if normalize(text[start:end]) in from_template else "language model"
-            source = "image" if finding else own
-            low = source == "language model" and confidence < LOW_CONFIDENCE
-            sentence = Sentence(text[start:end], section, confidence, low, finding, source)
+            own = "template" if normalize(text[start:end]) in from_template else "language"
+            basis = "image" if finding else own
+            low = basis == "language" and confidence < LOW_CONFIDENCE
+            sentence = Sentence(text[start:end], section, confidence, low, finding, basis)
             same = first.setdefault(normalize(sentence.text), sentence)
             sentences.append(replace(same, text=sentence.text, section=section))
     return tuple(sentences)

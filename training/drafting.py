@@ -16,6 +16,7 @@ from cbedge.errors import DraftError
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import ClinicalContext
+from cbedge.report import MARK
 from training.base import ModelAndTokenizers
 from training.run_bundle import ReportResources, open_run
 
@@ -72,8 +73,9 @@ class Drafter:
                     max_new_tokens=MAX_NEW_TOKENS,
                     accept_any_image=True,
                     decoding=self.decoding,
+                    unassessed="plain",
                 )
-                texts.append(report.text)
+                texts.append(report.text.replace(MARK, ""))
             except DraftError:  # users get no draft: it is scored as an empty one
                 texts.append("")
             progress(1)

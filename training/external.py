@@ -19,6 +19,7 @@ from cbedge.api import ReportGenerator
 from cbedge.errors import DraftError
 from cbedge.images.gate import NotAChestRadiograph
 from cbedge.images.radiograph import load_radiograph
+from cbedge.report import MARK
 from training.encoder.films import VALIDATION_SHARE, patient_share
 from training.encoder.labels import COMPARED, FINDINGS, nih_labels
 from training.findings import find_mentions
@@ -130,7 +131,7 @@ def draft_films(
             except NotAChestRadiograph:
                 accepted = False
                 report = generator.generate(radiograph, accept_any_image=True)
-            text, scores = report.text, dict(report.finding_scores or {})
+            text, scores = report.text.replace(MARK, ""), dict(report.finding_scores or {})
         except DraftError:
             scores = {}
         outcomes.append(Outcome(film, accepted, scores, text))

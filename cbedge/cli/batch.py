@@ -19,6 +19,7 @@ from cbedge.cli.options import (
     NoTemplate,
     OperatingPoint,
     Template,
+    Unassessed,
     Variant,
     written_file,
 )
@@ -50,6 +51,7 @@ def batch(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry radiographs that failed before.")] = False,
     accept_any_image: AcceptAnyImage = False,
+    unassessed: Unassessed = "mark",
     parquet: Annotated[
         Path | None, written_file("Also write a Parquet table to this file; needs the extra batch.")
     ] = None,
@@ -61,14 +63,17 @@ def batch(
     """
     from dataclasses import replace
 
+    from cbedge.drafting.assessment import check_shown_as
     from cbedge.images.radiograph import printable
     from cbedge.outputs import check_format
+    from cbedge.report import MARKED
     from cbedge.services import batch
     from cbedge.services.studies import find_studies, join_views
 
     if template and no_template:
         raise OptionError("--template and --no-template cannot be combined: give one of them")
     check_format(form)
+    check_shown_as(unassessed)
     if form != "text" and documents is None:
         raise OptionError(f"--format {form} is for --documents: give a folder")
 
@@ -104,8 +109,15 @@ def batch(
         files.prepare(out, force)
 
     def draft(item: Item) -> dict[str, Any]:
-        options = {"max_new_tokens": max_new_tokens, "accept_any_image": accept_any_image, "decoding": decoding}
-        return batch.draft_item(item, generator, files, **options)
+        return batch.draft_item(
+            item,
+            generator,
+            files,
+            max_new_tokens=max_new_tokens,
+            accept_any_image=accept_any_image,
+            decoding=decoding,
+            unassessed=unassessed,
+        )
 
     drafted_by = f"{bundle.manifest.name} {bundle.manifest.version} {name}"
     if wording is not None:
@@ -113,6 +125,7 @@ def batch(
     drafted_by += " no template" if no_template else ""
     drafted_by += f" operating point {operating_point}" if operating_point else ""
     drafted_by += f" max new tokens {max_new_tokens}" if max_new_tokens is not None else ""
+    drafted_by += f" unassessed {unassessed}" if unassessed != MARKED else ""
     drafted_by += f" documents {form}" if documents else ""  # a finished draft without its document is not resumed
     with _progress_bar(len(items)) as advance:
         tally = batch.run_batch(items, out, drafted_by, draft, retry_failed, progress=advance)

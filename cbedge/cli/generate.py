@@ -17,6 +17,7 @@ from cbedge.cli.options import (
     NoTemplate,
     OperatingPoint,
     Template,
+    Unassessed,
     Variant,
     written_file,
 )
@@ -58,6 +59,7 @@ def generate(
     form: Annotated[str | None, typer.Option("--format", help="text, json, sr or fhir.", show_default="text")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
     accept_any_image: AcceptAnyImage = False,
+    unassessed: Unassessed = "mark",
     output: Annotated[
         Path | None, written_file("Write to this file instead of standard output.", "--output", "-o")
     ] = None,
@@ -76,10 +78,12 @@ def generate(
     _check_outputs(form, output, heatmap, force, sources)
     # All input is checked before the model is loaded, so that an error appears at once.
     from cbedge.decoding import Decoding
+    from cbedge.drafting.assessment import check_shown_as
     from cbedge.images.radiograph import load_radiograph
     from cbedge.prompt import ClinicalContext
 
     ClinicalContext(indication, comparison, view)
+    check_shown_as(unassessed)
     if template and no_template:
         raise OptionError("--template and --no-template cannot be combined: give one of them")
     wording = read_text_file(template) if template else None
@@ -111,6 +115,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         decoding=replace(generator.decoding, **chosen),
         accept_any_image=accept_any_image,
+        unassessed=unassessed,
     )
     live = sys.stdout.isatty() and form == "text" and output is None
     for word in _words(stream):

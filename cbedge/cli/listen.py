@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cbedge.cli.options import Device, Model, OperatingPoint, Template, Variant, number
+from cbedge.cli.options import Device, Model, OperatingPoint, Template, Unassessed, Variant, number
 from cbedge.cli.terminal import keep_to_template
 from cbedge.errors import OutputError, install_extra
 
@@ -29,6 +29,7 @@ def listen(
         float, number(0, 86_400, "Seconds to wait for the other view of a study; 0 drafts every view alone.")
     ] = 10.0,
     template: Template = None,
+    unassessed: Unassessed = "mark",
 ) -> None:
     """Run a DICOM node: draft a report for each CR or DX image received, and send it on as a Structured Report."""
     try:
@@ -41,7 +42,9 @@ def listen(
 
     check_format("sr")
     node = Peer.parse(peer) if peer else None
-    settings = ListenSettings(aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait)
+    settings = ListenSettings(
+        aet, host, port, tuple(known), node, spool, retry, pair_wait_s=pair_wait, unassessed=unassessed
+    )
     run_listener(
         keep_to_template(
             ReportGenerator.from_pretrained(model, variant, device, operating_point=operating_point), template

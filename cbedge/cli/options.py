@@ -68,3 +68,8 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum length of a draf
 AcceptAnyImage = Annotated[
     bool, typer.Option("--accept-any-image", help="Also draft from images that do not look like a chest radiograph.")
 ]
+
+Unassessed = Annotated[
+    str,
+    typer.Option(help="Sentences on what the model does not assess: mark them with *, omit them, or plain."),
+]

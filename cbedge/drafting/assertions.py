@@ -20,6 +20,17 @@ def _both(one: str, other: str, between: str = ".*") -> str:
 
 
 _FEW_WORDS = r"\s+(\w+\s+){0,3}"
+# finding that only some image heads score → words that state it; together they state "other abnormality"
+_RARE = {
+    "nodule": r"nodul\w+|mass(es)?|malignan\w+|metasta\w+|tumou?rs?|cancer|carcinoma|lesions?",
+    "pneumothorax": r"(hydro-?)?pneumothora\w+",
+    "hernia": r"hernia\w*",
+    "pleural thickening": r"thicken\w+",
+    "calcification": r"granulom\w+|calcifi\w+",
+    "spine": r"scoliosis|degenerative",
+    "cavity": r"tuberculosis|cavit\w+",
+    "lymphadenopathy": r"\w*adenopathy",
+}
 # finding of an image head → words that state it; findings without a score are "other abnormality"
 _STATED = {
     "cardiomegaly": r"cardiomegaly|" + _both(r"hearts?|cardi\w+|ctr", r"enlarge\w+|big|large|dilated|increased"),
@@ -38,8 +49,7 @@ _STATED = {
     "congestion": r"congest\w+|o?edema|(heart|cardiac|ventricular) failure|chf|decompensat\w+|cephali[sz]ation|kerley|"
     r"(fluid|volume) overload|redistribution|upper lobe (blood )?diversion",
     "fracture": r"fractur\w+|broken",
-    OTHER: r"nodul\w+|mass(es)?|pneumothora\w+|hernia\w*|malignan\w+|metasta\w+|tumou?rs?|cancer|carcinoma|"
-    r"tuberculosis|cavit\w+|lesions?|thicken\w+|scoliosis|degenerative|granulom\w+|calcifi\w+|\w*adenopathy",
+    OTHER: "|".join(_RARE.values()),
 }
 _LUNGS = r"(?<!no )lungs?(?! (volumes?|markings))|parenchym\w+|air-?\s?spaces?|alveol\w+"
 _VOLUME = r"volumes?|\w*inflat\w+|\w*expan\w+|aeration|inspirat\w+|ventilation"
@@ -72,6 +82,29 @@ _ACUTE = re.compile(r"\b(acute|active)\b", re.IGNORECASE)
 _ACUTE_FINDINGS = frozenset({"effusion", "opacity", "congestion"})
 # Words of an opacity, if they name nothing else.
 _FOCAL = r"focal|densit\w+|shadows?|patch\w*|process\w*|lobes?|zones?|bases?|markings|pneumoni\w+"
+
+
+_CHEST = (
+    r"cardio-?\s?(pulmonary|respiratory)|intra-?thoracic|chest(?! wall)|thorax|hemi-?thora\w+|"
+    r"thoracic (disease|process\w*|abnormalit\w+|findings?|patholog\w+)"
+)
+# finding that is part of another one → words that state it
+_PARTS = {
+    "consolidation": r"consolidat\w+|(broncho)?pneumoni[ac]|air-?\s?space disease",
+    "edema": r"o?edema|kerley|(heart|cardiac|ventricular) failure|chf|decompensat\w+|(fluid|volume) overload",
+}
+_PLEURA = r"pleura|pleural (spaces?|surfaces?|margins?|cavit\w+|abnormalit\w+|disease|changes?)"
+# finding that only some image heads score, or part of another one → words of what it changes
+_FURTHER_SUBJECTS = {
+    "nodule": rf"{_LUNGS}|focal|densit\w+|neoplas\w+",
+    "pneumothorax": rf"{_LUNGS}|{_PLEURA}|apices|apex|fully expanded",
+    "hernia": r"hiat\w+|retrocardiac|gastric bubble|(hemi-?)?diaphragm\w*",
+    "pleural thickening": rf"{_PLEURA}|apices|apex|apical|cost?o-?\s?(phrenic|diaphragmatic)|sulc(i|us)|angles?",
+    "calcification": rf"{_LUNGS}|hil(um|a|ar|i)",
+    "spine": r"spine|spinal|vertebra\w*|bon[ey]\w*|osseous|skelet\w+|kypho\w+|spondyl\w+|osteophyt\w+|dis[ck]s?",
+    "consolidation": rf"{_LUNGS}|infiltrat\w+|opaci\w+|infect\w+|inflammat\w+|focal",
+    "edema": rf"{_LUNGS}|\w*vascula\w+|interstiti\w+|congest\w+",
+}
 
 
 _ABOUT = {name: f"{words}|{_STATED[name]}" for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
@@ -140,3 +173,28 @@ def agrees(sentence: str, present: Collection[str]) -> bool:
     if named.isdisjoint(present):
         return bool(named) or bool(_ADVICE.search(sentence) and not _DENIES.search(sentence))
     return not named.isdisjoint(stated_by(sentence))
+
+
+def unscored(scored: Collection[str]) -> tuple[str, ...]:
+    """The findings of which sentences speak and that are not among the scored ones."""
+    return tuple(name for name in {**_SUBJECTS, **_RARE, **_PARTS} if name not in scored)
+
+
+def may_concern(sentence: str, finding: str) -> bool:
+    """Whether an English sentence may state or deny a finding: it has words that state it; or it states nothing else
+    and has words of what the finding changes, or denies something acute, of the whole chest, or not told by its words.
+    A finding that is not known here has the words of its name."""
+    text = unicodedata.normalize("NFKC", sentence)
+    words = {**_STATED, **_RARE, **_PARTS}.get(finding, re.escape(finding))
+    if _words(words).search(text):
+        return True
+    if stated_by(text):
+        return False
+    subjects = {**_SUBJECTS, **_FURTHER_SUBJECTS}.get(finding)
+    if subjects is not None and _words(subjects).search(text):
+        return True
+    if not _DENIES.search(text):
+        return False
+    if (_ACUTE.search(text) and not _words(_SUBJECTS["fracture"]).search(text)) or _words(_CHEST).search(text):
+        return True
+    return not any(_words(words).search(text) for words in (*_ABOUT.values(), *_FURTHER_SUBJECTS.values()))

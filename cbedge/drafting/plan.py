@@ -12,7 +12,8 @@ from cbedge.bundles.manifest import Manifest
 from cbedge.decoding import Decoding, LogitsProcessor
 from cbedge.decoding.phrasebook import Phrasebook
 from cbedge.decoding.processors import processors_of
-from cbedge.drafting.assertions import agrees, denied_by, stated_by
+from cbedge.drafting.assertions import agrees, denied_by, stated_by, unscored
+from cbedge.drafting.assessment import Assessment
 from cbedge.drafting.codec import TextCodec
 from cbedge.drafting.constraints import MAX_FREE, DraftConstraint, SectionPlan, TokenTexts
 from cbedge.drafting.language import are_english
@@ -22,7 +23,7 @@ from cbedge.drafting.templates import Template, Templates, split_report
 from cbedge.findings.image_findings import AnyPattern, ImageFindings
 from cbedge.findings.reading import ImageReading
 from cbedge.prompt import ClinicalContext, build_opening, build_prompt
-from cbedge.report import DraftToken
+from cbedge.report import MARKED, DraftToken
 from cbedge.sentences import normalize
 
 MAX_NEW_TOKENS = 1024
@@ -79,6 +80,7 @@ class DraftPlan:
         conclusion: the impression if the model writes none: the opening's sentences, one token each.
         max_new_tokens: maximum length, opening included.
         template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
+        assessment: which sentences the model does not assess.
         warnings: which sentences of the user's template are left out, and why; and which state an abnormality that the
             image scores do not point to.
     """
@@ -95,6 +97,7 @@ class DraftPlan:
     max_new_tokens: int
     template: str | None
     template_source: str | None
+    assessment: Assessment
     warnings: tuple[str, ...]
 
     @property
@@ -104,7 +107,8 @@ class DraftPlan:
 
     def new_filter(self) -> SentenceFilter:
         """A filter for the draft's sentences."""
-        return SentenceFilter(self.denied, self.constraint.tokens.lexicon, self.fixed, self.affirming, self.supported)
+        lexicon = self.constraint.tokens.lexicon
+        return SentenceFilter(self.denied, lexicon, self.fixed, self.affirming, self.supported, self.assessment)
 
 
 def plan_draft(
@@ -115,6 +119,7 @@ def plan_draft(
     resources: DraftingResources,
     template: Template | None = None,
     max_new_tokens: int | None = None,
+    unassessed: str = MARKED,
 ) -> DraftPlan:
     """Plan one draft.
 
@@ -130,6 +135,8 @@ def plan_draft(
         resources: the bundle's tokenizers, templates and lexicon.
         template: the user's template, from :func:`cbedge.drafting.template_parser.check_template`.
         max_new_tokens: the user's limit, which also truncates the opening.
+        unassessed: how sentences that the model does not assess are shown; one of
+            :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed change nothing else of a draft.
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
@@ -166,8 +173,33 @@ def plan_draft(
         max_new_tokens=limit,
         template=chosen,
         template_source="given" if given else "model" if chosen else None,
+        assessment=_assessment(reading, findings, openings.values(), given, unassessed),
         warnings=(*given.left_out, *warnings) if given else (),
     )
+
+
+def _assessment(
+    reading: ImageReading,
+    findings: ImageFindings | None,
+    openings: Iterable[str],
+    given: Template | None,
+    shown_as: str,
+) -> Assessment:
+    """Which sentences are not assessed. If nothing was measured of the findings, only those that cannot be read."""
+    names = (*reading.unassessed, *unscored(findings.names)) if findings and findings.standings else ()
+    return Assessment(
+        {name: findings.denials_of(name) for name in names} if findings else {},
+        reading.unassessed_above,
+        frozenset(map(normalize, openings)),
+        frozenset(map(normalize, _foreign(given))) if given else frozenset(),
+        shown_as,
+    )
+
+
+def _foreign(template: Template) -> set[str]:
+    """The sentences of a template in another language than English."""
+    sentences = (*template.findings, *template.impression)
+    return {text for text, is_english in zip(sentences, are_english(sentences), strict=True) if not is_english}
 
 
 def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCodec) -> tuple[DraftToken, ...]:
@@ -211,9 +243,7 @@ def _sections(
     a sentence of the impression in another language is left out, and one of the findings stays with a warning.
     """
     warnings: list[str] = []
-    sentences = (*template.findings, *template.impression)
-    foreign = {text for text, is_english in zip(sentences, are_english(sentences), strict=True) if not is_english}
-    unchecked = []
+    foreign, unchecked = _foreign(template), []
 
     def uncontradicted(sentences: Sequence[str], concluding: bool) -> list[str]:
         kept, follows_gap = [], False
@@ -241,7 +271,7 @@ def _sections(
     if unchecked:
         scores = f"the image scores, which point to {', '.join(present)}" if present else "the image scores"
         what = f"sentence {unchecked[0]} is" if len(unchecked) == 1 else f"sentences {', '.join(unchecked)} are"
-        if len(foreign) == len({*sentences}):
+        if len(foreign) == len({*template.findings, *template.impression}):
             what = "sentences are"
         warnings.append(
             f"The template's {what} not in English and could not be checked against {scores}. Check each sentence."

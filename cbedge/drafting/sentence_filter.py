@@ -5,6 +5,8 @@ that the lungs are clear after it stated an opacity), if an earlier sentence of 
 it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete; beside a user's template
 also if it states a finding without an image score, or in the impression if it is not understood. Opening sentences and
 template sentences are fixed and always pass. A section heading is held back until a sentence follows.
+
+Sentences that the model does not assess are marked or left out as the user chose (:mod:`cbedge.drafting.assessment`).
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
 from cbedge.drafting.assertions import stated_by, understood
+from cbedge.drafting.assessment import LEFT_OUT_TOKEN, MARK_TOKEN, Assessment
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.findings.image_findings import OTHER, AnyPattern
-from cbedge.report import DraftToken
+from cbedge.report import OMITTED, DraftToken
 from cbedge.sentences import ends_sentence, normalize, sentence_spans
 
 
@@ -30,9 +33,11 @@ class SentenceFilter:
         affirming: remove sentences of the findings section that deny something, unless they are fixed.
         supported: the only findings that free sentences may state, and that those of the impression have to be
             understood to agree with; ``None`` for no such check.
+        assessment: tells which sentences are not assessed; ``None`` for no such check.
 
     Attributes:
         accepted: the accepted sentences, normalized, of findings and impression.
+        left_out: the sentences that were left out because they are not assessed, normalized.
         has_unknown_word: whether a sentence was removed because of an unknown word.
     """
 
@@ -43,11 +48,14 @@ class SentenceFilter:
         fixed: Sequence[str] = (),
         affirming: bool = False,
         supported: Collection[str] | None = None,
+        assessment: Assessment | None = None,
     ):
         self._denied, self._lexicon, self._affirming, self._supported = denied, lexicon, affirming, supported
         self._fixed = {normalize(sentence) for sentence in fixed}
         self._indivisible = {"FINDINGS:", "IMPRESSION:", *fixed}  # not split at full stops inside, as in "Dr. X."
+        self._assessment = assessment
         self.accepted: tuple[list[str], list[str]] = ([], [])
+        self.left_out: tuple[set[str], set[str]] = (set(), set())
         self.has_unknown_word = False
         self._section = 0
         self._pending: list[DraftToken] = []
@@ -71,20 +79,40 @@ class SentenceFilter:
     def end(self) -> Iterator[DraftToken]:
         """End the draft: yields the last sentence if it is complete and accepted."""
         yield from self._flush()
+        if self._section == 0:
+            yield from self._end_findings()
 
     def _flush(self) -> Iterator[DraftToken]:
         pending, text, self._pending = self._pending, self._text().strip(), []
         for place, name in enumerate(("FINDINGS:", "IMPRESSION:")):
             if text == name:
+                if place:
+                    yield from self._end_findings()
                 self._section, self._heading = place, pending
                 return
-        if text.startswith("FINDINGS: "):  # one token may span the end of the heading and the start of the sentence
-            text = text.removeprefix("FINDINGS: ")
-        if self._passes(text):
-            self.accepted[self._section].append(normalize(text))
+        begins = text.startswith(
+            "FINDINGS: "
+        )  # one token may span the end of the heading and the start of the sentence
+        text = text.removeprefix("FINDINGS: ")
+        if not self._passes(text):
+            return
+        marked = self._assessment is not None and self._assessment.is_marked(text)
+        if marked and self._assessment is not None and self._assessment.shown_as == OMITTED:
+            self.left_out[self._section].add(normalize(text))
+            self._heading = [DraftToken("FINDINGS:", None)] if begins else self._heading
+            return
+        self.accepted[self._section].append(normalize(text))
+        heading, self._heading = self._heading, []
+        yield from heading
+        yield from pending
+        if marked:
+            yield MARK_TOKEN
+
+    def _end_findings(self) -> Iterator[DraftToken]:
+        """Say that nothing is left of the findings if all were left out."""
+        if self.left_out[0] and not self.accepted[0]:
             heading, self._heading = self._heading, []
-            yield from heading
-            yield from pending
+            yield from [*heading, LEFT_OUT_TOKEN]
 
     def _passes(self, text: str) -> bool:
         normalized = normalize(text)

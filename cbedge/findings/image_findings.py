@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -203,17 +203,27 @@ class ImageFindings:
         shares = np.array(self.lateral_shares or (0.5,) * len(self.names), frontal.dtype)
         return (1 - shares) * frontal + shares * lateral
 
-    def read(self, scores: Sequence[float] | np.ndarray) -> tuple[str, ...]:
-        """The findings that are present, for scores [names]: none if "abnormal" is below its threshold; else those that
-        reach their thresholds (of an excluding pair, the one further above its own), or :data:`OTHER` if none does."""
+    def read(self, scores: Sequence[float] | np.ndarray, unassessed: Collection[str] = ()) -> tuple[str, ...]:
+        """The assessed findings that are present, for scores [names]: none if "abnormal" is below its threshold; else
+        those that reach their thresholds (of an excluding pair, the one further above its own), or :data:`OTHER` if
+        none does and "abnormal" is assessed. Thresholds are chosen behind that of "abnormal", so it counts even if it
+        is not assessed."""
         if scores[0] < self.thresholds[0]:
             return ()
-        rows = zip(self.names[1:], scores[1:], self.thresholds[1:], strict=True)
-        above = {name: float(score) - least for name, score, least in rows if score >= least}
+        above = {name: by for name, by in self._above(scores).items() if name not in {self.names[0], *unassessed}}
         for pair in self.excludes:
             if above.keys() >= {*pair}:
                 del above[min(pair, key=lambda name: above[name])]
-        return tuple(above) or (OTHER,)
+        return tuple(above) or ((OTHER,) if self.names[0] not in unassessed else ())
+
+    def above(self, scores: Sequence[float] | np.ndarray, unassessed: Collection[str]) -> tuple[str, ...]:
+        """Those of the unassessed findings that reach their thresholds, whatever the other scores are."""
+        return tuple(name for name in self._above(scores) if name in unassessed)
+
+    def _above(self, scores: Sequence[float] | np.ndarray) -> dict[str, float]:
+        """By how much each finding exceeds its threshold, of those that reach it."""
+        rows = zip(self.names, scores, self.thresholds, strict=True)
+        return {name: float(score) - least for name, score, least in rows if score >= least}
 
     def open(self, present: Sequence[str]) -> dict[str, str]:
         """The sentences that open the draft: finding → sentence, for present findings that have one."""
@@ -222,9 +232,12 @@ class ImageFindings:
     def contradicting(self, present: Sequence[str]) -> AnyPattern:
         """A pattern that matches sentences which contradict a present finding. :data:`OTHER` is contradicted like the
         first name, "abnormal"."""
-        denials = {**dict(zip(self.names, self.denials, strict=False)), OTHER: (self.denials or ((),))[0]}
-        patterns = dict.fromkeys(text for name in present for text in denials.get(name, ()))
-        return AnyPattern((*patterns,))
+        return AnyPattern((*dict.fromkeys(text for name in present for text in self.denials_of(name)),))
+
+    def denials_of(self, name: str) -> tuple[str, ...]:
+        """The regular expressions of sentences that contradict a finding, :data:`OTHER` like "abnormal"."""
+        denials = dict(zip(self.names, self.denials, strict=False))
+        return denials.get(self.names[0] if name == OTHER else name, ())
 
 
 @dataclass(frozen=True)

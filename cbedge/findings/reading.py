@@ -33,13 +33,15 @@ class ImageReading:
 
     Attributes:
         image_embeds: image embeddings, float32 [1, Q, D]; Q is twice the number of queries with a lateral view.
-        findings: findings that are present, empty if none reaches its threshold; ``None`` for a model without
+        findings: assessed findings that are present, empty if none reaches its threshold; ``None`` for a model without
             finding scores.
         scores: score of every finding, 0 to 1.
         attention: attention to each patch of the frontal radiograph for these findings (for "abnormal" if there are
             none), float32 [P], class token first.
         has_lateral: whether a lateral radiograph was read.
         calibrated: whether the scores are calibrated probabilities.
+        unassessed: findings that the model does not assess reliably on these radiographs.
+        unassessed_above: those of them that reach their thresholds.
     """
 
     image_embeds: np.ndarray
@@ -48,6 +50,8 @@ class ImageReading:
     attention: np.ndarray
     has_lateral: bool = False
     calibrated: bool = False
+    unassessed: tuple[str, ...] = ()
+    unassessed_above: tuple[str, ...] = ()
 
 
 def interpret(
@@ -56,6 +60,7 @@ def interpret(
     pooled: Sequence[np.ndarray] = (),
     reader: FindingReader | None = None,
     view: str | None = None,
+    familiar: bool = True,
 ) -> ImageReading:
     """Combine the Q-Former's outputs for the radiographs of a study, and derive its findings from their scores.
 
@@ -65,6 +70,7 @@ def interpret(
         pooled: class token and mean patch of each radiograph, float32 [1, 2H], for the reader.
         reader: the bundle's calibrated readers; without them, the scores are the Q-Former's.
         view: view of the first radiograph.
+        familiar: whether the radiographs resemble those of training.
     """
     embeds = np.concatenate([output.embeds for output in outputs], axis=1)
     attention, has_lateral = outputs[0].attention, len(outputs) > 1
@@ -75,7 +81,17 @@ def interpret(
         scores = scores_of(reader.logits(pooled, logits, view))
     else:
         scores = scores_of(findings.join(*logits) if has_lateral else logits[0])
-    present = findings.read(scores)
+    unassessed = findings.unassessed(familiar)
+    present = findings.read(scores, unassessed)
     rows = [i for i, name in enumerate(findings.names[: len(attention)]) if name in present] or [0]
     named = dict(zip(findings.names, map(float, scores), strict=True))
-    return ImageReading(embeds, present, named, attention[rows].mean(0), has_lateral, reader is not None)
+    return ImageReading(
+        embeds,
+        present,
+        named,
+        attention[rows].mean(0),
+        has_lateral,
+        reader is not None,
+        unassessed,
+        findings.above(scores, unassessed),
+    )

@@ -49,6 +49,7 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
             "code": _coding(*code),
             "valueString": text,
             "device": {"reference": "#software"},
+            **_unassessed(report, name),
         }
         for name, code, text in (("findings", FINDINGS, report.findings), ("impression", IMPRESSION, report.impression))
         if text
@@ -76,6 +77,12 @@ def to_fhir(report: Report, header: Dataset | None = None) -> str:
     values["result"].append({"reference": "#image-scores"})
     values |= of_study
     return json.dumps(json.loads(DiagnosticReport(**values).model_dump_json()), indent=2, ensure_ascii=False)
+
+
+def _unassessed(report: Report, section: str) -> dict[str, Any]:
+    """A note for each marked sentence of a section."""
+    marked = [sentence.text for sentence in report.sentences if sentence.section == section and sentence.marked]
+    return {"note": [{"text": f"Not assessed by the model: {text}"} for text in marked]} if marked else {}
 
 
 def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import PATIENT_AND_STUDY, StudyHeader, study_header, usable
 from cbedge.outputs.registry import Source
 from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, left_out
-from cbedge.report import DRAFT_STATEMENT, Report
+from cbedge.report import DRAFT_STATEMENT, MARK, Report
 
 if TYPE_CHECKING:
     from highdicom.sr.value_types import ContentItem
@@ -131,6 +131,7 @@ def _series_number(header: Dataset) -> int:
 def _content(report: Report, study: StudyHeader) -> Dataset:
     """The content tree: model, draft statement, notes, sections, finding scores."""
     from highdicom.sr import (
+        CodeContentItem,
         CodedConcept,
         ContainerContentItem,
         ContentSequence,
@@ -151,20 +152,29 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
             relationship_type=inferred,
         )
 
-    def section(title: tuple[str, str], name: CodedConcept, text: str) -> ContainerContentItem:
+    def section(title: tuple[str, str], name: CodedConcept, section: str, text: str) -> ContainerContentItem:
         container = ContainerContentItem(CodedConcept(title[0], "LN", title[1]), False, relationship_type=contains)
-        item = TextContentItem(name, text, contains)
-        item.ContentSequence = ContentSequence([image()])
-        container.ContentSequence = ContentSequence([item])
+        container.ContentSequence = ContentSequence()
+        for part, is_assessed in _parts(report, section, text):
+            item = TextContentItem(name, part, contains)
+            item.ContentSequence = ContentSequence([*([] if is_assessed else [qualifier()]), image()])
+            container.ContentSequence.append(item)
         return container
+
+    def qualifier() -> CodeContentItem:
+        return CodeContentItem(
+            CodedConcept("assessment", "99CBEDGE", "Assessment of the statement"),
+            CodedConcept("not-assessed", "99CBEDGE", "Not assessed by the model"),
+            RelationshipTypeValues.HAS_CONCEPT_MOD,
+        )
 
     items = _observer_context(report)
     comments = [DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)]
     items += [TextContentItem(comment, text, contains) for text in comments]
     if report.findings:
-        items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), report.findings))
+        items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), "findings", report.findings))
     if report.impression:
-        items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), report.impression))
+        items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), "impression", report.impression))
     score = CodedConcept("score", "99CBEDGE", _SCORE_MEANING)
     if report.finding_scores_calibrated:
         score = CodedConcept("probability", "99CBEDGE", _PROBABILITY_MEANING)
@@ -183,6 +193,22 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
     root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
     root.ContentSequence = ContentSequence(items)
     return root
+
+
+def _parts(report: Report, section: str, text: str) -> list[tuple[str, bool]]:
+    """A section's text in parts: each marked sentence alone, and the sentences between; and whether it is assessed."""
+    sentences = [sentence for sentence in report.sentences if sentence.section == section]
+    if not any(sentence.marked for sentence in sentences):
+        return [(text, True)]
+    parts: list[tuple[str, bool]] = []
+    for sentence in sentences:
+        if sentence.marked:
+            parts.append((f"{sentence.text}{MARK}", False))
+        elif parts and parts[-1][1]:
+            parts[-1] = (f"{parts[-1][0]} {sentence.text}", True)
+        else:
+            parts.append((sentence.text, True))
+    return parts
 
 
 def _observer_context(report: Report) -> list[ContentItem]:

@@ -27,6 +27,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from cbedge.api import ReportGenerator
+from cbedge.drafting.assessment import check_shown_as
 from cbedge.errors import CbedgeError, RadiographError
 from cbedge.file_names import safe_name
 from cbedge.images.dicom import study_and_patient, study_and_view
@@ -34,6 +35,7 @@ from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import is_uid
 from cbedge.outputs.registry import rendering
 from cbedge.outputs.sr import to_sr
+from cbedge.report import MARKED
 from cbedge.services.addresses import address_errors, check_ae_title
 from cbedge.services.delivery import RESCAN_S, Delivery, Peer
 from cbedge.services.dicom_guard import GuardedAE, ReceptionLimit
@@ -79,12 +81,13 @@ class ListenSettings:
         first_retry_s, last_retry_s: seconds until the first retry, doubled with each failure up to the last.
         pair_wait_s: seconds that a radiograph waits for the other view of its study; 0 drafts every view alone, as does
             a model that cannot read lateral radiographs.
+        unassessed: how sentences that the model does not assess are shown: ``mark``, ``omit`` or ``plain``.
         max_waiting: maximum number of radiographs in the spool; more are rejected, and their sender keeps them.
         max_object_bytes: maximum size of a radiograph; the association is aborted before a larger one is in memory.
         max_received_bytes: maximum size of all radiographs that are being received.
 
     Raises:
-        OptionError: an application entity title is invalid.
+        OptionError: an application entity title or ``unassessed`` is invalid.
     """
 
     aet: str
@@ -96,6 +99,7 @@ class ListenSettings:
     first_retry_s: float = 5.0
     last_retry_s: float = 600.0
     pair_wait_s: float = 10.0
+    unassessed: str = MARKED
     max_waiting: int = 10_000
     max_object_bytes: int = 512 * 2**20
     max_received_bytes: int = 1024 * 2**20
@@ -104,6 +108,7 @@ class ListenSettings:
         check_ae_title(self.aet, "--aet")
         for title in self.known:
             check_ae_title(title, "--known")
+        check_shown_as(self.unassessed)
 
 
 class Listener:
@@ -327,11 +332,12 @@ class Listener:
     ) -> None:
         try:
             try:
-                report = self.generator.generate(path, lateral=lateral)
+                report = self.generator.generate(path, lateral=lateral, unassessed=self.settings.unassessed)
             except RadiographError:
                 if lateral is None:
                     raise
-                report, lateral = self.generator.generate(path), None  # the lateral view is drafted alone, later
+                report = self.generator.generate(path, unassessed=self.settings.unassessed)
+                lateral = None  # it is drafted alone, later
             with rendering("sr"):
                 document = to_sr(report, read_header(path), same_again=True)
         except Exception as error:  # one bad image must not block the others

@@ -217,8 +217,13 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             held["radiograph"] = load_radiograph(held["content"])
             check_source(form.format, held["content"])
             second = form.lateral.file.read() if form.lateral is not None else None
-            options: dict[str, Any] = {**form.context, "accept_any_image": form.accept_any_image}
-            return generator.stream(held["radiograph"], lateral=second, **options)
+            return generator.stream(
+                held["radiograph"],
+                lateral=second,
+                accept_any_image=form.accept_any_image,
+                unassessed=form.unassessed,
+                **form.context,  # type: ignore[arg-type]
+            )
 
         async def run(send: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
             outcome, report = "written", None

@@ -13,15 +13,17 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from cbedge.drafting.assessment import SHOWN_AS, check_shown_as
 from cbedge.drafting.template_parser import MAX_TEMPLATE_CHARACTERS
 from cbedge.errors import ContextError, RadiographError
 from cbedge.outputs import FORMATS, check_format
 from cbedge.prompt import MAX_CONTEXT_CHARACTERS, VIEW_NAMES
+from cbedge.report import MARKED
 
 TEXTS = ("indication", "comparison", "view", "template")
 FILES = ("image", "lateral")
 SWITCHES = ("stream", "heatmap", "accept_any_image")
-_FIELDS = (*FILES, *TEXTS, "format", *SWITCHES)
+_FIELDS = (*FILES, *TEXTS, "format", "unassessed", *SWITCHES)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
 _MAX_FILES, _MAX_FIELDS = 8, 16
 _UTF_8, _PLAIN = ("utf-8", "utf8", "us-ascii", "ascii"), ("7bit", "8bit", "binary")
@@ -37,6 +39,7 @@ class DraftForm:
         image, lateral: uploaded files, not read yet.
         context: indication, comparison, view and template; ``None`` for those not given.
         format: a name in :data:`FORMATS`.
+        unassessed: how sentences that the model does not assess are shown.
         stream, heatmap, accept_any_image: switches.
     """
 
@@ -44,6 +47,7 @@ class DraftForm:
     lateral: UploadFile | None
     context: dict[str, str | None]
     format: str
+    unassessed: str
     stream: bool
     heatmap: bool
     accept_any_image: bool
@@ -163,16 +167,17 @@ async def read_form(form: FormData) -> DraftForm:
             del fields[name]
     if "image" not in fields:
         raise RadiographError("the form has no file image: send one, such as -F image=@study.dcm")
-    texts = {name: await _text(name, fields.get(name)) for name in (*TEXTS, "format", *SWITCHES)}
-    chosen = texts["format"] or "json"
+    texts = {name: await _text(name, fields.get(name)) for name in (*TEXTS, "format", "unassessed", *SWITCHES)}
+    chosen, unassessed = texts["format"] or "json", texts["unassessed"] or MARKED
     check_format(chosen)
+    check_shown_as(unassessed)
     stream, heatmap, anything = (_switch(name, texts[name]) for name in SWITCHES)
     if stream and chosen != "json":
         raise ContextError(f"stream sends the report as JSON, so format {chosen} cannot be combined with it: omit one")
     if heatmap and not stream:
         raise ContextError("heatmap is sent with stream only: give stream=true as well")
     context = {name: texts[name] or None for name in TEXTS}
-    return DraftForm(fields["image"], fields.get("lateral"), context, chosen, stream, heatmap, anything)
+    return DraftForm(fields["image"], fields.get("lateral"), context, chosen, unassessed, stream, heatmap, anything)
 
 
 async def _text(name: str, value: str | UploadFile | None) -> str | None:
@@ -226,6 +231,12 @@ def form_schema() -> dict[str, Any]:
             MAX_TEMPLATE_CHARACTERS,
         ),
         "format": {"type": "string", "enum": [*FORMATS], "default": "json"},
+        "unassessed": {
+            "type": "string",
+            "enum": [*SHOWN_AS],
+            "default": MARKED,
+            "description": "Sentences on what the model does not assess: marked with *, left out, or as the others.",
+        },
         "stream": switch("Send server-sent events."),
         "heatmap": switch("With `stream`, add a heat map of the model's attention (PNG)."),
         "accept_any_image": switch("Also draft from images that do not look like a chest radiograph."),

@@ -1,0 +1,308 @@
+"""What the model does not assess: it opens no draft, and every output shows which sentences speak of it."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pydicom
+import pytest
+from conftest import EXAMPLES, needs_default_model
+from golden.drafts import FOLDER
+
+from cbedge import ReportGenerator
+from cbedge.drafting.assertions import may_concern
+from cbedge.drafting.assessment import Assessment
+from cbedge.drafting.sentence_filter import SentenceFilter
+from cbedge.errors import OptionError
+from cbedge.findings.image_findings import OTHER, ImageFindings, Measured, Standing
+from cbedge.outputs import SCHEMA, render
+from cbedge.report import DraftToken, Report, Sentence
+
+GOOD, POOR = Measured(0.85, 0.80, 0.90, 300, 30), Measured(0.72, 0.62, 0.80, 300, 30)
+FILMS = [*sorted((FOLDER / "films").glob("*.jpg"))[:5], EXAMPLES / "chest_pa.png"]
+LEGEND = "* This model does not assess what the sentence says: check the image."
+NORMAL = "FINDINGS: The heart is normal. The lungs are clear. No pneumothorax. IMPRESSION: No acute disease."
+
+
+def standings(findings: ImageFindings, unassessed: tuple[str, ...]) -> ImageFindings:
+    """The same findings, some of them with a poor result on films of another hospital."""
+    return replace(
+        findings, standings=tuple(Standing(GOOD, POOR if name in unassessed else GOOD) for name in findings.names)
+    )
+
+
+@pytest.fixture
+def generator() -> ReportGenerator:
+    return ReportGenerator.from_pretrained(variant="int4", device="cpu")
+
+
+def without_assessing(generator: ReportGenerator, *names: str) -> ReportGenerator:
+    """The generator, with a manifest that was read now and in which some findings are not assessed."""
+    manifest = generator.bundle.manifest
+    assert manifest.image_findings is not None
+    changed = replace(manifest, image_findings=standings(manifest.image_findings, names))
+    generator.bundle = replace(generator.bundle, manifest=changed)
+    return generator
+
+
+FINDINGS = standings(
+    ImageFindings(("abnormal", "hyperinflation", "low volume", "effusion"), (0.5, 0.3, 0.3, 0.3)), ("low volume",)
+)
+
+
+@pytest.mark.parametrize(
+    ("scores", "present", "above"),
+    [
+        ((0.9, 0.4, 0.9, 0.4), ("hyperinflation", "effusion"), ("low volume",)),  # it excludes no assessed finding
+        ((0.9, 0.1, 0.9, 0.1), (OTHER,), ("low volume",)),
+        ((0.4, 0.4, 0.9, 0.9), (), ("low volume",)),
+        ((0.9, 0.1, 0.1, 0.1), (OTHER,), ()),
+    ],
+)
+def test_an_unassessed_finding_is_never_present(
+    scores: tuple[float, ...], present: tuple[str, ...], above: tuple[str, ...]
+):
+    unassessed = FINDINGS.unassessed()
+    assert unassessed == ("low volume",)
+    assert FINDINGS.read(scores, unassessed) == present
+    assert FINDINGS.above(scores, unassessed) == above
+
+
+def test_an_unassessed_abnormal_score_names_no_other_abnormality():
+    findings = standings(FINDINGS, ("abnormal",))
+    assert findings.read((0.9, 0.1, 0.1, 0.1), findings.unassessed()) == ()
+    assert findings.read((0.9, 0.1, 0.1, 0.9), findings.unassessed()) == ("effusion",)
+
+
+ALL = ("cardiomegaly", "effusion", "nodule", "pneumothorax", "consolidation", "edema", "pleural thickening", "hernia")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "findings"),
+    [
+        ("Normal chest.", ALL),
+        ("No acute disease.", ALL),
+        ("No acute cardiopulmonary abnormality.", ALL),
+        ("Unremarkable.", ALL),
+        ("The lungs are clear.", ("nodule", "pneumothorax", "consolidation", "edema")),
+        ("Lungs: Clear", ("nodule", "pneumothorax", "consolidation", "edema")),
+        ("No pneumothorax.", ("pneumothorax",)),
+        ("There is no pneumothorax or pleural effusion.", ("effusion", "pneumothorax")),
+        ("Large effusion without pneumothorax.", ("effusion", "pneumothorax")),
+        ("There is consolidation.", ("consolidation",)),
+        ("Hiatal hernia.", ("hernia",)),
+        ("No hiatus hernia.", ("hernia",)),
+        ("Interstitial edema.", ("edema",)),
+        ("No apical thickening.", ("pleural thickening",)),
+        ("The heart is normal in size.", ("cardiomegaly",)),
+        ("CTR 48%.", ("cardiomegaly",)),
+        ("Both costophrenic angles are sharp.", ("effusion", "pleural thickening")),
+        ("The trachea is midline.", ()),
+        ("There are no acute bony findings.", ()),
+        ("There is airspace opacity.", ()),
+        ("The aorta is tortuous.", ()),
+        ("Two views of the chest.", ()),
+    ],
+)
+def test_which_findings_a_sentence_may_state_or_deny(sentence: str, findings: tuple[str, ...]):
+    assert tuple(name for name in ALL if may_concern(sentence, name)) == findings
+
+
+def test_a_finding_that_the_package_does_not_know_has_the_words_of_its_name():
+    assert may_concern("There is no pulmonary whatnot.", "whatnot")
+    assert not may_concern("The heart is normal.", "whatnot")
+    assert may_concern("Normal chest.", "whatnot")
+
+
+def test_the_manifests_denials_count_as_well():
+    assessment = Assessment({"whatnot": (r"\bserene\b",)})
+    assert assessment.findings_of("The hila are serene.") == ("whatnot",)
+    assert assessment.findings_of("The hila are normal.") == ()
+
+
+def shown(assessment: Assessment, *sentences: str) -> tuple[str, SentenceFilter]:
+    """A draft of some sentences and headings, one token each, as it is shown."""
+    check = SentenceFilter(fixed=[text for text in sentences if not text.endswith(":")], assessment=assessment)
+    tokens = [token for text in sentences for token in check.add(DraftToken(f" {text}", 0.9))]
+    return "".join(token.piece for token in [*tokens, *check.end()]).strip(), check
+
+
+DRAFT = ("FINDINGS:", "The heart is normal.", "No pneumothorax.", "IMPRESSION:", "Normal heart.", "No acute disease.")
+
+
+def test_sentences_are_marked_or_left_out_and_counted():
+    marked, check = shown(Assessment({"pneumothorax": ()}), *DRAFT)
+    assert marked == ("FINDINGS: The heart is normal. No pneumothorax.* IMPRESSION: Normal heart. No acute disease.*")
+    assert check.left_out == (set(), set())
+    omitted, check = shown(Assessment({"pneumothorax": ()}, shown_as="omit"), *DRAFT)
+    assert omitted == "FINDINGS: The heart is normal. IMPRESSION: Normal heart."
+    assert check.left_out == ({"no pneumothorax"}, {"no acute disease"})
+    plain, _ = shown(Assessment({"pneumothorax": ()}, shown_as="plain"), *DRAFT)
+    assert plain == " ".join(DRAFT)
+
+
+def test_a_denial_of_a_high_score_is_marked_whatever_was_chosen():
+    against, _ = shown(Assessment({"pneumothorax": (), "nodule": ()}, ("pneumothorax",), shown_as="plain"), *DRAFT)
+    assert against == "FINDINGS: The heart is normal. No pneumothorax.* IMPRESSION: Normal heart. No acute disease.*"
+    other, _ = shown(Assessment({"pneumothorax": (), "nodule": ()}, ("nodule",), shown_as="plain"), *DRAFT[:4])
+    assert other == "FINDINGS: The heart is normal. No pneumothorax."
+
+
+def test_a_section_of_which_nothing_is_left_says_so():
+    text, check = shown(Assessment({"cardiomegaly": (), "pneumothorax": ()}, shown_as="omit"), *DRAFT[:5])
+    assert text == "FINDINGS: Left out: this model does not assess it."
+    assert [len(sentences) for sentences in check.left_out] == [2, 1]
+
+
+def test_opening_sentences_are_assessed_and_other_languages_are_not():
+    assessment = Assessment(
+        {"consolidation": ()}, openings=frozenset({"there is consolidation"}), foreign=frozenset({"herz normal"})
+    )
+    labelled = [
+        assessment.label(Sentence(text, "findings", 0.9, False))
+        for text in ("There is consolidation.", "Herz normal.", "No consolidation.", "The heart is normal.")
+    ]
+    assert [(one.assessed, one.unassessed, one.marked) for one in labelled] == [
+        (True, (), False),
+        (False, ("consolidation",), True),
+        (False, ("consolidation",), True),
+        (True, (), False),
+    ]
+
+
+def test_an_unknown_way_to_show_them_is_refused(tiny_bundle: Path, chest_png: Path):
+    generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
+    for value in ("hide", None, ""):
+        with pytest.raises(OptionError, match="give mark, omit or plain"):
+            generator.generate(chest_png, unassessed=value)
+
+
+SPEAKS = re.compile(
+    r"pneumothora|nodul|\bmass|consolidation|edema|granuloma|normal chest|clear|no (acute|active)(?! bony)|disease",
+    re.I,
+)
+
+
+def not_assessed(report: Report) -> list[str]:
+    """The sentences that are not assessed, among them those whose words, read without the package, say so."""
+    found = [sentence.text for sentence in report.sentences if not sentence.assessed]
+    assert {s.text for s in report.sentences if s.basis != "image" and SPEAKS.search(s.text)} <= {*found}
+    return found
+
+
+@needs_default_model
+@pytest.mark.parametrize("film", FILMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("names", [("abnormal",), ("scar", "device", "opacity"), ("effusion", "aorta", "low volume")])
+def test_no_output_denies_an_unassessed_finding_without_a_mark(
+    film: Path, names: tuple[str, ...], generator: ReportGenerator
+):
+    without_assessing(generator, *names)
+    stream = generator.stream(film, indication="cough", accept_any_image=True)
+    pieces = "".join(stream)
+    report = stream.report
+    assert pieces.strip() == report.text
+    assert {*names, "pneumothorax", "nodule"} <= {*report.unassessed}
+    assert not {*names} & {*(report.image_findings or ())}
+    assert not {*names} & {sentence.finding for sentence in report.sentences}
+    unsure = not_assessed(report)
+    text = render(report, "text").decode()
+    values = json.loads(render(report, "json"))
+    fhir = json.loads(render(report, "fhir"))
+    presented = base64.b64decode(fhir["presentedForm"][0]["data"]).decode()
+    sections = "".join(part.get("valueString", "") for part in fhir["contained"])
+    for sentence in unsure:
+        for shown in (text, values["text"], presented, sections, fhir["conclusion"] + sections):
+            assert shown.count(sentence) == shown.count(f"{sentence}*") > 0
+    for shown in (text, presented):
+        assert (f"[{LEGEND}]" in shown) == bool(unsure)
+        assert f"[Not assessed: {', '.join(report.unassessed)}.]" in shown
+    notes = [note["text"] for part in fhir["contained"] for note in part.get("note", [])]
+    assert (LEGEND in notes) == bool(unsure)
+    assert {f"Not assessed by the model: {sentence}" for sentence in unsure} <= {*notes}
+    jsonschema.validate(values, json.loads(SCHEMA.read_text(encoding="utf-8")))
+    assert [(s["assessed"], s["marked"], s["text"]) for s in values["sentences"]] == [
+        (s.text not in unsure, s.text in unsure, s.text) for s in report.sentences
+    ]
+
+
+@needs_default_model
+def test_omitted_sentences_are_counted_and_nothing_else_changes(generator: ReportGenerator):
+    without_assessing(generator, "abnormal")
+    film = EXAMPLES / "chest_pa.png"
+    marked = generator.generate(film, indication="cough")
+    stream = generator.stream(film, indication="cough", unassessed="omit")
+    assert "".join(stream).strip() == stream.report.text
+    kept = [sentence.text for sentence in marked.sentences if sentence.assessed]
+    assert [sentence.text for sentence in stream.report.sentences] == kept
+    left = len({(s.section, s.text) for s in marked.sentences if not s.assessed})
+    assert stream.report.omitted_sentences == left > 0
+    assert f"Incomplete: {left} sentences were left out because this model does not assess what they say." in (
+        stream.report.notes()
+    )
+    assert "*" not in stream.report.text
+    plain = generator.generate(film, indication="cough", unassessed="plain")
+    assert [s.text for s in plain.sentences] == [s.text for s in marked.sentences]
+    assert [s.assessed for s in plain.sentences] == [s.assessed for s in marked.sentences]
+    assert not any(note.startswith("Not assessed") for note in plain.notes())
+
+
+@needs_default_model
+def test_a_normal_draft_of_which_all_is_left_out_does_not_read_as_normal(generator: ReportGenerator):
+    findings = generator.bundle.manifest.image_findings
+    without_assessing(generator, *findings.names)
+    report = generator.generate(EXAMPLES / "chest_pa.png", template=NORMAL, unassessed="omit")
+    assert report.findings == report.impression == "Left out: this model does not assess it."
+    assert report.sentences == () and report.omitted_sentences == 4 and report.complete
+    assert "Image scores also point to: abnormal" in " ".join(report.notes())
+
+
+@needs_default_model
+def test_a_template_in_another_language_is_not_assessed(generator: ReportGenerator):
+    report = generator.generate(
+        EXAMPLES / "chest_pa.png",
+        template="FINDINGS: Herz normal groß. Kein Pleuraerguss. IMPRESSION: Altersentsprechend.",
+    )
+    german = [sentence for sentence in report.sentences if sentence.basis == "template"]
+    assert german and not any(sentence.assessed for sentence in german)
+    assert all(f"{sentence.text}*" in report.text for sentence in german)
+    assert all(sentence.assessed for sentence in report.sentences if sentence.basis == "image")
+
+
+@needs_default_model
+def test_a_structured_report_qualifies_marked_sentences_and_stays_valid(generator: ReportGenerator, tmp_path: Path):
+    without_assessing(generator, "abnormal")
+    film = EXAMPLES / "chest_pa.dcm"
+    for how in ("mark", "omit", "plain"):
+        report = generator.generate(film, indication="cough", unassessed=how)
+        content = render(report, "sr", film)
+        document = pydicom.dcmread(io.BytesIO(content))
+        items = [
+            item
+            for section in document.ContentSequence
+            if section.ValueType == "CONTAINER"
+            for item in section.ContentSequence
+        ]
+        qualified = [
+            (item.TextValue, child.ConceptCodeSequence[0].CodeValue)
+            for item in items
+            for child in item.ContentSequence
+            if child.ValueType == "CODE"
+        ]
+        assert qualified == [(f"{s.text}*", "not-assessed") for s in report.sentences if s.marked]
+        assert bool(qualified) == (how == "mark")
+        assert " ".join(item.TextValue for item in items) == f"{report.findings} {report.impression}"
+        path = tmp_path / f"{how}.dcm"
+        path.write_bytes(content)
+        if shutil.which("dciodvfy"):
+            found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, timeout=60)
+            assert "Error" not in found.stderr + found.stdout
+        if shutil.which("dsrdump"):
+            dumped = subprocess.run(["dsrdump", str(path)], capture_output=True, text=True, timeout=60)
+            assert dumped.returncode == 0
+            assert dumped.stdout.count("Not assessed by the model") == len(qualified)
