@@ -13,10 +13,11 @@ MAX_WHEEL_BYTES = 100_000_000
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the linter's rules, the formatting, and the dependencies between packages."""
+    """Check the linter's rules, the formatting, the dependencies between packages, and the figures of the docs."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
+    session.run("python", "-m", "benchmarks.figures", "--check")
 
 
 @nox.session

@@ -35,8 +35,8 @@ from training.scoring import METRICS, PROTOCOL, Scores, score
 PACKAGES = ("torch", "transformers", "onnxruntime", "pycocoevalcap")
 OPENINGS_ALONE = "opening sentences alone"
 _ADDED = (
-    "In {same} of {studies} studies a draft names the findings of its opening sentences and no other: there the "
-    "language model adds no finding."
+    "In {same} of {studies} studies a draft names those of the 13 findings that its opening sentences name, and no "
+    "other: there the language model adds none of them."
 )
 CLINICAL = {
     "balanced_accuracy": "abnormal or normal, balanced accuracy",
