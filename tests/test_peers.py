@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import call_cli, run_cli
+from conftest import call_cli
 
 from benchmarks.peer_runners import Job, optimum_runner
 from training.trained import checkpoint_of
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_peers_write_the_same_in_fp32_and_are_set_side_by_side(tiny_run: Path, tiny_bundle: Path, tmp_path: Path):
     names = ("cbedge int4", "cbedge fp32, one token a pass", "transformers fp32")
-    done = run_cli(
+    done = call_cli(
         "benchmarks.peers",
         "--checkpoint",
         checkpoint_of(tiny_run),
@@ -45,7 +45,7 @@ def test_studies_reports_are_as_long_as_fp32_writes_them(
     tiny_run: Path, tiny_bundle: Path, tiny_data: Path, tmp_path: Path
 ):
     def peers(output: str, bundle: Path, data: Path):
-        return run_cli(
+        return call_cli(
             "benchmarks.peers",
             "--checkpoint",
             checkpoint_of(tiny_run),
@@ -72,7 +72,9 @@ def test_studies_reports_are_as_long_as_fp32_writes_them(
     record = json.loads((tmp_path / "peers.json").read_text())
     assert record["rounds"] == 3 and 1 <= record["tokens"][0] <= record["tokens"][2]
     assert "# Reports of 3 studies" in (tmp_path / "peers.md").read_text() or len({*record["tokens"]}) == 1
-    assert "--data IU_XRAY" in record["command"] and str(tmp_path) not in (tmp_path / "peers.json").read_text()
+    assert (
+        f"--data {tiny_data.name} " in record["command"] and str(tmp_path) not in (tmp_path / "peers.json").read_text()
+    )
     assert call_cli("export.revise", tiny_bundle, "--out", tmp_path / "b", "--keep", "int4").returncode == 0
     for bundle, data, reason in ((tmp_path / "b", tiny_data, "fp32"), (tiny_bundle, tmp_path, str(tmp_path))):
         refused = peers("other", bundle, data)
