@@ -119,7 +119,7 @@ def draft_report(
 
     outputs = cached.qformer_outputs or query_films(backend, codec, features, study.context)
     cached.features, cached.qformer_outputs = features, outputs
-    rows = [pooled(found) for found in features]
+    rows = [pooled(found) for found in features] if engine.finding_reader else []
     familiar = True  # the film check does not tell yet whether the films resemble those of training
     reading = interpret(outputs, manifest.image_findings, rows, engine.finding_reader, study.context.view, familiar)
     on_reading(reading)

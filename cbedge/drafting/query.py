@@ -41,5 +41,6 @@ def read_images(
     reader: FindingReader | None = None,
 ) -> ImageReading:
     """Run :func:`query_films` and :func:`interpret`."""
-    outputs, rows = query_films(backend, codec, features, context), [pooled(found) for found in features]
+    outputs = query_films(backend, codec, features, context)
+    rows = [pooled(found) for found in features] if reader else []
     return interpret(outputs, findings, rows, reader, context.view)
