@@ -17,12 +17,14 @@ from sklearn.metrics import roc_auc_score
 
 from cbedge.api import ReportGenerator
 from cbedge.errors import DraftError
+from cbedge.findings.image_findings import AnyPattern
 from cbedge.images.gate import NotAChestRadiograph
 from cbedge.images.radiograph import load_radiograph
 from cbedge.report import MARK
+from cbedge.sentences import split_text
 from training.encoder.films import VALIDATION_SHARE, patient_share
 from training.encoder.labels import COMPARED, FINDINGS, nih_labels
-from training.findings import find_mentions
+from training.findings import Mention, find_mentions
 from training.ontology import ONTOLOGY
 from training.records import origin, table
 
@@ -59,12 +61,14 @@ class Outcome:
         accepted: whether the gate takes it for a chest radiograph.
         scores: score of each of the model's findings, 0 to 1.
         text: the draft, written also of a refused film; empty if there is none.
+        unmarked: its sentences that have no mark, which says that what they state or deny is not assessed.
     """
 
     film: LabelledFilm
     accepted: bool
     scores: dict[str, float]
     text: str
+    unmarked: tuple[str, ...] = ()
 
 
 def read_films(collection: str, folder: Path, split: str = "test") -> list[LabelledFilm]:
@@ -125,6 +129,7 @@ def draft_films(
     outcomes = []
     for film in films:
         radiograph, accepted, text = load_radiograph(film.file), True, ""
+        unmarked: tuple[str, ...] = ()
         try:
             try:
                 report = generator.generate(radiograph)
@@ -132,9 +137,10 @@ def draft_films(
                 accepted = False
                 report = generator.generate(radiograph, accept_any_image=True)
             text, scores = report.text.replace(MARK, ""), dict(report.finding_scores or {})
+            unmarked = tuple(one.text for one in report.sentences if not one.marked)
         except DraftError:
             scores = {}
-        outcomes.append(Outcome(film, accepted, scores, text))
+        outcomes.append(Outcome(film, accepted, scores, text, unmarked))
         progress(1)
     return outcomes
 
@@ -227,15 +233,29 @@ def auc_with_interval(
 
 
 def _denied(outcomes: Sequence[Outcome], labels: np.ndarray) -> dict[str, dict[str, int]]:
-    """For each finding: films labelled with it, and drafts of those that name it only to deny it."""
-    mentions = [*find_mentions(outcome.text for outcome in outcomes)]
+    """For each finding: films labelled with it; drafts of those that name it only to deny it, and those of them with an
+    unmarked sentence that does; drafts with a sentence that the ontology's patterns call contradicting, and with an
+    unmarked one."""
+    whole = [*find_mentions(outcome.text for outcome in outcomes)]
+    unmarked = [*find_mentions(" ".join(outcome.unmarked) for outcome in outcomes)]
     denied = {}
     for column, name in enumerate(FINDINGS):
-        rows = np.flatnonzero(labels[:, column] == 1)
-        if not len(rows) or not ONTOLOGY[name].read_as:
+        rows = np.flatnonzero(labels[:, column] == 1).tolist()
+        if not rows or not ONTOLOGY[name].read_as:
             continue
-        said = [[m.denied for m in mentions[row] if m.finding in ONTOLOGY[name].read_as] for row in rows]
-        denied[name] = {"films": len(rows), "denied": sum(bool(one) and all(one) for one in said)}
+
+        def said(mentions: list[list[Mention]], row: int, name: str = name) -> list[bool]:
+            return [mention.denied for mention in mentions[row] if mention.finding in ONTOLOGY[name].read_as]
+
+        contradicts = AnyPattern(ONTOLOGY[name].denials).search
+        by_name = [row for row in rows if said(whole, row) and all(said(whole, row))]
+        denied[name] = {
+            "films": len(rows),
+            "denied": len(by_name),
+            "denied_unmarked": sum(bool(said(unmarked, row)) for row in by_name),
+            "contradicted": sum(any(map(contradicts, split_text(outcomes[row].text))) for row in rows),
+            "contradicted_unmarked": sum(any(map(contradicts, outcomes[row].unmarked)) for row in rows),
+        }
     return denied
 
 
@@ -263,7 +283,7 @@ def to_markdown(name: str, record: dict[str, Any]) -> list[str]:
     ]
     points: list[str] = next(([*row["operating_points"]] for row in record["findings"].values()), [])
     header = ("", "AUC (95% interval)", "CheXNet's", *points, "calibration error", "films")
-    denied = [(finding, row["films"], row["denied"]) for finding, row in record["denied"].items()]
+    denied = [(finding, *row.values()) for finding, row in record["denied"].items()]
     return [
         f"## {name}: {films} films of {record['patients']} patients",
         "",
@@ -274,6 +294,9 @@ def to_markdown(name: str, record: dict[str, Any]) -> list[str]:
         "",
         *table(header, rows),
         "",
-        *table(("labelled", "films", "drafts that deny it"), denied),
+        'Denied: named only to be denied. Contradicted: a sentence matches the ontology\'s patterns ("normal heart"). '
+        "Unmarked: by a sentence without the mark of what is not assessed.",
+        "",
+        *table(("labelled", "films", "denied", "unmarked", "contradicted", "unmarked"), denied),
         "",
     ]

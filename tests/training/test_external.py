@@ -1,6 +1,7 @@
 """Evaluation on films of another hospital: splits by patient, figures that can be checked by hand, denials."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,22 @@ def test_a_label_that_a_draft_only_denies_is_counted():
     outcomes = [_outcome(i, ["Pneumothorax"], 0.1, f"FINDINGS: {text}") for i, text in enumerate(texts)]
     outcomes += [_outcome(10 + i, ["Effusion"] * (i < 5), 0.5) for i in range(10)]
     record = external_record(outcomes, {"default": {"abnormal": 0.4, "effusion": 0.5}})
-    assert record["denied"]["pneumothorax"] == {"films": 3, "denied": 1}
-    assert "| pneumothorax | 3 | 1 |" in to_markdown("nih_cxr14", record)
+    assert record["denied"]["pneumothorax"] == {
+        "films": 3,
+        "denied": 1,
+        "denied_unmarked": 0,
+        "contradicted": 2,
+        "contradicted_unmarked": 0,
+    }
+    assert "| pneumothorax | 3 | 1 | 0 | 2 | 0 |" in to_markdown("nih_cxr14", record)
+
+
+def test_a_denial_without_a_mark_is_counted_apart():
+    texts, unmarked = ["No pneumothorax. Heart normal."] * 2, [(), ("No pneumothorax.",)]
+    outcomes = [replace(_outcome(i, ["Pneumothorax"], 0.1, texts[i]), unmarked=unmarked[i]) for i in range(2)]
+    outcomes += [_outcome(10 + i, ["Effusion"] * (i < 5), 0.5) for i in range(10)]
+    row = external_record(outcomes, {"default": {"abnormal": 0.4, "effusion": 0.5}})["denied"]["pneumothorax"]
+    assert [*row.values()] == [2, 2, 1, 2, 1]
 
 
 def test_films_of_a_split_are_of_other_patients(tmp_path: Path):
