@@ -9,6 +9,7 @@ from export.parity import Parity
 from training import external
 from training.datasets.iu_xray import PROVENANCE
 from training.datasets.provenance import NO_LICENCE
+from training.records import origin
 
 _OPENED = (
     "For each finding whose image score reaches its threshold, the draft starts with a fixed sentence. The language "
@@ -114,7 +115,9 @@ def _quality(quality: dict[str, Any]) -> list[str]:
     if not quality.get("scores"):
         return ["Not measured: run `python -m training evaluate`, then export again with `--quality`."]
     notes = [f"- {note}" for note in quality.get("notes", ())]
-    return [quality["protocol"], "", *_table(quality["scores"]), "", *notes, *_clinical(quality.get("clinical"))]
+    lines = [f"Measured: {origin(quality)}.", ""] if "bundle" in quality else []
+    lines += [quality["protocol"], ""]
+    return [*lines, *_table(quality["scores"]), "", *notes, *_clinical(quality.get("clinical"))]
 
 
 def _limits(manifest: Manifest) -> list[str]:

@@ -17,6 +17,7 @@ from cbedge.bundles.manifest import IN_INT8, Manifest, Variant
 from cbedge.findings.finding_reader import FINDINGS, FindingReader
 from cbedge.findings.image_findings import ImageFindings
 from cbedge.images.film_view import FILM_VIEW
+from cbedge.provenance import bundle_sha256
 from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
 from export.film_view import collect_films, fit_film_view
@@ -29,6 +30,10 @@ from training.fetch import DEFAULT_CACHE
 from training.openings import with_denials
 from training.templates import templates_of
 from training.trained import load_adapted
+
+_EARLIER = (
+    "Measured on an earlier state of this bundle: rules, thresholds or templates changed since, so drafts can differ."
+)
 
 Progress = Callable[[int, int], None]  # gets how many drafts are done, of how many
 
@@ -95,6 +100,8 @@ class Revision:
         the scores if it is of films of other hospitals alone."""
         measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         quality = self.manifest.quality
+        if (measured.get("bundle") or {}).get("sha256") not in (None, bundle_sha256(self.source.folder)):
+            measured["notes"] = [*measured.get("notes", ()), _EARLIER]
         if "scores" in measured:
             quality = {name: value for name, value in quality.items() if name in ("parity", "external")}
             measured = {name: value for name, value in measured.items() if value or name != "external"}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cbedge import OutputError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant
 from cbedge.bundles.bundle import CARD
-from cbedge.provenance import describe_bundle
+from cbedge.provenance import describe_bundle, provenance
 from export.blockwise import Int4Settings, quantize_language_model
 from export.half import align_head
 from export.merge import MergeError, merge
@@ -62,6 +62,14 @@ def test_a_bundle_is_revised_and_its_graphs_stay(tiny_bundle: Path, tmp_path: Pa
     card = (out / CARD).read_text()
     assert "as measured" in card and "| ours | 0.500 |" in card and "starts with a fixed sentence" in card
     assert after.quality["parity"] == before.quality["parity"]
+    assert "earlier state" not in card
+    for sha256, earlier in ((describe_bundle(tiny_bundle)["sha256"], False), ("0" * 64, True)):
+        record = provenance("films", tiny_bundle) | {"protocol": "", "scores": {"ours": {"CIDEr": 0.5}}}
+        record["bundle"]["sha256"] = sha256
+        quality.write_text(json.dumps(record))
+        revise(out, "--quality", quality, "--force")
+        card = (out / CARD).read_text()
+        assert ("earlier state of this bundle" in card) is earlier and f"SHA-256 {sha256[:12]}…" in card
     small = tmp_path / "small"
     revise(small, "--keep", "int8")
     kept = open_bundle(small)
