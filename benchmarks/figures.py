@@ -49,6 +49,8 @@ class Records:
             self.used[name] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         found: Any = self.used[name]
         for key in path.split("/"):
+            if found is None:  # not measured
+                return ""
             try:
                 found = found[int(key) if isinstance(found, list) else key]
             except (KeyError, IndexError, ValueError, TypeError):
@@ -60,8 +62,10 @@ class Records:
         return format(found, form)
 
     def fill(self, name: str, template: str) -> str:
-        """A template with each ``{PATH|FORMAT}`` replaced."""
-        return _VALUE.sub(lambda found: self.value(name, *found.groups()), template)
+        """A template with each ``{PATH|FORMAT}`` replaced; empty if none of its values was measured."""
+        values = [self.value(name, *found.groups()) for found in _VALUE.finditer(template)]
+        filling = iter(values)
+        return _VALUE.sub(lambda _: next(filling), template) if any(values) or not values else ""
 
     def rows(self, settings: dict[str, Any]) -> list[str]:
         """The lines of a table of ``figures.yaml``."""

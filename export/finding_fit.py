@@ -342,8 +342,8 @@ def _record(
     return {
         "films": counts,
         "strength": strength,
-        "home": {name: row for name, row in places[IU_XRAY].items() if name in findings.names},
-        "away": {name: row for name, row in places[NIH].items() if name in findings.names},
+        "home": {name: places[IU_XRAY].get(name) for name in findings.names},
+        "away": {name: places[NIH].get(name) for name in findings.names},
         "operating_points": {
             point: dict(zip(findings.names, values, strict=True)) for point, values in findings.operating_points.items()
         },
@@ -364,9 +364,10 @@ def to_markdown(record: dict[str, Any]) -> str:
                 f"{row['calibration_error']:.3f}",
             )
             for name, row in record[place].items()
+            if row is not None
         ]
         if rows:
-            errors = [row["calibration_error"] for row in record[place].values()]
+            errors = [row["calibration_error"] for row in record[place].values() if row]
             header = ("", "AUC (95% interval)", "Q-Former's own", "films", "mean probability", "calibration error")
             lines += [
                 f"## {title}",
@@ -382,7 +383,7 @@ def to_markdown(record: dict[str, Any]) -> str:
     lines += ["## Thresholds", "", *table(("", *points), thresholds), "", "## Reliability of all findings together", ""]
     for place in ("home", "away"):
         bins: dict[int, np.ndarray] = {}
-        for row in record[place].values():
+        for row in filter(None, record[place].values()):
             for chance, share, films in row["reliability"]:
                 bins.setdefault(min(int(chance * BINS), BINS - 1), np.zeros(3))
                 bins[min(int(chance * BINS), BINS - 1)] += [chance * films, share * films, films]
