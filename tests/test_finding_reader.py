@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, needs_default_model, run_cli
+from conftest import EXAMPLES, ROOT, needs_default_model, run_cli
 
 from cbedge import ReportGenerator
 from cbedge.bundles.bundle import Bundle, open_bundle, write_bundle
@@ -182,3 +182,17 @@ def test_the_command_shows_thresholds_areas_and_standing_of_each_finding():
         assert line.rstrip().endswith(standing.assessed)
         for measured in (standing.home, standing.away):
             assert measured is None or f"{measured.auc:.2f} ({measured.low:.2f}-{measured.high:.2f})" in line
+
+
+@needs_default_model
+def test_every_command_takes_the_operating_point_and_names_an_unknown_one(tmp_path: Path):
+    refused = run_cli("cbedge", "generate", EXAMPLES / "chest_pa.png", "--operating-point", "keen")
+    assert refused.returncode == OptionError.exit_code
+    assert "unknown operating point 'keen'; known: sensitive, balanced, specific" in refused.stderr
+    out, film = tmp_path / "drafts.jsonl", EXAMPLES / "chest_pa.png"
+    done = run_cli("cbedge", "batch", film, "--out", out, "--operating-point", "specific")
+    assert done.returncode == 0 and json.loads(out.read_text())["operating_point"] == "specific"
+    other = run_cli("cbedge", "batch", film, "--out", out, "--operating-point", "sensitive")
+    assert other.returncode != 0 and "operating point sensitive: use the same options, or another --out" in other.stderr
+    for command in ("serve", "listen"):
+        assert "--operating-point" in run_cli("cbedge", command, "--help").stdout
