@@ -267,5 +267,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def scores_of(logits: np.ndarray) -> np.ndarray:
-    """Logits → scores from 0 to 1, of the same shape. Scores rank images; they are not calibrated probabilities."""
+    """Logits → scores from 0 to 1, of the same shape. Calibrated logits give
+    probabilities; other scores only rank images."""
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -60, 60)))
