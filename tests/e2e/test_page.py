@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EXAMPLES, served
+from conftest import DEFAULT_BUNDLE, EXAMPLES, needs_default_model, served
 
 from cbedge import ReportGenerator
 
@@ -50,7 +50,7 @@ def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page, tiny_bundle
     page.fill("#indication", "cough")
     page.keyboard.press("Enter")  # from the keyboard alone
     page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
-    assert page.input_value("#draft")
+    assert page.text_content("#draft")
     report = ReportGenerator.from_pretrained(tiny_bundle, device="cpu").generate(
         EXAMPLES / "chest_pa.png", indication="cough", accept_any_image=True
     )
@@ -64,7 +64,7 @@ def test_a_radiograph_is_drafted_shown_with_its_map_and_edited(page, tiny_bundle
     page.fill("#strength", "60")
     assert page.eval_on_selector("#map", "e => e.style.opacity") == "0.6"
     page.fill("#draft", "corrected")
-    assert page.input_value("#draft") == "corrected"
+    assert page.text_content("#draft") == "corrected"
 
 
 def test_a_lateral_radiograph_joins_and_does_not_stay_for_the_next_study(page, chest_png: Path):
@@ -84,7 +84,7 @@ def test_a_lateral_radiograph_joins_and_does_not_stay_for_the_next_study(page, c
 
 
 def assert_empty(page):
-    assert page.input_value("#draft") == "" and not page.is_visible("#map") and page.is_disabled("#copy")
+    assert page.text_content("#draft") == "" and not page.is_visible("#map") and page.is_disabled("#copy")
     assert page.text_content("#unsure") == page.text_content("#kept") == ""
     assert page.locator("#findings tr").count() == page.locator("#timings tr").count() == 0
 
@@ -128,3 +128,24 @@ def test_the_page_is_used_by_keyboard_and_names_its_parts(page):
     for name in ("Radiograph", "Draft"):
         assert page.get_by_role("region", name=name).count() == 1
     assert page.get_by_label("Indication").count() == 1
+
+
+@needs_default_model
+def test_sentences_that_are_not_assessed_are_grey_with_a_legend(browser: Any):
+    with served(DEFAULT_BUNDLE, subprocess.DEVNULL) as (address, _):
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, bypass_csp=True)
+        page.goto(address)
+        page.set_input_files("#file", str(EXAMPLES / "chest_pa.png"))
+        page.fill("#indication", "cough")
+        page.click("#go")
+        page.wait_for_function("document.getElementById('state').textContent.startsWith('drafted')", timeout=60_000)
+        grey, shown = page.locator("#draft .unassessed"), page.text_content("#draft")
+        assert grey.count() == shown.count("*") > 0
+        assert all(text.endswith(".*") for text in grey.all_text_contents())
+        body, sentence = (page.eval_on_selector(s, "e => getComputedStyle(e).color") for s in ("#draft", ".unassessed"))
+        assert body != sentence
+        assert "\n\nIMPRESSION:" in shown and page.is_visible("#grey")
+        assert "Not assessed: " in page.text_content("#unsure")
+        page.set_input_files("#file", str(EXAMPLES / "chest_pa.dcm"))
+        assert page.text_content("#draft") == "" and not page.is_visible("#grey")
+        page.close()
