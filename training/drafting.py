@@ -16,7 +16,7 @@ from cbedge.errors import DraftError
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import ClinicalContext
-from cbedge.report import MARK
+from cbedge.report import MARK, Report
 from training.base import ModelAndTokenizers
 from training.run_bundle import ReportResources, open_run
 
@@ -59,8 +59,12 @@ class Drafter:
         return [templates.choose(request.context) for request in requests]
 
     def draft(self, requests: list[Request], progress: Progress) -> list[str]:
-        """The text of each draft."""
-        texts = []
+        """The text of each draft, without marks; empty if there is none, as users get none."""
+        return [report.text.replace(MARK, "") if report else "" for report in self.reports(requests, progress)]
+
+    def reports(self, requests: list[Request], progress: Progress) -> list[Report | None]:
+        """Each draft; ``None`` if the model writes no whole report."""
+        reports: list[Report | None] = []
         for request in requests:
             c = request.context
             try:
@@ -73,13 +77,12 @@ class Drafter:
                     max_new_tokens=MAX_NEW_TOKENS,
                     accept_any_image=True,
                     decoding=self.decoding,
-                    unassessed="plain",
                 )
-                texts.append(report.text.replace(MARK, ""))
-            except DraftError:  # users get no draft: it is scored as an empty one
-                texts.append("")
+                reports.append(report)
+            except DraftError:
+                reports.append(None)
             progress(1)
-        return texts
+        return reports
 
 
 class RuntimeDrafter(Drafter):
@@ -116,11 +119,11 @@ class TorchDrafter(Drafter):
         super().__init__(open_run(parts, resources, image_blind), name)
         self.image_blind = image_blind
 
-    def draft(self, requests: list[Request], progress: Progress) -> list[str]:
-        """The text of each draft."""
+    def reports(self, requests: list[Request], progress: Progress) -> list[Report | None]:
+        """See :class:`Drafter`."""
         if self.image_blind:
             requests = [replace(request, image=NO_IMAGE, lateral=None) for request in requests]
-        return super().draft(requests, progress)
+        return super().reports(requests, progress)
 
 
 def remember(encode: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:

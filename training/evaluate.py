@@ -1,6 +1,7 @@
 """Score a model on the test split of IU X-RAY (R2Gen's), with controls."""
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from cbedge.prompt import ClinicalContext, split_sections
+from cbedge.prompt import ClinicalContext, build_target, split_sections
 from cbedge.provenance import bundle_sha256
+from cbedge.report import MARK, Report, Sentence
 from training import external
 from training.clinical import finding_f1, label_known, validate, with_intervals
 from training.controls import (
@@ -34,6 +36,13 @@ from training.scoring import METRICS, PROTOCOL, Scores, score
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "pycocoevalcap")
 OPENINGS_ALONE = "opening sentences alone"
+PARTS: dict[str, Callable[[Sentence], bool]] = {
+    "sentences of basis image": lambda sentence: sentence.basis == "image",
+    "sentences of basis template": lambda sentence: sentence.basis == "template",
+    "sentences of basis language": lambda sentence: sentence.basis == "language",
+    "assessed sentences": lambda sentence: sentence.assessed,
+    "unassessed sentences": lambda sentence: not sentence.assessed,
+}
 _ADDED = (
     "In {same} of {studies} studies a draft names those of the 13 findings that its opening sentences name, and no "
     "other: there the language model adds none of them."
@@ -199,6 +208,7 @@ def _draft_all(
     if image_blind is not None:
         rows.append((image_blind.name, image_blind, own(studies)))
     template_alone: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for main in drafters[:1]:
         rows.append(("images swapped", main, swapped(studies, seed)))
         rows.append(("blank image", main, blank(studies)))
@@ -209,8 +219,25 @@ def _draft_all(
     texts = {}
     for row, drafter, requests in rows:
         task = progress.add_task(row if row == drafter.name else f"{drafter.name}, {row}", total=len(requests))
-        texts[row] = drafter.draft(requests, partial(progress.advance, task))
-    return texts | template_alone
+        reports = drafter.reports(requests, partial(progress.advance, task))
+        texts[row] = [report.text.replace(MARK, "") if report else "" for report in reports]
+        if drafters and drafter is drafters[0] and not parts:
+            parts = by_part(reports)
+    return texts | template_alone | parts
+
+
+def by_part(reports: Sequence[Report | None]) -> dict[str, list[str]]:
+    """The findings sections of drafts with the sentences of one basis alone, and with those that are assessed or not.
+    Findings are counted over them like over whole drafts: so a row says what the language model adds, or a template."""
+    return {
+        part: [
+            build_target(" ".join(s.text for s in report.sentences if s.section == "findings" and belongs(s)), "")
+            if report
+            else ""
+            for report in reports
+        ]
+        for part, belongs in PARTS.items()
+    }
 
 
 def _parts_alone(drafters: list[Drafter], drafts: list[str]) -> dict[str, list[str]]:

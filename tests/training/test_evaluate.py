@@ -1,13 +1,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import call_cli
 
 from cbedge.provenance import describe_bundle
-from training.clinical import label_reports
+from cbedge.report import Sentence
+from training.clinical import clinical_scores, label_reports
 from training.controls import (
     best_constant,
     blank,
@@ -19,6 +21,7 @@ from training.controls import (
     withheld,
 )
 from training.datasets.iu_xray import read_studies
+from training.evaluate import by_part
 from training.findings import LABELS
 from training.scoring import METRICS, rouge_matrix, score
 
@@ -70,6 +73,33 @@ def test_an_opening_ends_where_other_sentences_begin():
     draft = "FINDINGS: There is atelectasis. The heart is normal. There is a pleural effusion. IMPRESSION: Atelectasis."
     assert opening_of(draft, openings) == "There is atelectasis."
     assert opening_of("FINDINGS: The lungs are clear. IMPRESSION: Normal.", openings) == ""
+
+
+def test_findings_are_counted_over_the_sentences_of_each_basis_and_standing():
+    sentences = (
+        Sentence("There is a pleural effusion.", "findings", 0.4, False, "effusion", "image"),
+        Sentence("No pneumothorax.", "findings", 1.0, False, None, "template", False, ("pneumothorax",)),
+        Sentence("There is a rib fracture.", "findings", 0.9, False, None, "language", False, ("fracture",)),
+        Sentence("There is atelectasis.", "findings", 0.9, False, None, "language"),
+        Sentence("Cardiomegaly.", "impression", 0.9, False, None, "language"),
+    )
+    rows = by_part([SimpleNamespace(sentences=sentences), None])
+    assert rows == {
+        "sentences of basis image": ["FINDINGS: There is a pleural effusion.", ""],
+        "sentences of basis template": ["FINDINGS: No pneumothorax.", ""],
+        "sentences of basis language": ["FINDINGS: There is a rib fracture. There is atelectasis.", ""],
+        "assessed sentences": ["FINDINGS: There is a pleural effusion. There is atelectasis.", ""],
+        "unassessed sentences": ["FINDINGS: No pneumothorax. There is a rib fracture.", ""],
+    }
+    references = label_reports(["There is a pleural effusion and a fracture. No pneumothorax.", "Lungs clear."])
+    f1 = {row: clinical_scores(label_reports(texts), references)["finding_f1"] for row, texts in rows.items()}
+    assert f1 == {
+        "sentences of basis image": pytest.approx(2 / 3),  # one of the two
+        "sentences of basis template": 0.0,
+        "sentences of basis language": pytest.approx(0.5),  # one right, one wrong, one missing
+        "assessed sentences": pytest.approx(0.5),
+        "unassessed sentences": pytest.approx(2 / 3),
+    }
 
 
 def test_the_nearest_image_is_itself():
@@ -131,6 +161,11 @@ def test_evaluate_writes_every_row_and_keeps_what_is_there(
         "indication withheld",
         "without template",
         "template alone",
+        "sentences of basis image",
+        "sentences of basis template",
+        "sentences of basis language",
+        "assessed sentences",
+        "unassessed sentences",
         "opening sentences alone",
         "template of an empty context",
         "constant",
