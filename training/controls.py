@@ -22,7 +22,7 @@ _BLANK_SIDE = 256
 def best_constant(train_reports: list[str]) -> str:
     """The training report with the highest mean ROUGE-L to all training reports."""
     candidates = sorted({r for r in train_reports if r})
-    return max(candidates, key=lambda report: float(np.mean(rouge_matrix([report], train_reports))))
+    return candidates[int(rouge_matrix(candidates, train_reports).mean(1).argmax())]
 
 
 def commonest_findings(train_reports: Sequence[str], count: int = 3) -> str:
@@ -47,7 +47,7 @@ def neighbours(queries: np.ndarray, train: np.ndarray, count: int = CONSENSUS) -
 
 def consensus(reports: list[str]) -> str:
     """The report with the highest mean ROUGE-L to the others."""
-    return reports[int(np.mean(rouge_matrix(reports, reports), axis=1).argmax())]
+    return reports[int(rouge_matrix(reports, reports).mean(1).argmax())]
 
 
 def swapped(studies: list[Study], seed: int = 0) -> list[Request]:

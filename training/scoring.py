@@ -90,10 +90,12 @@ def score(drafts: list[str], references: list[str]) -> Scores:
     )
 
 
-def rouge_matrix(reports: list[str], others: list[str]) -> list[list[float]]:
-    """ROUGE-L F1 of every pair of reports: [reports, others]."""
+def rouge_matrix(reports: list[str], others: list[str]) -> np.ndarray:
+    """ROUGE-L F1 of every pair of reports: float64 [reports, others]; 0 where one is empty."""
     from rapidfuzz.distance import LCSseq
+    from rapidfuzz.process import cdist
 
-    words = [r.split() for r in reports]
-    other_words = [o.split() for o in others]
-    return [[2 * LCSseq.similarity(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in other_words] for a in words]
+    words, other_words = ([text.split() for text in texts] for texts in (reports, others))
+    common = cdist(words, other_words, scorer=LCSseq.similarity, dtype=np.int32)
+    lengths = np.add.outer([len(w) for w in words], [len(w) for w in other_words])
+    return 2 * common / np.maximum(lengths, 1)
