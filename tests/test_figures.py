@@ -28,6 +28,7 @@ def records(tmp_path: Path) -> Records:
         "a": {"b c": [0.7315, 0.5]},
         "n": 567,
         "none": float("nan"),
+        "nothing": None,
     }
     other = date | {"commit": "c0", "bundle": OURS | {"version": "1", "sha256": "b" * 64}, "s": 1.25, "t": -0.5}
     for name, record in {"new": new, "other": other, "old": {"date": "2026-11-01", "a": {"x": [1.0, 0.25]}}}.items():
@@ -51,6 +52,11 @@ def test_a_table_takes_rows_of_several_records_and_older_ones_are_named(records:
     text = filled("<!-- table: t --><!-- /table -->\n" + RECORDS, records, {"t": TABLE})
     assert "| | F1 |\n| --- | --- |\n| ours | .73 (50%) |\n| old | 1.00 (25%) |\n\n<!-- /table -->" in text
     assert "`old` (2026-11-01; an older record of a model that it does not name)" in text
+
+
+def test_a_cell_of_what_was_not_measured_is_empty(records: Records):
+    assert records.fill("new", "{nothing/auc/0|.2} ({nothing/auc/1|.2})") == ""
+    assert records.fill("new", "{a/b c/0|.2} ({nothing/auc|.2})") == ".73 ()"
 
 
 def test_a_figure_of_another_bundle_says_so(records: Records):
