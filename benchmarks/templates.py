@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,7 @@ from cbedge.bundles.manifest import IN_INT8
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.prompt import ClinicalContext
 from cbedge.provenance import provenance
+from cbedge.report import MARK
 from cbedge.sentences import normalize, split_text
 from training.datasets.iu_xray import read_studies
 
@@ -194,6 +195,12 @@ def broken_by(report: Report, lexicon: Lexicon | None, texts: Iterable[str]) -> 
     return faults
 
 
+def without_marks(report: Report) -> Report:
+    """A draft without the marks of sentences that are not assessed, as its template has none."""
+    texts = {name: getattr(report, name).replace(MARK, "") for name in ("text", "findings", "impression")}
+    return replace(report, **texts)
+
+
 def stands_in(sentence: str, section: str) -> bool:
     """Whether a text contains a sentence word for word, between spaces."""
     return f" {sentence} " in f" {section} "
@@ -212,7 +219,9 @@ def draft(
         row = rows.setdefault((style.name, generator.variant), Row(style.name, generator.variant))
         start = time.perf_counter()
         try:
-            report = generator.generate(image, template=style.text, accept_any_image=True, **vars(context))
+            report = without_marks(
+                generator.generate(image, template=style.text, accept_any_image=True, **vars(context))
+            )
         except ContextError as error:
             row.refused = str(error)
             continue
