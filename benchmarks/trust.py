@@ -1,28 +1,29 @@
 """Measure how often the gate is wrong, and whether the heat map points at what matters.
 
-*gate*: the share of real test radiographs that it refuses, and of other images that it refuses.
+*gate*: the share of radiographs that it accepts, of altered ones that it tells, and of other images that it refuses.
 *occlusion*: greying the image window with the most attention must change the draft more than greying a random one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pydicom
 import typer
-from pydicom.data import get_testdata_files
 from rich.progress import track
 
 from benchmarks.common import write_record
 from cbedge import CbedgeError, ReportGenerator
-from cbedge.images.gate import Gate
+from cbedge.images.familiarity import LIMIT
+from cbedge.images.gate import CLASSES
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph, load_radiograph
 from cbedge.prompt import clean_context
 from cbedge.provenance import provenance
+from export.film_samples import ALTERATIONS, LABELS, Alteration, collect_films
 from training.datasets.iu_xray import read_studies
 from training.datasets.studies import Study
 from training.scoring import rouge_matrix
@@ -37,51 +38,59 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Option(help="Folder of IU X-RAY.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of a bundle.", show_default="embedded")]
 Output = Annotated[Path, typer.Option(help="JSON to write.")]
-_SKIMAGE = (
-    "astronaut",
-    "brick",
-    "camera",
-    "cat",
-    "cell",
-    "checkerboard",
-    "clock",
-    "coffee",
-    "coins",
-    "colorwheel",
-    "grass",
-    "gravel",
-    "horse",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "moon",
-    "page",
-    "retina",
-    "rocket",
-    "text",
-)
 _WINDOW = 5  # patches, of 16
 
 
 @app.command("gate")
-def gate_command(data: Data, output: Output, model: Model = None) -> None:
-    """Count radiographs of the test split that are refused, and other images that are accepted."""
-    generator = ReportGenerator.from_pretrained(model, device="cpu")
-    gate = generator.film_check.gate
-    if gate is None:
+def gate_command(
+    data: Data,
+    output: Output,
+    model: Model = None,
+    films: Annotated[list[Path] | None, typer.Option(help="More folders of films, with films.jsonl.")] = None,
+    other_images: Annotated[Path | None, typer.Option(help="Images to refuse, in a folder for each kind.")] = None,
+    split: Annotated[str, typer.Option(help="Films: val, as the fit leaves them out, or test.")] = "test",
+    variant: Annotated[str | None, typer.Option(help="Variant of the model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Films of each collection and view.")] = None,
+    altered: Annotated[int, typer.Option(min=0, help="Films of each collection and view that are also altered.")] = 100,
+) -> None:
+    """Count radiographs that are accepted, altered ones that are refused or told, and other images that are refused."""
+    generator = ReportGenerator.from_pretrained(model, variant=variant, device="cpu")
+    if generator.film_check.gate is None:
         raise CbedgeError("the bundle has no gate: export it with --data")
-    images = [s.image for s in read_studies(data, ("test",))]
-    scores = [gate.score(_features(generator, load_radiograph(image))) for image in track(images, "radiographs")]
-    others = {name: load_radiograph(pixels) for name, pixels in other_images().items()}
-    refusals = {name: _refused(gate, generator, image) for name, image in others.items()}
-    record = {
-        **provenance("IU X-RAY, test", model),
-        "limit": gate.limit,
-        "radiographs": len(scores),
-        "false_alarms": float(np.mean(np.array(scores) > gate.limit)),
-        "others": len(refusals),
-        "caught": float(np.mean(list(refusals.values()))),
-        "let_pass": sorted(name for name, refused in refusals.items() if not refused),
+    record = provenance(f"IU X-RAY and {len(films or ())} other collections, {split}", model)
+    record |= {"variant": generator.variant, "split": split, "films": {}, "altered": {}, "others": {}}
+    for collection in collect_films(data, films or (), split):
+        for view, paths in collection.validation.items():
+            name, chosen = f"{collection.name} {view}", paths[:limit]
+            seen = [_seen(generator, load_radiograph(path), view) for path in track(chosen, name)]
+            if not seen:
+                continue
+            record["films"][name] = {
+                "accepted": _share([one.accepted for one in seen]),
+                "told as another view": _share([one.view != view for one in seen]),
+                "told as mirrored": _share([one.mirrored for one in seen]),
+                "unfamiliar": _share([one.unfamiliarity > LIMIT for one in seen]),
+            }
+            for alteration, change in ALTERATIONS.items():
+                if (alteration == "mirrored" and view == "lateral") or not altered:
+                    continue
+                changed = [_altered(generator, path, view, change) for path in track(chosen[:altered], alteration)]
+                told = [not one.accepted or one.mirrored for one in changed]
+                record["altered"][f"{name}, {alteration}"] = {
+                    "refused or told": _share(told),
+                    "named": _share([one.name == LABELS[alteration] for one in changed]),
+                }
+    for path in sorted(other_images.rglob("*")) if other_images is not None else ():
+        if path.is_file():
+            accepted = _seen(generator, load_radiograph(path), "frontal").accepted
+            record["others"].setdefault(path.parent.name, {})[path.name] = not accepted
+    refusals = [value for kind in record["others"].values() for value in kind.values()]
+    record["others"] = {
+        kind: _share([*values.values()]) | {"accepted": sorted(name for name in values if not values[name])}
+        for kind, values in record["others"].items()
     }
+    if refusals:
+        record["others"]["all"] = _share(refusals)
     write_record(record, output)
 
 
@@ -119,58 +128,49 @@ def occlusion_command(
     write_record(record, output)
 
 
-def other_images() -> dict[str, np.ndarray]:
-    """Images that are not chest radiographs: from scikit-image, pydicom's scans of other body parts, and noise."""
-    found: dict[str, np.ndarray] = {}
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        found[f"noise {i}"] = rng.integers(0, 255, (256, 256)).astype(np.uint8)
-    try:
-        import skimage.data as library
+@dataclass(frozen=True)
+class _Seen:
+    """What the gate makes of one image: whether it is accepted, the likeliest class, and what it says of a film."""
 
-        for name in _SKIMAGE:
-            try:
-                image = getattr(library, name)()
-            except Exception:  # some need a download
-                continue
-            found[f"skimage {name}"] = image.astype(np.uint8) * 255 if image.dtype == bool else image
-            if image.ndim == 3:
-                found[f"skimage {name}, grey"] = image[..., :3].mean(2).astype(np.uint8)
-    except ImportError:
-        typer.echo("scikit-image is not installed: its images are left out", err=True)
-    for path in map(Path, get_testdata_files("*.dcm")):
-        pixels = _dicom_pixels(path)
-        if pixels is not None:
-            found[f"pydicom {path.name}"] = pixels
-    return found
+    accepted: bool
+    name: str
+    view: str
+    mirrored: bool
+    unfamiliarity: float
 
 
-def _dicom_pixels(path: Path) -> np.ndarray | None:
-    """Grey pixels of a scan that is not a chest radiograph, uint8; otherwise ``None``."""
-    if path.stat().st_size >= 20_000_000:
-        return None
-    try:
-        dataset = pydicom.dcmread(path)
-        chest = str(dataset.get("BodyPartExamined", "")).upper() == "CHEST" and dataset.Modality in ("CR", "DX")
-        pixels = np.asarray(dataset.pixel_array, np.float32)
-    except Exception:
-        return None
-    if chest or pixels.ndim != 2 or min(pixels.shape) < 32 or pixels.max() <= pixels.min():
-        return None
-    return (255 * (pixels - pixels.min()) / (pixels.max() - pixels.min())).astype(np.uint8)
+def _seen(generator: ReportGenerator, radiograph: Radiograph, view: str) -> _Seen:
+    check, features = generator.film_check, _features(generator, radiograph)
+    assert check.gate is not None
+    logits = check.gate.logits(features)
+    lateral = check.gate.is_lateral(logits)
+    return _Seen(
+        check.gate.reason(logits, radiograph.chroma) is None,
+        CLASSES[int(np.argmax(logits))],
+        "lateral" if lateral else "frontal",
+        view == "frontal" and not lateral and check.gate.is_mirrored(logits),
+        check.familiarity.unfamiliarity(features, view) if check.familiarity else 0.0,
+    )
+
+
+def _altered(generator: ReportGenerator, path: Path, view: str, change: Alteration) -> _Seen:
+    radiograph = load_radiograph(path)
+    pixels = np.ascontiguousarray(change(radiograph.pixels, np.random.default_rng(0)))
+    return _seen(generator, replace(radiograph, pixels=pixels, stored=None), view)
+
+
+def _share(values: list[bool]) -> dict[str, Any]:
+    """How many of the values are true, with Wilson's 95% interval of the share."""
+    count, total, z = sum(values), len(values), 1.96
+    share, room = count / total, z * z / total
+    middle, half = share + room / 2, z * math.sqrt(share * (1 - share) / total + room / (4 * total))
+    interval = [round((middle + sign * half) / (1 + room), 4) for sign in (-1, 1)]
+    return {"count": count, "of": total, "share": round(share, 4), "interval": interval}
 
 
 def _features(generator: ReportGenerator, radiograph: Radiograph) -> np.ndarray:
     pixels = preprocess_radiograph(radiograph, generator.bundle.manifest.preprocessing)
     return generator.backend.encode_image(pixels)
-
-
-def _refused(gate: Gate, generator: ReportGenerator, radiograph: Radiograph) -> bool:
-    try:
-        gate.check(_features(generator, radiograph), radiograph.chroma)
-    except CbedgeError:
-        return True
-    return False
 
 
 def _draft(generator: ReportGenerator, radiograph: Radiograph, study: Study) -> tuple[Any, np.ndarray]:

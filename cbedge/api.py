@@ -352,7 +352,7 @@ class ReportGenerator:
 
 _MOVED = {
     **dict.fromkeys(("phrasebook", "templates", "lexicon"), "resources"),
-    **dict.fromkeys(("gate", "lateral_gate", "film_view"), "film_check"),
+    "gate": "film_check",
 }
 
 

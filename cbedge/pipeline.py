@@ -31,7 +31,7 @@ from cbedge.drafting.templates import Template
 from cbedge.errors import DraftError
 from cbedge.findings.finding_reader import FindingReader
 from cbedge.findings.reading import ImageReading, interpret
-from cbedge.images.film_check import FilmCheck
+from cbedge.images.film_check import FilmAssessment, FilmCheck
 from cbedge.images.gate import pooled
 from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph
@@ -114,14 +114,14 @@ def draft_report(
     marks.append(perf_counter())
 
     features = cached.features or [backend.encode_image(planes) for planes in pixels]
-    warnings = engine.film_check.assess(study.films, features, study.context.view, study.accept_any_image)
+    checked = engine.film_check.assess(study.films, features, study.context.view, study.accept_any_image)
     marks.append(perf_counter())
 
     outputs = cached.qformer_outputs or query_films(backend, codec, features, study.context)
     cached.features, cached.qformer_outputs = features, outputs
     rows = [pooled(found) for found in features] if engine.finding_reader else []
-    familiar = True  # the film check does not tell yet whether the films resemble those of training
-    reading = interpret(outputs, manifest.image_findings, rows, engine.finding_reader, study.context.view, familiar)
+    view, reader = study.context.view, engine.finding_reader
+    reading = interpret(outputs, manifest.image_findings, rows, reader, view, checked.familiar)
     on_reading(reading)
     marks.append(perf_counter())
 
@@ -148,7 +148,7 @@ def draft_report(
         cached.give_decoder(decoder)
     marks.append(perf_counter())
 
-    return compose_report(engine, study, reading, plan, draft, warnings, stats, marks, image_reused, decoder.reused)
+    return compose_report(engine, study, reading, plan, draft, checked, stats, marks, image_reused, decoder.reused)
 
 
 def prefill(
@@ -259,7 +259,7 @@ def compose_report(
     reading: ImageReading,
     plan: DraftPlan,
     draft: _Draft,
-    warnings: tuple[str, ...],
+    checked: FilmAssessment,
     stats: SpeculationStats,
     marks: list[float],
     image_reused: bool,
@@ -278,7 +278,8 @@ def compose_report(
         raise DraftError(f"the model's report is incomplete (no {missing}): write this report without a draft")
     unknown = "A sentence was removed because it contained a word that occurs in no training report."
     of_films = [warning for film in study.films for warning in film.warnings]
-    all_warnings = [*study.notes, *warnings, *of_films, *plan.warnings, *([unknown] if draft.has_unknown_word else [])]
+    all_warnings = [*study.notes, *checked.warnings, *of_films, *plan.warnings]
+    all_warnings += [unknown] if draft.has_unknown_word else []
     read, vision, qformer, prefilled, decoded = (1000 * (end - start) for start, end in pairwise(marks))
     found = engine.manifest.image_findings
     timings = Timings(read, vision, qformer, prefilled, decoded, total=1000 * (marks[-1] - marks[0]))
@@ -301,6 +302,7 @@ def compose_report(
         lateral_sha256=study.films[1].sha256 if study.films[1:] else None,
         template=plan.template,
         template_source=plan.template_source,
+        unfamiliarity=checked.unfamiliarity,
         warnings=tuple(dict.fromkeys(all_warnings)),
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
         sentences=tuple(map(plan.assessment.label, split_sentences(draft.tokens, plan.fixed))),

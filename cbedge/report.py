@@ -137,6 +137,8 @@ class Report:
         image_reused: whether the outputs of vision encoder and Q-Former came from the cache of recent studies.
         reused_tokens: image embeddings and prompt tokens that the language model did not read again
             (:mod:`cbedge.drafting.recent`). Reuse changes the timings, not the draft.
+        unfamiliarity: how unlike the radiographs of training the image is: 0 is typical, 1 the distance that 1% of
+            validation radiographs exceed; above 1, there is a warning. ``None`` for a model without this measure.
         warnings: what the reader must know about the radiograph or its header, for example that it looks mirrored;
             one sentence each, without patient data.
         timings: see :class:`Timings`.
@@ -176,6 +178,7 @@ class Report:
     template_source: str | None = None
     image_reused: bool = False
     reused_tokens: int = 0
+    unfamiliarity: float | None = None
     warnings: tuple[str, ...] = ()
     statement: str = DRAFT_STATEMENT
 
@@ -187,6 +190,8 @@ class Report:
             sentence["source"] = _SOURCES.get(sentence["basis"], sentence["basis"])  # deprecated
         values["finding_scores"] = {name: round(score, 3) for name, score in self.finding_scores.items()}
         values["finding_thresholds"] = {name: round(value, 3) for name, value in self.finding_thresholds.items()}
+        if self.unfamiliarity is not None:
+            values["unfamiliarity"] = round(self.unfamiliarity, 3)
         values["timings_ms"] = {name: round(ms, 1) for name, ms in values.pop("timings").items()}
         values["notes"] = self.notes()
         return json.dumps(values, indent=2, ensure_ascii=False)

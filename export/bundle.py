@@ -24,10 +24,10 @@ from cbedge.bundles.bundle import (
     write_bundle,
 )
 from cbedge.bundles.manifest import Manifest, Shapes, Variant
-from cbedge.images.film_view import FILM_VIEW
-from cbedge.images.gate import GATE, LATERAL_GATE
+from cbedge.images.familiarity import FAMILIARITY
+from cbedge.images.gate import GATE
 from export.card import model_card
-from export.film_view import collect_films, fit_film_view
+from export.film_samples import collect_films
 from export.gate import fit_gate
 from export.parity import Parity, compare, parity_cases
 from export.phrases import report_phrases
@@ -242,13 +242,13 @@ def _made_of(
     """The files that are made of training data, each with what writes it."""
     learnt = ReportResources.learn(parts, data, with_templates=True)
     backend = variants[manifest.default_variant].open(manifest.default_variant, manifest)
+    fitted = fit_gate(backend, manifest.preprocessing, collect_films(data))
     found = {
         WORDS: learnt.lexicon,
         TEMPLATES: learnt.templates,
         PHRASEBOOK: learnt.phrasebook,
-        GATE: fit_gate(backend, manifest.preprocessing, data),
-        LATERAL_GATE: fit_gate(backend, manifest.preprocessing, data, lateral=True) if parts.reads_lateral else None,
-        FILM_VIEW: fit_film_view(backend, manifest.preprocessing, collect_films(data)),
+        GATE: fitted.gate if fitted else None,
+        FAMILIARITY: fitted.familiarity if fitted else None,
     }
     return {name: one.save for name, one in found.items() if one is not None}
 

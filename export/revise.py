@@ -3,7 +3,7 @@
 The graphs stay as they are. The quality of a model is measured on its bundle and is therefore added after the export.
 
 Data folders are IU X-RAY or MIMIC-CXR-JPG. An empty file for --openings removes the openings. --phrases drafts each
-study twice. --film-view trains the classifier of lateral and mirrored images. --parity takes a checkpoint such as
+study twice. --gate fits what refuses other images than chest radiographs. --parity takes a checkpoint such as
 export.restore writes; without --parity-data it compares on the example radiograph.
 """
 
@@ -35,8 +35,10 @@ def revise(
     no_templates: Annotated[bool, typer.Option("--no-templates", help="Remove the templates.")] = False,
     phrases: Annotated[Path | None, typer.Option(help="Data folder: phrasebook from reports and own drafts.")] = None,
     phrase_studies: Annotated[int | None, typer.Option(min=1, help="Maximum number of studies for --phrases.")] = None,
-    film_view: Annotated[Path | None, typer.Option(help="IU X-RAY folder: train the film view classifier.")] = None,
-    more_films: Annotated[list[Path] | None, typer.Option(help="More folders for --film-view; repeatable.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="IU X-RAY folder: fit the gate and the familiarity.")] = None,
+    more_films: Annotated[list[Path] | None, typer.Option(help="More folders of films; repeatable.")] = None,
+    other_images: Annotated[Path | None, typer.Option(help="Folder of images that the gate must refuse.")] = None,
+    gate_cache: Annotated[Path | None, typer.Option(help="Folder for image features, for the next time.")] = None,
     words: Annotated[Path | None, typer.Option(help="Data folder: word list from train reports.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Keep only these variants, the first as default.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Add q4f16 for GPUs, on int4's weights.")] = False,
@@ -50,7 +52,9 @@ def revise(
     """Write the revised bundle."""
     check_target(out, force)
     for value, needed, options in (
-        (more_films, film_view, "--more-films goes with --film-view"),
+        (more_films, gate, "--more-films goes with --gate"),
+        (other_images, gate, "--other-images goes with --gate"),
+        (gate_cache, gate, "--gate-cache goes with --gate"),
         (phrase_studies, phrases, "--phrase-studies goes with --phrases"),
         (parity_data, parity, "--parity-data goes with --parity"),
     ):
@@ -69,7 +73,7 @@ def revise(
         (denials, revision.update_denials),
         (parity, partial(revision.compare, data=parity_data, progress=_report)),
         (phrases, partial(revision.set_phrases, limit=phrase_studies, progress=_report)),
-        (film_view, partial(revision.set_film_view, more=more_films or [])),
+        (gate, partial(revision.set_gate, more=more_films or [], others=other_images, cache=gate_cache)),
         (no_templates, revision.remove_templates),
         (templates, revision.set_templates),
         (words, revision.set_words),

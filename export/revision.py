@@ -16,11 +16,13 @@ from cbedge.bundles.bundle import CARD, PHRASEBOOK, TEMPLATES, WORDS, Bundle, wr
 from cbedge.bundles.manifest import IN_INT8, Manifest, Variant
 from cbedge.findings.finding_reader import FINDINGS, FindingReader
 from cbedge.findings.image_findings import ImageFindings
-from cbedge.images.film_view import FILM_VIEW
+from cbedge.images.familiarity import FAMILIARITY
+from cbedge.images.gate import GATE
 from cbedge.provenance import bundle_sha256
 from export.bundle import PARITY, PARITY_CASES
 from export.card import model_card
-from export.film_view import collect_films, fit_film_view
+from export.film_samples import collect_films
+from export.gate import fit_gate
 from export.half import half_on_the_same_weights
 from export.parity import Parity, VariantParity, compare, parity_cases
 from export.phrases import lexicon_of, phrasebook_of
@@ -147,13 +149,21 @@ class Revision:
         """Build the phrasebook from train reports and from the bundle's own drafts of these studies."""
         self.files[PHRASEBOOK] = phrasebook_of(self.source.folder, data, limit, progress).save
 
-    def set_film_view(self, data: Path, more: list[Path]) -> None:
-        """Train the classifier of lateral and mirrored images on train images of IU X-RAY and of further folders."""
+    def set_gate(self, data: Path, more: list[Path], others: Path | None, cache: Path | None) -> None:
+        """Fit the gate and the measure of familiarity on films of IU X-RAY and of further folders.
+
+        Args:
+            data: IU X-RAY folder.
+            more: further folders of films (:func:`export.film_samples.collect_films`).
+            others: folder of images that are not chest radiographs.
+            cache: folder for the features of images.
+        """
         backend = open_backend(self.source, self.manifest.variants[self.manifest.default_variant], "cpu")
-        learnt = fit_film_view(backend, self.manifest.preprocessing, collect_films(data, more))
-        if learnt is None:
-            raise ValueError(f"{data} has too few training films to tell lateral and mirrored ones")
-        self.files[FILM_VIEW] = learnt.save
+        fitted = fit_gate(backend, self.manifest.preprocessing, collect_films(data, more), others, cache)
+        if fitted is None:
+            raise ValueError(f"{data} has too few training films of each view to fit a gate")
+        self.files |= {GATE: fitted.gate.save, FAMILIARITY: fitted.familiarity.save}
+        self.removed |= {"gate_lateral.npy", "film_view.npy"}  # of older bundles
 
     def set_findings(self, findings: ImageFindings, reader: FindingReader) -> None:
         """Take fitted readers of findings (:mod:`export.finding_fit`)."""

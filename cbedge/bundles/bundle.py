@@ -17,8 +17,8 @@ from cbedge.bundles.manifest import MANIFEST, FileRecord, Manifest, Variant, rea
 from cbedge.errors import BundleError, OptionError, OutputError
 from cbedge.files import file_sha256
 from cbedge.findings.finding_reader import FINDINGS
-from cbedge.images.film_view import FILM_VIEW
-from cbedge.images.gate import GATE, LATERAL_GATE
+from cbedge.images.familiarity import FAMILIARITY
+from cbedge.images.gate import GATE
 
 CARD = "MODEL_CARD.md"
 TOKENIZER = "tokenizer.json"
@@ -77,9 +77,7 @@ class Bundle:
     def variant_files(self, variant: Variant) -> tuple[str, ...]:
         """All files that are needed to run a variant."""
         optional = [
-            name
-            for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, LATERAL_GATE, FILM_VIEW, FINDINGS)
-            if name in self.manifest.files
+            name for name in (PHRASEBOOK, TEMPLATES, WORDS, GATE, FAMILIARITY, FINDINGS) if name in self.manifest.files
         ]
         return (*variant.graphs.values(), *variant.data, TOKENIZER, QFORMER_TOKENIZER, *optional)
 

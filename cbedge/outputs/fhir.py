@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import holds, usable
 from cbedge.outputs.registry import Source
-from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, left_out
+from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, UNFAMILIARITY, left_out
 from cbedge.report import DRAFT_STATEMENT, Report
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ def _score_observation(report: Report, notes: list[str]) -> dict[str, Any]:
         ],
         "note": [{"text": note} for note in notes],
     }
+    if report.unfamiliarity is not None:
+        value = {"value": round(report.unfamiliarity, 3)}
+        observation["component"].append({"code": {"text": UNFAMILIARITY}, "valueQuantity": value})
     if not report.finding_scores:
         observation["valueString"] = "none"
     return {key: value for key, value in observation.items() if value}

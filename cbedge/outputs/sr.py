@@ -11,7 +11,7 @@ from cbedge.errors import RadiographError
 from cbedge.images.dicom_file import read_header
 from cbedge.images.dicom_header import PATIENT_AND_STUDY, StudyHeader, study_header, usable
 from cbedge.outputs.registry import Source
-from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, left_out
+from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, UNFAMILIARITY, left_out
 from cbedge.report import DRAFT_STATEMENT, MARK, Report
 
 if TYPE_CHECKING:
@@ -190,6 +190,16 @@ def _content(report: Report, study: StudyHeader) -> Dataset:
         )
         item.ContentSequence = ContentSequence([number, image()])
         items.append(item)
+    if report.unfamiliarity is not None:
+        unfamiliarity = CodedConcept("unfamiliarity", "99CBEDGE", UNFAMILIARITY)
+        items.append(
+            NumContentItem(
+                unfamiliarity,
+                round(report.unfamiliarity, 3),
+                CodedConcept("1", "UCUM", "no units"),
+                relationship_type=contains,
+            )
+        )
     root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
     root.ContentSequence = ContentSequence(items)
     return root

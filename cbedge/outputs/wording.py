@@ -8,6 +8,7 @@ from collections.abc import Sequence
 REPORT = ("18748-4", "Diagnostic imaging study")
 FINDINGS = ("59776-5", "Procedure findings")
 IMPRESSION = ("19005-8", "Radiology imaging study")
+UNFAMILIARITY = "Unfamiliarity of the image: 0 typical, above 1 unlike training"
 
 
 def left_out(names: Sequence[str]) -> list[str]:
