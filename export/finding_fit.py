@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -298,18 +299,24 @@ def _quantile(values: np.ndarray, importance: np.ndarray, share: float) -> float
 def _measure(
     films: FilmFeatures, names: Sequence[str], labels: np.ndarray, fitted: _ViewFit, place: str
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each finding with enough films in one place; frontal films that no reader has seen."""
+    """Figures of each finding with enough films in one place; frontal films that no reader has seen.
+
+    AUC compares AP films with AP films and PA with PA: where one view holds the sicker patients, the view would count
+    as the finding. A finding whose labels are those of "abnormal" there is not measured: it is not told from others.
+    """
     rows = films.where(place, "frontal", "val" if place == IU_XRAY else None)
     found: dict[str, dict[str, Any]] = {}
     for column, name in enumerate(names):
         known = rows[(labels[rows, column] >= 0) & np.isfinite(fitted.unseen[rows, column])]
         truth, chances = labels[known, column] == 1, expit(fitted.unseen[known, column])
-        if min(truth.sum(), (~truth).sum()) < MIN_POSITIVES:
+        coincides = column > 0 and np.array_equal(labels[known, column], labels[known, 0])
+        if min(truth.sum(), (~truth).sum()) < MIN_POSITIVES or coincides:
             continue
+        measured = partial(auc_with_interval, truth, groups=films.group[known], strata=films.position[known])
         head = films.logits[known, column] if column < films.logits.shape[1] else None
         found[name] = {
-            "auc": auc_with_interval(truth, fitted.raw[known, column], films.group[known]),
-            "head_auc": None if head is None else auc_with_interval(truth, head, films.group[known])[0],
+            "auc": measured(scores=fitted.raw[known, column]),
+            "head_auc": None if head is None else measured(scores=head)[0],
             "films": len(known),
             "positives": int(truth.sum()),
             "mean_probability": float(chances.mean()),

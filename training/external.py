@@ -7,13 +7,13 @@ its authors. An image can show what its label does not say, so scores are judged
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from cbedge.api import ReportGenerator
 from cbedge.errors import DraftError
@@ -209,7 +209,12 @@ def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
 
 
 def auc_with_interval(
-    truth: np.ndarray, scores: np.ndarray, groups: np.ndarray, seed: int = 0, resamples: int = 1000
+    truth: np.ndarray,
+    scores: np.ndarray,
+    groups: np.ndarray,
+    seed: int = 0,
+    resamples: int = 1000,
+    strata: np.ndarray | None = None,
 ) -> list[float]:
     """AUC and its 95% interval, by bootstrap over groups.
 
@@ -219,19 +224,26 @@ def auc_with_interval(
         groups: the patient or study of each film, [N].
         seed: of the bootstrap.
         resamples: number of bootstrap samples.
+        strata: [N]; only films of the same stratum are compared, such as AP films with AP films.
     """
-    order = np.argsort(scores)
     _, member = np.unique(groups, return_inverse=True)
+    kinds = np.zeros(len(truth)) if strata is None else strata
+    orders = [rows[np.argsort(scores[rows])] for rows in (np.flatnonzero(kinds == kind) for kind in np.unique(kinds))]
+
+    def area(weights: np.ndarray) -> float:
+        wins, pairs = 0.0, 0.0
+        for order in orders:
+            above, below = weights[order] * truth[order], weights[order] * ~truth[order]
+            _, tied = np.unique(scores[order], return_inverse=True)
+            equal = np.bincount(tied, below)
+            wins += above @ (np.cumsum(equal) - equal / 2)[tied]
+            pairs += above.sum() * below.sum()
+        return wins / pairs if pairs else math.nan
+
     count, rng = member.max() + 1, np.random.default_rng(seed)
-    samples = []
-    for _ in range(resamples):
-        weights = np.bincount(rng.integers(count, size=count), minlength=count)[member][order]
-        above, below = weights * truth[order], weights * ~truth[order]
-        if above.any() and below.any():
-            wins = above @ (np.cumsum(below) - below / 2)
-            samples.append(wins / (above.sum() * below.sum()))
-    low, high = np.percentile(samples, (2.5, 97.5))
-    return [float(roc_auc_score(truth, scores)), float(low), float(high)]
+    samples = [area(np.bincount(rng.integers(count, size=count), minlength=count)[member]) for _ in range(resamples)]
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    return [area(np.ones(len(truth))), float(low), float(high)]
 
 
 def _denied(outcomes: Sequence[Outcome], labels: np.ndarray) -> dict[str, dict[str, int]]:
