@@ -136,7 +136,8 @@ def plan_draft(
         template: the user's template, from :func:`cbedge.drafting.template_parser.check_template`.
         max_new_tokens: the user's limit, which also truncates the opening.
         unassessed: how sentences that the model does not assess are shown; one of
-            :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed change nothing else of a draft.
+            :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed open no draft; if one reaches its
+            threshold, the model writes no sentence that contradicts it.
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
@@ -165,7 +166,7 @@ def plan_draft(
         opening=opening,
         constraint=constraint,
         processors=processors_of(settings, manifest.stop_ids, manifest.never_ids, constraint.begins_word),
-        denied=findings.contradicting(present) if findings and present else None,
+        denied=findings.contradicting((*present, *reading.unassessed_above)) if findings and present else None,
         fixed=(*openings.values(), *content.findings, *content.impression),
         affirming=affirming,
         supported=frozenset(present) if given else None,
