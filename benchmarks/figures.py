@@ -55,7 +55,7 @@ class Records:
                 found = found[int(key) if isinstance(found, list) else key]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise ValueError(f"{name}.json has no {path!r} (at {key!r}): correct the page or the table") from None
-        if isinstance(found, float) and math.isnan(found):  # not measured
+        if found is None or (isinstance(found, float) and math.isnan(found)):  # not measured
             return ""
         if re.fullmatch(r"\.\d", form):
             return re.sub(r"^(-?)0\.", r"\1.", format(found, f"{form}f"))

@@ -12,7 +12,8 @@ from pathlib import Path
 import jsonschema
 import pydicom
 import pytest
-from conftest import EXAMPLES, needs_default_model
+from conftest import EXAMPLES, call_cli, needs_default_model
+from fastapi.testclient import TestClient
 from golden.drafts import FOLDER
 
 from cbedge import ReportGenerator
@@ -23,6 +24,8 @@ from cbedge.errors import OptionError
 from cbedge.findings.image_findings import OTHER, ImageFindings, Measured, Standing
 from cbedge.outputs import SCHEMA, render
 from cbedge.report import DraftToken, Report, Sentence
+from cbedge.services.dicom_node import Listener, ListenSettings
+from cbedge.services.http import create_app
 
 GOOD, POOR = Measured(0.85, 0.80, 0.90, 300, 30), Measured(0.72, 0.62, 0.80, 300, 30)
 FILMS = [*sorted((FOLDER / "films").glob("*.jpg"))[:5], EXAMPLES / "chest_pa.png"]
@@ -306,3 +309,84 @@ def test_a_structured_report_qualifies_marked_sentences_and_stays_valid(generato
             dumped = subprocess.run(["dsrdump", str(path)], capture_output=True, text=True, timeout=60)
             assert dumped.returncode == 0
             assert dumped.stdout.count("Not assessed by the model") == len(qualified)
+
+
+FILM = EXAMPLES / "chest_pa.png"
+WAYS = {"mark": "*", "omit": "were left out", "plain": None}
+
+
+def shows(text: str, how: str) -> bool:
+    """Whether a draft of the example film shows its unassessed sentences so."""
+    denial = "There are no acute bony findings"
+    return (f"{denial}.*" in text, f"{denial}.\n" in text or f"{denial}. " in text, "left out" in text) == {
+        "mark": (True, False, False),
+        "omit": (False, False, True),
+        "plain": (False, True, False),
+    }[how]
+
+
+@needs_default_model
+@pytest.mark.parametrize("how", WAYS)
+def test_the_command_line_takes_every_way(how: str, tmp_path: Path):
+    options = ("--variant", "int4", "--device", "cpu", "--unassessed", how)
+    done = call_cli("cbedge.cli.main", "generate", FILM, "--indication", "cough", *options)
+    assert done.returncode == 0 and shows(done.stdout, how), done.stdout + done.stderr
+    out, documents = tmp_path / "drafts.jsonl", tmp_path / "documents"
+    shutil.copyfile(FILM, tmp_path / "film.png")
+    done = call_cli("cbedge.cli.main", "batch", tmp_path / "film.png", "-o", out, "--documents", documents, *options)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(out.read_text())
+    assert line["unassessed_shown_as"] == how
+    assert (f"unassessed {how}" in line["batch_model"]) == (how != "mark")
+    (document,) = documents.glob("*.txt")
+    assert line["text"].replace(" IMPRESSION:", "\n\nIMPRESSION:") in document.read_text()
+    other = "plain" if how == "omit" else "omit"
+    again = call_cli("cbedge.cli.main", "batch", tmp_path / "film.png", "-o", out, *options[:-1], other)
+    assert again.returncode != 0 and "use the same options" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", FILM), ("batch", FILM, "-o", "x.jsonl"), ("listen", "--known", "A", "--spool", "x")]
+)
+def test_every_command_refuses_an_unknown_way(command: tuple[object, ...], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call_cli("cbedge.cli.main", *command, "--unassessed", "hide")
+    assert done.returncode != 0 and "'hide'; give mark, omit or plain" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_default_model
+def test_the_http_service_takes_every_way(generator: ReportGenerator):
+    with TestClient(create_app(generator)) as client:
+        for how in WAYS:
+            data = {"indication": "cough", "format": "text", "unassessed": how}
+            answer = client.post("/v1/reports", files={"image": FILM.read_bytes()}, data=data)
+            assert answer.status_code == 200 and shows(answer.text, how)
+            data = {"indication": "cough", "stream": "true", "unassessed": how}
+            answer = client.post("/v1/reports", files={"image": FILM.read_bytes()}, data=data)
+            events = re.findall(r"event: (\w+)\ndata: (.+)\n", answer.text)
+            pieces = "".join(json.loads(data)["text"] for name, data in events if name == "piece")
+            report = json.loads(events[-1][1])
+            assert pieces.strip() == report["text"] and report["unassessed_shown_as"] == how
+        answer = client.post("/v1/reports", files={"image": b"x"}, data={"unassessed": "hide"})
+        assert answer.status_code == 422 and "give mark, omit or plain" in answer.json()["detail"]
+
+
+@needs_default_model
+@pytest.mark.parametrize("how", WAYS)
+def test_the_dicom_node_writes_every_way(how: str, generator: ReportGenerator, tmp_path: Path):
+    settings = ListenSettings("CBEDGE", "127.0.0.1", 11112, ("A",), None, tmp_path, unassessed=how)
+    listener = Listener(generator, settings)
+    listener.spool.make()
+    path = listener.spool.incoming / "1.2.3.dcm"
+    shutil.copyfile(EXAMPLES / "chest_pa.dcm", path)
+    listener._draft(path)
+    (document,) = map(pydicom.dcmread, listener.spool.outgoing.glob("*.dcm"))
+    assert ("not-assessed" in document.to_json()) == (how == "mark")
+    assert ("were left out because this model" in document.to_json()) == (how == "omit")
+
+
+def test_the_deprecated_source_of_a_sentence_says_the_basis():
+    for basis, source in (("image", "image"), ("template", "template"), ("language", "language model")):
+        with pytest.warns(DeprecationWarning, match="use .basis"):
+            assert Sentence("Clear.", "findings", 0.9, False, basis=basis).source == source
