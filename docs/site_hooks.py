@@ -13,9 +13,11 @@ from typer.cli import app as typer_command
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ("normal", "effusion", "cardiomegaly", "mass", "pneumothorax")
 FROM_ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "images/chest_pa.png": "examples/chest_pa.png",
+    **{f"images/nih_{name}.jpg": f"examples/nih/{name}.jpg" for name in EXAMPLES},
     "images/peers.png": "benchmarks/results/peers.png",
     "images/learning_curve.png": "benchmarks/results/learning_curve.png",
 }
