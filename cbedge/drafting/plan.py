@@ -137,7 +137,7 @@ def plan_draft(
         max_new_tokens: the user's limit, which also truncates the opening.
         unassessed: how sentences that the model does not assess are shown; one of
             :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed open no draft; if one reaches its
-            threshold, the model writes no sentence that contradicts it.
+            threshold in an abnormal study, no sentence but a user's contradicts it.
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
@@ -147,8 +147,9 @@ def plan_draft(
     default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
     parsed = given or (split_report(default) if default else Template((), ()))
     chosen = given.text if given else default if not present else None
+    likely = present if given else (*present, *reading.unassessed_above)
     content, warnings = (
-        _sections(parsed, not chosen, [*openings.values()], present, manifest) if given or present else (parsed, [])
+        _sections(parsed, not chosen, [*openings.values()], likely, manifest) if given or present else (parsed, [])
     )
     affirming = bool(content.findings and present and not openings)
     first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
