@@ -136,8 +136,8 @@ def plan_draft(
         template: the user's template, from :func:`cbedge.drafting.template_parser.check_template`.
         max_new_tokens: the user's limit, which also truncates the opening.
         unassessed: how sentences that the model does not assess are shown; one of
-            :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed open no draft; if one reaches its
-            threshold in an abnormal study, no sentence but a user's contradicts it.
+            :data:`cbedge.drafting.assessment.SHOWN_AS`. Findings that are not assessed open no draft; if one reaches
+            its threshold in an abnormal study, no sentence but a user's contradicts it.
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
