@@ -49,7 +49,8 @@ def without_assessing(generator: ReportGenerator, *names: str) -> ReportGenerato
     """The generator, with a manifest that was read now and in which some findings are not assessed."""
     manifest = generator.bundle.manifest
     assert manifest.image_findings is not None
-    changed = replace(manifest, image_findings=standings(manifest.image_findings, names))
+    unprompted = {*manifest.image_findings.names} - {*manifest.image_findings.head.names}  # the same in every test
+    changed = replace(manifest, image_findings=standings(manifest.image_findings, (*names, *unprompted)))
     generator.bundle = replace(generator.bundle, manifest=changed)
     return generator
 
@@ -317,7 +318,7 @@ WAYS = {"mark": "*", "omit": "were left out", "plain": None}
 
 def shows(text: str, how: str) -> bool:
     """Whether a draft of the example film shows its unassessed sentences so."""
-    denial = "There are no acute bony findings"
+    denial = "Heart size and mediastinal contour are within normal limits"
     return (f"{denial}.*" in text, f"{denial}.\n" in text or f"{denial}. " in text, "left out" in text) == {
         "mark": (True, False, False),
         "omit": (False, False, True),
