@@ -76,7 +76,7 @@ class DraftPlan:
         fixed: sentences that are never removed.
         affirming: remove free sentences of the findings section that only deny something.
         supported: the findings present, the only ones that free sentences may state; ``None`` for any, without a user's
-            template.
+            template and without measured findings.
         conclusion: the impression if the model writes none: the opening's sentences, one token each.
         max_new_tokens: maximum length, opening included.
         template, template_source: the template that the draft follows, and its source, ``given`` or ``model``.
@@ -123,9 +123,10 @@ def plan_draft(
 ) -> DraftPlan:
     """Plan one draft.
 
-    A draft opens with a fixed sentence for each image finding that has one. Then it follows the user's template,
-    without the sentences that contradict a finding. Without a user's template, it follows the bundle's template for the
-    clinical context: the whole template if there is no image finding, else only the impression.
+    A draft opens with a fixed sentence for each image finding that has one. If none has one, and findings were
+    measured, it opens with :data:`ABNORMAL`. Then it follows the user's template, without the sentences that contradict
+    a finding. Without a user's template, it follows the bundle's template for the clinical context: the whole template
+    if there is no image finding, else only the impression.
 
     Args:
         reading: the image reading of the study.
@@ -141,9 +142,12 @@ def plan_draft(
     """
     codec, findings = resources.codec, manifest.image_findings
     present = reading.findings or ()
-    openings = findings.open(present) if findings and present else {}
-    opening = _opening(openings, reading.scores, codec)
     given = template if settings.keep_to_template else None
+    only_supported = bool(given or (present and findings and findings.standings))
+    openings = findings.open(present) if findings and present else {}
+    if findings and present and not openings and only_supported and not given:
+        openings = {findings.names[0]: ABNORMAL}
+    opening = _opening(openings, reading.scores, codec)
     default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
     parsed = given or (split_report(default) if default else Template((), ()))
     chosen = given.text if given else default if not present else None
@@ -170,8 +174,8 @@ def plan_draft(
         denied=findings.contradicting((*present, *reading.unassessed_above)) if findings and present else None,
         fixed=(*openings.values(), *content.findings, *content.impression),
         affirming=affirming,
-        supported=frozenset(present) if given else None,
-        conclusion=_conclusion(openings, reading.scores, findings if given and present else None),
+        supported=frozenset(present) if only_supported else None,
+        conclusion=_conclusion(openings, reading.scores, findings if only_supported and present else None),
         max_new_tokens=limit,
         template=chosen,
         template_source="given" if given else "model" if chosen else None,
