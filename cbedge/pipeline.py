@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
@@ -272,17 +272,9 @@ def compose_report(
     """
     text = draft.text.strip()
     findings, impression = split_sections(text)
-    missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
-    unlimited = study.max_new_tokens is None and study.decoding.temperature > 0
-    if missing and (draft.is_complete or unlimited):
-        raise DraftError(f"the model's report is incomplete (no {missing}): write this report without a draft")
-    unknown = "A sentence was removed because it contained a word that occurs in no training report."
-    of_films = [warning for film in study.films for warning in film.warnings]
-    all_warnings = [*study.notes, *checked.warnings, *of_films, *plan.warnings]
-    all_warnings += [unknown] if draft.has_unknown_word else []
-    read, vision, qformer, prefilled, decoded = (1000 * (end - start) for start, end in pairwise(marks))
+    if draft.is_complete or (study.max_new_tokens is None and study.decoding.temperature > 0):
+        _check_sections(findings, impression)
     found = engine.manifest.image_findings
-    timings = Timings(read, vision, qformer, prefilled, decoded, total=1000 * (marks[-1] - marks[0]))
     return Report(
         findings=findings,
         impression=impression,
@@ -303,7 +295,7 @@ def compose_report(
         template=plan.template,
         template_source=plan.template_source,
         unfamiliarity=checked.unfamiliarity,
-        warnings=tuple(dict.fromkeys(all_warnings)),
+        warnings=_warnings(study, plan, draft, checked),
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
         sentences=tuple(map(plan.assessment.label, split_sentences(draft.tokens, plan.fixed))),
         unassessed=tuple(plan.assessment.unassessed),
@@ -318,8 +310,28 @@ def compose_report(
         passes=stats.passes,
         image_reused=image_reused,
         reused_tokens=reused_tokens,
-        timings=timings,
+        timings=_timings(marks),
     )
+
+
+def _check_sections(findings: str, impression: str) -> None:
+    missing = " and no ".join(n for n, part in (("findings", findings), ("impression", impression)) if not part)
+    if missing:
+        raise DraftError(f"the model's report is incomplete (no {missing}): write this report without a draft")
+
+
+def _warnings(study: Study, plan: DraftPlan, draft: _Draft, checked: FilmAssessment) -> tuple[str, ...]:
+    """The warnings about input, images and draft, each once."""
+    unknown = "A sentence was removed because it contained a word that occurs in no training report."
+    of_films = [warning for film in study.films for warning in film.warnings]
+    of_draft = [unknown] if draft.has_unknown_word else []
+    return tuple(dict.fromkeys([*study.notes, *checked.warnings, *of_films, *plan.warnings, *of_draft]))
+
+
+def _timings(marks: Sequence[float]) -> Timings:
+    """The stages between seven points of time, in seconds."""
+    read, vision, qformer, prefilled, decoded = (1000 * (end - start) for start, end in pairwise(marks))
+    return Timings(read, vision, qformer, prefilled, decoded, total=1000 * (marks[-1] - marks[0]))
 
 
 def _without_pixels(film: Radiograph) -> Radiograph:

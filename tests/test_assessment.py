@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from golden.drafts import FOLDER
 
 from cbedge import ReportGenerator
-from cbedge.drafting.assertions import may_concern
+from cbedge.drafting.assertions import may_concern, stated_by
 from cbedge.drafting.assessment import Assessment
 from cbedge.drafting.sentence_filter import SentenceFilter
 from cbedge.errors import OptionError
@@ -391,3 +391,15 @@ def test_the_deprecated_source_of_a_sentence_says_the_basis():
     for basis, source in (("image", "image"), ("template", "template"), ("language", "language model")):
         with pytest.warns(DeprecationWarning, match="use .basis"):
             assert Sentence("Clear.", "findings", 0.9, False, basis=basis).source == source
+
+
+@needs_default_model
+def test_an_abnormal_study_without_an_assessed_finding_opens_with_that(generator: ReportGenerator):
+    report = generator.generate(EXAMPLES / "chest_pa.png", indication="cough")
+    assert report.image_findings == (OTHER,) and "opacity" in report.unassessed_above_threshold
+    first, *others = report.sentences
+    assert (first.text, first.basis, first.finding) == ("Abnormal chest radiograph.", "image", "abnormal")
+    assert first.assessed and report.impression == "Abnormal chest radiograph."
+    texts = [sentence.text for sentence in others]
+    assert not any(stated_by(text) for text in texts)  # the model's own words state no finding without a score
+    assert not any("lungs are clear" in text for text in texts)  # nor deny one above its threshold

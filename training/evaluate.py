@@ -94,10 +94,8 @@ def evaluate(
     references = [clean_reference(s.findings) for s in studies]
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
-        if rows:
-            texts = {name: [rows[s.study_id][name] for s in studies] for name in next(iter(rows.values()))}
-        else:
-            texts = _draft_all(drafters, image_blind, studies, seed, progress)
+        texts = {name: [rows[s.study_id][name] for s in studies] for name in next(iter(rows.values()), ())}
+        texts = texts or _draft_all(drafters, image_blind, studies, seed, progress)
         if drafts_file:
             _write_drafts(drafts_file, studies, texts, next(iter(drafters), None))
         texts |= _parts_alone(drafters, next(iter(texts.values())))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from cbedge.bundles.bundle import PHRASEBOOK, TEMPLATES, WORDS, Bundle
 from cbedge.bundles.manifest import Manifest
@@ -144,28 +145,23 @@ def plan_draft(
     present = reading.findings or ()
     given = template if settings.keep_to_template else None
     only_supported = bool(given or (present and findings and findings.standings))
-    openings = findings.open(present) if findings and present else {}
-    if findings and present and not openings and only_supported and not given:
-        openings = {findings.names[0]: ABNORMAL}
+    openings = _openings(findings, present, general=only_supported and not given)
     opening = _opening(openings, reading.scores, codec)
-    default = resources.templates.choose(context) if resources.templates and settings.keep_to_template else None
-    parsed = given or (split_report(default) if default else Template((), ()))
-    chosen = given.text if given else default if not present else None
-    likely = present if given else (*present, *reading.unassessed_above)
-    content, warnings = (
-        _sections(parsed, not chosen, [*openings.values()], likely, manifest) if given or present else (parsed, [])
-    )
+    parsed, chosen = _follow(given, bool(present), context, settings, resources)
+    content, warnings = parsed, list[str]()
+    if given or present:
+        likely = present if given else (*present, *reading.unassessed_above)
+        content, warnings = _sections(parsed, not chosen, [*openings.values()], likely, manifest)
     affirming = bool(content.findings and present and not openings)
     first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
     texts = [text for text in (context.indication, context.comparison) if text]
     words = resources.token_texts.extended([*texts, *openings.values(), *parsed.findings, *parsed.impression])
-    needed = sum(map(len, (*codec.headings, *first.sentences, *second.sentences))) + len(opening) + EXTRA_TOKENS
-    default_limit = max(manifest.decoding["max_new_tokens"], needed if given else 0)
-    limit = min(MAX_NEW_TOKENS, default_limit) if max_new_tokens is None else max_new_tokens
+    written = [*codec.headings, *first.sentences, *second.sentences, opening] if given else []
+    limit = _limit(manifest, written) if max_new_tokens is None else max_new_tokens
     opening = opening[:limit]
-    opening_ids = [token.token_id for token in opening]
     prompted = findings.prompted(present) if findings and reading.findings is not None else None
-    constraint = DraftConstraint((first, second), opening_ids, manifest.stop_ids, words, codec.full_stop)
+    ids = [token.token_id for token in opening]
+    constraint = DraftConstraint((first, second), ids, manifest.stop_ids, words, codec.full_stop)
     return DraftPlan(
         prompt_ids=tuple(codec.encode_prompt(build_prompt(context, prompted, reading.has_lateral))),
         opening=opening,
@@ -206,6 +202,33 @@ def _foreign(template: Template) -> set[str]:
     """The sentences of a template in another language than English."""
     sentences = (*template.findings, *template.impression)
     return {text for text, is_english in zip(sentences, are_english(sentences), strict=True) if not is_english}
+
+
+def _limit(manifest: Manifest, template: Sequence[Sequence[Any]]) -> int:
+    """The bundle's limit, or more if the tokens of the user's template need it."""
+    needed = sum(map(len, template)) + EXTRA_TOKENS if template else 0
+    return min(MAX_NEW_TOKENS, max(manifest.decoding["max_new_tokens"], needed))
+
+
+def _follow(
+    given: Template | None,
+    is_abnormal: bool,
+    context: ClinicalContext,
+    settings: Decoding,
+    resources: DraftingResources,
+) -> tuple[Template, str | None]:
+    """The sentences of the template in use, and its text; ``None`` if only its impression may be used."""
+    if given or not resources.templates or not settings.keep_to_template:
+        return given or Template((), ()), given.text if given else None
+    default = resources.templates.choose(context)
+    return split_report(default) if default else Template((), ()), None if is_abnormal else default
+
+
+def _openings(findings: ImageFindings | None, present: Sequence[str], general: bool) -> dict[str, str]:
+    """The fixed sentences of the findings that are present; if there are none, perhaps a general one."""
+    if not findings or not present:
+        return {}
+    return findings.open(present) or ({findings.names[0]: ABNORMAL} if general else {})
 
 
 def _opening(openings: dict[str, str], scores: dict[str, float], codec: TextCodec) -> tuple[DraftToken, ...]:

@@ -15,10 +15,18 @@ from cbedge.outputs.wording import FINDINGS, IMPRESSION, REPORT, UNFAMILIARITY, 
 from cbedge.report import DRAFT_STATEMENT, MARK, Report
 
 if TYPE_CHECKING:
+    from highdicom.sr import (
+        CodedConcept,
+        ContainerContentItem,
+        ImageContentItem,
+        NumContentItem,
+        RelationshipTypeValues,
+    )
     from highdicom.sr.value_types import ContentItem
     from pydicom import Dataset
 
 _MANUFACTURER = "cbedge"
+_COMMENT = ("121106", "DCM", "Comment")
 _SCORE_MEANING = "Image finding score, 0 to 1; ranks, not a probability"
 _PROBABILITY_MEANING = "Image finding, calibrated probability"
 
@@ -131,78 +139,91 @@ def _series_number(header: Dataset) -> int:
 def _content(report: Report, study: StudyHeader) -> Dataset:
     """The content tree: model, draft statement, notes, sections, finding scores."""
     from highdicom.sr import (
-        CodeContentItem,
         CodedConcept,
         ContainerContentItem,
         ContentSequence,
-        ImageContentItem,
-        NumContentItem,
         RelationshipTypeValues,
         TextContentItem,
     )
 
-    contains, inferred = RelationshipTypeValues.CONTAINS, RelationshipTypeValues.INFERRED_FROM
-    comment = CodedConcept("121106", "DCM", "Comment")
+    items = _observer_context(report)
+    for text in (DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)):
+        items.append(TextContentItem(CodedConcept(*_COMMENT), text, RelationshipTypeValues.CONTAINS))
+    if report.findings:
+        items.append(_section(report, study, FINDINGS, ("121071", "DCM", "Finding"), report.findings))
+    if report.impression:
+        items.append(_section(report, study, IMPRESSION, ("121073", "DCM", "Impression"), report.impression))
+    items += _scores(report, study)
+    if report.unfamiliarity is not None:
+        name = CodedConcept("unfamiliarity", "99CBEDGE", UNFAMILIARITY)
+        items.append(_number(name, report.unfamiliarity, RelationshipTypeValues.CONTAINS))
+    root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
+    root.ContentSequence = ContentSequence(items)
+    return root
 
-    def image() -> ImageContentItem:
-        return ImageContentItem(
-            CodedConcept("111040", "DCM", "Original Source"),
-            study.values.SOPClassUID,
-            study.values.SOPInstanceUID,
-            relationship_type=inferred,
-        )
 
-    def section(title: tuple[str, str], name: CodedConcept, section: str, text: str) -> ContainerContentItem:
-        container = ContainerContentItem(CodedConcept(title[0], "LN", title[1]), False, relationship_type=contains)
-        container.ContentSequence = ContentSequence()
-        for part, is_assessed in _parts(report, section, text):
-            item = TextContentItem(name, part, contains)
-            item.ContentSequence = ContentSequence([*([] if is_assessed else [qualifier()]), image()])
-            container.ContentSequence.append(item)
-        return container
+def _section(
+    report: Report, study: StudyHeader, title: tuple[str, str], kind: tuple[str, str, str], text: str
+) -> ContainerContentItem:
+    """A section; each of its parts refers to the image, and one that is not assessed has a qualifier."""
+    from highdicom.sr import (
+        CodeContentItem,
+        CodedConcept,
+        ContainerContentItem,
+        ContentSequence,
+        RelationshipTypeValues,
+        TextContentItem,
+    )
 
-    def qualifier() -> CodeContentItem:
-        return CodeContentItem(
+    contains = RelationshipTypeValues.CONTAINS
+    container = ContainerContentItem(CodedConcept(title[0], "LN", title[1]), False, relationship_type=contains)
+    container.ContentSequence = ContentSequence()
+    for part, is_assessed in _parts(report, "findings" if title == FINDINGS else "impression", text):
+        qualifier = CodeContentItem(
             CodedConcept("assessment", "99CBEDGE", "Assessment of the statement"),
             CodedConcept("not-assessed", "99CBEDGE", "Not assessed by the model"),
             RelationshipTypeValues.HAS_CONCEPT_MOD,
         )
+        item = TextContentItem(CodedConcept(*kind), part, contains)
+        item.ContentSequence = ContentSequence([*([] if is_assessed else [qualifier]), _image(study)])
+        container.ContentSequence.append(item)
+    return container
 
-    items = _observer_context(report)
-    comments = [DRAFT_STATEMENT, *report.notes(), *left_out(study.left_out)]
-    items += [TextContentItem(comment, text, contains) for text in comments]
-    if report.findings:
-        items.append(section(FINDINGS, CodedConcept("121071", "DCM", "Finding"), "findings", report.findings))
-    if report.impression:
-        items.append(section(IMPRESSION, CodedConcept("121073", "DCM", "Impression"), "impression", report.impression))
+
+def _scores(report: Report, study: StudyHeader) -> list[ContentItem]:
+    """The image findings with their scores, which are above their thresholds; the draft may say otherwise."""
+    from highdicom.sr import CodedConcept, ContentSequence, RelationshipTypeValues, TextContentItem
+
     score = CodedConcept("score", "99CBEDGE", _SCORE_MEANING)
     if report.finding_scores_calibrated:
         score = CodedConcept("probability", "99CBEDGE", _PROBABILITY_MEANING)
-    for name in report.image_findings or ():  # their scores are above their thresholds
-        if name not in report.finding_scores:
-            continue
-        item = TextContentItem(comment, f"Image scores point to: {name}", contains)  # the draft may say otherwise
-        number = NumContentItem(
-            score,
-            round(float(report.finding_scores[name]), 3),
-            CodedConcept("1", "UCUM", "no units"),
-            relationship_type=RelationshipTypeValues.HAS_PROPERTIES,
-        )
-        item.ContentSequence = ContentSequence([number, image()])
-        items.append(item)
-    if report.unfamiliarity is not None:
-        unfamiliarity = CodedConcept("unfamiliarity", "99CBEDGE", UNFAMILIARITY)
-        items.append(
-            NumContentItem(
-                unfamiliarity,
-                round(report.unfamiliarity, 3),
-                CodedConcept("1", "UCUM", "no units"),
-                relationship_type=contains,
-            )
-        )
-    root = ContainerContentItem(CodedConcept(REPORT[0], "LN", REPORT[1]), False, template_id="2000")
-    root.ContentSequence = ContentSequence(items)
-    return root
+    items: list[ContentItem] = []
+    for name in report.image_findings or ():
+        if name in report.finding_scores:
+            text = f"Image scores point to: {name}"
+            item = TextContentItem(CodedConcept(*_COMMENT), text, RelationshipTypeValues.CONTAINS)
+            number = _number(score, report.finding_scores[name], RelationshipTypeValues.HAS_PROPERTIES)
+            item.ContentSequence = ContentSequence([number, _image(study)])
+            items.append(item)
+    return items
+
+
+def _number(name: CodedConcept, value: float, relation: RelationshipTypeValues) -> NumContentItem:
+    from highdicom.sr import CodedConcept, NumContentItem
+
+    unit = CodedConcept("1", "UCUM", "no units")
+    return NumContentItem(name, round(float(value), 3), unit, relationship_type=relation)
+
+
+def _image(study: StudyHeader) -> ImageContentItem:
+    from highdicom.sr import CodedConcept, ImageContentItem, RelationshipTypeValues
+
+    return ImageContentItem(
+        CodedConcept("111040", "DCM", "Original Source"),
+        study.values.SOPClassUID,
+        study.values.SOPInstanceUID,
+        relationship_type=RelationshipTypeValues.INFERRED_FROM,
+    )
 
 
 def _parts(report: Report, section: str, text: str) -> list[tuple[str, bool]]:

@@ -216,14 +216,9 @@ def _draft_routes(generator: ReportGenerator, drafter: Drafter, metrics: Metrics
             held["content"] = form.image.file.read()
             held["radiograph"] = load_radiograph(held["content"])
             check_source(form.format, held["content"])
-            second = form.lateral.file.read() if form.lateral is not None else None
-            return generator.stream(
-                held["radiograph"],
-                lateral=second,
-                accept_any_image=form.accept_any_image,
-                unassessed=form.unassessed,
-                **form.context,  # type: ignore[arg-type]
-            )
+            if form.lateral is not None:
+                form.options["lateral"] = form.lateral.file.read()
+            return generator.stream(held["radiograph"], **form.options)
 
         async def run(send: Callable[[str], Awaitable[None]] | None = None) -> ReportStream:
             outcome, report = "written", None

@@ -14,6 +14,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from cbedge.drafting.assessment import SHOWN_AS, check_shown_as
+from cbedge.drafting.request import DraftOptions
 from cbedge.drafting.template_parser import MAX_TEMPLATE_CHARACTERS
 from cbedge.errors import ContextError, RadiographError
 from cbedge.outputs import FORMATS, check_format
@@ -37,20 +38,17 @@ class DraftForm:
 
     Attributes:
         image, lateral: uploaded files, not read yet.
-        context: indication, comparison, view and template; ``None`` for those not given.
+        options: the other fields of :class:`cbedge.DraftRequest` that a form has; ``None`` for texts not given.
         format: a name in :data:`FORMATS`.
-        unassessed: how sentences that the model does not assess are shown.
-        stream, heatmap, accept_any_image: switches.
+        stream, heatmap: switches.
     """
 
     image: UploadFile
     lateral: UploadFile | None
-    context: dict[str, str | None]
+    options: DraftOptions
     format: str
-    unassessed: str
     stream: bool
     heatmap: bool
-    accept_any_image: bool
 
 
 class _Parser(MultiPartParser):
@@ -176,8 +174,9 @@ async def read_form(form: FormData) -> DraftForm:
         raise ContextError(f"stream sends the report as JSON, so format {chosen} cannot be combined with it: omit one")
     if heatmap and not stream:
         raise ContextError("heatmap is sent with stream only: give stream=true as well")
-    context = {name: texts[name] or None for name in TEXTS}
-    return DraftForm(fields["image"], fields.get("lateral"), context, chosen, unassessed, stream, heatmap, anything)
+    options = DraftOptions(unassessed=unassessed, accept_any_image=anything)
+    options.update({name: texts[name] or None for name in TEXTS})  # type: ignore[typeddict-item]
+    return DraftForm(fields["image"], fields.get("lateral"), options, chosen, stream, heatmap)
 
 
 async def _text(name: str, value: str | UploadFile | None) -> str | None:
