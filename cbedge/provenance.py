@@ -50,11 +50,18 @@ def commit(root: Path = _ROOT) -> str:
     """The commit of a checkout, with ``-dirty`` behind it if files were changed; ``unknown`` outside a repository."""
     if not (root / ".git").exists():  # such as an installed package, also one inside another repository
         return UNKNOWN
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        name = _git(root, "describe", "--always", "--abbrev=12")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return f"{name}-dirty" if changed else name
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints; it takes no lock, so nothing is written in the checkout."""
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def describe_bundle(folder: Path) -> dict[str, str]:

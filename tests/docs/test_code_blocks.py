@@ -151,8 +151,10 @@ def test_the_readme_shows_what_its_example_prints(shell: Shell):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"<table>.*?</td><td>(.*?)</td></tr></table>", readme, re.S)
     assert shown
-    text = re.sub(r"\*\*\d\*\* ", "", shown[1])
-    command = Block("sh", 'cbedge generate examples/chest_pa.png --indication "cough"', "", 0)
+    text = re.sub(r"\*\*\d\*\* ", "", shown[1]).replace("\\*", "*")
+    typed = re.search(r"<code>(cbedge generate [^<]+)</code>", shown[0])
+    assert typed
+    command = Block("sh", typed[1], "", 0)
     printed = shell.run(command)
     fixed = [sentence for sentence in re.split(r"\n+|(?<=\.) ", text) if sentence.startswith(("[", "FINDINGS", "IMP"))]
     assert fixed and all(_numberless(sentence) in _numberless(printed) for sentence in fixed), printed

@@ -41,8 +41,9 @@ def relative_errors(parts: ModelAndTokenizers, generator: ReportGenerator, image
     seen = parts.finding_head.read(queries)[0]
     embeds = embed_inputs(parts.model, torch.tensor([encode_prompt(parts, CONTEXT, seen)]), projected)
     logits = parts.model.language_model(inputs_embeds=embeds).logits[0, -1].numpy()
-    codec = generator.resources.codec
-    look = read_images(generator.backend, codec, generator.bundle.manifest.image_findings, [features.numpy()], CONTEXT)
+    codec, findings = generator.resources.codec, generator.bundle.manifest.image_findings
+    findings = findings.head if findings else None  # those of the Q-Former
+    look = read_images(generator.backend, codec, findings, [features.numpy()], CONTEXT)
     decoder = generator.backend.new_decoder(embeds.shape[1] + 1)
     ids = np.array([codec.encode_prompt(build_prompt(CONTEXT, seen))], np.int64)
     pairs = {
