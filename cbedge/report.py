@@ -121,7 +121,8 @@ class Report:
         finding_scores_calibrated: whether the scores are calibrated probabilities; else they only rank films.
         operating_point: the operating point of the thresholds, such as ``balanced``; ``None`` for a model without.
         unassessed: findings that the model does not assess on these radiographs; empty if nothing was measured.
-        unassessed_above_threshold: those of them whose scores reach their thresholds. They change no sentence.
+        unassessed_above_threshold: those of them whose scores reach their thresholds; the model's own sentences
+            contradict none of them.
         unassessed_shown_as: ``mark``, ``omit`` or ``plain``: how sentences on them are shown.
         omitted_sentences: number of sentences left out because they are not assessed.
         finding_thresholds: the score at which each finding counts as present.
