@@ -17,6 +17,7 @@ from cbedge.arguments import check_count, check_names, check_type
 from cbedge.backends import Backend, choose_variant, open_backend
 from cbedge.bundles.bundle import Bundle, open_bundle
 from cbedge.decoding import Decoding, GuessLength
+from cbedge.drafting.assessment import compile_expressions
 from cbedge.drafting.plan import MAX_NEW_TOKENS, DraftingResources
 from cbedge.drafting.recent import MAX_RECENT_STUDIES, Recent
 from cbedge.drafting.request import DraftOptions, DraftRequest
@@ -116,9 +117,11 @@ class ReportGenerator:
             chosen = bundle.manifest.variants[name]
             files = bundle.variant_files(chosen)
             bundle.verify(files, sizes_alone=True)
-            with ThreadPoolExecutor(1) as pool:  # verify files while the graphs load, for a faster cold start
+            with ThreadPoolExecutor(1) as pool:  # all the rest is done while the graphs load, for a faster cold start
                 loading = pool.submit(open_backend, bundle, chosen, device, threads)
                 bundle.verify(files)
+                if bundle.manifest.image_findings is not None:
+                    compile_expressions(bundle.manifest.image_findings)
                 return cls(bundle, name, loading.result(), recent_studies)
 
     @property

@@ -211,12 +211,15 @@ class Report:
             notes.append(f"Written because of image scores ({kind}), check first: {scored}.")
         others = [name for name in self.image_findings or () if name not in opened]
         if self.finding_scores and others and others[0] not in self.finding_scores:  # "other abnormality"
-            abnormal = self._scored(next(iter(self.finding_scores)))
+            general = next(iter(self.finding_scores))
             kind = "assessed finding" if self.unassessed else "finding"
-            notes.append(
-                f"The image scores call this study {abnormal}, but no single {kind} reached its threshold. The draft "
-                "may read as normal: check the image."
-            )
+            if general in opened:
+                notes.append(f"No single {kind} reached its threshold: look for what is abnormal.")
+            else:
+                notes.append(
+                    f"The image scores call this study {self._scored(general)}, but no single {kind} "
+                    "reached its threshold. The draft may read as normal: check the image."
+                )
         elif others:
             scored = ", ".join(map(self._scored, others))
             notes.append(f"Image scores also point to: {scored}. The draft may not mention this: check the image.")

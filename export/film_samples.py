@@ -20,8 +20,8 @@ from training.datasets.iu_xray import read_studies
 from training.encoder.augment import Augmenter
 from training.encoder.films import VALIDATION_SHARE, patient_share
 
-MAX_FILMS = 450  # for fitting, of each collection and view
-MAX_MIRRORED = 250  # of them
+MAX_FILMS = 1000  # for fitting, of each collection and view
+MAX_MIRRORED = 1000  # of them
 MAX_ALTERED = 96  # copies of them that are augmented, mirrored, turned or cropped
 FEWEST = 40  # films of each view
 _SMALL = 200  # films; a smaller collection gives more augmented copies of each film

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from training.encoder.labels import FINDINGS, iu_labels, nih_labels
 IU_XRAY, NIH = "iu_xray", "nih"
 _SPLITS = {"train": "train", "extra": "train", "val": "val"}
 _KEYS = ("pooled", "logits", "collection", "split", "group", "view", "position", "name", "labels")
+_COARSE_KEYS = ("coarse", "differences")
+COARSE_EVERY = 20  # films, of which one is also read by a variant with coarser arithmetic
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class FilmFeatures:
         logits: the Q-Former's finding logits, float32 [N, Q].
         collection, split, group, view, position, name: text [N].
         labels: int8 [N, FINDINGS], 1, 0 or -1 (unknown).
+        coarse: indices of the films that a variant with coarser arithmetic has read as well, int [M].
+        differences: its pooled features and logits less those above, float32 [M, 2H + Q].
     """
 
     pooled: np.ndarray
@@ -59,6 +63,8 @@ class FilmFeatures:
     position: np.ndarray
     name: np.ndarray
     labels: np.ndarray
+    coarse: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    differences: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.name)
@@ -71,7 +77,12 @@ class FilmFeatures:
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file."""
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, findings=np.array(FINDINGS), **{key: getattr(self, key) for key in _KEYS})
+        np.savez(
+            buffer,
+            allow_pickle=False,
+            findings=np.array(FINDINGS),
+            **{key: getattr(self, key) for key in _KEYS + _COARSE_KEYS},
+        )
         write_atomically(path, buffer.getvalue())
 
     @classmethod
@@ -82,9 +93,9 @@ class FilmFeatures:
             ValueError: it is of another ontology.
         """
         with np.load(path, allow_pickle=False) as values:
-            if tuple(values["findings"]) != FINDINGS:
-                raise ValueError(f"{path.name} has other findings than training/ontology.yaml: delete it")
-            return cls(*(values[key] for key in _KEYS))
+            if tuple(values["findings"]) != FINDINGS or not {*_KEYS, *_COARSE_KEYS} <= {*values}:
+                raise ValueError(f"{path.name} was written for another training/ontology.yaml or version: delete it")
+            return cls(*(values[key] for key in _KEYS + _COARSE_KEYS))
 
 
 def list_films(iu_xray: Path, nih: Path | None) -> list[LabelledFilm]:
@@ -107,7 +118,10 @@ def list_films(iu_xray: Path, nih: Path | None) -> list[LabelledFilm]:
 
 
 def compute_features(
-    generator: ReportGenerator, films: Sequence[LabelledFilm], progress: Callable[[int, int], None]
+    generator: ReportGenerator,
+    films: Sequence[LabelledFilm],
+    progress: Callable[[int, int], None],
+    coarse: ReportGenerator | None = None,
 ) -> FilmFeatures:
     """Run vision encoder and Q-Former on films; damaged ones are left out.
 
@@ -115,23 +129,28 @@ def compute_features(
         generator: the bundle.
         films: from :func:`list_films`.
         progress: called with the number of films done and the total.
+        coarse: the bundle's variant with coarser arithmetic, for :attr:`FilmFeatures.differences`.
     """
-    kept, features, scores = [], [], []
+    kept: list[LabelledFilm] = []
+    features, chosen, differences = [], [], []
     for done, film in enumerate(films, 1):
         progress(done, len(films))
         try:
             planes = preprocess_radiograph(load_radiograph(film.file), generator.bundle.manifest.preprocessing)
         except RadiographError:
             continue
-        encoded = generator.backend.encode_image(planes)
-        context = ClinicalContext(view="lateral" if film.view == "lateral" else "frontal")
-        (output,) = query_films(generator.backend, generator.resources.codec, [encoded], context)
-        features.append(pooled(encoded)[0].astype(np.float16))
-        scores.append(output.finding_logits)
+        features.append(_features(generator, planes, film.view))
+        if coarse is not None and done % COARSE_EVERY == 0:
+            chosen.append(len(kept))
+            differences.append(_features(coarse, planes, film.view) - features[-1])
         kept.append(film)
+    findings = generator.bundle.manifest.image_findings
+    scores = len(findings.head.names) if findings else 0
+    rows = np.array(features)
+    width = rows.shape[1] - scores
     return FilmFeatures(
-        pooled=np.array(features),
-        logits=np.array(scores),
+        pooled=rows[:, :width].astype(np.float16),
+        logits=rows[:, width:],
         collection=np.array([film.collection for film in kept]),
         split=np.array([film.split for film in kept]),
         group=np.array([film.group for film in kept]),
@@ -139,7 +158,18 @@ def compute_features(
         position=np.array([film.position for film in kept]),
         name=np.array([film.file.name for film in kept]),
         labels=np.stack([film.labels for film in kept]),
+        coarse=np.array(chosen, np.int64),
+        differences=np.array(differences, np.float32).reshape(len(chosen), rows.shape[1]),
     )
+
+
+def _features(generator: ReportGenerator, planes: np.ndarray, view: str) -> np.ndarray:
+    """Pooled features of a film, then the Q-Former's finding logits, float32 [2H + Q]."""
+    encoded = generator.backend.encode_image(planes)
+    context = ClinicalContext(view="lateral" if view == "lateral" else "frontal")
+    (output,) = query_films(generator.backend, generator.resources.codec, [encoded], context)
+    logits = output.finding_logits
+    return np.concatenate([pooled(encoded)[0], logits if logits is not None else []], dtype=np.float32)
 
 
 def _lines(path: Path) -> list[dict]:

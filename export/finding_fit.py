@@ -6,6 +6,10 @@ mix is calibrated (Platt scaling) on films that the regression has not seen: IU 
 read by regressions that were fitted without them (five folds by patient). Figures come from these films as well; the
 calibration is cross-fitted over the same folds for its own. No film of a test split is used.
 
+A processor's arithmetic rounds features, and a copy of a film that differs in its last bit is rounded otherwise. The
+regression is penalized for what such differences change (``FilmFeatures.differences``), so that equal films score
+alike, whatever the variant.
+
 The NIH's training films are normal or labelled pneumonia, and most of the normal ones are AP. So that the regression
 does not learn the view or the hospital instead, both are covariates of the fit, which the reader leaves out.
 """
@@ -34,6 +38,7 @@ from training.records import origin, table
 
 FOLDS = 5
 STRENGTH = 0.1  # L2 penalty of the regression; chosen by the mean AUC of both hospitals
+ROUNDING = 10.0  # penalty of the mean squared change of a logit by another arithmetic; costs no AUC
 AWAY_WEIGHT = 0.3  # of all NIH films in the regression; IU X-RAY's have 1
 CALIBRATION_AWAY = 0.25  # of all NIH films in the calibration; IU X-RAY's have 1
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the regression in the mix with the Q-Former's score
@@ -127,13 +132,18 @@ def _fit_view(films: FilmFeatures, labels: np.ndarray, view: str, strength: floa
     smooth = np.where(films.collection == NIH, SMOOTHING, 0.0)[:, None]
     targets = np.where(labels == 1, 1 - smooth, smooth)
     folds, scores = _folds(films.group), films.logits.shape[1]
+    changes = np.zeros((0, features.shape[1]), np.float32)
+    if len(films.coarse):
+        changes = films.differences[films.view[films.coarse] == view] / scale
+        changes = np.pad(changes, ((0, 0), (0, features.shape[1] - width))) * np.sqrt(ROUNDING / max(1, len(changes)))
     raw, unseen = np.full((2, *labels.shape), np.nan)
     weights = np.zeros((labels.shape[1], 1 + width))
 
     def fit(rows: np.ndarray, column: int) -> np.ndarray:
         """Bias and weights, [1 + width]."""
         importance = _balanced(films.collection[rows], AWAY_WEIGHT)
-        return _logistic(features[rows], targets[rows, column], importance / importance.sum(), strength)[: 1 + width]
+        importance = importance / importance.sum()
+        return _logistic(features[rows], targets[rows, column], importance, strength, changes=changes)[: 1 + width]
 
     for column in range(labels.shape[1]):
         known = train[labels[train, column] >= 0]
@@ -218,17 +228,26 @@ def _cross_fit(
 
 
 def _logistic(
-    rows: np.ndarray, targets: np.ndarray, importance: np.ndarray, strength: float, prior: Sequence[float] = (0.0,)
+    rows: np.ndarray,
+    targets: np.ndarray,
+    importance: np.ndarray,
+    strength: float,
+    prior: Sequence[float] = (0.0,),
+    changes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logistic regression with an L2 penalty on the distance from a prior: bias and weights, [1 + D]."""
+    """Logistic regression with L2 penalties on the distance from a prior and on the logits of ``changes``, [M, D]:
+    bias and weights, [1 + D]."""
     centre = np.broadcast_to(np.array(prior), rows.shape[1:])
+    unwanted = np.zeros((0, rows.shape[1]), rows.dtype) if changes is None else changes.astype(rows.dtype)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = rows @ values[1:].astype(rows.dtype) + values[0]
+        weights = values[1:].astype(rows.dtype)
+        logits, changed = rows @ weights + values[0], unwanted @ weights
         away = values[1:] - centre
         error = importance * (expit(logits) - targets)
         total = importance @ (np.logaddexp(0, logits) - targets * logits) + strength / 2 * away @ away
-        return float(total), np.concatenate([[error.sum()], error.astype(rows.dtype) @ rows + strength * away])
+        slope = error.astype(rows.dtype) @ rows + strength * away + changed @ unwanted
+        return float(total + changed @ changed / 2), np.concatenate([[error.sum()], slope])
 
     rate = np.clip(importance @ targets / importance.sum(), 1e-3, 1 - 1e-3)
     start = np.concatenate([[np.log(rate / (1 - rate))], centre])

@@ -20,6 +20,8 @@ from export.revision import Revision
 from training.command_line import run
 from training.records import write_record
 
+COARSE = "q4a8"  # variant with the coarsest arithmetic on the CPU
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
@@ -45,7 +47,8 @@ def findings(
         films = FilmFeatures.load(features)
     else:
         generator = ReportGenerator.from_pretrained(bundle, source.manifest.default_variant, "cpu")
-        films = compute_features(generator, list_films(iu_xray, nih), _report)
+        coarse = ReportGenerator.from_pretrained(bundle, COARSE, "cpu") if COARSE in source.manifest.variants else None
+        films = compute_features(generator, list_films(iu_xray, nih), _report, coarse)
         if features is not None:
             films.save(features)
     fitted = fit_findings(films, source.manifest.image_findings, strength)

@@ -98,10 +98,15 @@ def parity_cases(settings: Preprocessing, data: Path | None, count: int) -> tupl
         studies = read_studies(data, ("val",))[:count]
         cases = [Case(preprocess_radiograph(load_radiograph(s.image), settings), s.context) for s in studies]
         return cases, f"{len(cases)} validation studies of IU X-RAY"
-    pixels = preprocess_radiograph(load_radiograph(EXAMPLE), settings)
+    pixels = example_pixels(settings)
     indications = (None, "cough", "chest pain", "shortness of breath", "fever", "preoperative evaluation")
     contexts = [ClinicalContext(indication=words, view="frontal") for words in indications]
     return [Case(pixels, c) for c in contexts][:count], "the example radiograph with several indications"
+
+
+def example_pixels(settings: Preprocessing) -> np.ndarray:
+    """The example radiograph, float32 [1, 3, S, S]."""
+    return preprocess_radiograph(load_radiograph(EXAMPLE), settings)
 
 
 def compare(

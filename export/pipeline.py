@@ -16,7 +16,7 @@ from export.gptq import Rounded, can_be_rounded
 from export.graphs import export_graphs
 from export.merge import merge
 from export.nf4 import write_nf4
-from export.parity import Parity
+from export.parity import Parity, example_pixels
 from export.quantize import ALIASES, HALF, NF4, VARIANTS, round_for, write_variant
 from export.tracing import HEAD, ExportError
 from export.vocabulary import COMMON, domain_texts, restrict_vocabulary
@@ -162,6 +162,7 @@ def _write_variants(
     if int4.algorithm == "gptq" and data is not None and {"int4", "q4a8", "q4f16"} & {*wanted} - copied:
         rounded = round_for(parts, data, int4, lambda *progress: _report_tuning(steps, *progress))
         steps.done("rounded", f"{len(rounded)} weights by GPTQ")
+    film = example_pixels(parts.preprocessing)
     for name in wanted:
         if name == "fp32":
             continue
@@ -170,7 +171,7 @@ def _write_variants(
             made[name] = VariantFiles(others=tuple(write_nf4(parts, scratch / name)))
         else:
             source = language if name in copied else None
-            made[name] = VariantFiles(write_variant(name, exact, scratch / name, int4, rounded, source))
+            made[name] = VariantFiles(write_variant(name, exact, scratch / name, int4, rounded, source, film))
         steps.done("quantized", name, made[name].paths)
     return made
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from cbedge.bundles.bundle import Bundle
@@ -47,6 +48,7 @@ def write_variant(
     settings: Int4Settings,
     rounded: dict[str, Rounded] | None,
     language: Bundle | None,
+    film: np.ndarray | None = None,
 ) -> dict[str, Path]:
     """Write one variant of the fp32 graphs into ``folder``; returns the path of each graph.
 
@@ -55,6 +57,7 @@ def write_variant(
         settings: quantization of ``int4`` and of variants with its weights.
         rounded: with ``gptq``, the weights from :func:`export.gptq.round_language_model`.
         language: a bundle with this variant, ``int8`` or ``int4``, whose language model is copied.
+        film: preprocessed radiograph, float32 [1, 3, S, S], on which ``q4a8`` measures ranges.
     """
     settings = settings_of(name, settings)
     if language is not None:
@@ -67,18 +70,20 @@ def write_variant(
             quantized = quantize_graphs(paths, Path(scratch), settings, SUFFIX["int4"], rounded, narrow=False)
             return {kind: to_half(path, folder / f"{kind}{SUFFIX[name]}.onnx") for kind, path in quantized.items()}
     if name == IN_INT8:
-        return in_int8(quantize_graphs(paths, folder, settings, SUFFIX["int4"], rounded), folder)
+        return in_int8(quantize_graphs(paths, folder, settings, SUFFIX["int4"], rounded), folder, film)
     return quantize_graphs(paths, folder, settings, SUFFIX[name], rounded if name != "int8" else None)
 
 
-def in_int8(int4: dict[str, Path], folder: Path) -> dict[str, Path]:
+def in_int8(int4: dict[str, Path], folder: Path, film: np.ndarray | None = None) -> dict[str, Path]:
     """Write the graphs that read int4's weights and multiply 8-bit integers; returns the path of each graph.
 
     Args:
         int4: the graphs of int4, in ``folder``; the embedding has no products and is used unchanged.
+        film: preprocessed radiograph, on which the vision encoder's ranges are measured.
     """
-    target = f"{{}}{SUFFIX[IN_INT8]}.onnx"
-    return {k: path if k == EMBED else multiply_in_int8(path, folder / target.format(k)) for k, path in int4.items()}
+    targets = {kind: folder / f"{kind}{SUFFIX[IN_INT8]}.onnx" for kind in int4.keys() - {EMBED}}
+    written = {k: multiply_in_int8(int4[k], path, film if k == VISION else None) for k, path in targets.items()}
+    return {**int4, **written}
 
 
 def _language_of(bundle: Bundle, name: str, folder: Path) -> dict[str, Path]:

@@ -24,7 +24,7 @@ from export.card import model_card
 from export.film_samples import collect_films
 from export.gate import fit_gate
 from export.half import half_on_the_same_weights
-from export.parity import Parity, VariantParity, compare, parity_cases
+from export.parity import Parity, VariantParity, compare, example_pixels, parity_cases
 from export.phrases import lexicon_of, phrasebook_of
 from export.quantize import DESCRIPTIONS, SUFFIX, in_int8
 from export.tracing import DECODER, EMBED
@@ -196,7 +196,8 @@ class Revision:
             write(folder / name)
         if IN_INT8 in self.manifest.variants.keys() - self.source.manifest.variants.keys():
             graphs = self.manifest.variants["int4"].graphs
-            in_int8({kind: folder / file for kind, file in graphs.items()}, folder)
+            film = example_pixels(self.manifest.preprocessing)
+            in_int8({kind: folder / file for kind, file in graphs.items()}, folder, film)
         return self.manifest
 
     def _add(self, name: str, variant: Variant) -> None:

@@ -5,7 +5,7 @@ from benchmarks.templates import read_styles
 from cbedge.bundles.bundle import TEMPLATES, open_bundle
 from cbedge.drafting.assertions import stated_by
 from cbedge.drafting.language import are_english
-from cbedge.drafting.plan import _sections
+from cbedge.drafting.plan import _foreign, _sections
 from cbedge.drafting.template_parser import parse_template
 from cbedge.drafting.templates import Template, Templates
 from cbedge.findings.image_findings import OTHER
@@ -51,13 +51,13 @@ def test_no_sentence_of_a_normal_template_states_an_abnormality():
 def test_an_abnormality_that_no_score_points_to_is_warned_of():
     manifest = open_bundle().manifest
     template = parse_template("Heart normal. There is a large effusion. No fracture.\nIMPRESSION: Effusion.")
-    kept, warnings = _sections(template, False, (), (), manifest)
+    kept, warnings = _sections(template, _foreign(template), False, (), (), manifest)
     assert kept == template
     assert [warning.split(":")[0] for warning in warnings] == [
         f"The template's sentence {text!r} states effusion, which the image scores do not point to"
         for text in ("There is a large effusion.", "Effusion.")
     ]
-    assert _sections(template, False, (), ("effusion",), manifest)[1] == []
+    assert _sections(template, _foreign(template), False, (), ("effusion",), manifest)[1] == []
 
 
 DENIED = {
@@ -95,7 +95,7 @@ def test_beside_a_finding_a_sentence_stays_only_if_it_is_about_something_else(fi
     manifest = open_bundle().manifest
     denied, kept = split_text(DENIED[finding]), split_text(KEPT.get(finding, "There is no foetal comparison film."))
     template = Template((*denied, *kept), (*denied,))
-    drafted, warnings = _sections(template, False, (), (finding,), manifest)
+    drafted, warnings = _sections(template, _foreign(template), False, (), (finding,), manifest)
     assert drafted.findings == tuple(kept) and drafted.impression == ()
     assert [f"The template's sentence {text!r} was left out because " for text in (*denied, *denied)] == [
         warning[: warning.index("because ") + 8] for warning in warnings if "left out" in warning
@@ -111,11 +111,11 @@ def test_sentences_in_another_language_are_told_as_unchecked_with_and_without_fi
     told = (
         "The template's sentences 'Kein Pleuraerguss.', \"Pas d'épanchement.\"{} are not in English and could not be "
     )
-    drafted, warnings = _sections(mixed, False, (), (), manifest)
+    drafted, warnings = _sections(mixed, _foreign(mixed), False, (), (), manifest)
     assert (drafted.findings, drafted.impression) == (mixed.findings, mixed.impression)
     told_all = told.format(", 'Normalbefund.'")
     assert warnings == [f"{told_all}checked against the image scores. Check each sentence."]
-    drafted, warnings = _sections(mixed, False, (), ("effusion",), manifest)
+    drafted, warnings = _sections(mixed, _foreign(mixed), False, (), ("effusion",), manifest)
     assert (drafted.findings, drafted.impression) == (mixed.findings, ("Normal heart.",))
     assert warnings == [
         "The template's sentence 'Normalbefund.' was left out because the image scores point to effusion and it is not "
@@ -123,7 +123,7 @@ def test_sentences_in_another_language_are_told_as_unchecked_with_and_without_fi
         f"{told.format('')}checked against the image scores, which point to effusion. Check each sentence.",
     ]
     german = parse_template("Herz normal. Kein Erguss.")
-    (warning,) = _sections(german, False, (), (), manifest)[1]
+    (warning,) = _sections(german, _foreign(german), False, (), (), manifest)[1]
     assert warning == (
         "The template's sentences are not in English and could not be checked against the image scores. "
         "Check each sentence."

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import IN_INT8, call_cli
 from onnx import TensorProto, helper, numpy_helper
+from scipy.special import erf
 
 from cbedge import BundleError, DeviceError, ReportGenerator, open_bundle
 from cbedge.backends import choose_variant, int8, open_backend
@@ -69,6 +71,57 @@ def test_weights_come_out_as_they_were_stored(bits: int, tmp_path: Path):
     rounded, scales = product.load(files)
     assert rounded.dtype == np.int8 and rounded.shape == (columns, rows) and np.abs(rounded).max(0).min() == 127
     assert (np.abs(rounded * scales - product.widen(files)) <= scales / 2 * 1.001).all()
+
+
+def relative_error(
+    nodes: list, hidden: np.ndarray, weights: np.ndarray, rows: np.ndarray, folder: Path, example: bool = False
+) -> float:
+    """What rounding ``hidden``, which ``nodes`` compute from the input ``rows``, changes of its product."""
+    columns, outputs = weights.shape
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, k]) for n, k in (("x", columns), ("y", outputs))
+    ]
+    held = {"w": weights, "one": np.ones(columns, np.float32), "zero": np.zeros(columns, np.float32)}
+    nodes = [*nodes, helper.make_node("MatMul", ["h", "w"], ["y"], name="product")]
+    tensors = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    settings = Int4Settings(block_size=32, eight_bits_block_size=32, eight_bits=".")
+    onnx.save(quantize_language_model(model, settings), str(folder / "g_q4.onnx"))
+    multiply_in_int8(folder / "g_q4.onnx", folder / "g.onnx", rows if example else None)
+    table, options = Table.read(folder / "g.json"), onnxruntime.SessionOptions()
+    options.add_session_config_entry(*int8.EXACT)
+    made = table.initializers(folder)
+    options.add_external_initializers([*made], [*made.values()])
+    found = onnxruntime.InferenceSession(str(folder / "g.onnx"), options).run(None, {"x": rows})[0]
+    (product,) = table.products
+    rounded, scales = product.load(read_files(folder, table.sources))
+    exponents = np.array(product.exponents or [0] * columns, np.float32)
+    wanted = hidden @ (rounded * scales / np.exp2(exponents)[:, None])
+    return float(np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)))
+
+
+@needs_x86
+def test_results_of_gelu_use_all_steps(tmp_path: Path):
+    """GELU's results reach from -0.17 up: half of the steps of a range around zero would be empty."""
+    rng = np.random.default_rng(0)
+    rows, weights = (rng.normal(size=size).astype(np.float32) for size in ((64, 256), (256, 32)))
+    hidden = rows * (1 + erf(rows / np.sqrt(2))) / 2
+    largest = np.abs(hidden).max(1, keepdims=True)
+    error = relative_error([helper.make_node("Gelu", ["x"], ["h"])], hidden, weights, rows, tmp_path)
+    around_zero = np.rint(hidden / largest * 127) * largest / 127
+    assert error < 0.8 * np.linalg.norm((around_zero - hidden) @ weights) / np.linalg.norm(hidden @ weights)
+
+
+@needs_x86
+def test_ranges_are_measured_on_an_example(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    rows, weights = (rng.normal(size=size).astype(np.float32) for size in ((64, 256), (256, 32)))
+    rows[:, :8] *= 10  # few channels reach much further than a LayerNorm's scale tells
+    hidden = (rows - rows.mean(1, keepdims=True)) / rows.std(1, keepdims=True)
+    nodes = [helper.make_node("LayerNormalization", ["x", "one", "zero"], ["h"])]
+    guessed, measured = (relative_error(nodes, hidden, weights, rows, tmp_path, example) for example in (False, True))
+    assert measured < 0.7 * guessed
 
 
 def test_nothing_is_stored_twice(bundle: Path):

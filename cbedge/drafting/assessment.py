@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from cbedge.drafting.assertions import may_concern
 from cbedge.errors import OptionError
-from cbedge.findings.image_findings import AnyPattern
+from cbedge.findings.image_findings import AnyPattern, ImageFindings
 from cbedge.report import MARK, MARKED, OMITTED, DraftToken, Sentence
 from cbedge.sentences import normalize
 
@@ -73,6 +73,17 @@ class Assessment:
 
     def _is_marked(self, sentence: str, assessed: bool, found: tuple[str, ...]) -> bool:
         return not assessed and (self.shown_as in (MARKED, OMITTED) or not {*found}.isdisjoint(self.above))
+
+
+def compile_expressions(findings: ImageFindings) -> None:
+    """Compile the regular expressions that drafts need, so that a process's first draft need not wait for it.
+
+    Raises:
+        BundleError: a denial is not a regular expression.
+    """
+    for name in findings.names:
+        may_concern("Nothing.", name)  # it denies something and names nothing, so all words are looked for
+        AnyPattern(findings.denials_of(name)).search("")
 
 
 @lru_cache(4096)  # templates repeat their sentences, and drafts of a language model are much alike

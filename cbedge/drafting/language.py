@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 from cbedge.errors import ContextError
 
 # Regular expressions of words that English reports have, and reports in the languages below have not; and of words that
 # reports in these languages have, and English ones have not.
-_ENGLISH = re.compile(
+_ENGLISH = (
     r"no|the|are|of|and|with|without|there|not|for|to|seen|has|have|been|be|by|both|any|this|that|from|show|shown|"
     r"none|nothing|nil|neither|normally|wnl|nad|clear(ly)?|intact|unremarkable|appears?|appearances?|hearts?|lungs?|"
     r"sized?|limits?|evidence|chest|ribs?|bon[ey]\w*|osseous|spine|tissues?|views?|disease|abnormalit\w+|changes?|"
@@ -19,9 +20,9 @@ _ENGLISH = re.compile(
     r"lobes?|scar(ring|s)?|tubes?|low|volumes|shadow\w*|effusions?|airways?|fluid|blood|soft|active|left|right|upper|"
     r"lower|middle|small|mild(ly)?|unchanged|consolidation|infiltrates?|o?edema|failure|atelecta(sis|tic)|"
     r"cardiomegaly|pacemaker|wires?|sternotomy|"
-    r"tortuous|thickening|degenerative|calcified|recommended|infection|collapse|patient|below|well|within",
+    r"tortuous|thickening|degenerative|calcified|recommended|infection|collapse|patient|below|well|within"
 )
-_FOREIGN = re.compile(
+_FOREIGN = (
     # German
     r"und|das|kein\w*|mit|ohne|nicht|ist|sind|beid\w+|bei|links\w*|rechts\w*|herz\w*|lungen?|\w*erguss|"
     r"(?!\w*lung)\w{3,}ung(en)?|glatt|befunde?|zwerchfell\w*|rippe\w*|knochen\w*|schlank\w*|normale[nrsm]|hili|"
@@ -43,7 +44,7 @@ _FOREIGN = re.compile(
     r"sinussen|inga?|inget|och|utan|lungor\w*|lungf\w+|pleurav\w+|normal(t|a|st\w+|fynd)|vidgad\w*|klara|ej|stas|"
     r"skelett\w*|"
     # Polish
-    r"bez|nie|serc\w+|pluc\w*|zmian\w*|prawidlow\w*|oraz|klatki|piersiowej|katy|wolne|granicach|normy|ognisk\w*",
+    r"bez|nie|serc\w+|pluc\w*|zmian\w*|prawidlow\w*|oraz|klatki|piersiowej|katy|wolne|granicach|normy|ognisk\w*"
 )
 _WORD = re.compile(r"(?<![-\w])[^\W\d_]{2,}(?![-\w])")  # parts of compounds, such as non-, are no evidence
 
@@ -59,9 +60,15 @@ def are_english(sentences: Sequence[str]) -> list[bool]:
 def _score(sentence: str) -> int:
     """Above 0 for an English sentence, below 0 for one in another language, 0 if it is unknown."""
     words = _WORD.findall(unicodedata.normalize("NFKC", sentence).lower())
-    english = sum(bool(_ENGLISH.fullmatch(word)) for word in words)
-    foreign = sum(bool(_FOREIGN.fullmatch(word)) or not re.fullmatch("[a-zæœ]+", word) for word in words)
+    english = sum(bool(_compiled(_ENGLISH).fullmatch(word)) for word in words)
+    foreign = sum(bool(_compiled(_FOREIGN).fullmatch(word)) or not re.fullmatch("[a-zæœ]+", word) for word in words)
     return english - foreign if english != foreign else -foreign
+
+
+@cache
+def _compiled(words: str) -> re.Pattern[str]:
+    """Compiled when needed: only a user's template has to be read."""
+    return re.compile(words)
 
 
 def refuse_other_script(sentences: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -149,9 +149,10 @@ def plan_draft(
     opening = _opening(openings, reading.scores, codec)
     parsed, chosen = _follow(given, bool(present), context, settings, resources)
     content, warnings = parsed, list[str]()
+    foreign = _foreign(given) if given else frozenset[str]()
     if given or present:
         likely = present if given else (*present, *reading.unassessed_above)
-        content, warnings = _sections(parsed, not chosen, [*openings.values()], likely, manifest)
+        content, warnings = _sections(parsed, foreign, not chosen, [*openings.values()], likely, manifest)
     affirming = bool(content.findings and present and not openings)
     first, second = _section_plans(content, tuple(openings.values()), affirming, codec)
     texts = [text for text in (context.indication, context.comparison) if text]
@@ -175,7 +176,7 @@ def plan_draft(
         max_new_tokens=limit,
         template=chosen,
         template_source="given" if given else "model" if chosen else None,
-        assessment=_assessment(reading, findings, openings.values(), given, unassessed),
+        assessment=_assessment(reading, findings, openings.values(), foreign, unassessed),
         warnings=(*given.left_out, *warnings) if given else (),
     )
 
@@ -184,7 +185,7 @@ def _assessment(
     reading: ImageReading,
     findings: ImageFindings | None,
     openings: Iterable[str],
-    given: Template | None,
+    foreign: Iterable[str],
     shown_as: str,
 ) -> Assessment:
     """Which sentences are not assessed. If nothing was measured of the findings, only those that cannot be read."""
@@ -193,15 +194,16 @@ def _assessment(
         {name: findings.denials_of(name) for name in names} if findings else {},
         reading.unassessed_above,
         frozenset(map(normalize, openings)),
-        frozenset(map(normalize, _foreign(given))) if given else frozenset(),
+        frozenset(map(normalize, foreign)),
         shown_as,
     )
 
 
-def _foreign(template: Template) -> set[str]:
+def _foreign(template: Template) -> frozenset[str]:
     """The sentences of a template in another language than English."""
     sentences = (*template.findings, *template.impression)
-    return {text for text, is_english in zip(sentences, are_english(sentences), strict=True) if not is_english}
+    rows = zip(sentences, are_english(sentences), strict=True)
+    return frozenset(text for text, is_english in rows if not is_english)
 
 
 def _limit(manifest: Manifest, template: Sequence[Sequence[Any]]) -> int:
@@ -261,6 +263,7 @@ def _section_plans(
 
 def _sections(
     template: Template,
+    foreign: Collection[str],
     impression_only: bool,
     opening: Sequence[str],
     present: Sequence[str],
@@ -272,7 +275,7 @@ def _sections(
     a sentence of the impression in another language is left out, and one of the findings stays with a warning.
     """
     warnings: list[str] = []
-    foreign, unchecked = _foreign(template), []
+    unchecked: list[str] = []
 
     def uncontradicted(sentences: Sequence[str], concluding: bool) -> list[str]:
         kept, follows_gap = [], False

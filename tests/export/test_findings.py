@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,19 @@ def test_standings_are_the_figures_of_the_record(fitted: Fitted):
         ] == 300
         assert (standing.away is None) == (name == "fracture")
         assert standing.is_assessed(familiar=True) == (name != "fracture")
+
+
+def test_what_another_arithmetic_changes_is_hardly_read(films: FilmFeatures):
+    """Half of what shows cardiomegaly is also in a feature that rounding changes: the reader takes the other."""
+    pooled = films.pooled.astype(np.float32)
+    pooled[:, 7] = pooled[:, SIGNAL["cardiomegaly"]] + np.random.default_rng(1).normal(size=len(pooled)) * 0.1
+    coarse = np.arange(0, len(pooled), 20)
+    differences = np.zeros((len(coarse), pooled.shape[1] + films.logits.shape[1]), np.float32)
+    differences[:, 7] = np.random.default_rng(2).normal(size=len(coarse))
+    plain = replace(films, pooled=pooled.astype(np.float16))
+    penalized = replace(plain, coarse=coarse, differences=differences)
+    (before, after) = (fit_findings(some, HEAD).reader.weights[FRONTAL, 1, 1:] for some in (plain, penalized))
+    assert abs(after[7]) < 0.2 * abs(before[7]) and after[SIGNAL["cardiomegaly"]] > before[SIGNAL["cardiomegaly"]]
 
 
 def test_thresholds_rise_from_sensitive_to_specific(fitted: Fitted, films: FilmFeatures):
