@@ -20,6 +20,7 @@ FROM_ELSEWHERE = {
     **{f"images/nih_{name}.jpg": f"examples/nih/{name}.jpg" for name in EXAMPLES},
     "images/peers.png": "benchmarks/results/peers.png",
     "images/learning_curve.png": "benchmarks/results/learning_curve.png",
+    "images/findings.png": "benchmarks/results/findings.png",
 }
 
 

@@ -34,7 +34,6 @@ from training.encoder.labels import FINDINGS
 from training.external import BINS, auc_with_interval, calibration_error
 from training.ontology import ONTOLOGY
 from training.openings import with_denials
-from training.records import origin, table
 
 FOLDS = 5
 STRENGTH = 0.1  # L2 penalty of the regression; chosen by the mean AUC of both hospitals
@@ -374,45 +373,3 @@ def _record(
             point: dict(zip(findings.names, values, strict=True)) for point, values in findings.operating_points.items()
         },
     }
-
-
-def to_markdown(record: dict[str, Any]) -> str:
-    """The record as tables: figures at home and away, thresholds, and the reliability curve of "abnormal"."""
-    lines = ["# Readers of findings", "", f"{origin(record)}.", ""]
-    for place, title in (("home", "IU X-RAY, validation films"), ("away", "NIH, training films, cross-fitted")):
-        rows = [
-            (
-                name,
-                "{:.3f} ({:.3f} to {:.3f})".format(*row["auc"]),
-                "" if row["head_auc"] is None else f"{row['head_auc']:.3f}",
-                f"{row['positives']} of {row['films']}",
-                f"{row['mean_probability']:.3f}",
-                f"{row['calibration_error']:.3f}",
-            )
-            for name, row in record[place].items()
-            if row is not None
-        ]
-        if rows:
-            errors = [row["calibration_error"] for row in record[place].values() if row]
-            header = ("", "AUC (95% interval)", "Q-Former's own", "films", "mean probability", "calibration error")
-            lines += [
-                f"## {title}",
-                "",
-                *table(header, rows),
-                "",
-                f"Mean calibration error: {np.mean(errors):.3f}.",
-                "",
-            ]
-    points = record["operating_points"]
-    names = [*next(iter(points.values()))]
-    thresholds = [(name, *(f"{values[name]:.3f}" for values in points.values())) for name in names]
-    lines += ["## Thresholds", "", *table(("", *points), thresholds), "", "## Reliability of all findings together", ""]
-    for place in ("home", "away"):
-        bins: dict[int, np.ndarray] = {}
-        for row in filter(None, record[place].values()):
-            for chance, share, films in row["reliability"]:
-                bins.setdefault(min(int(chance * BINS), BINS - 1), np.zeros(3))
-                bins[min(int(chance * BINS), BINS - 1)] += [chance * films, share * films, films]
-        curve = [(f"{c / n:.2f}", f"{s / n:.2f}", int(n)) for _, (c, s, n) in sorted(bins.items())]
-        lines += [*table((f"mean probability, {place}", "share with the finding", "films and findings"), curve), ""]
-    return "\n".join(lines)

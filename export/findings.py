@@ -15,7 +15,8 @@ from cbedge.bundles.bundle import check_target, open_bundle
 from cbedge.provenance import provenance
 from export.console import Verbose
 from export.finding_features import FilmFeatures, compute_features, list_films
-from export.finding_fit import STRENGTH, fit_findings, to_markdown
+from export.finding_fit import STRENGTH, fit_findings
+from export.finding_record import plot, to_markdown
 from export.revision import Revision
 from training.command_line import run
 from training.records import write_record
@@ -32,7 +33,7 @@ def findings(
     iu_xray: Annotated[Path, typer.Option(help="IU X-RAY folder.")],
     nih: Annotated[Path | None, typer.Option(help="Folder of NIH ChestX-ray14 films with films.jsonl.")] = None,
     features: Annotated[Path | None, typer.Option(help="File (.npz) of the features; read if it exists.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Files for the figures: RECORD.json and RECORD.md.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Files for the figures: RECORD.json, .md and .png.")] = None,
     strength: Annotated[float, typer.Option(min=0, help="L2 penalty of the readers.")] = STRENGTH,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
     verbose: Verbose = False,
@@ -59,6 +60,7 @@ def findings(
         data = "IU X-RAY, train, extra and val" + "; NIH ChestX-ray14, train" * (nih is not None)
         values = provenance(data, out, ("scikit-learn", "scipy")) | fitted.record
         write_record(values, to_markdown(values), record)
+        plot(values, record.with_suffix(".png"))
     typer.echo(f"bundle: {out}: {len(fitted.findings.names)} findings")
 
 
