@@ -299,6 +299,7 @@ def compose_report(
         finding_thresholds=dict(zip(found.names, found.thresholds, strict=True)) if found else {},
         sentences=tuple(map(plan.assessment.label, split_sentences(draft.tokens, plan.fixed))),
         unassessed=tuple(plan.assessment.unassessed),
+        uncertain=tuple(plan.assessment.uncertain),
         unassessed_above_threshold=reading.unassessed_above,
         unassessed_shown_as=study.unassessed,
         omitted_sentences=draft.omitted,

@@ -123,7 +123,9 @@ class Report:
         unassessed: findings that the model does not assess on these radiographs; empty if nothing was measured.
         unassessed_above_threshold: those of them whose scores reach their thresholds; the model's own sentences
             contradict none of them.
-        unassessed_shown_as: ``mark``, ``omit`` or ``plain``: how sentences on them are shown.
+        uncertain: assessed findings whose scores neither state nor rule them out: they are not in ``image_findings``,
+            but their scores reach the ``sensitive`` operating point.
+        unassessed_shown_as: ``mark``, ``omit`` or ``plain``: how sentences on unassessed and uncertain ones are shown.
         omitted_sentences: number of sentences left out because they are not assessed.
         finding_thresholds: the score at which each finding counts as present.
         sentences: the sentences of the draft, with confidence and source.
@@ -172,6 +174,7 @@ class Report:
     operating_point: str | None = None
     unassessed: tuple[str, ...] = ()
     unassessed_above_threshold: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
     unassessed_shown_as: str = MARKED
     omitted_sentences: int = 0
     lateral_sha256: str | None = None
@@ -235,6 +238,10 @@ class Report:
         if count := self.omitted_sentences:
             some = "1 sentence was" if count == 1 else f"{count} sentences were"
             notes.append(f"Incomplete: {some} left out because this model does not assess what they say.")
+        spoken = {name for sentence in self.sentences if sentence.marked for name in sentence.unassessed}
+        if uncertain := [name for name in self.uncertain if name in spoken]:
+            scored = ", ".join(map(self._scored, uncertain))
+            notes.append(f"Uncertain, so marked: {scored}. The score neither states it nor rules it out.")
         if any(sentence.marked for sentence in self.sentences):
             notes.append(f"{MARK} This model does not assess what the sentence says: check the image.")
         if self.unassessed and self.unassessed_shown_as in (MARKED, OMITTED):

@@ -180,6 +180,45 @@ def test_opening_sentences_are_assessed_and_other_languages_are_not():
     ]
 
 
+POINTS = {"sensitive": (0.2, 0.1), "balanced": (0.5, 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "uncertain"),
+    [
+        ((0.1, 0.05), ()),  # ruled out
+        ((0.3, 0.05), ("abnormal",)),
+        ((0.6, 0.2), ("effusion",)),  # abnormal is stated
+        ((0.6, 0.4), ()),  # both are
+        ((0.3, 0.4), ("abnormal", "effusion")),  # nothing is stated of a study that is scored normal
+    ],
+)
+def test_a_score_between_two_operating_points_rules_nothing_out(scores: tuple[float, ...], uncertain: tuple[str, ...]):
+    findings = ImageFindings(("abnormal", "effusion"), POINTS["balanced"], operating_points=POINTS)
+    present = findings.read(scores)
+    assert findings.uncertain(scores, present, ()) == uncertain
+    assert findings.uncertain(scores, present, ("effusion",)) == tuple(n for n in uncertain if n != "effusion")
+    assert replace(findings, operating_points={}).uncertain(scores, present, ()) == ()
+
+
+def test_a_denial_of_an_uncertain_finding_is_marked(generator: ReportGenerator):
+    """An effusion too likely to be ruled out and too unlikely to be stated: the threshold lies above every score."""
+    manifest = generator.bundle.manifest
+    at = manifest.image_findings.names.index("effusion")
+    thresholds = tuple(0.99 if i == at else t for i, t in enumerate(manifest.image_findings.thresholds))
+    findings = replace(manifest.image_findings, thresholds=thresholds)
+    template = "FINDINGS: The trachea is midline. No pleural effusion. IMPRESSION: Follow-up as needed."
+    stated = generator.generate(EXAMPLES / "nih" / "effusion.jpg", template=template)
+    assert "effusion" in stated.image_findings and "effusion" not in stated.uncertain
+    generator.bundle = replace(generator.bundle, manifest=replace(manifest, image_findings=findings))
+    report = generator.generate(EXAMPLES / "nih" / "effusion.jpg", template=template)
+    denial = next(s for s in report.sentences if s.text == "No pleural effusion.")
+    assert report.uncertain[0] == "effusion" and "effusion" not in report.unassessed
+    assert denial.marked and not denial.assessed and "effusion" in denial.unassessed
+    assert "No pleural effusion.*" in report.text
+    assert any(note.startswith("Uncertain, so marked: effusion (probability") for note in report.notes())
+
+
 def test_an_unknown_way_to_show_them_is_refused(tiny_bundle: Path, chest_png: Path):
     generator = ReportGenerator.from_pretrained(tiny_bundle, device="cpu")
     for value in ("hide", None, ""):

@@ -1,14 +1,15 @@
 """What of a draft the model does not assess on these radiographs, and how the draft shows it.
 
 A sentence is not assessed if it states or denies a finding that the model does not assess reliably
-(:meth:`cbedge.findings.image_findings.ImageFindings.unassessed`) or has no score for, or if it is not in English. By
+(:meth:`cbedge.findings.image_findings.ImageFindings.unassessed`), has no score for, or neither states nor rules out on
+these radiographs (:meth:`~cbedge.findings.image_findings.ImageFindings.uncertain`), or if it is not in English. By
 default it is marked. A sentence that such a finding's score speaks against is marked whatever the user chose, unless it
 is left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cbedge.drafting.assertions import may_concern
@@ -42,6 +43,8 @@ class Assessment:
         openings: the sentences that state image findings, normalized; they are assessed.
         foreign: sentences in another language than English, normalized.
         shown_as: one of :data:`SHOWN_AS`.
+        uncertain: the assessed findings that the scores neither state nor rule out, each with its expressions.
+            Sentences on them count as not assessed.
     """
 
     unassessed: dict[str, tuple[str, ...]]
@@ -49,15 +52,17 @@ class Assessment:
     openings: frozenset[str] = frozenset()
     foreign: frozenset[str] = frozenset()
     shown_as: str = MARKED
+    uncertain: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def findings_of(self, sentence: str) -> tuple[str, ...]:
-        """The unassessed findings that a sentence states or denies, of one in another language all."""
+        """The unassessed and uncertain findings that a sentence states or denies, of one in another language all."""
         normalized = normalize(sentence)
         if normalized in self.openings:
             return ()
         if normalized in self.foreign:
-            return tuple(self.unassessed)
-        return tuple(name for name, denials in self.unassessed.items() if _concerns(sentence, name, denials))
+            return (*self.unassessed, *self.uncertain)
+        rows = (*self.unassessed.items(), *self.uncertain.items())
+        return tuple(name for name, denials in rows if _concerns(sentence, name, denials))
 
     def label(self, sentence: Sentence) -> Sentence:
         """The sentence with what is known of it."""

@@ -196,6 +196,7 @@ def _assessment(
         frozenset(map(normalize, openings)),
         frozenset(map(normalize, foreign)),
         shown_as,
+        {name: findings.denials_of(name) for name in reading.uncertain} if names and findings else {},
     )
 
 

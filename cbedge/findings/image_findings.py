@@ -198,6 +198,18 @@ class ImageFindings:
         rows = zip(self.names, self.standings, strict=False)
         return tuple(name for name, standing in rows if not standing.is_assessed(familiar))
 
+    def uncertain(
+        self, scores: Sequence[float] | np.ndarray, present: Collection[str], unassessed: Collection[str]
+    ) -> tuple[str, ...]:
+        """The assessed findings that scores neither state nor rule out: they are not present, but their scores reach
+        the lowest threshold of all operating points. None without several operating points."""
+        if len(self.operating_points) < 2:
+            return ()
+        least = np.min([*self.operating_points.values()], axis=0)
+        rows = zip(self.names, scores, least, strict=True)
+        settled = {*present, *unassessed, *(self.names[:1] if present else ())}
+        return tuple(name for name, score, low in rows if score >= low and name not in settled)
+
     def join(self, frontal: np.ndarray, lateral: np.ndarray) -> np.ndarray:
         """Combine the logits of both radiographs, [..., names]."""
         shares = np.array(self.lateral_shares or (0.5,) * len(self.names), frontal.dtype)

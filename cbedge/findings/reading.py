@@ -42,6 +42,7 @@ class ImageReading:
         calibrated: whether the scores are calibrated probabilities.
         unassessed: findings that the model does not assess reliably on these radiographs.
         unassessed_above: those of them that reach their thresholds.
+        uncertain: assessed findings that the scores neither state nor rule out.
     """
 
     image_embeds: np.ndarray
@@ -52,6 +53,7 @@ class ImageReading:
     calibrated: bool = False
     unassessed: tuple[str, ...] = ()
     unassessed_above: tuple[str, ...] = ()
+    uncertain: tuple[str, ...] = ()
 
 
 def interpret(
@@ -94,4 +96,5 @@ def interpret(
         reader is not None,
         unassessed,
         findings.above(scores, unassessed),
+        findings.uncertain(scores, present, unassessed),
     )
