@@ -29,6 +29,7 @@ CONTRARY = (("hyperinflation", "low volume"),)  # of bundles that name no such p
 
 
 MIN_AUC = 0.70  # a finding is assessed if the lower bound of its AUC reaches this
+RULED_OUT = 0.05  # a finding with a smaller probability counts as ruled out
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,10 @@ class ImageFindings:
         self, scores: Sequence[float] | np.ndarray, present: Collection[str], unassessed: Collection[str]
     ) -> tuple[str, ...]:
         """The assessed findings that scores neither state nor rule out: they are not present, but their scores reach
-        the lowest threshold of all operating points. None without several operating points."""
+        the lowest threshold of all operating points, and :data:`RULED_OUT`. None without several operating points."""
         if len(self.operating_points) < 2:
             return ()
-        least = np.min([*self.operating_points.values()], axis=0)
+        least = np.maximum(np.min([*self.operating_points.values()], axis=0), RULED_OUT)
         rows = zip(self.names, scores, least, strict=True)
         settled = {*present, *unassessed, *(self.names[:1] if present else ())}
         return tuple(name for name, score, low in rows if score >= low and name not in settled)
