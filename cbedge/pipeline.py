@@ -247,10 +247,14 @@ class _Draft:
                 break
             yield from self._filter.add(DraftToken(stream.step(token_id), probability, None, token_id))
         yield from self._filter.end()
-        if self.is_complete and not self._filter.accepted[1]:  # no conclusion passed: repeat the findings instead
+        if not self.is_complete:
+            return
+        if not self._filter.accepted[1]:  # no conclusion passed: repeat the findings instead
             conclusion = plan.conclusion or (LEFT_OUT_TOKEN,) * bool(self._filter.left_out[1])
             yield from [DraftToken(" IMPRESSION:", None)] * bool(conclusion)
             yield from conclusion
+        elif not plan.opening:  # an abnormal score alone: nothing else says so
+            yield from plan.conclusion
 
 
 def compose_report(

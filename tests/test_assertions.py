@@ -3,7 +3,7 @@ from conftest import needs_default_model
 
 from benchmarks.templates import read_styles
 from cbedge.bundles.bundle import TEMPLATES, open_bundle
-from cbedge.drafting.assertions import stated_by
+from cbedge.drafting.assertions import is_fragment, may_concern, stated_by
 from cbedge.drafting.language import are_english
 from cbedge.drafting.plan import _foreign, _sections
 from cbedge.drafting.template_parser import parse_template
@@ -128,3 +128,57 @@ def test_sentences_in_another_language_are_told_as_unchecked_with_and_without_fi
         "The template's sentences are not in English and could not be checked against the image scores. "
         "Check each sentence."
     )
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Normal PA and lateral views.",
+        "Unremarkable frontal projection.",
+        "No effusion, otherwise normal.",
+        "No pulmonary edema; all else is normal.",
+        "The remainder of the mediastinum and everything else is normal.",
+        "Everything seen is as it should be.",
+        "No effusion or air leak.",
+        "No effusion or coin shadow.",
+        "No congestion or pneumonitis.",
+        "No effusion, zones clear.",
+        "No effusion or bullae.",
+        "Aorta normal without plaque.",
+        "No effusion or cortical break.",
+        "No effusion, GE junction normal.",
+    ],
+)
+def test_a_denial_with_a_word_that_is_not_known_may_deny_anything(sentence: str):
+    assert all(may_concern(sentence, name) for name in ("pneumothorax", "nodule", "fracture", "hernia", "whatnot"))
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "The mediastinum is unremarkable.",
+        "There is no large pleural effusion.",
+        "The aorta is normal in caliber.",
+        "Pulmonary vascularity is within normal limits.",
+        "The hilar contours are normal.",
+        "Soft tissues are normal.",
+    ],
+)
+def test_a_denial_of_what_is_known_denies_nothing_else(sentence: str):
+    assert not any(may_concern(sentence, name) for name in ("nodule", "fracture", "device"))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fragment"),
+    [
+        ("Heart size and pulmonary vascularity.", True),
+        ("Lungs and pleura.", True),
+        ("Heart size normal.", False),
+        ("Stable cardiomediastinal silhouette.", False),
+        ("Cardiomegaly.", False),
+        ("No effusion.", False),
+        ("Degenerative changes of the spine.", False),
+    ],
+)
+def test_a_sentence_that_names_things_and_says_nothing_is_a_fragment(sentence: str, fragment: bool):
+    assert is_fragment(sentence) is fragment

@@ -442,3 +442,12 @@ def test_an_abnormal_study_without_an_assessed_finding_opens_with_that(generator
     texts = [sentence.text for sentence in others]
     assert not any(stated_by(text) for text in texts)  # the model's own words state no finding without a score
     assert not any("lungs are clear" in text for text in texts)  # nor deny one above its threshold
+
+
+def test_with_a_users_template_the_impression_says_that_the_study_is_abnormal(generator: ReportGenerator):
+    template = "FINDINGS: The trachea is midline. IMPRESSION: {}"
+    for impression, kept in (("Normal chest.", ""), ("No acute disease.", "No acute disease.* ")):
+        report = generator.generate(EXAMPLES / "chest_pa.png", template=template.format(impression))
+        assert report.image_findings == (OTHER,)
+        assert report.impression == f"{kept}Abnormal chest radiograph."
+        assert report.sentences[-1].finding == "abnormal" and report.sentences[-1].assessed

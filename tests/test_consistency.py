@@ -46,6 +46,18 @@ def test_what_contradicts_a_finding_told_is_left_out(names: tuple[str, ...], kep
     assert written(DRAFT, told(*names)) == kept
 
 
+def test_the_same_in_other_words_and_fragments_are_left_out():
+    text = " No acute osseous findings. Heart size and vascularity. No acute bony abnormality. Ribs intact."
+    assert written(text, None) == " No acute osseous findings. Ribs intact."
+
+
+def test_beside_an_abnormal_score_alone_the_impression_has_no_free_sentence():
+    check = SentenceFilter(supported={OTHER})
+    pieces = [" No", " effusion.", " IMPRESSION:", " No", " acute", " abnormality."]
+    said = [said for piece in pieces for said in check.add(DraftToken(piece, 0.9, None, 1))] + [*check.end()]
+    assert "".join(token.piece for token in said) == " No effusion."
+
+
 def test_what_affirms_a_finding_stays():
     for name, sentence in OPENINGS.items():
         assert not told(name).search(sentence), name

@@ -403,6 +403,18 @@ def test_padding_is_cut_off_and_is_no_part_of_the_range(photometric: str, value:
     assert np.abs(film - plain).max() < 0.01
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("value", [0, 4095])
+@pytest.mark.parametrize("border", [0, 20])
+def test_inside_a_film_a_padding_value_is_a_grey_value(photometric: str, value: int, border: int):
+    values = np.clip(CHEST, 200, 3900)
+    values[100:130, 60:90] = value  # a marker, far from the edges
+    plain = load_radiograph(make_dicom(values, PhotometricInterpretation=photometric)).pixels
+    padded = np.pad(values, border, constant_values=value)
+    film = load_radiograph(make_dicom(padded, PhotometricInterpretation=photometric, PixelPaddingValue=value)).pixels
+    assert np.array_equal(film, plain)
+
+
 @pytest.mark.parametrize(("value", "stated"), [(4095, 65535), (0, 61440)])
 @pytest.mark.parametrize("border", [30, ((0, 0), (30, 0))])
 def test_a_padding_value_of_more_bits_than_stored_is_compared_by_its_lowest(value: int, stated: int, border: Any):

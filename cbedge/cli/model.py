@@ -34,7 +34,10 @@ def model(
     from cbedge.backends import choose_variant
     from cbedge.bundles.bundle import CARD, open_bundle
     from cbedge.bundles.manifest import MANIFEST
+    from cbedge.errors import OptionError
 
+    if card and as_json:
+        raise OptionError("--card and --json exclude each other: give one")
     bundle = open_bundle(model)
     if card or as_json:
         bundle.verify((CARD,))

@@ -45,7 +45,7 @@ _STATED = {
     "aorta": r"tortu\w+|unfold\w+|ecta(tic|sia)|aneurysm\w*|athero\w+",
     "scar": r"scar\w*|fibro(sis|tic)|sequela\w*",
     "device": r"pacemakers?|catheters?|sternotomy|stents?|endotracheal|tubes?(?! (voltage|current))|drains?|picc|cvc|"
-    r"(sternal|surgical) (wires|clips)|implant\w*|prosthe\w+",
+    r"(sternal|surgical) (wires|clips)|implant\w*|prosthe\w+|art[ei]facts?",
     "congestion": r"congest\w+|o?edema|(heart|cardiac|ventricular) failure|chf|decompensat\w+|cephali[sz]ation|kerley|"
     r"(fluid|volume) overload|redistribution|upper lobe (blood )?diversion",
     "fracture": r"fractur\w+|broken",
@@ -96,9 +96,10 @@ _PARTS = {
 _PLEURA = r"pleura|pleural (spaces?|surfaces?|margins?|cavit\w+|abnormalit\w+|disease|changes?)"
 # finding that only some image heads score, or part of another one → words of what it changes
 _FURTHER_SUBJECTS = {
+    "cardiomegaly": rf"{_SUBJECTS['cardiomegaly']}|silhouettes?|atri(um|al|a)",
     "nodule": rf"{_LUNGS}|focal|densit\w+|neoplas\w+",
     "pneumothorax": rf"{_LUNGS}|{_PLEURA}|apices|apex|fully expanded",
-    "hernia": r"hiat\w+|retrocardiac|gastric bubble|(hemi-?)?diaphragm\w*",
+    "hernia": r"hiat\w+|retrocardiac|stomach|gastric|(hemi-?)?diaphragm\w*",
     "pleural thickening": rf"{_PLEURA}|apices|apex|apical|cost?o-?\s?(phrenic|diaphragmatic)|sulc(i|us)|angles?",
     "calcification": rf"{_LUNGS}|hil(um|a|ar|i)",
     "spine": r"spine|spinal|vertebra\w*|bon[ey]\w*|osseous|skelet\w+|kypho\w+|spondyl\w+|osteophyt\w+|dis[ck]s?",
@@ -107,7 +108,31 @@ _FURTHER_SUBJECTS = {
 }
 
 
+_VERBS = r"is|are|was|were|be|been|has|have|had|may|can|could|does|do|did|appears?|appeared|remains?|shows?|reveals?"
+# Words that say something of what is named.
+_SAYS = rf"{_VERBS}|stable|unchanged|mild|moderate|minimal|borderline|prominent|seen|noted|visible|identified|present"
+# Words that name nothing: a sentence that denies something and has another unknown word may deny what that word names.
+_NEUTRAL = re.compile(
+    rf"{_VERBS}|the|an?|and|or|but|nor|of|in|on|to|at|for|with|by|as|from|under|than|that|this|these|which|there|its?|any|"
+    r"both|seen|identified|visible|visuali[sz]ed|noted|demonstrated|evident|present|found|shown|appearing|given|evidence|"
+    r"acute|active|definite(ly)?|gross(ly)?|large|small|mild(ly)?|minimal(ly)?|moderate(ly)?|significant(ly)?|obvious|overt|"
+    r"convincing|suspicious|suspected|typical|stable|unchanged|well|specific(ally)?|radiographic(ally)?|overall|right|left|"
+    r"bilateral(ly)?|upper|lower|middle|mid|medial|lateral|central(ly)?|anterior|posterior|superior|inferior|top|borderline|"
+    r"sized?|contours?|limits?|configuration|appearance|structures?|areas?|spaces?|calib(er|re)|position|width|shape|"
+    r"findings?|abnormalit(y|ies)|abnormal|changes?|disease|process(es)?|xx+|age|pulmonary|cardiac|thoracic|frank|visuali[sz]ation",
+    re.IGNORECASE,
+)
+_CALLED_NORMAL = r"normal|unremarkable|negative|healthy|satisfactory|clear"
+_TAKEN = r"views?|projections?|patients?|follow-?\s?up"
+# Words of a sentence that speaks of everything.
+_GENERAL = re.compile(
+    r"\b(everything|anything|all else|otherwise|else|remainder|remaining|rest|elsewhere)\b|"
+    rf"\b({_CALLED_NORMAL})\b(\s+[\w-]+){{0,4}}\s+({_TAKEN})\b|\b({_TAKEN})\s+(is|are|appears?)\s+(\w+\s+)?({_CALLED_NORMAL})\b",
+    re.IGNORECASE,
+)
 _ABOUT = {name: f"{words}|{_STATED[name]}" for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
+# Everything that a sentence can be about, by words that are known here.
+_SUBJECT_WORDS = "|".join([*_ABOUT.values(), *_FURTHER_SUBJECTS.values(), *_PARTS.values(), _CHEST])
 # What is behind these is denied, and what is before them is not.
 _DENIED_BEHIND = re.compile(r"\b(without|(but|and|with) no|no longer)\b.*", re.IGNORECASE)
 _ABSENT = (
@@ -183,7 +208,7 @@ def unscored(scored: Collection[str]) -> tuple[str, ...]:
 def may_concern(sentence: str, finding: str) -> bool:
     """Whether an English sentence may state or deny a finding: it has words that state it; or it states nothing else
     and has words of what the finding changes, or denies something acute, of the whole chest, or not told by its words.
-    A finding that is not known here has the words of its name."""
+    A finding that is not known here has the words of its name. In case of doubt it may."""
     text = unicodedata.normalize("NFKC", sentence)
     words = {**_STATED, **_RARE, **_PARTS}.get(finding, re.escape(finding))
     if _words(words).search(text):
@@ -193,8 +218,26 @@ def may_concern(sentence: str, finding: str) -> bool:
     subjects = {**_SUBJECTS, **_FURTHER_SUBJECTS}.get(finding)
     if subjects is not None and _words(subjects).search(text):
         return True
-    if not _DENIES.search(text):
+    if not _DENIES.search(text) and not _GENERAL.search(text):
         return False
     if (_ACUTE.search(text) and not _words(_SUBJECTS["fracture"]).search(text)) or _words(_CHEST).search(text):
         return True
-    return not any(_words(words).search(text) for words in (*_ABOUT.values(), *_FURTHER_SUBJECTS.values()))
+    if _GENERAL.search(text):
+        return True
+    rest, named = _words(_SUBJECT_WORDS).subn(" ", text)
+    return not named or bool(_unknown_words(rest))
+
+
+def is_fragment(sentence: str) -> bool:
+    """Whether an English sentence names things and says nothing of them: ``Heart size and pulmonary vascularity.``"""
+    text = unicodedata.normalize("NFKC", sentence)
+    if _DENIES.search(text) or _words(_SAYS).search(text) or _named(_STATED, text):
+        return False
+    rest, named = _words(_SUBJECT_WORDS).subn(" ", text)
+    return bool(named) and not _unknown_words(rest)
+
+
+def _unknown_words(text: str) -> list[str]:
+    """Words of two or more letters that name something not known here, or may do so."""
+    words = re.findall(r"[^\W\d_]{2,}", _DENIES.sub(" ", text))
+    return [word for word in words if not _NEUTRAL.fullmatch(word)]

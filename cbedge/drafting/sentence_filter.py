@@ -2,8 +2,8 @@
 
 A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
 that the lungs are clear after it stated an opacity), if an earlier sentence of its section has all its words, so that
-it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete; beside a user's template
-also if it states a finding without an image score, or in the impression if it is not understood. Opening sentences and
+it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete or a fragment; beside a user's
+template also if it states a finding without an image score, or in the impression if it is not understood. Opening sentences and
 template sentences are fixed and always pass. A section heading is held back until a sentence follows.
 
 Sentences that the model does not assess are marked or left out as the user chose (:mod:`cbedge.drafting.assessment`).
@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
-from cbedge.drafting.assertions import stated_by, understood
+from cbedge.drafting.assertions import is_fragment, stated_by, understood
 from cbedge.drafting.assessment import LEFT_OUT_TOKEN, MARK_TOKEN, Assessment
 from cbedge.drafting.lexicon import Lexicon
 from cbedge.findings.image_findings import OTHER, AnyPattern
@@ -120,30 +120,43 @@ class SentenceFilter:
             return False
         if normalized in self._fixed:
             return True
-        if not ends_sentence(text) or self._adds_nothing(normalized):
+        if not ends_sentence(text) or self._adds_nothing(normalized) or is_fragment(text):
             return False
         if self._denied is not None and self._denied.search(text):
             return False
         if self._affirming and self._section == 0 and DENIES.search(text):
             return False
-        if self._supported is not None and not (
-            understood(text, self._supported) if self._section else {*stated_by(text)} <= {*self._supported} - {OTHER}
-        ):
+        if self._supported is not None and not self._agrees(text, self._supported):
             return False
         if self._lexicon is not None and not self._lexicon.knows(text):
             self.has_unknown_word = True
             return False
         return True
 
+    def _agrees(self, text: str, present: Collection[str]) -> bool:
+        """Whether a free sentence states only findings that are present. One of the impression also has to be
+        understood; if all that is known is an abnormal score, only the conclusion says that."""
+        if not self._section:
+            return {*stated_by(text)} <= {*present} - {OTHER}
+        return {*present} != {OTHER} and understood(text, present)
+
     def _adds_nothing(self, normalized: str) -> bool:
         """Whether an accepted sentence of the section has all words of a sentence, apart from function words."""
-        words = {*normalized.split()} - _FUNCTION_WORDS
-        return any(words <= {*accepted.split()} for accepted in self.accepted[self._section])
+        words = _content(normalized)
+        return any(words <= _content(accepted) for accepted in self.accepted[self._section])
 
     def _text(self) -> str:
         return "".join(token.piece for token in self._pending)
 
 
+def _content(normalized: str) -> set[str]:
+    """The words of a sentence that say something; of words with the same meaning, one."""
+    return {_SAME.get(word, word) for word in normalized.split()} - _FUNCTION_WORDS
+
+
+_SAME = {"osseous": "bony", "skeletal": "bony", "abnormality": "finding"} | dict.fromkeys(
+    ("abnormalities", "findings", "pathology"), "finding"
+)
 _FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",

@@ -52,7 +52,20 @@ def _padding(dataset: Dataset, decoded: np.ndarray, values: np.ndarray, warnings
         if limits is not None and np.count_nonzero(_within((values[[0, -1]][:, [0, -1]],), limits)) > 1:
             warnings.add("PixelPaddingValue", "does not fit BitsStored; its lowest bits were used")
             padded = _within((values,), limits)
+    least = -(1 << (stored - 1)) if values.dtype.kind == "i" else 0
+    if limits is not None and limits[0] < least + (1 << stored):  # a grey value of the film as well
+        padded = _outside(padded)
     return padded if 0 < np.count_nonzero(padded) < _MOST_HIDDEN * decoded.size else None
+
+
+def _outside(found: np.ndarray) -> np.ndarray:
+    """The pixels from which a row or column leads to the edge through such pixels only: inside a film the padding value
+    is a grey value like others, such as that of a saturated marker."""
+    outside = np.zeros_like(found)
+    for axis in (0, 1):
+        outside |= np.logical_and.accumulate(found, axis)
+        outside |= np.flip(np.logical_and.accumulate(np.flip(found, axis), axis), axis)
+    return outside
 
 
 def _within(arrays: tuple[np.ndarray, ...], limits: tuple[int, int]) -> np.ndarray:

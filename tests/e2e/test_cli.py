@@ -114,6 +114,8 @@ def test_the_model_command_says_what_it_is_and_verifies_it(tiny_bundle: Path):
     (taken,) = [line for line in done.stdout.splitlines() if line.endswith("default on this machine")]
     assert taken.strip().startswith(f"{USUAL_VARIANT}:")
     assert "# tiny 0.1.0" in call_cli("cbedge.cli", "model", "--model", tiny_bundle, "--card").stdout
+    both = call_cli("cbedge.cli", "model", "--model", tiny_bundle, "--card", "--json")
+    assert both.returncode != 0 and both.stdout == "" and "give one" in both.stderr
     assert json.loads(call_cli("cbedge.cli", "model", "--model", tiny_bundle, "--json").stdout)["name"] == "tiny"
 
 
