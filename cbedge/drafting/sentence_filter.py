@@ -2,9 +2,10 @@
 
 A free sentence of the language model is removed if it contradicts an image finding (a small language model may write
 that the lungs are clear after it stated an opacity), if an earlier sentence of its section has all its words, so that
-it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete or a fragment; beside a user's
-template also if it states a finding without an image score, or in the impression if it is not understood. Opening sentences and
-template sentences are fixed and always pass. A section heading is held back until a sentence follows.
+it repeats or contradicts that sentence, if it has an unknown word, or if it is incomplete or a fragment; beside a
+user's template also if it states a finding without an image score, or in the impression if it is not understood.
+Opening sentences and template sentences are fixed and always pass. A section heading is held back until a sentence
+follows.
 
 Sentences that the model does not assess are marked or left out as the user chose (:mod:`cbedge.drafting.assessment`).
 """
