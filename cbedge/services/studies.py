@@ -148,7 +148,7 @@ def find_studies(studies: str, documents: Path | None = None) -> Found:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise RadiographError(f"cannot read {printable(path.name)} ({reason}): check the path") from None
     if not found.items and path.suffix.lower() in _TABLE_SUFFIXES and path.is_file():
-        raise RadiographError(f"{printable(path.name)} has no rows: give a line for each study below the header")
+        raise RadiographError(f"no radiograph in {printable(path.name)}, which has no rows: give one below the header")
     if not found.items:
         skipped = f" ({len(found.skipped)} other files)" if found.skipped else ""
         raise RadiographError(
