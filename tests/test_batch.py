@@ -133,6 +133,7 @@ def test_a_line_left_unfinished_is_drafted_again(tiny_bundle: Path, films: Path,
     assert [line["id"] for line in batch.read_lines(out)] == ["0.png", "1.png", "2.png"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_and_repeats_nothing(tiny_bundle: Path, tmp_path: Path):
     films = tmp_path / "films"
     films.mkdir()

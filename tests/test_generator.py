@@ -513,6 +513,7 @@ def test_every_variant_writes_on_the_cpu_too(tiny_bundle: Path, chest_png: Path,
     assert report.variant == variant and report.new_tokens > 0
 
 
+@pytest.mark.slow
 @needs_default_model
 def test_the_embedded_model_writes_the_same_whether_it_guesses_ahead_or_not():
     generator = ReportGenerator.from_pretrained(device="cpu")

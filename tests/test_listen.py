@@ -72,6 +72,7 @@ def test_two_views_of_a_study_make_one_draft_and_the_rest_one_each(listen: Calla
     pacs.server.shutdown()
 
 
+@pytest.mark.slow
 def test_killed_and_with_the_pacs_away_nothing_is_lost_and_nothing_comes_twice(
     listen: Callable, film: Path, tmp_path: Path
 ):
@@ -183,6 +184,7 @@ def test_an_image_with_the_uid_of_another_study_is_not_taken_for_it(listen: Call
     assert pydicom.dcmread(spool / "outgoing" / f"{uid}.dcm").StudyInstanceUID == "1.2.3"
 
 
+@pytest.mark.slow
 def test_another_film_of_a_uid_replaces_neither_the_waiting_one_nor_its_draft(
     listen: Callable, film: Path, tmp_path: Path
 ):

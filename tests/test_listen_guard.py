@@ -143,6 +143,7 @@ def test_an_object_of_another_class_than_was_agreed_on_is_refused(receiver: Call
             assert status_in(answer(connection)) == status
 
 
+@pytest.mark.slow
 def test_a_connection_with_half_a_pdu_or_one_that_is_too_long_is_closed(
     receiver: Callable, monkeypatch: pytest.MonkeyPatch
 ):

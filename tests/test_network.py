@@ -61,6 +61,7 @@ needs_namespaces = pytest.mark.skipif(
 ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
 
 
+@pytest.mark.slow
 @needs_namespaces
 @pytest.mark.parametrize(
     ("port", "arguments"),

@@ -164,6 +164,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_commands_need_no_posix_module(tmp_path: Path):
     film = EXAMPLES / "chest_pa.png"
     commands = (

@@ -57,6 +57,7 @@ def drafting(tiny_bundle: Path, film: Path, tmp_path: Path) -> Callable[..., int
     return run
 
 
+@pytest.mark.slow
 def test_an_image_at_which_processes_die_comes_last_then_alone_and_is_given_up_at_last(
     drafting: Callable, tmp_path: Path
 ):

@@ -31,6 +31,7 @@ def faults_in(rows: dict[tuple[str, str], Row], films: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_drafts_of_the_example_films_keep_to_templates_of_any_style(generator: ReportGenerator):
     rows: dict[tuple[str, str], Row] = {}
     for name in FILMS:

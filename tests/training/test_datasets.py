@@ -182,6 +182,7 @@ def test_mimic_is_joined_and_what_is_dropped_is_counted(mimic: Path, tmp_path: P
     assert set(studies[1].tags) == {-1}, "a study without labels is known to be nothing"
 
 
+@pytest.mark.slow
 def test_the_index_of_a_large_tree_is_built_in_little_memory(tmp_path: Path):
     peaks = []
     for count in (1000, 8000):
