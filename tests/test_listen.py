@@ -54,6 +54,7 @@ def test_a_radiograph_sent_comes_back_as_a_structured_report(listen: Callable, f
     pacs.server.shutdown()
 
 
+@pytest.mark.slow
 def test_two_views_of_a_study_make_one_draft_and_the_rest_one_each(listen: Callable, film: Path, tmp_path: Path):
     pacs_port = free_port()
     pacs = Pacs(pacs_port)
@@ -384,6 +385,7 @@ def test_a_round_trip_through_orthanc(listen: Callable, film: Path, tmp_path: Pa
         assert document["PreliminaryFlag"] == "PRELIMINARY" and document["PatientID"] == "9RG1"
 
 
+@pytest.mark.slow
 def test_a_second_listener_on_one_spool_and_a_wrong_peer_are_refused(
     listen: Callable, tiny_bundle: Path, tmp_path: Path
 ):

@@ -124,6 +124,7 @@ def test_a_decoder_knows_no_more_of_a_prompt_than_it_still_holds(generator: Repo
     assert used.length == 3
 
 
+@pytest.mark.slow
 @needs_default_model
 @pytest.mark.parametrize("variant", [None, "int4"])
 def test_the_default_model_drafts_a_study_again_in_the_same_words(variant: str | None):
