@@ -37,6 +37,7 @@ from cbedge.images.preprocess import preprocess_radiograph
 from cbedge.images.radiograph import Radiograph
 from cbedge.prompt import ClinicalContext, split_sections
 from cbedge.report import MARKED, DraftToken, Report, Timings, split_sentences
+from cbedge.sentences import normalize
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ class _Draft:
             yield from [DraftToken(" IMPRESSION:", None)] * bool(conclusion)
             yield from conclusion
         elif not plan.opening:  # an abnormal score alone: nothing else says so
-            yield from plan.conclusion
+            said = self._filter.accepted[1]
+            yield from (token for token in plan.conclusion if normalize(token.piece) not in said)
 
 
 def compose_report(

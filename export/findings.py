@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from cbedge.api import ReportGenerator
+from cbedge.backends.int8 import multiplies_exactly
 from cbedge.bundles.bundle import check_target, open_bundle
+from cbedge.bundles.manifest import IN_INT8
 from cbedge.provenance import provenance
 from export.console import Verbose
 from export.finding_features import FilmFeatures, compute_features, list_films
@@ -20,8 +22,6 @@ from export.finding_record import plot, to_markdown
 from export.revision import Revision
 from training.command_line import run
 from training.records import write_record
-
-COARSE = "q4a8"  # variant with the coarsest arithmetic on the CPU
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -48,7 +48,8 @@ def findings(
         films = FilmFeatures.load(features)
     else:
         generator = ReportGenerator.from_pretrained(bundle, source.manifest.default_variant, "cpu")
-        coarse = ReportGenerator.from_pretrained(bundle, COARSE, "cpu") if COARSE in source.manifest.variants else None
+        runs = IN_INT8 in source.manifest.variants and multiplies_exactly()
+        coarse = ReportGenerator.from_pretrained(bundle, IN_INT8, "cpu") if runs else None
         films = compute_features(generator, list_films(iu_xray, nih), _report, coarse)
         if features is not None:
             films.save(features)

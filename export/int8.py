@@ -8,7 +8,6 @@ from the scale and bias of the LayerNorm. GELU's results are at least -0.17: wit
 steps, and each step is half as large; the product of 0.17 and the weights is subtracted again.
 """
 
-import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def multiply_in_int8(source: Path, target: Path, example: np.ndarray | None = No
     names = {node.output[0]: f"p{number}" for number, node in enumerate(chosen)}
     if not chosen:
         raise ExportError(f"{source.name} has no product with 4- or 8-bit weights without zero points")
-    smoothed = _smooth(graph, names, stored, {} if example is None else _measure_ranges(source, example))
+    smoothed = _smooth(graph, names, stored, {} if example is None else _measure_ranges(source, target, example))
     gelus = {node.output[0] for node in graph.node if node.op_type == "Gelu"}
     nodes: list[NodeProto] = []
     products, rounded, corrections = [], set(), []
@@ -204,18 +203,17 @@ class _Stored:
         return self._name, at
 
 
-def _measure_ranges(source: Path, example: np.ndarray) -> dict[str, np.ndarray]:
-    """The largest absolute value of each channel of each LayerNorm's output, for one input of a graph."""
+def _measure_ranges(source: Path, target: Path, example: np.ndarray) -> dict[str, np.ndarray]:
+    """The largest absolute value of each channel of each LayerNorm's output, for one input of a graph. The graph that
+    has these outputs stands for a moment beside the weights that it refers to, under the name of ``target``."""
     model = onnx.load(str(source), load_external_data=False)
     outputs = [node.output[0] for node in model.graph.node if node.op_type == "LayerNormalization"]
     model.graph.ClearField("output")
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
-    with tempfile.NamedTemporaryFile(dir=source.parent, suffix=".onnx") as file:  # beside the weights that it refers to
-        file.write(model.SerializeToString())
-        file.flush()
-        session = ort.InferenceSession(file.name, providers=["CPUExecutionProvider"])
-        (given,) = session.get_inputs()
-        found = session.run(outputs, {given.name: example})
+    target.write_bytes(model.SerializeToString())
+    session = ort.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    found = session.run(outputs, {given.name: example})
     return {name: np.abs(np.reshape(v, (-1, v.shape[-1]))).max(0) for name, v in zip(outputs, found, strict=True)}
 
 

@@ -162,7 +162,7 @@ def _write_variants(
     if int4.algorithm == "gptq" and data is not None and {"int4", "q4a8", "q4f16"} & {*wanted} - copied:
         rounded = round_for(parts, data, int4, lambda *progress: _report_tuning(steps, *progress))
         steps.done("rounded", f"{len(rounded)} weights by GPTQ")
-    film = example_pixels(parts.preprocessing)
+    film = example_pixels(parts.preprocessing) if IN_INT8 in wanted else None
     for name in wanted:
         if name == "fp32":
             continue

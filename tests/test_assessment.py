@@ -446,7 +446,8 @@ def test_an_abnormal_study_without_an_assessed_finding_opens_with_that(generator
 
 def test_with_a_users_template_the_impression_says_that_the_study_is_abnormal(generator: ReportGenerator):
     template = "FINDINGS: The trachea is midline. IMPRESSION: {}"
-    for impression, kept in (("Normal chest.", ""), ("No acute disease.", "No acute disease.* ")):
+    kept_of = {"Normal chest.": "", "No acute disease.": "No acute disease.* ", "Abnormal chest radiograph.": ""}
+    for impression, kept in kept_of.items():
         report = generator.generate(EXAMPLES / "chest_pa.png", template=template.format(impression))
         assert report.image_findings == (OTHER,)
         assert report.impression == f"{kept}Abnormal chest radiograph."

@@ -94,7 +94,8 @@ _PARTS = {
     "edema": r"o?edema|kerley|(heart|cardiac|ventricular) failure|chf|decompensat\w+|(fluid|volume) overload",
 }
 _PLEURA = r"pleura|pleural (spaces?|surfaces?|margins?|cavit\w+|abnormalit\w+|disease|changes?)"
-# finding that only some image heads score, or part of another one → words of what it changes
+# finding → words of what it changes, for those that only some image heads score or that are part of another one; and
+# further words that matter for what is not assessed
 _FURTHER_SUBJECTS = {
     "cardiomegaly": rf"{_SUBJECTS['cardiomegaly']}|silhouettes?|atri(um|al|a)",
     "nodule": rf"{_LUNGS}|focal|densit\w+|neoplas\w+",
@@ -123,11 +124,11 @@ _NEUTRAL = re.compile(
     re.IGNORECASE,
 )
 _CALLED_NORMAL = r"normal|unremarkable|negative|healthy|satisfactory|clear"
-_TAKEN = r"views?|projections?|patients?|follow-?\s?up"
+_WHOLE_STUDY = r"views?|projections?|patients?|follow-?\s?up"
 # Words of a sentence that speaks of everything.
 _GENERAL = re.compile(
     r"\b(everything|anything|all else|otherwise|else|remainder|remaining|rest|elsewhere)\b|"
-    rf"\b({_CALLED_NORMAL})\b(\s+[\w-]+){{0,4}}\s+({_TAKEN})\b|\b({_TAKEN})\s+(is|are|appears?)\s+(\w+\s+)?({_CALLED_NORMAL})\b",
+    rf"\b({_CALLED_NORMAL})\b(\s+[\w-]+){{0,4}}\s+({_WHOLE_STUDY})\b|\b({_WHOLE_STUDY})\s+(is|are|appears?)\s+(\w+\s+)?({_CALLED_NORMAL})\b",
     re.IGNORECASE,
 )
 _ABOUT = {name: f"{words}|{_STATED[name]}" for name, words in {**_SUBJECTS, OTHER: _ELSEWHERE}.items()}
@@ -218,11 +219,11 @@ def may_concern(sentence: str, finding: str) -> bool:
     subjects = {**_SUBJECTS, **_FURTHER_SUBJECTS}.get(finding)
     if subjects is not None and _words(subjects).search(text):
         return True
-    if not _DENIES.search(text) and not _GENERAL.search(text):
+    if _GENERAL.search(text):
+        return True
+    if not _DENIES.search(text):
         return False
     if (_ACUTE.search(text) and not _words(_SUBJECTS["fracture"]).search(text)) or _words(_CHEST).search(text):
-        return True
-    if _GENERAL.search(text):
         return True
     rest, named = _words(_SUBJECT_WORDS).subn(" ", text)
     return not named or bool(_unknown_words(rest))
